@@ -1,0 +1,1 @@
+"""Hear: bytes → waveform (`load`) → log-mel on the accelerator (`log_mel`); noise (`noise`)."""
