@@ -132,8 +132,8 @@ def decoded_channels(
 ) -> Iterator[Float32[np.ndarray, "channels n"]]:
     """Blocks of resampled float32 audio, channels apart; what cannot be decoded is left out.
 
-    The channels are averaged by the caller and not by FFmpeg, whose stereo-to-mono gain is 1/2 for
-    integer and 1/√2 for float samples: the same recording would get louder with its file format.
+    The channels are averaged by the caller and not by FFmpeg, which sums stereo into one float
+    channel with 1/√2 each: √2 louder than the mean that soundfile, librosa or int16 output give.
     """
     resampler, layout = av.AudioResampler(format="fltp", rate=rate), None
     for frame in clean_frames(container, name):
