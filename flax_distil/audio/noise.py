@@ -1,0 +1,59 @@
+"""Additive noise at a signal-to-noise ratio, for the paper's robustness test (section 5.3).
+
+On the host and in numpy: clips differ in length, and every length would be one more program to
+compile. A `seed` is anything `numpy.random.default_rng` takes; `(run_seed, clip_number)` gives each
+clip its own noise, the same in every run.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32
+
+from flax_distil.errors import InputError
+
+
+def white_noise(seed: int | Sequence[int], length: int) -> Float32[np.ndarray, "n"]:
+    """Gaussian white noise of unit power."""
+    return np.random.default_rng(seed).standard_normal(length, np.float32)
+
+
+def noise_excerpt(
+    seed: int | Sequence[int], recording: Float32[np.ndarray, "m"], length: int
+) -> Float32[np.ndarray, "n"]:
+    """`length` samples of a noise recording from a random start, looped where it is too short.
+
+    Raises InputError when the recording is empty.
+    """
+    if not recording.size:
+        raise InputError("the noise recording has 0 samples: give one that holds sound")
+    start = np.random.default_rng(seed).integers(recording.size)
+    return np.take(recording, np.arange(start, start + length), mode="wrap")
+
+
+def mix_at_snr(
+    waveform: Float32[np.ndarray, "n"], noise: Float32[np.ndarray, "n"], snr_db: float
+) -> Float32[np.ndarray, "n"]:
+    """`waveform + gain · noise`, the noise `snr_db` decibels below the clip's own mean power.
+
+    Mix before padding: silence would lower the clip's power. A clip of silence stays silent, for
+    its noise has no power either. The sum may leave [-1, 1], which `log_mel` does not mind.
+    Raises InputError when the lengths differ, or the noise is silent and the waveform is not.
+    """
+    if waveform.shape != noise.shape:
+        raise InputError(
+            f"the waveform has {waveform.size} samples and the noise {noise.size}: cut or loop the "
+            "noise with noise_excerpt"
+        )
+    signal_power, noise_power = mean_power(waveform), mean_power(noise)
+    if signal_power == 0:
+        return waveform
+    if noise_power == 0:
+        raise InputError("the noise is silent here: no gain reaches the signal-to-noise ratio")
+    gain = np.sqrt(signal_power / noise_power / 10 ** (snr_db / 10))
+    return (waveform + gain * noise).astype(np.float32)
+
+
+def mean_power(waveform: np.ndarray) -> float:
+    """Mean of the squared samples, 0 of none."""
+    return float(np.square(waveform, dtype=np.float64).mean()) if waveform.size else 0.0
