@@ -1,0 +1,270 @@
+"""Whisper's encoder and decoder (Radford et al. 2022, figure 1), read top-down.
+
+Letters, here and everywhere: B batch, T mel frames (3000), S audio positions (1500), L tokens,
+D width, H heads, K head size, F feed-forward, V vocabulary, M mel bins, N layers.
+
+Pure maths: no loading, generation, sharding or loss. Compute runs in `dtype`; softmax, layer norm
+and logits in float32. The key/value cache goes in and comes out.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from flax_distil.model.attention import attention
+from flax_distil.model.dims import WhisperDims
+
+gelu = partial(jax.nn.gelu, approximate=False)  # erf, in the convolution stem too
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of one attention, [B H S K] each; a leading N when stacked."""
+
+    keys: Array
+    values: Array
+
+
+class Cache(NamedTuple):
+    """All that decoding remembers.
+
+    own: one `KeyValues` a layer over the decoder's tokens, of static length.
+    cross: one `KeyValues` a layer over the encoder's output, computed once.
+    length: tokens seen so far, a scalar, or [B] where rows advance on their own.
+    """
+
+    own: Any
+    cross: Any
+    length: Int[Array, "..."]
+
+
+class Encoder(nnx.Module):
+    """Two convolutions (the second halves time), fixed sinusoids, N self-attention layers."""
+
+    def __init__(self, dims: WhisperDims, dtype: Any, remat: bool, rngs: nnx.Rngs):
+        conv = partial(nnx.Conv, kernel_size=(3,), padding=1, dtype=dtype, rngs=rngs)
+        self.conv1 = conv(dims.mels, dims.width)
+        self.conv2 = conv(dims.width, dims.width, strides=2)
+        self.positions = nnx.Param(sinusoids(dims.audio_positions, dims.width))
+        self.layers = nnx.List(
+            EncoderLayer(dims.width, dims.encoder_heads, dims.encoder_ffn, dtype, rngs)
+            for _ in range(dims.encoder_layers)
+        )
+        self.norm = layer_norm(dims.width, dtype, rngs)
+        self.remat = remat
+
+    def __call__(self, mel_BTM: Float[Array, "B T M"]) -> Float[Array, "B S D"]:
+        """Log-mel frames to audio states, T = 2 S."""
+        x_BSD = gelu(self.conv2(gelu(self.conv1(mel_BTM))))
+        x_BSD = x_BSD + self.positions[...].astype(x_BSD.dtype)
+        x_BSD, _ = through(self.layers, lambda layer, x, _: (layer(x), None), x_BSD, self.remat)
+        return self.norm(x_BSD)
+
+
+class Decoder(nnx.Module):
+    """Token and learned position embeddings, N layers of self- and cross-attention, tied logits."""
+
+    def __init__(self, dims: WhisperDims, dtype: Any, remat: bool, rngs: nnx.Rngs):
+        self.tokens = nnx.Embed(dims.vocab, dims.width, dtype=dtype, rngs=rngs)
+        self.positions = nnx.Embed(dims.text_positions, dims.width, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            DecoderLayer(dims.width, dims.decoder_heads, dims.decoder_ffn, dtype, rngs)
+            for _ in range(dims.decoder_layers)
+        )
+        self.norm = layer_norm(dims.width, dtype, rngs)
+        self.remat = remat
+
+    def __call__(
+        self, tokens_BL: Int[Array, "B L"], audio_BSD: Float[Array, "B S D"]
+    ) -> Float[Array, "B L D"]:
+        """Teacher-forced hidden states after the final layer norm."""
+        return self.hidden_states(tokens_BL, audio_BSD)[0]
+
+    def hidden_states(
+        self, tokens_BL: Int[Array, "B L"], audio_BSD: Float[Array, "B S D"]
+    ) -> tuple[Float[Array, "B L D"], Any]:
+        """The final hidden state and that after every layer (a tuple, or stacked when scanned)."""
+        length = tokens_BL.shape[1]
+        x_BLD = self.tokens(tokens_BL) + self.positions(jnp.arange(length))
+        mask_LL = jnp.tril(jnp.ones((length, length), bool))
+
+        def forward(layer: DecoderLayer, x_BLD: Array, _: None):
+            own = layer.self_attention.keys_values(layer.self_norm(x_BLD))
+            cross = layer.cross_attention.keys_values(audio_BSD)
+            x_BLD = layer(x_BLD, own, cross, mask_LL)
+            return x_BLD, x_BLD
+
+        x_BLD, every_BLD = through(self.layers, forward, x_BLD, self.remat)
+        return self.norm(x_BLD), every_BLD
+
+    def logits(self, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Scores over the vocabulary in float32, tied to the token embedding."""
+        embedding_VD = self.tokens.embedding[...].astype(hidden_BLD.dtype)
+        wide = jnp.promote_types(hidden_BLD.dtype, jnp.float32)
+        return jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=wide)
+
+    def start(self, audio_BSD: Float[Array, "B S D"], length: int) -> Cache:
+        """An empty cache for `length` tokens over these audio states."""
+        batch = audio_BSD.shape[0]
+
+        def project(layer: DecoderLayer, nothing: Array, _: None):
+            cross = layer.cross_attention.keys_values(audio_BSD)
+            empty = jnp.zeros((batch, layer.self_attention.heads, length, cross.keys.shape[-1]))
+            own = KeyValues(empty.astype(cross.keys.dtype), empty.astype(cross.keys.dtype))
+            return nothing, (own, cross)
+
+        _, caches = through(self.layers, project, jnp.zeros(()))
+        if isinstance(self.layers, nnx.List):
+            caches = tuple(zip(*caches, strict=True))
+        return Cache(*caches, length=jnp.zeros((), jnp.int32))
+
+    def step(
+        self, tokens_BL: Int[Array, "B L"], cache: Cache
+    ) -> tuple[Float[Array, "B L D"], Cache]:
+        """Hidden states of L more tokens, and the cache that has seen them."""
+        fresh = jnp.arange(tokens_BL.shape[1])
+        position = cache.length[..., None] + fresh  # [L] or [B L]
+        x_BLD = self.tokens(tokens_BL) + self.positions(position)
+        room = jax.tree.leaves(cache.own)[0].shape[-2]
+        mask_QS = jnp.arange(room) <= position[..., None]
+        mask_QS = mask_QS if mask_QS.ndim == 2 else mask_QS[:, None]  # [B 1 L room]
+
+        def forward(layer: DecoderLayer, x_BLD: Array, remembered: tuple[KeyValues, KeyValues]):
+            own, cross = remembered
+            new = layer.self_attention.keys_values(layer.self_norm(x_BLD))
+            own = KeyValues(*(append(o, n, cache.length) for o, n in zip(own, new, strict=True)))
+            return layer(x_BLD, own, cross, mask_QS), own
+
+        scanned = not isinstance(self.layers, nnx.List)
+        remembered = (cache.own, cache.cross)
+        if not scanned:
+            remembered = tuple(zip(*remembered, strict=True))
+        x_BLD, own = through(self.layers, forward, x_BLD, extras=remembered)
+        return self.norm(x_BLD), Cache(own, cache.cross, cache.length + tokens_BL.shape[1])
+
+
+class EncoderLayer(nnx.Module):
+    """Self-attention and feed-forward, each with a norm before it and a residual around it."""
+
+    def __init__(self, width: int, heads: int, ffn: int, dtype: Any, rngs: nnx.Rngs):
+        self.self_norm = layer_norm(width, dtype, rngs)
+        self.self_attention = Attention(width, heads, dtype, rngs)
+        self.feed_norm = layer_norm(width, dtype, rngs)
+        self.feed_forward = FeedForward(width, ffn, dtype, rngs)
+
+    def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        normed_BSD = self.self_norm(x_BSD)
+        own = self.self_attention.keys_values(normed_BSD)
+        x_BSD = x_BSD + self.self_attention(normed_BSD, own)
+        return x_BSD + self.feed_forward(self.feed_norm(x_BSD))
+
+
+class DecoderLayer(nnx.Module):
+    """Causal self-attention, cross-attention to the audio, feed-forward."""
+
+    def __init__(self, width: int, heads: int, ffn: int, dtype: Any, rngs: nnx.Rngs):
+        self.self_norm = layer_norm(width, dtype, rngs)
+        self.self_attention = Attention(width, heads, dtype, rngs)
+        self.cross_norm = layer_norm(width, dtype, rngs)
+        self.cross_attention = Attention(width, heads, dtype, rngs)
+        self.feed_norm = layer_norm(width, dtype, rngs)
+        self.feed_forward = FeedForward(width, ffn, dtype, rngs)
+
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], own: KeyValues, cross: KeyValues, mask_QS: Array
+    ) -> Float[Array, "B L D"]:
+        x_BLD = x_BLD + self.self_attention(self.self_norm(x_BLD), own, mask_QS)
+        x_BLD = x_BLD + self.cross_attention(self.cross_norm(x_BLD), cross)
+        return x_BLD + self.feed_forward(self.feed_norm(x_BLD))
+
+
+class Attention(nnx.Module):
+    """Projections around `attention`; Whisper's keys have no bias."""
+
+    def __init__(self, width: int, heads: int, dtype: Any, rngs: nnx.Rngs):
+        linear = partial(nnx.Linear, width, width, dtype=dtype, rngs=rngs)
+        self.query = linear()
+        self.key = linear(use_bias=False)
+        self.value = linear()
+        self.out = linear()
+        self.heads = heads
+
+    def keys_values(self, x_BSD: Float[Array, "B S D"]) -> KeyValues:
+        """What others may look at, [B H S K] each."""
+        return KeyValues(self.split(self.key(x_BSD)), self.split(self.value(x_BSD)))
+
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], seen: KeyValues, mask_QS: Array | None = None
+    ) -> Float[Array, "B L D"]:
+        q_BHLK = self.split(self.query(x_BLD))
+        mixed_BHLK = attention(q_BHLK * q_BHLK.shape[-1] ** -0.5, *seen, mask_QS)
+        return self.out(mixed_BHLK.swapaxes(1, 2).reshape(x_BLD.shape))
+
+    def split(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B H L K"]:
+        """Channels to heads, heads before time: the layout that decodes fastest."""
+        batch, length, width = x_BLD.shape
+        return x_BLD.reshape(batch, length, self.heads, width // self.heads).swapaxes(1, 2)
+
+
+class FeedForward(nnx.Module):
+    """Two projections around an exact GELU."""
+
+    def __init__(self, width: int, ffn: int, dtype: Any, rngs: nnx.Rngs):
+        self.up = nnx.Linear(width, ffn, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(ffn, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return self.down(gelu(self.up(x_BLD)))
+
+
+def layer_norm(width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Statistics in float32 (two passes: the fast one-pass variance cancels), ε = 1e-5."""
+    return nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+def sinusoids(length: int, channels: int) -> Float[Array, "S D"]:
+    """Encoder positions: sines, then cosines, of log-spaced periods from 2π to 10,000 · 2π."""
+    rate = jnp.exp(-jnp.log(10_000.0) / (channels // 2 - 1) * jnp.arange(channels // 2))
+    angle = jnp.arange(length)[:, None] * rate
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)
+
+
+def append(
+    cache_BHSK: Float[Array, "B H S K"], new_BHLK: Float[Array, "B H L K"], at: Int[Array, "..."]
+) -> Float[Array, "B H S K"]:
+    """Writes new keys or values behind the `at` known ones; `at` is a scalar or one a row."""
+    new_BHLK = new_BHLK.astype(cache_BHSK.dtype)
+    if at.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache_BHSK, new_BHLK, at, axis=2)
+    write = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+    return jax.vmap(write)(cache_BHSK, new_BHLK, at)
+
+
+def through(
+    layers: Any, apply: Callable, x: Array, remat: bool = False, extras: Any = None
+) -> tuple[Array, Any]:
+    """Runs x through all layers: `apply(layer, x, extra) -> (x, out)`, collecting the outs.
+
+    A list of layers is unrolled (fast to decode); one layer whose arrays have a leading N is
+    scanned (fast to compile). `extras` has one entry a layer in the same form, as have the outs.
+    With `remat` only the inputs of layers are kept for the backward pass.
+    """
+    maybe_remat = partial(jax.checkpoint, static_argnums=0) if remat else lambda f: f
+
+    @maybe_remat
+    def body(graphdef: nnx.GraphDef, x: Array, state: Any, extra: Any):
+        return apply(nnx.merge(graphdef, state), x, extra)
+
+    if not isinstance(layers, nnx.List):
+        graphdef, state = nnx.split(layers)
+        return jax.lax.scan(lambda x, item: body(graphdef, x, *item), x, (state, extras))
+    outs = []
+    for index, layer in enumerate(layers):
+        graphdef, state = nnx.split(layer)
+        x, out = body(graphdef, x, state, extras and extras[index])
+        outs.append(out)
+    return x, tuple(outs)
