@@ -2,7 +2,7 @@
 
 The Fourier transform of 400 samples is an FFT on CPUs and a product with fixed matrices elsewhere:
 a TPU's matrix unit has no use for a 400-point FFT, and XLA gathers an FFT whose batch is sharded;
-on a CPU the FFT is up to twice as fast (docs/LOG.md, 2026-11-23). Both are within 1e-4 of the oracle.
+on a CPU the FFT is up to twice as fast (docs/LOG.md, 2026-11-23).
 """
 
 from functools import cache

@@ -1,0 +1,1 @@
+"""Text: token ids and prompts (`tokens`), normalisers (`normalize`), error rates (`wer`)."""

@@ -1,0 +1,140 @@
+"""The languages Whisper knows, and the way from what people write to Whisper's code."""
+
+from difflib import get_close_matches
+
+from flax_distil.errors import InputError
+
+# code: name, in the order of the models' language tokens ("yue" only from large-v3 on)
+LANGUAGES = {
+    "en": "English",
+    "zh": "Chinese",
+    "de": "German",
+    "es": "Spanish",
+    "ru": "Russian",
+    "ko": "Korean",
+    "fr": "French",
+    "ja": "Japanese",
+    "pt": "Portuguese",
+    "tr": "Turkish",
+    "pl": "Polish",
+    "ca": "Catalan",
+    "nl": "Dutch",
+    "ar": "Arabic",
+    "sv": "Swedish",
+    "it": "Italian",
+    "id": "Indonesian",
+    "hi": "Hindi",
+    "fi": "Finnish",
+    "vi": "Vietnamese",
+    "he": "Hebrew",
+    "uk": "Ukrainian",
+    "el": "Greek",
+    "ms": "Malay",
+    "cs": "Czech",
+    "ro": "Romanian",
+    "da": "Danish",
+    "hu": "Hungarian",
+    "ta": "Tamil",
+    "no": "Norwegian",
+    "th": "Thai",
+    "ur": "Urdu",
+    "hr": "Croatian",
+    "bg": "Bulgarian",
+    "lt": "Lithuanian",
+    "la": "Latin",
+    "mi": "Maori",
+    "ml": "Malayalam",
+    "cy": "Welsh",
+    "sk": "Slovak",
+    "te": "Telugu",
+    "fa": "Persian",
+    "lv": "Latvian",
+    "bn": "Bengali",
+    "sr": "Serbian",
+    "az": "Azerbaijani",
+    "sl": "Slovenian",
+    "kn": "Kannada",
+    "et": "Estonian",
+    "mk": "Macedonian",
+    "br": "Breton",
+    "eu": "Basque",
+    "is": "Icelandic",
+    "hy": "Armenian",
+    "ne": "Nepali",
+    "mn": "Mongolian",
+    "bs": "Bosnian",
+    "kk": "Kazakh",
+    "sq": "Albanian",
+    "sw": "Swahili",
+    "gl": "Galician",
+    "mr": "Marathi",
+    "pa": "Punjabi",
+    "si": "Sinhala",
+    "km": "Khmer",
+    "sn": "Shona",
+    "yo": "Yoruba",
+    "so": "Somali",
+    "af": "Afrikaans",
+    "oc": "Occitan",
+    "ka": "Georgian",
+    "be": "Belarusian",
+    "tg": "Tajik",
+    "sd": "Sindhi",
+    "gu": "Gujarati",
+    "am": "Amharic",
+    "yi": "Yiddish",
+    "lo": "Lao",
+    "uz": "Uzbek",
+    "fo": "Faroese",
+    "ht": "Haitian Creole",
+    "ps": "Pashto",
+    "tk": "Turkmen",
+    "nn": "Nynorsk",
+    "mt": "Maltese",
+    "sa": "Sanskrit",
+    "lb": "Luxembourgish",
+    "my": "Myanmar",
+    "bo": "Tibetan",
+    "tl": "Tagalog",
+    "mg": "Malagasy",
+    "as": "Assamese",
+    "tt": "Tatar",
+    "haw": "Hawaiian",
+    "ln": "Lingala",
+    "ha": "Hausa",
+    "ba": "Bashkir",
+    "jw": "Javanese",
+    "su": "Sundanese",
+    "yue": "Cantonese",
+}
+
+ALIASES = {
+    "Burmese": "my",
+    "Valencian": "ca",
+    "Flemish": "nl",
+    "Haitian": "ht",
+    "Letzeburgesch": "lb",
+    "Pushto": "ps",
+    "Panjabi": "pa",
+    "Moldavian": "ro",
+    "Moldovan": "ro",
+    "Sinhalese": "si",
+    "Castilian": "es",
+    "Mandarin": "zh",
+}
+
+CODES = {name.lower(): code for code, name in LANGUAGES.items()} | {
+    name.lower(): code for name, code in ALIASES.items()
+}
+
+
+def to_language_code(language: str) -> str:
+    """`"English"`, `"english"`, `"en"` → `"en"`. Raises InputError with the closest matches."""
+    wanted = language.strip().lower().replace("_", " ")
+    if wanted in LANGUAGES:
+        return wanted
+    if wanted in CODES:
+        return CODES[wanted]
+    close = get_close_matches(wanted, [*CODES, *LANGUAGES], n=3)
+    hint = " or ".join(f'"{match}"' for match in close) or 'a name or code such as "English", "en"'
+    raise InputError(f'Whisper knows no language "{language}": did you mean {hint}?')

@@ -1,0 +1,205 @@
+"""Whisper's token ids: special tokens, prompts, text to ids and back.
+
+A tokenizer file is read as a plain byte-pair encoding plus a table of special tokens, and the two
+are kept apart. So a transcript that contains "<|endoftext|>" is encoded as those thirteen
+characters, and timestamps are there even when the file leaves them out, as tiny.en's does.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from flax_distil.errors import InputError
+from flax_distil.text.languages import LANGUAGES, to_language_code
+
+Task = Literal["transcribe", "translate"]
+
+TIMESTAMPS = 1501  # <|0.00|> … <|30.00|>
+TIMESTAMP_STEP = 0.02  # seconds from one to the next
+
+# What annotates speech and is not spoken.
+BRACKETS = '"#()*+/:;<=>@[\\]^_`{|}~「」『』'
+REPEATED_SIGNS = "<< >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} ♪♪ ♪♪♪"
+MUSIC = "♩♪♫♬♭♮♯"
+
+
+@dataclass(frozen=True, eq=False)
+class WhisperTokens:
+    """The vocabulary of one Whisper checkpoint. Ids from `eot` on are special, none is text."""
+
+    bpe: Tokenizer = field(repr=False)
+    eot: int
+    sot: int
+    transcribe: int
+    translate: int
+    previous: int  # starts the text of the segment before
+    no_speech: int
+    no_timestamps: int
+    multilingual: bool
+    languages: dict[str, int] = field(repr=False)  # code → id; empty when English-only
+    suppressed: tuple[int, ...] = field(repr=False)  # never generated
+    suppressed_first: tuple[int, ...]  # not generated as the first token
+
+    @property
+    def timestamp_begin(self) -> int:
+        """The id of `<|0.00|>`; timestamps follow, 0.02 s apart, up to 30 s."""
+        return self.no_timestamps + 1
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids, timestamps included: 51864, 51865 or 51866 in published checkpoints."""
+        return self.timestamp_begin + TIMESTAMPS
+
+    def prompt(
+        self,
+        language: str | None = None,
+        task: Task = "transcribe",
+        timestamps: bool = False,
+        previous: Sequence[int] = (),
+    ) -> list[int]:
+        """What the decoder reads before its first own token.
+
+        `[previous …] sot [language task] [no_timestamps]`: language and task only where the
+        checkpoint is multilingual, no_timestamps unless `timestamps`. `previous` are text ids, as
+        many as the caller has room for.
+        Raises InputError for a language or task the checkpoint lacks, or a missing language.
+        """
+        start = [self.previous, *previous, self.sot] if previous else [self.sot]
+        return start + self._language_task(language, task) + [self.no_timestamps] * (not timestamps)
+
+    def _language_task(self, language: str | None, task: Task) -> list[int]:
+        if task not in ("transcribe", "translate"):
+            raise InputError(f'there is no task "{task}": use "transcribe" or "translate"')
+        code = None if language is None else to_language_code(language)
+        if not self.multilingual:
+            if code not in (None, "en") or task == "translate":
+                raise InputError(
+                    f"an English-only checkpoint cannot {task} {LANGUAGES[code or 'en']}: "
+                    "use a multilingual one"
+                )
+            return []
+        if code is None:
+            raise InputError("a multilingual checkpoint needs a language: name it or detect it")
+        if code not in self.languages:
+            raise InputError(
+                f"this checkpoint has {len(self.languages)} languages and {LANGUAGES[code]} is not "
+                "among them: use large-v3 or a model made from it"
+            )
+        return [self.languages[code], self.translate if task == "translate" else self.transcribe]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; nothing in it is taken for a special token."""
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], timestamps: bool = False) -> str:
+        """Text of ids, special tokens left out; `timestamps` writes those as `<|1.08|>`."""
+        parts = []
+        for moment, run in groupby(map(int, ids), self.seconds):
+            if moment is None:
+                parts.append([token for token in run if token < self.eot])
+            elif timestamps:
+                parts.append(f"<|{moment:.2f}|>" * len(list(run)))
+        return "".join(part if isinstance(part, str) else self._text(part) for part in parts)
+
+    def seconds(self, token: int) -> float | None:
+        """The time a timestamp token stands for, None for any other token."""
+        if token < self.timestamp_begin:
+            return None
+        return round((token - self.timestamp_begin) * TIMESTAMP_STEP, 2)
+
+    def timestamp(self, seconds: float) -> int:
+        """The timestamp token nearest to a time in the window, held between 0 and 30 s."""
+        step = round(seconds / TIMESTAMP_STEP)
+        return self.timestamp_begin + min(max(step, 0), TIMESTAMPS - 1)
+
+    def _text(self, ids: list[int]) -> str:
+        return self.bpe.decode(ids, skip_special_tokens=False)
+
+
+def load_tokens(folder: str | Path) -> WhisperTokens:
+    """The tokens of a Transformers folder: tokenizer.json and, where there, generation_config.json.
+
+    Suppressed ids come from the generation config; where it does not name them, they are derived
+    as OpenAI does. Raises InputError for a missing file, a tokenizer that is not Whisper's, or two
+    files that do not belong together.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(
+            f"{folder} has no tokenizer.json: save it there with Transformers' "
+            "WhisperTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    generation_path = folder / "generation_config.json"
+    generation = json.loads(generation_path.read_text("utf-8")) if generation_path.is_file() else {}
+    return read_tokens(json.loads(path.read_text("utf-8")), generation, str(path))
+
+
+def read_tokens(tokenizer: dict, generation: dict, name: str) -> WhisperTokens:
+    """`load_tokens` from the two parsed files; `name` is for error messages."""
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    bpe = Tokenizer.from_str(
+        json.dumps(tokenizer | {"added_tokens": [], "post_processor": None, "truncation": None})
+    )
+
+    def find(*names: str) -> int:
+        for token in names:
+            if f"<|{token}|>" in special:
+                return special[f"<|{token}|>"]
+        raise InputError(f"{name} has no token <|{names[0]}|>: it is not a Whisper tokenizer")
+
+    eot, sot, translate = find("endoftext"), find("startoftranscript"), find("translate")
+    transcribe, previous = find("transcribe"), find("startofprev")
+    # Older checkpoints call the same token <|nocaptions|>.
+    no_speech, no_timestamps = find("nospeech", "nocaptions"), find("notimestamps")
+    expected = generation.get("no_timestamps_token_id", no_timestamps)
+    if expected != no_timestamps:
+        raise InputError(
+            f"{name} has <|notimestamps|> at {no_timestamps}, the generation config at {expected}: "
+            "the two files belong to different checkpoints"
+        )
+
+    # English-only checkpoints keep GPT-2's vocabulary, whose last id is the end of text.
+    multilingual = generation.get("is_multilingual", eot != 50256)
+    languages = {token.strip("<|>"): id for token, id in special.items() if sot < id < translate}
+    controls = {sot, translate, transcribe, find("startoflm"), previous, no_speech}
+    suppressed = generation.get("suppress_tokens", sorted(non_speech(bpe) | controls))
+    suppressed_first = generation.get("begin_suppress_tokens", [*_ids(bpe, " "), eot])
+    return WhisperTokens(
+        bpe=bpe,
+        eot=eot,
+        sot=sot,
+        transcribe=transcribe,
+        translate=translate,
+        previous=previous,
+        no_speech=no_speech,
+        no_timestamps=no_timestamps,
+        multilingual=multilingual,
+        languages=languages if multilingual else {},
+        suppressed=tuple(suppressed or ()),
+        suppressed_first=tuple(suppressed_first or ()),
+    )
+
+
+def non_speech(bpe: Tokenizer) -> set[int]:
+    """Ids of speaker tags, brackets and music signs, which annotate speech and are not spoken.
+
+    As in openai-whisper: a sign counts when it is one token, with or without a space before it; of
+    the music signs the first of several tokens counts. Hyphens and apostrophes may stand inside
+    words and not begin them.
+    """
+    ids = {_ids(bpe, " -")[0], _ids(bpe, " '")[0]}
+    for sign in (*BRACKETS, *REPEATED_SIGNS.split(), *MUSIC):
+        for tokens in (_ids(bpe, sign), _ids(bpe, " " + sign)):
+            if len(tokens) == 1 or sign in MUSIC:
+                ids.add(tokens[0])
+    return ids
+
+
+def _ids(bpe: Tokenizer, text: str) -> list[int]:
+    return bpe.encode(text, add_special_tokens=False).ids
