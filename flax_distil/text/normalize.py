@@ -15,8 +15,8 @@ def normalizer(language: str | None) -> Callable[[str], str]:
 
     English: lower case, no punctuation, fillers or brackets, numbers in digits, contractions and
     British spellings unified. Basic: lower case, no punctuation or brackets; combining marks go
-    too, as in the published figures. The result has no space at either end, so a text of
-    punctuation alone becomes "". `language` is a code or a name; InputError for an unknown one.
+    too, as in the published figures. The result has no space at either end, so that an empty text
+    is "". `language` is a code or a name; InputError for an unknown one.
     """
     if language is not None and to_language_code(language) == "en":
         from whisper_normalizer.english import EnglishTextNormalizer
