@@ -32,7 +32,7 @@ def noise_excerpt(
 
 
 def mix_at_snr(
-    waveform: Float32[np.ndarray, "n"], noise: Float32[np.ndarray, "n"], snr_db: float
+    waveform: Float32[np.ndarray, "n"], noise: Float32[np.ndarray, "m"], snr_db: float
 ) -> Float32[np.ndarray, "n"]:
     """`waveform + gain · noise`, the noise `snr_db` decibels below the clip's own mean power.
 

@@ -10,14 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import SupportsIndex
 
 from tokenizers import Tokenizer
 
 from flax_distil.errors import InputError
 from flax_distil.text.languages import LANGUAGES, to_language_code
-
-Task = Literal["transcribe", "translate"]
 
 TIMESTAMPS = 1501  # <|0.00|> … <|30.00|>
 TIMESTAMP_STEP = 0.02  # seconds from one to the next
@@ -58,7 +56,7 @@ class WhisperTokens:
     def prompt(
         self,
         language: str | None = None,
-        task: Task = "transcribe",
+        task: str = "transcribe",
         timestamps: bool = False,
         previous: Sequence[int] = (),
     ) -> list[int]:
@@ -72,7 +70,7 @@ class WhisperTokens:
         start = [self.previous, *previous, self.sot] if previous else [self.sot]
         return start + self._language_task(language, task) + [self.no_timestamps] * (not timestamps)
 
-    def _language_task(self, language: str | None, task: Task) -> list[int]:
+    def _language_task(self, language: str | None, task: str) -> list[int]:
         if task not in ("transcribe", "translate"):
             raise InputError(f'there is no task "{task}": use "transcribe" or "translate"')
         code = None if language is None else to_language_code(language)
@@ -96,7 +94,7 @@ class WhisperTokens:
         """Ids of plain text; nothing in it is taken for a special token."""
         return self.bpe.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable[int], timestamps: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], timestamps: bool = False) -> str:
         """Text of ids, special tokens left out; `timestamps` writes those as `<|1.08|>`."""
         parts = []
         for moment, run in groupby(map(int, ids), self.seconds):
