@@ -49,6 +49,150 @@ class FetchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitStudentConfig:
+    """Make a student out of a teacher's layers (paper section 3)."""
+
+    teacher: str
+    """Transformers folder, hub name or fetched name of the teacher."""
+    output_dir: Path
+    """Folder to write the student to."""
+    decoder_layers: int | tuple[int, ...] = 2
+    """How many decoder layers, maximally spaced (2 of 32: 0 and 31), or which ones, from 0."""
+    encoder_layers: int | tuple[int, ...] | None = None
+    """How many encoder layers, or which; all where not given, as in the paper."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The objective: kl · KL(teacher ‖ student) · T² + ce · CE(label) + mse · MSE(hidden states)."""
+
+    kl: float = 0.8
+    """Weight of the KL divergence (paper 0.8; the published code has 1.0)."""
+    ce: float = 1.0
+    """Weight of the cross-entropy on pseudo-labels (paper 1.0; the published code has 0.8)."""
+    mse: float = 0.0
+    """Weight of the hidden states' mean squared error (paper's appendix D.2)."""
+    temperature: float = 2.0
+    """Softmax temperature of the KL term in training; evaluation always has 1."""
+    label_smoothing: float = 0.0
+    """Share of the label's probability that is spread over the vocabulary in the cross-entropy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and linear decay (paper table 15)."""
+
+    steps: int = 80_000
+    """Updates in the whole run."""
+    learning_rate: float = 1e-4
+    """The peak, reached at the end of the warm-up."""
+    warmup_steps: int = 500
+    """Updates of linear warm-up; then the rate falls linearly to 0 at `steps`."""
+    beta1: float = 0.9
+    """Decay of the gradient's mean."""
+    beta2: float = 0.999
+    """Decay of the gradient's mean square."""
+    epsilon: float = 1e-8
+    """Added to the root of the mean square."""
+    weight_decay: float = 0.0
+    """Decoupled decay of kernels and embeddings; biases and layer norms are never decayed."""
+    max_gradient_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the step is computed; changes speed and memory, not what is computed."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of matrix products; parameters, softmax, norms and losses are float32."""
+    accumulation: int = 1
+    """Micro-batches a batch is cut into; gradients and schedule are those of the whole batch."""
+    remat: bool = False
+    """Recompute student layers in the backward pass (gradient checkpointing)."""
+    scan_layers: bool = False
+    """One scanned layer instead of N unrolled ones: compiles faster on accelerators."""
+    data: int = -1
+    """Devices on the mesh's data axis; -1 takes what the other two leave."""
+    fsdp: int = 1
+    """Devices that parameters and optimizer state are spread over; the batch is as well."""
+    tensor: int = 1
+    """Devices that heads, feed-forward channels and the vocabulary are spread over."""
+    fsdp_min_elements: int = 1 << 20
+    """Arrays smaller than this are kept whole on every device of the fsdp axis."""
+    peak_flops: float | None = None
+    """Peak FLOP/s of one device, for the MFU; measured with a matrix product where not given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """Word error rate by generation, during training."""
+
+    labels: tuple[Path, ...] = ()
+    """Label stores or manifests; the best checkpoint has the lowest macro-average over them."""
+    every: int = 5_000
+    """Updates between validations; there is one at the end as well."""
+    batch_size: int = 16
+    """Clips decoded at once."""
+    max_clips: int | None = None
+    """At most so many clips of each set."""
+    patience: int | None = None
+    """Stop after so many validations without a new best; never where not given."""
+    samples: int = 3
+    """Transcripts logged beside their references at each validation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where a run is kept and how it is watched; none of it changes the numbers."""
+
+    resume: Literal["no", "auto", "must"] = "no"
+    """no: the folder must have no checkpoints; must: it has to; auto: continue if there are some."""
+    save_every: int = 1_000
+    """Updates between checkpoints; there is one at the end and on SIGTERM as well."""
+    keep: int = 2
+    """Latest checkpoints kept, beside the best."""
+    log_every: int = 1
+    """Updates between lines on the console and in metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb: str | None = None
+    """Weights & Biases project to log to (extra `wandb`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Train a student on pseudo-labels and the teacher's distributions (paper section 3)."""
+
+    teacher: str
+    """Transformers folder, hub name or fetched name of the teacher."""
+    student: str
+    """Folder of the student to train, as init-student writes it."""
+    labels: tuple[Path, ...]
+    """Label stores to train on, as pseudo-label and filter write them."""
+    output_dir: Path
+    """The run's folder: checkpoints, metrics, recipe."""
+    batch_size: int = 256
+    """Clips in one update, over all devices."""
+    train_encoder: bool = False
+    """Train the encoder as well; it is then no longer shared with the teacher."""
+    max_skipped: int = 10
+    """Stop after so many non-finite updates in a row."""
+    seed: int = 0
+    """Of the data order and all that is random in the step."""
+    loss: LossConfig = LossConfig()
+    """Weights and temperature."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its schedule."""
+    compute: ComputeConfig = ComputeConfig()
+    """Precision, accumulation, mesh."""
+    validation: ValidationConfig = ValidationConfig()
+    """Word error rates during training."""
+    run: RunConfig = RunConfig()
+    """Resume, checkpoints, logs."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     """Judge models side by side on the same clips: WER and its parts, speed, parameters."""
 
@@ -131,13 +275,7 @@ def load_recipe(path: str | Path, cls: type[Config]) -> Config:
         InputError: the file cannot be read, has an unknown key, a value of another type, or lacks
             a field without a default.
     """
-    values = recipe_values(path, cls)
-    lacking = [
-        field.name for field in _fields(cls) if _required(field) and field.name not in values
-    ]
-    if lacking:
-        raise InputError(f"{path} has no {', '.join(lacking)}: {cls.__name__} needs it")
-    return cls(**values)
+    return _built(str(path), cls, recipe_values(path, cls))
 
 
 def recipe_values(path: str | Path, cls: type) -> dict[str, Any]:
@@ -165,8 +303,7 @@ def save_recipe(config: Any, path: str | Path) -> None:
     Other stages' tables that are in the file already stay.
     """
     path, stage = Path(path), stage_name(type(config))
-    document = tomlkit.parse(path.read_text(encoding="utf-8")) if path.exists() else {}
-    document = tomlkit.document() if not document else document
+    document = tomlkit.parse(path.read_text(encoding="utf-8") if path.exists() else "")
     document[stage] = _plain(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(tomlkit.dumps(document), encoding="utf-8")
@@ -188,6 +325,19 @@ def _plain(value: Any) -> Any:
     return str(value) if value is None or isinstance(value, Path) else value
 
 
+def _built(where: str, cls: type[Config], values: dict[str, Any]) -> Config:
+    lacking = [
+        field.name
+        for field in _fields(cls)
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and field.name not in values
+    ]
+    if lacking:
+        raise InputError(f"{where} has no {', '.join(lacking)}: {cls.__name__} needs it")
+    return cls(**values)
+
+
 def _typed_fields(where: str, table: Any, cls: type) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise InputError(f"{where} = {table!r} must be a table with the fields of {cls.__name__}")
@@ -202,8 +352,8 @@ def _typed(where: str, value: Any, hint: Any) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _typed_union(where, value, args)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return hint(**_typed_fields(where, value, hint))  # type: ignore[operator]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _built(where, hint, _typed_fields(where, value, hint))
     if hint is type(None) and value == "None":
         return None
     if origin is Literal and any(value == one and type(value) is type(one) for one in args):
@@ -225,6 +375,9 @@ def _typed(where: str, value: Any, hint: Any) -> Any:
 
 def _typed_union(where: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     """The first kind that fits, no value before all others."""
+    some = [kind for kind in kinds if kind is not type(None)]
+    if len(some) == 1 and value != "None":  # the complaint is then about this kind's own content
+        return _typed(where, value, some[0])
     for kind in sorted(kinds, key=lambda kind: kind is not type(None)):
         try:
             return _typed(where, value, kind)
@@ -266,7 +419,3 @@ def _check_names(where: str, names: list[str], known: Any, kind: str) -> None:
 
 def _fields(cls: Any) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(cls)
-
-
-def _required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

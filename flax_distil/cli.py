@@ -1,0 +1,132 @@
+"""`flax-distil <verb>`: the verbs are the stages, their flags the fields of the stage's config.
+
+Nothing heavy is imported before the verb is known, so that `--help` answers at once.
+"""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated, Any, NamedTuple, Union
+
+import tyro
+
+from flax_distil import config
+from flax_distil.errors import InputError
+
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
+
+
+class Verb(NamedTuple):
+    """A stage on the command line; `room` is the module whose `run` takes the config."""
+
+    config: type
+    room: str
+    example: str
+
+
+VERBS = {
+    "fetch": Verb(config.FetchConfig, "flax_distil.fetch", "whisper-tiny.en whisper-base"),
+    "evaluate": Verb(
+        config.EvaluateConfig,
+        "flax_distil.evaluate",
+        "--models whisper-base runs/student --datasets clips.jsonl openslr/librispeech_asr",
+    ),
+    "export": Verb(
+        config.ExportConfig, "flax_distil.export", "runs/distill --output-dir student --verify"
+    ),
+    "transcribe": Verb(
+        config.TranscribeConfig,
+        "flax_distil.transcribe",
+        "talk.mp3 film.mkv --model student --format json --output-dir texts",
+    ),
+}
+
+DESCRIPTION = """Distil-Whisper in JAX: label speech with a teacher, teach a student, judge it, \
+hand it over.
+
+Each verb explains itself: flax-distil VERB --help. Any verb takes --recipe FILE.toml, whose \
+values are the defaults that its flags override. flax-distil --version names the version."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb. Status 0: done; 1: some inputs failed; 2: wrong input; 130: interrupted.
+
+    Anything else that goes wrong is a bug, and keeps its traceback.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"flax-distil {version('flax-distil')}")
+        return 0
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    logging.getLogger("flax_distil").setLevel(logging.INFO)
+    try:
+        stage = parse(arguments)
+        import_module(VERBS[config.stage_name(type(stage))].room).run(stage)
+    except InputError as error:
+        print(f"flax-distil: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print("flax-distil: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The config of the verb that the arguments name; exits like any parser on `--help`.
+
+    Raises:
+        InputError: the recipe cannot be used.
+    """
+    arguments, recipe = _split_recipe(arguments)
+    named = arguments[0] if arguments else None
+    verbs = []
+    for name, verb in VERBS.items():
+        default = {}
+        if recipe is not None and name == named:
+            default = {"default": _partial(verb.config, config.recipe_values(recipe, verb.config))}
+        help = f"{verb.config.__doc__}\n\nExample: flax-distil {name} {verb.example}"
+        subcommand = tyro.conf.subcommand(name, description=help, **default)
+        verbs.append(Annotated[verb.config, subcommand])
+    return tyro.cli(
+        Union[tuple(verbs)],  # type: ignore[arg-type]  # noqa: UP007
+        prog="flax-distil",
+        description=DESCRIPTION,
+        args=list(arguments),
+    )
+
+
+def _split_recipe(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """The arguments without `--recipe FILE`, and the file."""
+    rest, recipe = [], None
+    words = iter(arguments)
+    for word in words:
+        if word == "--recipe":
+            recipe = next(words, None)
+            if recipe is None:
+                raise InputError("--recipe needs a file: --recipe recipes/smoke.toml")
+        elif word.startswith("--recipe="):
+            recipe = word.removeprefix("--recipe=")
+        else:
+            rest.append(word)
+    return rest, recipe
+
+
+def _partial(cls: type, values: dict[str, Any]) -> Any:
+    """A `cls` with some fields set; the parser asks for what has neither a value nor a default."""
+    # Not through the constructor, whose checks want a whole config; the parser calls it in the end.
+    partial = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        elif default is dataclasses.MISSING:
+            default = tyro.MISSING
+        object.__setattr__(partial, field.name, values.get(field.name, default))
+    return partial
+
+
+if __name__ == "__main__":
+    sys.exit(main())

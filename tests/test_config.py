@@ -1,0 +1,117 @@
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from flax_distil.config import EvaluateConfig, load_recipe, save_recipe, stage_name
+from flax_distil.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    warm_up: int
+    peak: float = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    student: Path
+    schedule: Schedule
+    layers: int | tuple[int, ...] = 2
+    betas: tuple[float, float] = (0.9, 0.999)
+    kind: Literal["best", "latest"] | int = "best"
+    limit: int | None = 5
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    sets: tuple[str, ...] = ()
+    tied: bool = True
+    name: str | None = None
+    more: Schedule | None = None
+
+
+FULL = DistillConfig(
+    student=Path("runs/student"),
+    schedule=Schedule(500, 3e-5),
+    layers=(0, 3),
+    kind=1200,
+    limit=None,
+    weights={"a": 0.5, "b": 2.0},
+    sets=("x", 'quote " and ü'),
+    tied=False,
+    more=Schedule(1),
+)
+
+
+@pytest.mark.parametrize("config", [FULL, DistillConfig(Path("s"), Schedule(1))])
+def test_a_recipe_that_was_saved_is_read_back_equal(tmp_path, config):
+    save_recipe(config, tmp_path / "runs" / "recipe.toml")
+    assert load_recipe(tmp_path / "runs" / "recipe.toml", DistillConfig) == config
+
+
+def test_one_file_holds_several_stages(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("# why this run\n[pseudo_label]\nsource = 'x'\n")
+    judge = EvaluateConfig(models=("a",), datasets=("b", "c"))
+    save_recipe(FULL, path)
+    save_recipe(judge, path)
+    assert load_recipe(path, EvaluateConfig) == judge
+    assert load_recipe(path, DistillConfig) == FULL
+    assert "# why this run" in path.read_text()
+
+
+def test_the_fields_of_one_stage_may_stand_alone(tmp_path):
+    path = tmp_path / "evaluate.toml"
+    path.write_text('models = ["a"]\ndatasets = ["b"]\nbatch-size = 3\n')
+    assert load_recipe(path, EvaluateConfig) == EvaluateConfig(("a",), ("b",), batch_size=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[evaluate]\nmodles = []", r"no field modles \(did you mean models\?\)"),
+        ("[evaluat]\nmodels = []", "no field evaluat"),
+        ("[evaluate]\n[destill]", r"no stage destill \(did you mean distill\?\)"),
+        ("[distill]\nx = 1", r"no table \[evaluate\]; it has distill"),
+        ("models = ['a']", "no datasets: EvaluateConfig needs it"),
+        ("models = 'a'", "models = 'a' is a text; it must be a list of a text"),
+        ("models = [1]", "models = 1 is of type int; it must be a text"),
+        ("batch_size = true", "batch_size = True is true or false; it must be a whole number"),
+        ("batch_size = 2.5", "must be a whole number"),
+        ("max_clips = 'all'", "max_clips = 'all' is a text; it must be a whole number"),
+        ("dtype = 'float8'", "must be one of 'float32', 'bfloat16'"),
+        ("evaluate = 3", "must be a table with the fields of EvaluateConfig"),
+        ("a = = 3", "is no TOML"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_is_said_in_a_sentence(tmp_path, text, complaint):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=complaint):
+        load_recipe(path, EvaluateConfig)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("student = 's'\n[schedule]\nwarmup = 3", r"schedule has no field warmup \(did you mean"),
+        ("student = 's'\n[schedule]\npeak = 3", "schedule has no warm_up: Schedule needs it"),
+        ("student = 's'\nbetas = [0.9]", "must be a list of a number, a number"),
+        ("student = 's'\nlayers = 'two'", "must be a whole number or a list of a whole number"),
+        ("student = 's'\n[more]\npeak = 'x'", "more peak = 'x' is a text; it must be a number"),
+    ],
+)
+def test_nested_and_alternative_types_are_checked_too(tmp_path, text, complaint):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=complaint):
+        load_recipe(path, DistillConfig)
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.toml cannot be read"):
+        load_recipe(tmp_path / "none.toml", EvaluateConfig)
+
+
+def test_stages_are_named_after_their_verbs():
+    assert stage_name(EvaluateConfig) == "evaluate"
+    assert stage_name(type("PseudoLabelConfig", (), {})) == "pseudo-label"
