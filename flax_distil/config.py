@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import tomlkit
 import tomlkit.exceptions
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
 from flax_distil.errors import InputError
 
@@ -46,6 +46,91 @@ class FetchConfig:
     output_dir: Path | None = None
     """Folder that receives one Transformers folder a name; without it, the cache, where every
     other verb finds a model by its name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where speech comes from, and which columns hold what."""
+
+    source: Positional[str]
+    """Hub name, folder of audio (with metadata.csv or .jsonl, or none), JSONL manifest, Parquet
+    (folder, file or glob), folder saved by `datasets`, or a label store."""
+    config: str | None = None
+    """Configuration of a hub dataset, such as clean."""
+    split: str | None = None
+    """Split to read; needed where there are several."""
+    revision: str | None = None
+    """Commit or tag of a hub dataset."""
+    streaming: bool = False
+    """Read a hub dataset while it downloads, keeping nothing on disk."""
+    limit: int | None = None
+    """Only the first so many utterances."""
+    language: str | None = None
+    """Language of utterances whose row names none."""
+    audio_column: str | None = None
+    """Column of the audio; without it, the first of the usual names, as for all columns below."""
+    text_column: str | None = None
+    """Column of the reference text."""
+    id_column: str | None = None
+    """Column of the utterance's name."""
+    speaker_column: str | None = None
+    """Column of the speaker."""
+    language_column: str | None = None
+    """Column of the language."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoLabelConfig:
+    """Let a teacher write down a dataset: Parquet shards that continue where they were killed."""
+
+    data: OmitArgPrefixes[DataConfig]
+    """What to label."""
+    model: str
+    """Transformers folder, hub name or fetched name of the teacher."""
+    output_dir: Path
+    """Folder of the label store."""
+    task: Literal["transcribe", "translate"] = "transcribe"
+    """Write in the language spoken, or in English."""
+    timestamps: bool = False
+    """Let the teacher write timestamps, so that the student can learn them."""
+    max_tokens: int = 224
+    """Longest label in tokens."""
+    dtype: Dtype = "float32"
+    """Precision of the teacher; softmax and layer norms stay in float32."""
+    batch_size: int = 16
+    """Clips decoded at a time."""
+    shard_size: int = 512
+    """Utterances in one shard: what a kill can cost."""
+    store_audio: Literal["embed", "reference"] = "embed"
+    """Keep the audio in the shards as 16 kHz FLAC, or only the path of the original file."""
+    workers: int = 4
+    """Threads that decode audio."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterConfig:
+    """Keep the labels one can trust: WER against the reference below a threshold (paper table 10)."""
+
+    source: Positional[Path]
+    """Folder of the label store."""
+    output_dir: Path
+    """Folder for the labels that are kept, a label store again."""
+    max_wer: float | None = 10.0
+    """Keep labels whose WER, in percent, is below this; None judges without references."""
+    max_duration: float = 30.0
+    """Keep clips of at most so many seconds."""
+    max_label_tokens: int = 444
+    """Keep labels of at most so many tokens: Whisper's context of 448 less the longest prompt."""
+    min_mean_log_probability: float | None = None
+    """Keep labels the teacher was at least so sure of, reference or not; Whisper doubts below -1."""
+    max_compression_ratio: float | None = None
+    """Keep labels that compress at most so far, reference or not; above 2.4 is mostly a loop."""
+    allow_missing_reference: bool = False
+    """Keep clips without a reference though nothing judges them."""
+    thresholds: tuple[float, ...] = (5.0, 10.0, 15.0, 20.0, 40.0, 80.0, 100.0)
+    """WER thresholds of the printed table, in percent."""
+    overwrite: bool = False
+    """Replace the output folder where it is there already."""
 
 
 @dataclasses.dataclass(frozen=True)
