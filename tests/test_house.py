@@ -4,8 +4,9 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "flax_distil"
-ROOMS = """errors cache config parallel text audio model decode transcribe
-           data pseudo_label distill evaluate export fetch demo cli""".split()
+ORDER = """errors, cache, config, parallel, text, audio, model, decode, transcribe, data, \
+pseudo_label, distill, evaluate, export, fetch, demo, cli"""
+ROOMS = ORDER.split(", ")
 
 
 def imported(path: Path) -> set[str]:
