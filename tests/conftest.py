@@ -45,3 +45,24 @@ def tiny_dims() -> WhisperDims:
         encoder_ffn=64,
         decoder_ffn=64,
     )
+
+
+@pytest.fixture(scope="session")
+def random_folders(tiny_en_folder, tmp_path_factory) -> tuple[Path, Path]:
+    """A small English teacher of random numbers and its one-layer student, as folders."""
+    import jax
+
+    from flax_distil.model.checkpoint import Checkpoint, save_checkpoint
+    from flax_distil.model.dims import dims_to_hf
+    from flax_distil.model.generation import generation_config, token_ids
+    from flax_distil.model.spec import Spec
+    from flax_distil.model.student import init_student
+
+    dims = WhisperDims(80, 51_864, 16, 1, 2, 2, 2, 64, 64)
+    params = jax.device_get(Spec(dims).init(jax.random.key(0)))
+    config = dims_to_hf(dims) | token_ids(dims)
+    teacher = Checkpoint(dims, params, config, generation_config(dims), tiny_en_folder)
+    folder = tmp_path_factory.mktemp("random")
+    save_checkpoint(teacher, folder / "teacher")
+    save_checkpoint(init_student(teacher, 1), folder / "student")
+    return folder / "teacher", folder / "student"
