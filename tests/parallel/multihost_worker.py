@@ -1,0 +1,56 @@
+"""One host of tests/parallel/test_multihost.py: `python multihost_worker.py SCENARIO`."""
+
+import logging
+import os
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_distil.parallel import multihost
+
+
+def add_over_hosts() -> None:
+    """Sum of rows that lie on different hosts, and what each host would read and write."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    sharding = jax.NamedSharding(mesh, jax.P("data"))
+    rows = np.arange(6.0)
+    mine = rows[multihost.host_slice(len(rows))]
+    total = jax.jit(jnp.sum)(jax.make_array_from_process_local_data(sharding, mine))
+    print(f"sum {float(total)} mine {mine.tolist()} main {multihost.is_main_host()}")
+    multihost.barrier("end", timeout=20)
+
+
+def wait_for_absent_host() -> None:
+    if multihost.is_main_host():
+        try:
+            multihost.barrier("save-7", timeout=2)
+        except TimeoutError as error:
+            print(error)
+        multihost.barrier("later", timeout=20)
+    else:
+        time.sleep(3)
+        try:
+            multihost.barrier("save-7", timeout=1)
+        except TimeoutError as error:
+            print(error)
+        multihost.barrier("later", timeout=20)
+    try:
+        multihost.barrier("later", timeout=1)
+    except ValueError as error:
+        print(error)
+
+
+def lose_a_host() -> None:
+    if not multihost.is_main_host():
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    multihost.start(heartbeat=int(os.environ.get("HEARTBEAT", "30")), connect=60)
+    globals()[sys.argv[1]]()

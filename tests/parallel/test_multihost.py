@@ -1,0 +1,123 @@
+"""Two real processes on loopback: they find each other, wait, and end together."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from flax_distil.errors import InputError
+from flax_distil.parallel import multihost
+from flax_distil.parallel.multihost import Place, find_place, host_slice
+
+WORKER = Path(__file__).with_name("multihost_worker.py")
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def run_hosts(scenario: str, hosts: int = 2, **variables: str) -> list[tuple[int, str]]:
+    """Exit status and output of each host of a scenario."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = []
+    for host in range(hosts):
+        place = dict(zip(VARIABLES, (address, str(hosts), str(host)), strict=True))
+        own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(WORKER.parents[2])}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, WORKER, scenario],
+                env=os.environ | own | place | variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        return [(process.wait(60), process.stdout.read()) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.stdout.close()
+
+
+def test_two_hosts_add_up():
+    (status_0, output_0), (status_1, output_1) = run_hosts("add_over_hosts")
+    assert (status_0, status_1) == (0, 0), output_0 + output_1
+    assert "sum 15.0 mine [0.0, 1.0, 2.0] main True" in output_0
+    assert "sum 15.0 mine [3.0, 4.0, 5.0] main False" in output_1
+    assert "host 0 of 2" in output_0
+
+
+def test_barrier_names_the_absent_host():
+    (status_0, output_0), (status_1, output_1) = run_hosts("wait_for_absent_host")
+    assert (status_0, status_1) == (0, 0), output_0 + output_1
+    assert f"'save-7': host 1 ({socket.gethostname()}) did not come within 2 s; 1 of 2" in output_0
+    assert "this host came after the others" in output_1
+    assert "'later' was used before" in output_0
+
+
+def test_killed_host_ends_the_others():
+    begin = time.monotonic()
+    (status_0, output_0), (status_1, _) = run_hosts("lose_a_host", HEARTBEAT="5")
+    assert status_1 == -9
+    assert status_0 not in (0, None)
+    assert "unhealthy (stopped sending heartbeats):\n1" in output_0
+    assert time.monotonic() - begin < 40
+
+
+def test_one_host_needs_nothing():
+    multihost.start()
+    assert not jax.distributed.is_initialized()
+    assert multihost.is_main_host()
+    multihost.barrier("alone", timeout=0)
+    assert host_slice(5) == slice(0, 5)
+
+
+@pytest.mark.parametrize(("count", "hosts"), [(8, 2), (7, 4), (3, 4), (0, 2)])
+def test_slices_cover_everything_once(count, hosts):
+    parts = [list(range(count))[host_slice(count, host, hosts)] for host in range(hosts)]
+    assert [thing for part in parts for thing in part] == list(range(count))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_place_from_arguments_and_environment(monkeypatch):
+    assert find_place() is None
+    assert find_place("a:1", 2, 1) == Place("a:1", 2, 1)
+    for name, value in zip(VARIABLES, ("b:2", "4", "3"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert find_place() == Place("b:2", 4, 3)
+    assert find_place(process=0) == Place("b:2", 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("a:1", None, None), "JAX_NUM_PROCESSES, JAX_PROCESS_ID is not"),
+        (("a", 2, 0), "write a:8476"),
+        (("a:1", 2, 2), "process 2 of 2"),
+        (("a:1", "two", 0), "JAX_NUM_PROCESSES = two"),
+    ],
+)
+def test_contradictions_are_explained(arguments, complaint):
+    with pytest.raises(InputError, match=complaint):
+        find_place(*arguments)
+
+
+def test_compiled_programs_are_kept(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        multihost.keep_compiled(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
