@@ -121,7 +121,8 @@ def _whole(name: str, value: Any) -> int:
 
 def _on_tpu() -> bool:
     """Whether JAX means to use TPUs; it says so itself on a machine with chips and libtpu."""
-    return "tpu" in (jax.config.read("jax_platforms") or "").split(",")
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    return "tpu" in (platforms or "").split(",")
 
 
 def _announce() -> None:

@@ -1,0 +1,122 @@
+"""From two checkpoints and a configuration to what the train step takes."""
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_distil.config import DistillConfig
+from flax_distil.distill.step import Frozen, Plan
+from flax_distil.errors import InputError
+from flax_distil.model.checkpoint import Checkpoint
+from flax_distil.model.dims import WhisperDims
+from flax_distil.model.spec import Params, Spec, stack_layers, unstack_layers
+from flax_distil.model.student import layer_map, same_arrays
+
+log = logging.getLogger(__name__)
+
+
+def make_plan(config: DistillConfig, teacher: WhisperDims, student: WhisperDims) -> Plan:
+    """The static half of the step.
+
+    Raises:
+        InputError: teacher and student cannot be compared token by token, or numbers of the
+            configuration make no sense.
+    """
+    check_pair(teacher, student)
+    check_numbers(config)
+    compute = config.compute
+    return Plan(
+        teacher=Spec(teacher, compute.dtype, compute.scan_layers),
+        student=Spec(student, compute.dtype, compute.scan_layers, compute.remat),
+        loss=config.loss,
+        optimizer=config.optimizer,
+        layer_map=layer_map(student.decoder_layers, teacher.decoder_layers),
+        accumulation=compute.accumulation,
+    )
+
+
+def check_pair(teacher: WhisperDims, student: WhisperDims) -> None:
+    """Raises InputError where teacher and student differ in more than layers and head counts."""
+    for name in ("vocab", "width", "mels", "audio_positions", "text_positions"):
+        theirs, ours = getattr(teacher, name), getattr(student, name)
+        if theirs != ours:
+            raise InputError(
+                f"the teacher has {name} {theirs} and the student {ours}: make the student of "
+                "this teacher with init-student"
+            )
+
+
+def check_numbers(config: DistillConfig) -> None:
+    """Raises InputError for settings that could not train anything."""
+    loss, optimizer = config.loss, config.optimizer
+    if min(loss.kl, loss.ce, loss.mse) < 0 or loss.kl + loss.ce + loss.mse == 0:
+        raise InputError(
+            f"loss weights kl {loss.kl}, ce {loss.ce}, mse {loss.mse}: none may be negative and "
+            "one must be positive"
+        )
+    if loss.temperature <= 0:
+        raise InputError(f"temperature {loss.temperature} must be positive: the paper has 2")
+    if not 0 <= loss.label_smoothing < 1:
+        raise InputError(f"label smoothing {loss.label_smoothing} must be at least 0 and below 1")
+    if optimizer.steps < 1 or not 0 <= optimizer.warmup_steps <= optimizer.steps:
+        raise InputError(
+            f"{optimizer.warmup_steps} warm-up steps do not fit into {optimizer.steps} steps: "
+            "choose fewer"
+        )
+    for name in ("accumulation", "fsdp", "tensor"):
+        if getattr(config.compute, name) < 1:
+            raise InputError(f"{name} {getattr(config.compute, name)} must be 1 or more")
+
+
+def split_parameters(
+    plan: Plan, teacher: Checkpoint, student: Checkpoint, train_encoder: bool
+) -> tuple[Params, Frozen]:
+    """Trainable parameters (float32) and all others, as numpy, in the plan's form.
+
+    The encoder is shared where it is frozen and the teacher's to the last bit; a truncated or
+    otherwise different one is kept apart. Positions of a trained encoder stay fixed sinusoids.
+    Frozen matrices are stored in the type they are multiplied in, which changes no result.
+    """
+    form = stack if plan.student.scan_layers else dict
+    encoder, decoder = (form(student.params[half]) for half in ("encoder", "decoder"))
+    theirs = {half: narrow(form(teacher.params[half]), plan) for half in ("encoder", "decoder")}
+    if train_encoder:
+        positions = {"positions": encoder.pop("positions")}
+        return {"encoder": encoder, "decoder": decoder}, Frozen(theirs, positions)
+    if same_arrays(student.params["encoder"], teacher.params["encoder"]):
+        return {"decoder": decoder}, Frozen(theirs, {})
+    log.info("the student's encoder is not the teacher's: both run in each step")
+    return {"decoder": decoder}, Frozen(theirs, narrow(encoder, plan))
+
+
+def whole_student(trainable: Params, frozen: Frozen) -> Params:
+    """All of the student's parameters, where they are: for decoding and saving."""
+    own = frozen.student_encoder | trainable.get("encoder", {})
+    return {"encoder": own or frozen.teacher["encoder"], "decoder": trainable["decoder"]}
+
+
+def trained_checkpoint(trainable: Params, student: Checkpoint, scanned: bool) -> Checkpoint:
+    """`student` with the trained numbers in place of its own."""
+    params = dict(student.params)
+    for half, trained in trainable.items():
+        trained = jax.tree.map(np.asarray, unstack_layers(trained) if scanned else trained)
+        params[half] = params[half] | trained
+    return Checkpoint(student.dims, params, student.config, student.generation, student.source)
+
+
+def stack(half: Params) -> Params:
+    """`stack_layers`, on the host."""
+    return jax.tree.map(np.asarray, stack_layers(half))
+
+
+def narrow(tree: Any, plan: Plan) -> Any:
+    """Kernels and embeddings in the type of the computation, all else in float32."""
+
+    def cast(path: tuple, leaf: Any) -> Any:
+        wide = path[-1].key not in ("kernel", "embedding", "positions")
+        return np.asarray(leaf) if wide else np.asarray(leaf).astype(jnp.dtype(plan.teacher.dtype))
+
+    return jax.tree_util.tree_map_with_path(cast, tree)

@@ -1,0 +1,142 @@
+"""One train step: state, teacher and batch in, state and metrics out.
+
+The frozen encoder runs once, its output feeds teacher and student; the teacher runs outside the
+differentiated function; only the trainable parameters have gradients and moments.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from flax_distil.audio.log_mel import log_mel
+from flax_distil.config import LossConfig, OptimizerConfig
+from flax_distil.data.batches import Batch
+from flax_distil.distill.losses import Losses, cross_entropy, hidden_mse, kl_divergence, objective
+from flax_distil.distill.state import TrainState, apply_gradients, learning_rate
+from flax_distil.model.spec import Params, Spec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides the program, and none of its numbers: static under jit.
+
+    layer_map: teacher layer for each student layer, for the MSE of hidden states.
+    """
+
+    teacher: Spec
+    student: Spec
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    layer_map: tuple[int, ...] = ()
+    accumulation: int = 1
+
+
+class Frozen(NamedTuple):
+    """Parameters that are read and never written.
+
+    teacher: the whole teacher.
+    student_encoder: the part of the student's encoder that is neither trained nor the teacher's:
+        empty when the encoder is shared, all of a truncated one, the positions of a trained one.
+    """
+
+    teacher: Params
+    student_encoder: Params
+
+
+class Guide(NamedTuple):
+    """What the student is given: audio states, and the teacher's final and inner hidden states."""
+
+    audio: Array
+    hidden: Array
+    every: Any
+
+
+def train_step(
+    state: TrainState, frozen: Frozen, batch: Batch, plan: Plan
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update on a whole batch, in `plan.accumulation` micro-batches.
+
+    Losses and gradients are sums over micro-batches divided by the batch's number of label tokens,
+    so that the cut changes memory and nothing else. A non-finite loss or gradient leaves parameters
+    and moments untouched and is counted.
+    """
+    tokens = jnp.maximum(jnp.sum(batch.weights), 1)
+
+    def accumulate(sums: tuple[Losses, Params], micro: Batch) -> tuple[Any, None]:
+        guide = teach(frozen, micro, plan)
+
+        def loss(params: Params) -> tuple[Array, Losses]:
+            losses = student_losses(params, frozen, guide, micro, plan)
+            losses = jax.tree.map(lambda total: total / tokens, losses)
+            return objective(losses, plan.loss), losses
+
+        gradients, losses = jax.grad(loss, has_aux=True)(state.params)
+        return jax.tree.map(jnp.add, sums, (losses, gradients)), None
+
+    zero = jnp.zeros((), jax.tree.leaves(state.params)[0].dtype)
+    start = (Losses(zero, zero, zero), jax.tree.map(jnp.zeros_like, state.params))
+    (losses, gradients), _ = jax.lax.scan(accumulate, start, micro_batches(batch, plan))
+    total, norm = objective(losses, plan.loss), optax.global_norm(gradients)
+    finite = jnp.isfinite(total) & jnp.isfinite(norm)
+    after = apply_gradients(state, gradients, finite, plan.optimizer)
+    return after, losses._asdict() | {
+        "loss": total,
+        "gradient_norm": norm,
+        "learning_rate": learning_rate(state.step, plan.optimizer),
+        "tokens": jnp.sum(batch.weights),
+        "skipped": after.skipped,
+        "skipped_in_row": after.skipped_in_row,
+    }
+
+
+def evaluation_losses(
+    params: Params, frozen: Frozen, batch: Batch, plan: Plan
+) -> tuple[Losses, Float[Array, ""]]:
+    """Sums of the parts at temperature 1, without smoothing, and the number of label tokens."""
+    plan = replace(plan, loss=replace(plan.loss, temperature=1.0, label_smoothing=0.0))
+    guide = teach(frozen, batch, plan)
+    return student_losses(params, frozen, guide, batch, plan), jnp.sum(batch.weights)
+
+
+def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
+    """Encoder and teacher, outside of all differentiation."""
+    encoder = plan.teacher.encoder(frozen.teacher["encoder"])
+    audio_BSD = encoder(log_mel(batch.waveforms, plan.teacher.dims.mels))
+    decoder = plan.teacher.decoder(frozen.teacher["decoder"])
+    hidden_BLD, every_NBLD = decoder.hidden_states(batch.tokens, audio_BSD)
+    return Guide(audio_BSD, hidden_BLD, every_NBLD)
+
+
+def student_losses(
+    params: Params, frozen: Frozen, guide: Guide, batch: Batch, plan: Plan
+) -> Losses:
+    """Sums of the parts over the batch's label tokens."""
+    audio_BSD = guide.audio
+    if own := frozen.student_encoder | params.get("encoder", {}):
+        audio_BSD = plan.student.encoder(own)(log_mel(batch.waveforms, plan.student.dims.mels))
+    student = plan.student.decoder(params["decoder"])
+    hidden_BLD, every_NBLD = student.hidden_states(batch.tokens, audio_BSD)
+    config, weights_BL = plan.loss, batch.weights
+    kl = ce = mse = jnp.zeros(())
+    logits_BLV = student.logits(hidden_BLD)
+    if config.kl:
+        teacher_BLV = plan.teacher.decoder(frozen.teacher["decoder"]).logits(guide.hidden)
+        kl = kl_divergence(teacher_BLV, logits_BLV, weights_BL, config.temperature)
+    if config.ce:
+        ce = cross_entropy(logits_BLV, batch.targets, weights_BL, config.label_smoothing)
+    if config.mse:
+        mse = hidden_mse(guide.every, every_NBLD, weights_BL, plan.layer_map)
+    return Losses(kl, ce, mse)
+
+
+def micro_batches(batch: Batch, plan: Plan) -> Batch:
+    """Rows as [accumulation, rows, …]: every k-th row, so that each stays on its device."""
+
+    def cut(rows: Array) -> Array:
+        return rows.reshape(-1, plan.accumulation, *rows.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(cut, batch)

@@ -1,0 +1,139 @@
+"""A student out of a teacher's layers: copying is indexing (paper section 3, figure 1)."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flax_distil.config import InitStudentConfig
+from flax_distil.errors import InputError
+from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from flax_distil.model.dims import dims_to_hf
+from flax_distil.model.spec import Params
+
+log = logging.getLogger(__name__)
+
+
+def run(config: InitStudentConfig) -> Path:
+    """Write the student of `config.teacher` to `config.output_dir` and return that folder."""
+    teacher = load_checkpoint(config.teacher)
+    student = init_student(teacher, config.decoder_layers, config.encoder_layers)
+    save_checkpoint(student, config.output_dir)
+    log.info(
+        "student: %d of %d encoder and %d of %d decoder layers of %s → %s",
+        *(student.dims.encoder_layers, teacher.dims.encoder_layers),
+        *(student.dims.decoder_layers, teacher.dims.decoder_layers),
+        *(config.teacher, config.output_dir),
+    )
+    return Path(config.output_dir)
+
+
+def init_student(
+    teacher: Checkpoint,
+    decoder_layers: int | Sequence[int] = 2,
+    encoder_layers: int | Sequence[int] | None = None,
+) -> Checkpoint:
+    """The teacher with fewer layers; everything else is the teacher's own, arrays shared.
+
+    Layers are a number of maximally spaced ones or the indices to take, in the student's order.
+    The encoder is kept whole where `encoder_layers` is None, as in the paper.
+
+    Raises:
+        InputError: layers that the teacher does not have, negative, repeated or none.
+    """
+    dims = teacher.dims
+    kept = {
+        "decoder": choose_layers(decoder_layers, dims.decoder_layers, "decoder"),
+        "encoder": choose_layers(
+            dims.encoder_layers if encoder_layers is None else encoder_layers,
+            dims.encoder_layers,
+            "encoder",
+        ),
+    }
+    counts = {f"{half}_layers": len(layers) for half, layers in kept.items()}
+    dims = replace(dims, **counts)
+    params = {half: take_layers(teacher.params[half], layers) for half, layers in kept.items()}
+    heads = alignment_heads(
+        teacher.generation.get("alignment_heads") or (), kept["decoder"], dims.decoder_heads
+    )
+    return Checkpoint(
+        dims=dims,
+        params=params,
+        config=teacher.config | dims_to_hf(dims),
+        generation=teacher.generation | {"alignment_heads": heads},
+        source=teacher.source,
+    )
+
+
+def choose_layers(wanted: int | Sequence[int], available: int, half: str) -> tuple[int, ...]:
+    """Indices into `available` layers: maximally spaced for a number, checked for a list."""
+    if isinstance(wanted, int):
+        if not 1 <= wanted <= available:
+            raise InputError(
+                f"{wanted} {half} layers cannot be taken from a teacher with {available}: "
+                f"choose 1 to {available}"
+            )
+        return spaced(wanted, available)
+    layers = tuple(wanted)
+    wrong = [layer for layer in layers if not 0 <= layer < available]
+    if wrong or not layers or len(set(layers)) < len(layers):
+        fault = f"has {wrong}" if wrong else "repeats a layer" if layers else "is empty"
+        raise InputError(
+            f"the list of {half} layers {list(layers)} {fault}: "
+            f"name each of 0 to {available - 1} at most once"
+        )
+    return layers
+
+
+def spaced(count: int, available: int) -> tuple[int, ...]:
+    """Maximally spaced indices, first and last among them: 2 of 32 are 0 and 31.
+
+    Rounded down as in the published students (4 of 12: 0, 3, 7, 11); a single one is the last.
+    """
+    if count == 1:
+        return (available - 1,)
+    return tuple(index * (available - 1) // (count - 1) for index in range(count))
+
+
+def take_layers(half: Params, layers: Sequence[int]) -> Params:
+    """Encoder or decoder parameters with only these layers, renumbered."""
+    return half | {"layers": {new: half["layers"][old] for new, old in enumerate(layers)}}
+
+
+def alignment_heads(
+    teacher_heads: Sequence[Sequence[int]], kept: Sequence[int], heads: int
+) -> list[list[int]]:
+    """Cross-attention heads that align words, as [layer, head] of the student.
+
+    A head survives when its layer was copied. Where none does, all heads of the upper half of the
+    student's layers serve, which is what Whisper does for a model without known heads: a copied
+    list would name layers that the student lacks, and word timestamps would crash.
+    """
+    new = {old: index for index, old in enumerate(kept)}
+    survivors = [[new[layer], head] for layer, head in teacher_heads if layer in new]
+    upper_half = range(len(kept) // 2, len(kept))
+    return sorted(survivors) or [[layer, head] for layer in upper_half for head in range(heads)]
+
+
+def layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
+    """The teacher layer, from 0, whose output each student layer has to reach (paper's D.2).
+
+    Student layer l stands for an even share of the teacher's: 2 of 32 stand for 1 … 16 and
+    17 … 32, so the pairs (counted from 1) are 1 → 16 and 2 → 32.
+    """
+    return tuple(
+        (layer + 1) * teacher_layers // student_layers - 1 for layer in range(student_layers)
+    )
+
+
+def same_arrays(first: Any, second: Any) -> bool:
+    """Whether two parameter trees have the same names, shapes and numbers."""
+    import jax
+    import numpy as np
+
+    leaves, structure = jax.tree.flatten(first)
+    others, other_structure = jax.tree.flatten(second)
+    return structure == other_structure and all(
+        a is b or np.array_equal(a, b) for a, b in zip(leaves, others, strict=True)
+    )

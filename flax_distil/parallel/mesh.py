@@ -1,0 +1,72 @@
+"""One mesh of three axes for every machine, from a single CPU device to a TPU pod.
+
+data: replicas that see different clips. fsdp: different clips too, and parameters and optimizer
+state are spread over it. tensor: heads, feed-forward channels and the vocabulary are spread over
+it, and its members see the same clips.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flax_distil.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A `data × fsdp × tensor` mesh over all devices; `data` = -1 takes what the others leave.
+
+    Raises:
+        InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    inner = fsdp * tensor
+    if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
+        raise InputError(f"mesh {data} × {fsdp} × {tensor}: each size must be 1 or more")
+    if data == -1:
+        data = len(devices) // inner
+    if data * inner != len(devices):
+        raise InputError(
+            f"mesh {data} × {fsdp} × {tensor} is for {data * inner} devices and {len(devices)} are "
+            f"here: choose fsdp × tensor that divides {len(devices)} and data = -1"
+        )
+    shape = (data, fsdp, tensor)
+    if devices[0].platform == "tpu":  # follow the torus, so that neighbours talk to neighbours
+        return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices)
+    return Mesh(np.array(devices).reshape(shape), AXES, (AxisType.Auto,) * 3)
+
+
+def data_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over data and fsdp."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
+    """Raises InputError unless a batch divides over the data shards and their micro-batches."""
+    shards = data_shards(mesh)
+    parts = shards * accumulation
+    if batch_size > 0 and batch_size % parts == 0:
+        return
+    below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
+    remedy = f"{below} or {above}" if below > 0 else f"{max(above, parts)}"
+    micro = f" of {accumulation} micro-batches each" if accumulation > 1 else ""
+    raise InputError(
+        f"batch {batch_size} does not divide over {shards} data shards{micro}: use {remedy}"
+    )

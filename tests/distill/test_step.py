@@ -1,0 +1,287 @@
+"""The step against PyTorch on the same small models, and what it promises about frozen parts."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flax_distil.audio.log_mel import log_mel
+from flax_distil.config import LossConfig
+from flax_distil.distill.losses import objective
+from flax_distil.distill.setup import split_parameters, whole_student
+from flax_distil.distill.state import decayed, initial_state, learning_rate
+from flax_distil.distill.step import evaluation_losses, student_losses, teach, train_step
+from flax_distil.model.student import init_student
+from flax_distil.model.weights import to_hf
+
+
+@pytest.fixture(scope="module")
+def batch(make_batch):
+    return make_batch()
+
+
+@pytest.fixture(scope="module")
+def state(plan, parameters):
+    return initial_state(parameters[0], plan.optimizer, seed=0)
+
+
+def torch_model(checkpoint):
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    # PyTorch's padding row has no gradient: let it be one that no batch contains
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    special = dict.fromkeys(names, checkpoint.dims.vocab - 1)
+    model = WhisperForConditionalGeneration(WhisperConfig(**checkpoint.config | special))
+    tensors = {k: torch.tensor(v) for k, v in to_hf(checkpoint.dims, checkpoint.params).items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert (missing, unexpected) == (["proj_out.weight"], [])
+    model.tie_weights()
+    return model.eval()
+
+
+def torch_loss(teacher, student, batch, config, layer_map):
+    """The paper's formula over Transformers' own modules."""
+    mel = torch.tensor(np.array(log_mel(batch.waveforms, 80))).swapaxes(1, 2)
+    tokens, targets, weights = (
+        torch.tensor(np.asarray(a)) for a in (batch.tokens, batch.targets, batch.weights)
+    )
+    layers = {}  # transformers gives the last state after the final norm: hook the layers
+    for name, model in (("teacher", teacher), ("student", student)):
+        for index, layer in enumerate(model.model.decoder.layers):
+            layer.register_forward_hook(
+                lambda _m, _i, out, key=(name, index): layers.__setitem__(
+                    key, out[0] if isinstance(out, tuple) else out
+                )
+            )
+    with torch.no_grad():
+        wanted = teacher(input_features=mel, decoder_input_ids=tokens.long()).logits
+    logits = student(input_features=mel, decoder_input_ids=tokens.long()).logits
+    t = config.temperature
+    kl = F.kl_div(F.log_softmax(logits / t, -1), F.softmax(wanted / t, -1), reduction="none")
+    ce = F.cross_entropy(logits.swapaxes(1, 2), targets.long(), reduction="none")
+    mse = sum(
+        ((layers["student", own] - layers["teacher", other]) ** 2).mean(-1)
+        for own, other in enumerate(layer_map)
+    )
+    parts = [(part * weights).sum() / weights.sum() for part in (t**2 * kl.sum(-1), ce, mse)]
+    return parts, config.kl * parts[0] + config.ce * parts[1] + config.mse * parts[2]
+
+
+@pytest.fixture(scope="module")
+def value_and_gradient(quick_jit, plan, parameters, batch):
+    def loss(params, frozen):
+        losses = student_losses(params, frozen, teach(frozen, batch, plan), batch, plan)
+        return objective(losses, plan.loss) / jnp.sum(batch.weights)
+
+    compiled = quick_jit(jax.value_and_grad(loss))
+    return lambda params: compiled(params, parameters[1])
+
+
+def test_loss_and_gradients_are_pytorchs(
+    value_and_gradient, plan, parameters, batch, teacher, student
+):
+    """Float32 on both sides: 1e-5."""
+    value, gradients = value_and_gradient(parameters[0])
+    model = torch_model(student)
+    _, expected = torch_loss(torch_model(teacher), model, batch, plan.loss, plan.layer_map)
+    expected.backward()
+    np.testing.assert_allclose(value, expected.detach(), rtol=1e-5)
+    ours = to_hf(student.dims, student.params | gradients)
+    theirs = {name: p.grad for name, p in model.named_parameters() if "decoder" in name}
+    assert len(theirs) == len(jax.tree.leaves(gradients))
+    for name, gradient in theirs.items():
+        np.testing.assert_allclose(ours[name], gradient, atol=1e-5, err_msg=name)
+        assert np.abs(ours[name]).max() > 1e-4, name
+
+
+def test_parts_are_pytorchs(step, plan, state, parameters, batch, teacher, student):
+    _, metrics = step(state, parameters[1], batch)
+    parts, total = torch_loss(
+        torch_model(teacher), torch_model(student), batch, plan.loss, plan.layer_map
+    )
+    ours = [metrics[name] for name in ("kl", "ce", "mse", "loss")]
+    np.testing.assert_allclose(ours, [part.item() for part in (*parts, total)], rtol=1e-5)
+    assert metrics["tokens"] == batch.weights.sum()
+
+
+def test_evaluation_has_temperature_1(quick_jit, plan, parameters, batch, teacher, student):
+    losses, tokens = quick_jit(partial(evaluation_losses, plan=plan))(*parameters, batch)
+    config = replace(plan.loss, temperature=1.0)
+    parts, _ = torch_loss(torch_model(teacher), torch_model(student), batch, config, plan.layer_map)
+    np.testing.assert_allclose(
+        np.array(losses) / tokens, [part.item() for part in parts], rtol=1e-5
+    )
+
+
+def test_update_is_pytorchs_adamw(value_and_gradient, step, plan, state, parameters, batch):
+    """Two updates, clipped, warming up, against torch.optim.AdamW fed with our gradients."""
+    weights = [torch.nn.Parameter(torch.tensor(np.array(p))) for p in jax.tree.leaves(state.params)]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    ours = state
+    for _ in range(2):
+        _, gradients = value_and_gradient(ours.params)
+        for weight, gradient in zip(weights, jax.tree.leaves(gradients), strict=True):
+            weight.grad = torch.tensor(np.array(gradient))
+        torch.nn.utils.clip_grad_norm_(weights, plan.optimizer.max_gradient_norm)
+        optimizer.param_groups[0]["lr"] = float(learning_rate(ours.step, plan.optimizer))
+        optimizer.step()
+        ours, _ = step(ours, parameters[1], batch)
+    for weight, leaf in zip(weights, jax.tree.leaves(ours.params), strict=True):
+        np.testing.assert_allclose(leaf, weight.detach(), atol=1e-5)
+
+
+def test_only_trainable_parameters_have_moments(state, teacher, student):
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree) if leaf.ndim)
+    decoder = count(student.params["decoder"])
+    assert set(state.params) == {"decoder"}
+    assert count(state.optimizer) == 2 * decoder
+
+
+def test_encoder_runs_once(quick_jit, plan, state, parameters, batch):
+    """Teacher and student share one encoder pass: two convolutions in the program, not four."""
+    program = quick_jit(partial(train_step, plan=plan)).lower(state, parameters[1], batch)
+    assert program.as_text().count("stablehlo.convolution") == 2
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_micro_batches_are_one_batch(quick_jit, step, plan, state, parameters, batch, accumulation):
+    """Only the order of float32 sums differs: 1e-5 of gradient-sized numbers."""
+    cut = quick_jit(partial(train_step, plan=replace(plan, accumulation=accumulation)))
+    whole, metrics = step(state, parameters[1], batch)
+    parts, cut_metrics = cut(state, parameters[1], batch)
+    for name in ("loss", "kl", "ce", "mse", "gradient_norm", "tokens", "learning_rate"):
+        np.testing.assert_allclose(cut_metrics[name], metrics[name], rtol=2e-6, err_msg=name)
+    moments = lambda s: jax.tree.leaves(s.optimizer[1].mu)
+    for a, b in zip(moments(whole), moments(parts), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+    assert parts.step == whole.step == 1
+
+
+def test_non_finite_batches_change_nothing(step, state, parameters, batch):
+    after, _ = step(state, parameters[1], batch)
+    bad = replace(batch, weights=np.where(batch.weights > 0, np.nan, 0).astype(np.float32))
+    skipped, metrics = step(after, parameters[1], bad)
+    same = jax.tree.map(np.array_equal, (skipped.params, skipped.optimizer),
+                        (after.params, after.optimizer))  # fmt: skip
+    assert all(jax.tree.leaves(same))
+    assert (skipped.step, skipped.skipped, skipped.skipped_in_row) == (2, 1, 1)
+    assert not np.isfinite(metrics["loss"])
+    twice, _ = step(skipped, parameters[1], bad)
+    assert (twice.skipped, twice.skipped_in_row) == (2, 2)
+    well, metrics = step(twice, parameters[1], batch)
+    assert (well.skipped, well.skipped_in_row) == (2, 0)
+    assert np.isfinite(metrics["loss"])
+
+
+def test_all_padding_is_harmless(step, state, parameters, batch):
+    _, metrics = step(state, parameters[1], replace(batch, weights=0 * batch.weights))
+    assert metrics["loss"] == metrics["gradient_norm"] == 0
+
+
+def test_a_batch_is_memorised(step, state, parameters, batch):
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, parameters[1], batch)
+        losses.append(float(metrics["ce"]))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_truncated_encoder_is_not_shared(plan, parameters, batch, teacher):
+    student = init_student(teacher, 2, encoder_layers=1)
+    short = replace(plan, student=replace(plan.student, dims=student.dims))
+    trainable, frozen = split_parameters(short, teacher, student, train_encoder=False)
+    assert set(trainable) == {"decoder"}
+    assert len(frozen.student_encoder["layers"]) == 1
+    other = evaluation_losses(trainable, frozen, batch, short)[0]
+    same = evaluation_losses(*parameters, batch, plan)[0]
+    assert abs(float(other.ce - same.ce)) > 1e-3
+    model = torch_model(student)
+    parts, _ = torch_loss(
+        torch_model(teacher), model, batch, replace(plan.loss, temperature=1.0), plan.layer_map
+    )
+    np.testing.assert_allclose(other.ce / batch.weights.sum(), parts[1].item(), rtol=1e-5)
+
+
+def test_trained_encoder_leaves_the_teacher_alone(quick_jit, plan, batch, teacher, student):
+    trainable, frozen = split_parameters(plan, teacher, student, train_encoder=True)
+    assert set(frozen.student_encoder) == {"positions"}
+    state = initial_state(trainable, plan.optimizer, seed=0)
+    after, metrics = quick_jit(partial(train_step, plan=plan))(state, frozen, batch)
+    _, expected = torch_loss(
+        torch_model(teacher), torch_model(student), batch, plan.loss, plan.layer_map
+    )
+    np.testing.assert_allclose(metrics["loss"], expected.item(), rtol=1e-5)
+    kernel = lambda params: np.asarray(params["encoder"]["conv1"]["kernel"])
+    assert not np.array_equal(kernel(after.params), kernel(teacher.params))
+    whole = whole_student(after.params, frozen)
+    assert jax.tree.structure(whole) == jax.tree.structure(student.params)
+
+
+def test_bfloat16_keeps_float32_masters(
+    quick_jit, plan, batch, teacher, student, step, parameters, state
+):
+    """bfloat16 has 8 bits: losses agree to about a percent, parameters stay float32."""
+    half = replace(
+        plan,
+        teacher=replace(plan.teacher, dtype="bfloat16"),
+        student=replace(plan.student, dtype="bfloat16"),
+    )
+    trainable, frozen = split_parameters(half, teacher, student, train_encoder=False)
+    kernel = frozen.teacher["decoder"]["layers"][0]["feed_forward"]["up"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    start = initial_state(trainable, plan.optimizer, seed=0)
+    run = quick_jit(partial(train_step, plan=half))
+    after, metrics = run(start, frozen, batch)
+    wide = jax.tree.map(np.asarray, teacher.params)
+    _, from_wide = run(start, frozen._replace(teacher=wide), batch)
+    assert float(metrics["loss"]) == float(from_wide["loss"])  # narrow storage changes nothing
+    _, exact = step(state, parameters[1], batch)
+    np.testing.assert_allclose(metrics["loss"], exact["loss"], rtol=2e-2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {np.dtype("float32")}
+
+
+def test_scanned_layers_give_the_same(
+    quick_jit, plan, step, state, parameters, batch, teacher, student
+):
+    scanned = replace(
+        plan,
+        teacher=replace(plan.teacher, scan_layers=True),
+        student=replace(plan.student, scan_layers=True, remat=True),
+    )
+    trainable, frozen = split_parameters(scanned, teacher, student, train_encoder=False)
+    start = initial_state(trainable, plan.optimizer, seed=0)
+    _, metrics = quick_jit(partial(train_step, plan=scanned))(start, frozen, batch)
+    _, plain = step(state, parameters[1], batch)
+    for name in ("loss", "kl", "ce", "mse", "gradient_norm"):
+        np.testing.assert_allclose(metrics[name], plain[name], rtol=1e-5, err_msg=name)
+
+
+def test_schedule(plan):
+    config = replace(plan.optimizer, learning_rate=1e-4, warmup_steps=500, steps=80_000)
+    rate = lambda step: float(learning_rate(jnp.array(step), config))
+    assert rate(0) == pytest.approx(2e-7)
+    assert rate(249) == pytest.approx(5e-5)
+    assert rate(499) == rate(500) == pytest.approx(1e-4)
+    assert rate(40_250) == pytest.approx(5e-5)
+    assert rate(79_999) == pytest.approx(1e-4 / 79_500, rel=1e-3)
+    assert rate(80_000) == 0
+
+
+def test_decay_spares_biases_and_norms(state):
+    mask = decayed(state.params)["decoder"]
+    layer = mask["layers"][0]
+    assert mask["tokens"]["embedding"]
+    assert layer["self_attention"]["query"] == {"kernel": True, "bias": False}
+    assert layer["feed_norm"] == mask["norm"] == {"scale": False, "bias": False}
+
+
+def test_weights_are_configuration(plan, parameters, batch):
+    only = replace(plan, loss=LossConfig(kl=0.0, ce=1.0))
+    losses, _ = evaluation_losses(*parameters, batch, only)
+    assert losses.kl == losses.mse == 0
+    assert losses.ce > 0
