@@ -1,0 +1,1 @@
+"""Data: any dataset → `utterances` → decoded `windows` → training `batches` → `loader`."""

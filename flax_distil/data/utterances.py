@@ -1,0 +1,269 @@
+"""Utterances: one clip of speech each, whatever file or dataset it lies in."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from flax_distil.audio.load import SAMPLE_RATE, AudioError, load_audio
+from flax_distil.config import DataConfig
+from flax_distil.data.sources import FILE_COLUMNS, ParquetRows, Row, Table, read_table
+from flax_distil.errors import InputError
+from flax_distil.text.languages import to_language_code
+
+# The usual names, in the order they are looked for.
+AUDIO = ("audio", *FILE_COLUMNS)
+TEXT = ("text", "sentence", "transcription", "transcript", "normalized_text", "reference")
+ID = ("id", "utterance_id", "segment_id", "file_name")
+SPEAKER = ("speaker", "speaker_id", "client_id")
+LANGUAGE = ("language", "lang", "locale")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One clip of speech and what is known about it; the audio is not decoded yet."""
+
+    id: str
+    audio: str | bytes | np.ndarray = field(repr=False)
+    """Path or address, contents of a file, or 16 kHz mono samples in [-1, 1]."""
+    text: str | None = None
+    """The reference."""
+    duration: float | None = None
+    """Seconds, as far as the source tells; the length to cut where there is an `offset`."""
+    speaker: str | None = None
+    language: str | None = None
+    """As the source writes it; `to_language` makes a code of it."""
+    offset: float | None = None
+    """Seconds into a longer recording where the clip starts; None is all of the audio."""
+    format: str | None = None
+    """Container of bytes that do not tell it themselves, such as g722."""
+    token_ids: tuple[int, ...] | None = field(default=None, repr=False)
+    """The teacher's label, where the source is a label store: no prompt, no end of text."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An utterance that could not be used, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a table holds what."""
+
+    audio: str
+    text: str | None
+    id: str | None
+    speaker: str | None
+    language: str | None
+
+
+class Utterances(Sequence[Utterance]):
+    """The utterances of a table that has a length; rows are read when they are asked for."""
+
+    def __init__(self, rows: Sequence[Row], columns: Columns, config: DataConfig):
+        self.rows, self.columns, self.config = rows, columns, config
+        self._size = len(rows) if config.limit is None else min(config.limit, len(rows))
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        return to_utterance(self.rows[number], number, self.columns, self.config)
+
+    def since(self, start: int) -> Iterator[Utterance]:
+        """The utterances from `start` on."""
+        return (self[number] for number in range(start, len(self)))
+
+    def label_lengths(self) -> np.ndarray:
+        """int32[n]: tokens of each label, read without the audio; 0 where there is none."""
+        if isinstance(self.rows, ParquetRows) and "token_ids" in self.rows.columns:
+            return self.rows.list_lengths("token_ids")[: len(self)]
+        return np.array([len(utterance.token_ids or ()) for utterance in self], np.int32)
+
+
+class UtteranceStream:
+    """The utterances of a stream: any number of them, from a position on, in the stream's order."""
+
+    def __init__(self, rows: Iterable[Row], columns: Columns, config: DataConfig):
+        self.rows, self.columns, self.config = rows, columns, config
+
+    def __iter__(self) -> Iterator[Utterance]:
+        return self.since(0)
+
+    def since(self, start: int) -> Iterator[Utterance]:
+        """The utterances from `start` on; what lies before is passed over, not decoded."""
+        skip = getattr(self.rows, "skip", None)
+        rows = skip(start) if skip else islice(self.rows, start, None)
+        for number, row in enumerate(islice(rows, self._left(start)), start):
+            yield to_utterance(row, number, self.columns, self.config)
+
+    def _left(self, start: int) -> int | None:
+        return None if self.config.limit is None else max(self.config.limit - start, 0)
+
+
+class Joined(Sequence[Utterance]):
+    """Several datasets one after the other."""
+
+    def __init__(self, parts: Sequence[Utterances]):
+        self.parts = tuple(parts)
+        self._places = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
+
+    def __len__(self) -> int:
+        return int(self._places[-1])
+
+    def __getitem__(self, index) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        part = int(np.searchsorted(self._places, number, side="right")) - 1
+        return self.parts[part][number - int(self._places[part])]
+
+    def label_lengths(self) -> np.ndarray:
+        """int32[n], as of `Utterances`."""
+        return np.concatenate([part.label_lengths() for part in self.parts])
+
+
+def read_dataset(source: DataConfig | str | Path) -> Utterances | UtteranceStream:
+    """The utterances of a hub dataset, folder, manifest, Parquet or label store.
+
+    A stream where `streaming` is set, a sequence otherwise. Rows are checked when they are read,
+    the columns and the presence of at least one row now.
+    Raises InputError for what is missing, empty, malformed, or lacks a column that was named.
+    """
+    config = source if isinstance(source, DataConfig) else DataConfig(str(source))
+    if config.language is not None:
+        to_language(config.language)
+    if config.limit is not None and config.limit < 1:
+        raise InputError(f"limit {config.limit} leaves no utterance: use 1 or more")
+    table = read_table(config)
+    columns = find_columns(table, config)
+    if not hasattr(table.rows, "__len__"):
+        return UtteranceStream(table.rows, columns, config)
+    utterances = Utterances(table.rows, columns, config)  # type: ignore[arg-type]
+    if not len(utterances):
+        raise InputError(f"{config.source} is a dataset without rows")
+    return utterances
+
+
+def find_columns(table: Table, config: DataConfig) -> Columns:
+    """The columns that were named, else the usual names that are there."""
+
+    def find(named: str | None, usual: Sequence[str], kind: str) -> str | None:
+        if named is None:
+            return next((name for name in usual if name in table.columns), None)
+        if named not in table.columns:
+            raise InputError(
+                f"{config.source} has no {kind} column {named}; it has {', '.join(table.columns)}"
+            )
+        return named
+
+    audio = find(config.audio_column, AUDIO, "audio")
+    if audio is None:
+        raise InputError(
+            f"{config.source} has no column that looks like audio ({', '.join(AUDIO)}); it has "
+            f"{', '.join(table.columns)}: name one as audio_column"
+        )
+    return Columns(
+        audio=audio,
+        text=find(config.text_column, TEXT, "text"),
+        id=find(config.id_column, ID, "id"),
+        speaker=find(config.speaker_column, SPEAKER, "speaker"),
+        language=find(config.language_column, LANGUAGE, "language"),
+    )
+
+
+def to_utterance(row: Row, number: int, columns: Columns, config: DataConfig) -> Utterance:
+    """One row as an utterance; `number` names it where nothing else does."""
+
+    def text(column: str | None) -> str | None:
+        value = None if column is None else row.get(column)
+        return None if value is None else str(value)
+
+    audio, path = _audio(row.get(columns.audio))
+    suffix = Path(path or "").suffix.lower().lstrip(".")
+    duration, offset, tokens = (row.get(name) for name in ("duration", "offset", "token_ids"))
+    return Utterance(
+        id=text(columns.id) or path or str(number),
+        audio=audio,
+        text=text(columns.text),
+        duration=None if duration is None else float(duration),
+        speaker=text(columns.speaker),
+        language=text(columns.language) or config.language,
+        offset=None if offset is None else float(offset),
+        format="g722" if suffix == "g722" else None,
+        token_ids=None if tokens is None else tuple(tokens),
+    )
+
+
+def _audio(value: Any) -> tuple[str | bytes | np.ndarray, str | None]:
+    """What a cell of an audio column holds, and the path it names; empty bytes where nothing."""
+    if isinstance(value, dict):  # Hugging Face's {bytes, path}; embedded bytes come first
+        path = value.get("path")
+        return value.get("bytes") or path or b"", path
+    if isinstance(value, str | Path):
+        return str(value), str(value)
+    if isinstance(value, bytes | np.ndarray):
+        return value, None
+    return b"", None
+
+
+def to_language(language: str) -> str:
+    """Whisper's code of a language, region aside: `"English"`, `"en-US"`, `"en_us"` → `"en"`."""
+    try:
+        return to_language_code(language)
+    except InputError:
+        if len(head := language.replace("_", "-").partition("-")[0]) in (2, 3):
+            return to_language_code(head)
+        raise
+
+
+def listen(utterance: Utterance) -> Float32[np.ndarray, "n"]:
+    """The clip's samples at 16 kHz in [-1, 1]. Raises AudioError when there are none."""
+    source = utterance.audio
+    if isinstance(source, np.ndarray):
+        waveform = source
+    elif isinstance(source, bytes) or "://" in source:
+        if not source:
+            raise AudioError(f"{utterance.id}: the row holds no audio")
+        contents = source if isinstance(source, bytes) else _download(source)
+        waveform = load_audio(contents, format=utterance.format)
+    else:
+        waveform = load_audio(source) if utterance.offset is None else _recording(source)
+    if utterance.offset is None:
+        return waveform
+    start = round(utterance.offset * SAMPLE_RATE)
+    length = utterance.duration and round(utterance.duration * SAMPLE_RATE)
+    clip = waveform[start : start + length if length else None]
+    if not clip.size:
+        raise AudioError(
+            f"{utterance.id}: it starts at {utterance.offset:g} s, and the audio ends at "
+            f"{len(waveform) / SAMPLE_RATE:g} s"
+        )
+    return clip
+
+
+@lru_cache(maxsize=1)
+def _recording(path: str) -> Float32[np.ndarray, "n"]:
+    """A long file of which one clip after the other is cut: decoded once, not for each."""
+    return load_audio(path)
+
+
+def _download(address: str) -> bytes:
+    import fsspec
+
+    try:
+        with fsspec.open(address) as file:
+            return file.read()  # type: ignore[union-attr]
+    except OSError as error:
+        raise AudioError(f"{address} cannot be read: {error}") from None

@@ -1,0 +1,145 @@
+"""The order of training: complete, seeded, and the same after any number of restarts."""
+
+from dataclasses import asdict, replace
+from itertools import islice
+
+import numpy as np
+import pytest
+from test_batches import BEGIN, MULTILINGUAL
+
+from flax_distil.data.batches import TargetOptions
+from flax_distil.data.loader import Loader, LoaderState, epoch_order, global_batches
+from flax_distil.data.utterances import Utterance
+from flax_distil.errors import InputError
+
+SIZE = 11
+
+
+@pytest.fixture(scope="module")
+def utterances(tone):
+    """Label n has n text tokens between two timestamps; clip n sounds at its own pitch."""
+    return [
+        Utterance(
+            str(n), tone(0.01 * (n + 1)), language="en", token_ids=(BEGIN, *range(n), BEGIN + 9)
+        )
+        for n in range(SIZE)
+    ]
+
+
+def loader(utterances, batch_size=4, **changes) -> Loader:
+    lengths = np.array([len(utterance.token_ids) for utterance in utterances])
+    options = TargetOptions(buckets=(8, 12, 32))
+    return Loader(utterances, lengths, MULTILINGUAL, options, batch_size, **changes)
+
+
+def facts(batch):
+    return (
+        batch.rows.tolist(),
+        batch.tokens.tolist(),
+        batch.weights.tolist(),
+        batch.seconds.tolist(),
+        batch.waveforms[:, :3000].tobytes(),
+    )
+
+
+def test_every_utterance_once_an_epoch(utterances):
+    pairs = [
+        pair for batch, _ in islice(global_batches(SIZE, 4, LoaderState(5)), 11) for pair in batch
+    ]
+    assert len(pairs) == 44
+    for epoch in range(4):
+        rows = [row for of, row in pairs if of == epoch]
+        assert sorted(rows) == list(range(SIZE))
+        assert rows == epoch_order(SIZE, 5, epoch).tolist()
+    assert len({tuple(epoch_order(SIZE, 5, epoch)) for epoch in range(4)}) == 4
+    assert not np.array_equal(epoch_order(SIZE, 5, 0), epoch_order(SIZE, 6, 0))
+
+
+def test_the_order_is_pinned():
+    """A numpy whose Philox or permutation changed would change every run's data order."""
+    assert epoch_order(8, seed=0, epoch=0).tolist() == [3, 6, 4, 0, 7, 5, 2, 1]
+
+
+def test_resume_twice_is_the_run_that_never_stopped(utterances):
+    whole = list(islice(loader(utterances).batches(LoaderState(1)), 9))
+    resumed, state = [], LoaderState(1)
+    for steps in (2, 4, 3):  # the first stop inside an epoch, the second in the next but one
+        state = LoaderState(**asdict(state))  # as a checkpoint keeps it
+        part = list(islice(loader(utterances).batches(state), steps))
+        resumed += part
+        state = part[-1][1]
+    assert [facts(batch) for batch, _ in resumed] == [facts(batch) for batch, _ in whole]
+    assert [state for _, state in resumed] == [state for _, state in whole]
+    assert state == LoaderState(1, epoch=3, position=3)
+
+
+def test_threads_and_batches_ahead_change_nothing(utterances):
+    expected = list(islice(loader(utterances).batches(LoaderState()), 5))
+    for workers, ahead in [(1, 0), (7, 5)]:
+        other = loader(utterances, workers=workers, ahead=ahead).batches(LoaderState())
+        assert [facts(b) for b, _ in islice(other, 5)] == [facts(b) for b, _ in expected]
+
+
+def test_hosts_share_the_global_batches(utterances):
+    alone = list(islice(loader(utterances).batches(LoaderState(2)), 5))
+    shares = [
+        list(islice(loader(utterances, rank=rank, hosts=2).batches(LoaderState(2)), 5))
+        for rank in range(2)
+    ]
+    for (whole, state), (first, one), (second, two) in zip(alone, *shares, strict=True):
+        assert whole.rows.tolist() == first.rows.tolist() + second.rows.tolist()
+        assert np.array_equal(whole.tokens, np.concatenate([first.tokens, second.tokens]))
+        assert state == one == two
+
+
+def test_a_restart_on_other_hosts_and_batch_sizes_keeps_the_sequence(utterances):
+    (_, state), *_ = islice(loader(utterances).batches(LoaderState(3)), 1)
+    rest = [
+        row
+        for batch, _ in islice(loader(utterances, batch_size=2).batches(state), 6)
+        for row in batch.rows.tolist()
+    ]
+    expected = [
+        row
+        for batch, _ in islice(loader(utterances).batches(LoaderState(3)), 4)
+        for row in batch.rows.tolist()
+    ]
+    assert rest == expected[4:]
+
+
+def test_the_bucket_holds_the_longest_label(utterances):
+    for batch, _ in islice(loader(utterances).batches(LoaderState()), 8):
+        needed = max(len(utterances[row].token_ids) for row in batch.rows) + 4
+        assert batch.tokens.shape[1] == next(size for size in (8, 12, 32) if size >= needed)
+
+
+def test_timestamps_follow_seed_epoch_and_utterance(utterances):
+    kept = {}
+    for batch, _ in islice(loader(utterances).batches(LoaderState(4)), 11):
+        for row, tokens in zip(batch.rows.tolist(), batch.tokens, strict=True):
+            kept.setdefault(row, []).append(bool((tokens == BEGIN).any()))
+    flips = [fall for falls in kept.values() for fall in falls]
+    assert 8 < sum(flips) < 36  # 44 throws
+    assert any(len(set(falls)) == 2 for falls in kept.values())  # another epoch, another fall
+
+
+def test_a_clip_that_is_gone_is_silence_of_weight_0(utterances, caplog):
+    broken = [*utterances[:3], replace(utterances[3], audio=b"no audio")]
+    ((batch, _),) = islice(loader(broken).batches(LoaderState()), 1)
+    row = batch.rows.tolist().index(3)
+    assert batch.weights.sum(axis=1).astype(bool).sum() == 3
+    assert not batch.weights[row].any()
+    assert not batch.waveforms[row].any()
+    assert "3 has weight 0" in caplog.text
+
+
+def test_errors_before_the_first_batch(utterances):
+    with pytest.raises(InputError, match="no label to train on"):
+        loader([])
+    with pytest.raises(InputError, match="batch 4 does not divide over 3 hosts: use 3"):
+        loader(utterances, hosts=3)
+    long = [replace(utterances[0], token_ids=(7,) * 40)]
+    with pytest.raises(InputError, match="has 44 tokens, the longest bucket 32"):
+        loader(utterances + long)
+    with pytest.raises(InputError, match=r"stopped after 12 examples .* has 11"):
+        next(loader(utterances).batches(LoaderState(0, 0, 12)))

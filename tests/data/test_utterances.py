@@ -1,0 +1,264 @@
+"""Every kind of source gives the same utterances; what is wrong with one is said in a sentence."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flax_distil.audio.load import AudioError, to_int16
+from flax_distil.config import DataConfig
+from flax_distil.data.utterances import (
+    Joined,
+    Utterance,
+    Utterances,
+    UtteranceStream,
+    listen,
+    read_dataset,
+    to_language,
+)
+from flax_distil.errors import InputError
+
+TEXTS = ["one", "two", "three"]
+
+
+@pytest.fixture
+def clips(tmp_path, flac):
+    """Three files in audio/, 0.1, 0.2 and 0.3 s long."""
+    (tmp_path / "audio").mkdir()
+    for number in range(3):
+        (tmp_path / "audio" / f"{number}.flac").write_bytes(flac(0.1 * (number + 1)))
+    return tmp_path
+
+
+def lines(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def parquet(path, flac, rows=3, **extra) -> str:
+    """The convention of the hub: audio as {bytes, path}."""
+    audio = [{"bytes": flac(0.1 * (n + 1)), "path": f"{n}.flac"} for n in range(rows)]
+    table = pa.table({"audio": audio, "sentence": TEXTS[:rows], **extra})
+    pq.write_table(table, path, row_group_size=2)
+    return str(path)
+
+
+def lengths(utterances) -> list[int]:
+    return [len(listen(utterance)) for utterance in utterances]
+
+
+@pytest.mark.parametrize("key", ["audio", "audio_filepath"])
+def test_manifest(clips, key):
+    rows = [
+        {key: f"audio/{n}.flac", "text": TEXTS[n], "duration": 0.1 * (n + 1), "speaker": n}
+        for n in range(3)
+    ]
+    found = read_dataset(lines(clips / "manifest.jsonl", rows))
+    assert [utterance.text for utterance in found] == TEXTS
+    assert [utterance.id for utterance in found] == [f"audio/{n}.flac" for n in range(3)]
+    assert [utterance.speaker for utterance in found] == ["0", "1", "2"]
+    assert lengths(found) == [1600, 3200, 4800]
+    assert found[-1].duration == pytest.approx(0.3)
+
+
+def test_segments_of_one_recording(clips, tone):
+    rows = [
+        {"audio": "audio/2.flac", "offset": offset, "duration": 0.1, "text": "a"}
+        for offset in (0.0, 0.1, 0.25, 0.4)
+    ]
+    found = read_dataset(lines(clips / "manifest.jsonl", rows))
+    whole = to_int16(tone(0.3))
+    assert np.array_equal(to_int16(listen(found[0])), whole[:1600])
+    assert np.array_equal(to_int16(listen(found[1])), whole[1600:3200])
+    assert len(listen(found[2])) == 800  # the recording ends
+    assert found[1].id == "audio/2.flac@0.1"
+    with pytest.raises(AudioError, match=r"starts at 0\.4 s, and the audio ends at 0\.3 s"):
+        listen(found[3])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_audiofolder(clips, kind):
+    rows = [{"file_name": f"{n}.flac", "transcription": TEXTS[n]} for n in range(3)]
+    path = clips / "audio" / f"metadata.{kind}"
+    if kind == "jsonl":
+        lines(path, rows)
+    else:
+        path.write_text("file_name,transcription\n0.flac,one\n1.flac,two\n2.flac,three\n")
+    found = read_dataset(clips)
+    assert [utterance.text for utterance in found] == TEXTS
+    assert lengths(found) == [1600, 3200, 4800]
+
+
+def test_audio_without_references(clips):
+    (clips / "audio" / "notes.txt").write_text("not audio")
+    found = read_dataset(DataConfig(str(clips), language="de"))
+    assert [utterance.id for utterance in found] == [f"audio/{n}.flac" for n in range(3)]
+    assert {utterance.text for utterance in found} == {None}
+    assert {utterance.language for utterance in found} == {"de"}
+
+
+def test_parquet_file_folder_and_glob(tmp_path, flac):
+    parquet(tmp_path / "b.parquet", flac)
+    path = parquet(tmp_path / "a.parquet", flac, 2)
+    assert lengths(read_dataset(path)) == [1600, 3200]
+    for source in (str(tmp_path), str(tmp_path / "*.parquet")):
+        found = read_dataset(source)
+        assert [utterance.text for utterance in found] == ["one", "two", *TEXTS]
+        assert [found[n].text for n in (4, 0, -1)] == ["three", "one", "three"]
+        assert lengths(found) == [1600, 3200, 1600, 3200, 4800]
+    assert len(read_dataset(DataConfig(str(tmp_path), limit=4))) == 4
+
+
+def test_splits_told_by_file_names(tmp_path, flac):
+    parquet(tmp_path / "train-00000-of-00002.parquet", flac, 2)
+    parquet(tmp_path / "train-00001-of-00002.parquet", flac, 1)
+    parquet(tmp_path / "test-00000-of-00001.parquet", flac, 3)
+    assert len(read_dataset(DataConfig(str(tmp_path), split="train"))) == 3
+    with pytest.raises(InputError, match="has the splits test, train: name one"):
+        read_dataset(tmp_path)
+    with pytest.raises(InputError, match="no split dev; it has test, train"):
+        read_dataset(DataConfig(str(tmp_path), split="dev"))
+
+
+def test_split_is_a_folder(clips):
+    (clips / "dev").mkdir()
+    (clips / "audio" / "0.flac").rename(clips / "dev" / "0.flac")
+    assert len(read_dataset(DataConfig(str(clips), split="dev"))) == 1
+    with pytest.raises(InputError, match="no split test"):
+        read_dataset(DataConfig(str(clips), split="test"))
+
+
+def test_saved_dataset_and_its_stream(tmp_path, flac):
+    import datasets
+
+    table = pq.read_table(parquet(tmp_path / "a.parquet", flac))
+    # As the hub has it: a column of type Audio, which would decode through torchcodec.
+    saved = datasets.Dataset(table).cast_column("audio", datasets.Audio())
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "saved")
+    found = read_dataset(tmp_path / "saved")
+    assert [utterance.text for utterance in found] == TEXTS
+    assert lengths(found) == [1600, 3200, 4800]
+
+    stream = saved.to_iterable_dataset(num_shards=2).cast_column(
+        "audio", datasets.Audio(decode=False)
+    )
+    heard = UtteranceStream(stream, found.columns, DataConfig("stream", limit=3))
+    assert [utterance.text for utterance in heard] == TEXTS
+    for _ in range(2):  # a second resume must not start the stream again
+        assert [utterance.text for utterance in heard.since(2)] == ["three"]
+
+
+def test_named_columns(tmp_path, flac):
+    path = parquet(tmp_path / "a.parquet", flac, raw=["x", "y", "z"], locale=["en"] * 3)
+    found = read_dataset(DataConfig(path, text_column="raw", language="de"))
+    assert [utterance.text for utterance in found] == ["x", "y", "z"]
+    assert found[0].language == "en"
+    with pytest.raises(InputError, match="no text column words; it has audio, sentence, raw, loc"):
+        read_dataset(DataConfig(path, text_column="words"))
+
+
+def test_joined(tmp_path, flac):
+    one = read_dataset(parquet(tmp_path / "a.parquet", flac, 2, token_ids=[[1], [2, 3]]))
+    two = read_dataset(parquet(tmp_path / "b.parquet", flac, 3, token_ids=[[], None, [4] * 9]))
+    both = Joined([one, two])
+    assert [utterance.text for utterance in both] == ["one", "two", *TEXTS]
+    assert both.label_lengths().tolist() == [1, 2, 0, 0, 9]
+    assert both[-1].token_ids == (4,) * 9
+    assert both[1].token_ids == (2, 3)
+
+
+def test_label_lengths_without_parquet():
+    rows = [{"audio": b"", "token_ids": [1, 2]}, {"audio": b""}]
+    found = Utterances(rows, read_columns(rows), DataConfig("rows"))
+    assert found.label_lengths().tolist() == [2, 0]
+
+
+def read_columns(rows):
+    from flax_distil.data.sources import Table
+    from flax_distil.data.utterances import find_columns
+
+    return find_columns(Table(tuple(rows[0]), rows), DataConfig("rows"))
+
+
+def test_bytes_need_a_format_where_they_do_not_tell(tone):
+    import io
+
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="g722") as container:
+        stream = container.add_stream("g722", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(to_int16(tone(0.5))[None], format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    rows = [{"audio": {"bytes": file.getvalue(), "path": "en/hello.G722"}}]
+    heard = listen(Utterances(rows, read_columns(rows), DataConfig("rows"))[0])
+    assert abs(len(heard) - 8000) <= 320
+
+
+def test_samples_are_their_own_audio(tone):
+    assert listen(Utterance("a", tone(0.1))) is not None
+    assert np.array_equal(listen(Utterance("a", tone(0.1))), tone(0.1))
+
+
+@pytest.mark.parametrize(
+    ("language", "code"), [("en", "en"), ("English", "en"), ("zh-CN", "zh"), ("en_us", "en")]
+)
+def test_language_codes(language, code):
+    assert to_language(language) == code
+
+
+@pytest.mark.parametrize("language", ["klingon", "xx-YY", ""])
+def test_unknown_language(language):
+    with pytest.raises(InputError, match="Whisper knows no language"):
+        to_language(language)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"audio": "a.wav"}\n{"audio": \n', "manifest.jsonl line 2 is not JSON"),
+        ('{"audio": "a.wav"}\n[1]\n', "line 2 must be an object"),
+        ("\n", "has no rows"),
+        ('{"sound": "a.wav"}\n', "no column that looks like audio.*it has id, sound"),
+    ],
+)
+def test_bad_manifest(tmp_path, content, message):
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_dataset(path)
+
+
+def test_bad_sources(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no end")
+    (tmp_path / "empty").mkdir()
+    for source, message in [
+        (tmp_path / "absent.jsonl", "no such file or folder"),
+        ("absent.parquet", "no such file or folder"),
+        ("./absent", "no such file or folder"),
+        (tmp_path / "notes.txt", "not a .txt file"),
+        (tmp_path / "cut.parquet", "not a whole Parquet file"),
+        (tmp_path / "*.arrow", "no Parquet file matches"),
+        (tmp_path / "empty", "nothing to read"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            read_dataset(str(source))
+    pq.write_table(pa.table({"audio": pa.array([], pa.binary())}), tmp_path / "none.parquet")
+    with pytest.raises(InputError, match="without rows"):
+        read_dataset(tmp_path / "none.parquet")
+
+
+def test_unknown_hub_name(monkeypatch):
+    import datasets
+
+    def absent(*_, **__):
+        raise FileNotFoundError("no such dataset")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", absent)
+    with pytest.raises(InputError, match=r"nobody/nothing is neither .*FileNotFoundError"):
+        read_dataset("nobody/nothing")
