@@ -286,9 +286,13 @@ class EvaluateConfig:
     datasets: tuple[str, ...]
     """Anything that labelling reads: hub names, folders, JSONL manifests, Parquet."""
     output_dir: Path = Path("runs/evaluate")
-    """Receives report.json, report.md and hypotheses.jsonl."""
+    """Receives report.json, report.md and transcripts.jsonl."""
     names: tuple[str, ...] = ()
     """What the report calls the models, in their order; without it, the last part of each."""
+    split: str | None = None
+    """Split to judge on, of datasets that have several."""
+    text_column: str | None = None
+    """Column of the reference text; without it, the first of the usual names."""
     max_clips: int | None = None
     """Judge on the first so many clips of each dataset."""
     batch_size: int = 8

@@ -110,7 +110,7 @@ def test_the_package_exports_its_names_lazily():
         "import sys, flax_distil\n"
         "assert not {'jax', 'numpy'} & set(sys.modules)\n"
         "assert flax_distil.InputError.__name__ == 'InputError'\n"
-        "assert 'transcribe' in dir(flax_distil)"
+        "assert 'recognize' in dir(flax_distil)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -1,0 +1,261 @@
+"""Every model hears the same batches in turn, so that errors and speeds can be compared."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+from rich.console import Console
+from tqdm import tqdm
+
+from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, AudioError, pad_or_trim
+from flax_distil.config import DataConfig, EvaluateConfig
+from flax_distil.data.utterances import Utterance, listen, read_dataset, to_language
+from flax_distil.decode.options import DecodeOptions, Hypothesis
+from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
+from flax_distil.errors import InputError
+from flax_distil.evaluate.report import Entry, Judged, Report, Score
+from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.text.normalize import normalizer
+from flax_distil.text.wer import character_errors, word_errors
+
+log = logging.getLogger(__name__)
+
+
+class Clip(NamedTuple):
+    """What one utterance contributes."""
+
+    id: str
+    waveform: Float32[np.ndarray, "n"]
+    reference: str
+    language: str
+
+    @property
+    def seconds(self) -> float:
+        """Length of the audio."""
+        return self.waveform.size / SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One batch: its clips, and what each model made of them in how many seconds."""
+
+    clips: list[Clip]
+    hypotheses: dict[str, list[Hypothesis]]
+    seconds: dict[str, float]
+
+
+def run(config: EvaluateConfig) -> Report:
+    """Judge `config.models` on `config.datasets`; prints the table, writes and returns the report.
+
+    Short-form: clips over 30 s, without a reference or with broken audio are left out and listed.
+
+    Raises:
+        InputError: a model or dataset cannot be used, names collide, or no clip is left to judge.
+    """
+    names = model_names(config)
+    for name in ("batch_size", "passes", "max_tokens"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} {getattr(config, name)} is below 1")
+    sets = {source: _open(source, config) for source in config.datasets}
+    recognizers = {
+        name: make_recognizer(load_checkpoint(source), config.dtype)
+        for name, source in names.items()
+    }
+    heard: dict[str, list[Heard]] = {}
+    skipped: dict[str, list[str]] = {}
+    for source, utterances in sets.items():
+        skipped[source] = []
+        clips = _usable(tqdm(utterances, desc=Path(source).name, unit="clip"), skipped[source])
+        heard[source] = list(hear(recognizers, batches(clips, config.batch_size), config))
+        if not heard[source]:
+            raise InputError(f"{source}: none of {len(skipped[source])} clips can be judged on")
+    report = Report(
+        entries=tuple(
+            _entry(name, source, recognizers[name], next(iter(names)), heard, config)
+            for name, source in names.items()
+        ),
+        skipped={source: reasons for source, reasons in skipped.items() if reasons},
+        settings=_settings(config),
+        judged=tuple(
+            line
+            for source, rounds in heard.items()
+            for one in rounds
+            for name in names
+            for line in _judged(source, name, one)
+        ),
+    )
+    report.save(config.output_dir)
+    Console().print(report.table())
+    log.info("report.json, report.md and transcripts.jsonl are in %s", config.output_dir)
+    return report
+
+
+def model_names(config: EvaluateConfig) -> dict[str, str]:
+    """What the report calls each model → where it is. InputError where two are called the same."""
+    if not config.models or not config.datasets:
+        raise InputError("name at least one model (--models) and one dataset (--datasets)")
+    if config.names and len(config.names) != len(config.models):
+        raise InputError(f"{len(config.names)} names for {len(config.models)} models")
+    names = config.names or tuple(Path(source).name for source in config.models)
+    if len(set(names)) < len(names):
+        raise InputError(f"several models are called the same ({', '.join(names)}): give --names")
+    return dict(zip(names, config.models, strict=True))
+
+
+def batches(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
+    """Batches of one language each, in order; those that `size` does not fill come last."""
+    waiting: dict[str, list[Clip]] = {}
+    for clip in clips:
+        batch = waiting.setdefault(clip.language, [])
+        batch.append(clip)
+        if len(batch) == size:
+            yield waiting.pop(clip.language)
+    yield from waiting.values()
+
+
+def hear(
+    recognizers: Mapping[str, Recognizer], batches: Iterable[list[Clip]], config: EvaluateConfig
+) -> Iterator[Heard]:
+    """Let the models decode each batch in turn, `config.passes` times; the median time counts.
+
+    Who begins changes from batch to batch, so that a machine that slows down slows all alike. A
+    batch of a size that was not there yet is decoded once before, to leave out compilation.
+    """
+    order, warm = list(recognizers), set()
+    for batch in batches:
+        waveforms_BN = np.stack([pad_or_trim(clip.waveform) for clip in batch])
+        options = DecodeOptions(language=batch[0].language, max_tokens=config.max_tokens)
+        hypotheses: dict[str, list[Hypothesis]] = {}
+        times: dict[str, list[float]] = {name: [] for name in order}
+        for turn in range(config.passes + (len(batch) not in warm)):
+            for name in order:
+                start = time.perf_counter()
+                hypotheses[name] = recognize(recognizers[name], waveforms_BN, options)
+                if turn or len(batch) in warm:
+                    times[name].append(time.perf_counter() - start)
+        warm.add(len(batch))
+        order = order[1:] + order[:1]
+        yield Heard(batch, hypotheses, {name: median(taken) for name, taken in times.items()})
+
+
+def relative_speed(first: Iterable[float], other: Iterable[float]) -> float:
+    """Median over batches of the first model's seconds over the other's: 2.0 is twice as fast."""
+    return median(a / b for a, b in zip(first, other, strict=True))
+
+
+def _open(source: str, config: EvaluateConfig):
+    utterances = read_dataset(
+        DataConfig(
+            source,
+            split=config.split,
+            limit=config.max_clips,
+            language=config.language,
+            text_column=config.text_column,
+        )
+    )
+    if utterances.columns.text is None:
+        raise InputError(f"{source} has no reference text to judge on: name it as --text-column")
+    return utterances
+
+
+def _usable(utterances: Iterable[Utterance], skipped: list[str]) -> Iterator[Clip]:
+    """The clips that can be judged; the others are added to `skipped`, with the reason."""
+    for utterance in utterances:
+        language = to_language(utterance.language or "en")
+        if not normalizer(language)(utterance.text or ""):
+            skipped.append(f"{utterance.id}: no reference")
+            continue
+        try:
+            clip = Clip(utterance.id, listen(utterance), utterance.text or "", language)
+        except AudioError as error:
+            skipped.append(f"{utterance.id}: {error}")
+            continue
+        if clip.waveform.size > CLIP_SAMPLES:
+            skipped.append(f"{utterance.id}: {clip.seconds:.1f} s is over 30 s")
+            continue
+        yield clip
+
+
+def _entry(
+    name: str,
+    source: str,
+    recognizer: Recognizer,
+    first: str,
+    heard: Mapping[str, list[Heard]],
+    config: EvaluateConfig,
+) -> Entry:
+    rounds = [one for ones in heard.values() for one in ones]
+    return Entry(
+        name=name,
+        source=source,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(recognizer.params)),
+        relative_speed=relative_speed(
+            [one.seconds[first] for one in rounds], [one.seconds[name] for one in rounds]
+        ),
+        scores=tuple(
+            _score(Path(dataset).name, name, ones, config.character_errors)
+            for dataset, ones in heard.items()
+        ),
+    )
+
+
+def _score(dataset: str, name: str, heard: list[Heard], with_characters: bool) -> Score:
+    pairs = [_normalised(one, name) for one in heard]
+    references = [reference for batch, _ in pairs for reference in batch]
+    texts = [text for _, batch in pairs for text in batch]
+    return Score(
+        dataset=dataset,
+        clips=len(texts),
+        audio_seconds=sum(clip.seconds for one in heard for clip in one.clips),
+        seconds=sum(one.seconds[name] for one in heard),
+        words=word_errors(references, texts),
+        characters=character_errors(references, texts) if with_characters else None,
+    )
+
+
+def _normalised(heard: Heard, name: str) -> tuple[list[str], list[str]]:
+    """References and one model's texts of a batch."""
+    normalize = normalizer(heard.clips[0].language)
+    return (
+        [normalize(clip.reference) for clip in heard.clips],
+        [normalize(hypothesis.text) for hypothesis in heard.hypotheses[name]],
+    )
+
+
+def _judged(dataset: str, name: str, heard: Heard) -> Iterator[Judged]:
+    references, texts = _normalised(heard, name)
+    for clip, hypothesis, reference, text in zip(
+        heard.clips, heard.hypotheses[name], references, texts, strict=True
+    ):
+        yield Judged(
+            dataset=Path(dataset).name,
+            id=clip.id,
+            model=name,
+            language=clip.language,
+            duration=clip.seconds,
+            reference=clip.reference,
+            text=hypothesis.text,
+            wer=100 * word_errors([reference], [text]).rate,
+            mean_log_probability=hypothesis.mean_log_probability,
+            compression_ratio=hypothesis.compression_ratio,
+        )
+
+
+def _settings(config: EvaluateConfig) -> dict[str, object]:
+    return {
+        "device": jax.devices()[0].device_kind,
+        "precision": config.dtype,
+        "batch size": config.batch_size,
+        "timed passes": config.passes,
+        "longest transcript": f"{config.max_tokens} tokens",
+        "search": "greedy, without timestamps",
+        "versions": f"flax-distil {version('flax-distil')}, jax {version('jax')}",
+    }

@@ -1,0 +1,195 @@
+"""What an evaluation found, as a table for the eye, Markdown for the page, JSON for the machine.
+
+Error rates are percent of the reference's words, as in the papers. RTF, the real-time factor, is
+processing time over audio time: 0.1 takes six seconds a minute. Relative speed is how many times
+faster than the first model, so 2.0 is twice as fast.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.table import Table
+
+from flax_distil.text.wer import ErrorCounts
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model on one clip: a line of transcripts.jsonl."""
+
+    dataset: str
+    id: str
+    model: str
+    language: str
+    duration: float
+    reference: str
+    text: str
+    wer: float
+    """Percent, both texts normalised."""
+    mean_log_probability: float
+    compression_ratio: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one dataset."""
+
+    dataset: str
+    clips: int
+    audio_seconds: float
+    seconds: float
+    """Processing time: from waveforms to texts, loading and compilation left out."""
+    words: ErrorCounts
+    characters: ErrorCounts | None = None
+
+    @property
+    def wer(self) -> float:
+        """Word error rate in percent."""
+        return 100 * self.words.rate
+
+    @property
+    def cer(self) -> float | None:
+        """Character error rate in percent, where asked for."""
+        return None if self.characters is None else 100 * self.characters.rate
+
+    @property
+    def rtf(self) -> float:
+        """Processing time over audio time."""
+        return self.seconds / self.audio_seconds
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model over all datasets."""
+
+    name: str
+    source: str
+    parameters: int
+    relative_speed: float
+    """Median over batches of the first model's time over this one's."""
+    scores: tuple[Score, ...]
+
+    @property
+    def wer(self) -> float:
+        """Mean of the datasets' word error rates in percent (the paper's macro-average)."""
+        return mean(score.wer for score in self.scores)
+
+    @property
+    def rtf(self) -> float:
+        """Processing time over audio time, all datasets together."""
+        total = sum(score.audio_seconds for score in self.scores)
+        return sum(score.seconds for score in self.scores) / total
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of report.json."""
+        return {
+            "name": self.name,
+            "parameters": self.parameters,
+            "wer": self.wer,
+            "rtf": self.rtf,
+            "relative_speed": self.relative_speed,
+            "source": self.source,
+            "datasets": [
+                {
+                    "name": score.dataset,
+                    "wer": score.wer,
+                    "cer": score.cer,
+                    "rtf": score.rtf,
+                    "clips": score.clips,
+                    "audio_seconds": score.audio_seconds,
+                    "seconds": score.seconds,
+                    **asdict(score.words),
+                }
+                for score in self.scores
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """Models side by side."""
+
+    entries: tuple[Entry, ...]
+    skipped: dict[str, list[str]]
+    """Dataset → the clips no model was judged on, with the reasons."""
+    settings: dict[str, Any]
+    """How it was measured: device, precision, batch size, versions."""
+    judged: tuple[Judged, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of report.json."""
+        models = [entry.to_json() for entry in self.entries]
+        return {"models": models, "skipped": self.skipped, "settings": self.settings}
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Heads and cells of the table: one row a model and dataset, and the mean over several."""
+        heads = ["model", "parameters", "data", "WER %", "sub", "del", "ins"]
+        with_cer = any(score.cer is not None for entry in self.entries for score in entry.scores)
+        heads += ["CER %"] * with_cer + ["RTF", "speed"]
+        rows = []
+        for entry in self.entries:
+            first = [entry.name, f"{entry.parameters / 1e6:.1f} M"]
+            for score in entry.scores:
+                shares = [
+                    f"{100 * part / max(score.words.reference_words, 1):.1f}"
+                    for part in (
+                        score.words.substitutions,
+                        score.words.deletions,
+                        score.words.insertions,
+                    )
+                ]
+                cer = [f"{score.cer:.1f}" if score.cer is not None else ""] * with_cer
+                alone = len(entry.scores) == 1
+                speed = f"{entry.relative_speed:.2f}×" if alone else ""
+                cells = [score.dataset, f"{score.wer:.1f}", *shares, *cer, f"{score.rtf:.3f}"]
+                rows.append([*first, *cells, speed])
+                first = ["", ""]
+            if len(entry.scores) > 1:
+                blank = [""] * (3 + with_cer)
+                cells = ["mean", f"{entry.wer:.1f}", *blank, f"{entry.rtf:.3f}"]
+                rows.append([*first, *cells, f"{entry.relative_speed:.2f}×"])
+        return heads, rows
+
+    def table(self) -> Table:
+        """For the terminal."""
+        heads, rows = self.rows()
+        table = Table()
+        for index, head in enumerate(heads):
+            table.add_column(head, justify="left" if index in (0, 2) else "right")
+        for row in rows:
+            table.add_row(*row, end_section=row is rows[-1])
+        return table
+
+    def to_markdown(self) -> str:
+        """The content of report.md."""
+        heads, rows = self.rows()
+        marks = ["---" if index in (0, 2) else "---:" for index in range(len(heads))]
+        lines = [_line(heads), _line(marks), *map(_line, rows), ""]
+        lines += [
+            "WER and its parts are percent of the reference words after the Whisper normaliser. "
+            "RTF is processing time over audio time, loading and compilation left out. Speed is "
+            f"relative to {self.entries[0].name}: the median over batches that all models decoded "
+            "in turn.",
+            "",
+            *(f"- {key}: {value}" for key, value in self.settings.items()),
+        ]
+        for dataset, reasons in self.skipped.items():
+            lines.append(f"- {dataset}: {len(reasons)} clips left out (listed in report.json)")
+        return "\n".join(lines) + "\n"
+
+    def save(self, folder: Path) -> None:
+        """Write report.json, report.md and transcripts.jsonl."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False)
+        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
+        lines = [json.dumps(asdict(one), ensure_ascii=False) for one in self.judged]
+        (folder / "transcripts.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

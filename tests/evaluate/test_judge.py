@@ -1,0 +1,154 @@
+import json
+
+import jiwer
+import numpy as np
+import pytest
+
+from flax_distil.audio.load import SAMPLE_RATE, encode_flac
+from flax_distil.config import EvaluateConfig
+from flax_distil.decode.options import Hypothesis
+from flax_distil.errors import InputError
+from flax_distil.evaluate import judge
+from flax_distil.evaluate.judge import Clip, batches, hear, model_names, relative_speed, run
+from flax_distil.text.normalize import normalizer
+
+TEXTS = ["One two three.", "Mister O'Neil paid $20, colour!", "It's the fourth of May.", "Yes"]
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Four good clips and four that nobody can be judged on."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number, text in enumerate([*TEXTS, "", " . ", "too long", "broken"]):
+        seconds = 30.5 if text == "too long" else 0.5 + number / 10
+        waveform = rng.normal(0, 0.1, round(seconds * SAMPLE_RATE)).astype(np.float32)
+        data = encode_flac(waveform) if text != "broken" else b"nothing"
+        (tmp_path / f"{number}.flac").write_bytes(data)
+        rows.append({"audio": f"{number}.flac", "text": text, "id": f"clip{number}"})
+    path = tmp_path / "clips.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def clip(number: int, language: str = "en") -> Clip:
+    return Clip(str(number), np.zeros(SAMPLE_RATE, np.float32), TEXTS[0], language)
+
+
+def hypothesis(text: str) -> Hypothesis:
+    return Hypothesis((1,), text, "en", -0.1, 0.0, 1.0)
+
+
+def test_real_models_are_judged_from_end_to_end(random_folders, manifest, tmp_path, capsys):
+    teacher, student = map(str, random_folders)
+    config = EvaluateConfig(
+        (teacher, student), (str(manifest),), tmp_path / "out", batch_size=3, max_tokens=9
+    )
+    report = run(config)
+    first, second = report.to_json()["models"]
+    assert first["name"] == "teacher"
+    assert first["relative_speed"] == 1.0
+    assert second["parameters"] < first["parameters"]
+    assert first["rtf"] > 0
+    assert first["datasets"][0]["clips"] == 4
+    reasons = "\n".join(report.skipped[str(manifest)])
+    for part in ("clip4: no reference", "clip5: no ref", "clip6: 30.5 s is over", "clip7: "):
+        assert part in reasons
+    assert "teacher" in capsys.readouterr().out
+    lines = (tmp_path / "out" / "transcripts.jsonl").read_text().splitlines()
+    assert len(lines) == 8
+
+
+def test_wer_equals_jiwer_over_the_normalised_texts(
+    monkeypatch, random_folders, manifest, tmp_path
+):
+    answers = ["won two three three", "Mr. O'Neil paid twenty dollars, color", "", "no yes"]
+    texts = {TEXTS[n]: answer for n, answer in enumerate(answers)}
+
+    def hear(recognizers, batches, config):
+        for batch in batches:
+            said = [hypothesis(texts[clip.reference]) for clip in batch]
+            yield judge.Heard(batch, dict.fromkeys(recognizers, said), {"teacher": 0.5})
+
+    monkeypatch.setattr(judge, "hear", hear)
+    config = EvaluateConfig(
+        (str(random_folders[0]),),
+        (str(manifest),),
+        tmp_path / "out",
+        batch_size=3,
+        character_errors=True,
+    )
+    report = run(config)
+    normal = normalizer("en")
+    reference, answer = [list(map(normal, one)) for one in (TEXTS, answers)]
+    oracle = jiwer.process_words(reference, answer)
+    score = report.entries[0].scores[0]
+    assert score.wer == pytest.approx(100 * oracle.wer, abs=1e-9)
+    assert score.cer == pytest.approx(100 * jiwer.cer(reference, answer), abs=1e-9)
+    assert score.words.deletions == oracle.deletions > 0
+    assert score.words.insertions == oracle.insertions > 0
+    assert score.words.substitutions == oracle.substitutions > 0
+    assert report.judged[1].wer == 0  # the normaliser makes the two texts equal
+    assert score.rtf == pytest.approx(1.0 / score.audio_seconds)
+
+
+def test_batches_have_one_language_and_lose_no_clip():
+    languages = ["en", "de", "en", "en", "de", "fr", "en", "en"]
+    clips = [clip(number, language) for number, language in enumerate(languages)]
+    made = list(batches(clips, 3))
+    assert [[one.id for one in batch] for batch in made] == [
+        ["0", "2", "3"],
+        ["1", "4"],
+        ["5"],
+        ["6", "7"],
+    ]
+
+
+def test_times_are_paired_medians_without_compilation(monkeypatch):
+    """A clock of our own: a takes 4 s, b 2 s, the first call of a size 100 s more."""
+    now, seen, calls = [0.0], set(), []
+
+    def recognize(name, waveforms_BN, options):
+        calls.append(name)
+        slow = (name, len(waveforms_BN)) not in seen
+        seen.add((name, len(waveforms_BN)))
+        now[0] += {"a": 4.0, "b": 2.0}[name] + 100 * slow + (50 if len(calls) == 5 else 0)
+        return [hypothesis("x")] * len(waveforms_BN)
+
+    monkeypatch.setattr(judge, "recognize", recognize)
+    monkeypatch.setattr(judge.time, "perf_counter", lambda: now[0])
+    config = EvaluateConfig(("a", "b"), ("d",), passes=3)
+    rounds = list(hear({"a": "a", "b": "b"}, [[clip(0)] * 2, [clip(1)] * 2, [clip(2)]], config))
+    assert [one.seconds for one in rounds] == [{"a": 4.0, "b": 2.0}] * 3
+    assert calls[:2] == ["a", "b"]
+    assert calls[8:10] == ["b", "a"]  # the second batch begins with the other model
+    speeds = [[one.seconds[name] for one in rounds] for name in "ab"]
+    assert relative_speed(*speeds) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"models": ("a/student", "b/student")}, "called the same"),
+        ({"names": ("one", "two", "three")}, "3 names for 2 models"),
+        ({"datasets": ()}, "at least one model"),
+        ({"batch_size": 0}, "batch_size 0 is below 1"),
+        ({"datasets": ("none.jsonl",)}, r"none\.jsonl"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_before_anything_is_loaded(changes, complaint):
+    config = {"models": ("a", "b"), "datasets": ("d",)} | changes
+    with pytest.raises(InputError, match=complaint):
+        run(EvaluateConfig(**config))
+
+
+def test_a_dataset_without_references_is_refused(tmp_path):
+    path = tmp_path / "clips.jsonl"
+    path.write_text('{"audio": "x.flac"}\n')
+    with pytest.raises(InputError, match="no reference text"):
+        run(EvaluateConfig(("a",), (str(path),)))
+
+
+def test_names_come_from_the_folders_or_from_the_user():
+    config = EvaluateConfig(("runs/x/student", "openai/whisper-base"), ("d",))
+    assert list(model_names(config)) == ["student", "whisper-base"]

@@ -1,0 +1,63 @@
+import io
+import json
+
+from rich.console import Console
+
+from flax_distil.evaluate.report import Entry, Judged, Report, Score
+from flax_distil.text.wer import ErrorCounts
+
+CLEAN = Score("clean", 2, 10.0, 1.0, ErrorCounts(2, 1, 1, 40))
+NOISY = Score("noisy | loud", 1, 30.0, 1.0, ErrorCounts(5, 0, 0, 10), ErrorCounts(6, 2, 0, 50))
+REPORT = Report(
+    (
+        Entry("teacher", "runs/t", 37_760_256, 1.0, (CLEAN,)),
+        Entry("student", "runs/s", 30_000_000, 1.5, (CLEAN, NOISY)),
+    ),
+    {"clean": ["x: no reference"]},
+    {"device": "cpu"},
+    (Judged("clean", "a", "teacher", "en", 3.5, "Hello.", "hallo", 100.0, -0.5, 1.0),),
+)
+
+
+def test_rates_are_percent_and_rtf_is_time_over_audio():
+    assert (CLEAN.wer, CLEAN.cer, CLEAN.rtf) == (10.0, None, 0.1)
+    assert NOISY.cer == 16.0
+    student = REPORT.entries[1]
+    assert student.wer == 30.0  # the mean of 10 and 50, not 9 errors in 50 words
+    assert student.rtf == 2 / 40
+
+
+def test_the_json_has_the_promised_keys(tmp_path):
+    REPORT.save(tmp_path / "deep" / "er")
+    written = json.loads((tmp_path / "deep" / "er" / "report.json").read_text())
+    first = written["models"][0]
+    assert {key: first[key] for key in ("name", "parameters", "wer", "rtf", "relative_speed")} == {
+        "name": "teacher",
+        "parameters": 37_760_256,
+        "wer": 10.0,
+        "rtf": 0.1,
+        "relative_speed": 1.0,
+    }
+    assert first["datasets"][0]["deletions"] == 1
+    lines = (tmp_path / "deep" / "er" / "transcripts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["hallo"]
+
+
+def test_the_table_has_a_row_for_each_dataset_and_the_mean():
+    heads, rows = REPORT.rows()
+    assert heads[:4] == ["model", "parameters", "data", "WER %"]
+    assert {len(row) for row in rows} == {len(heads)}
+    assert [row[3] for row in rows] == ["10.0", "10.0", "50.0", "30.0"]
+    assert rows[0][-1] == "1.00×"
+    assert rows[3][-1] == "1.50×"
+    screen = io.StringIO()
+    Console(file=screen, width=120).print(REPORT.table())
+    assert "37.8 M" in screen.getvalue()
+
+
+def test_the_markdown_is_one_whole_table():
+    table = [line for line in REPORT.to_markdown().splitlines() if line.startswith("|")]
+    bars = {line.replace("\\|", "").count("|") for line in table}
+    assert len(table) == 6
+    assert len(bars) == 1
+    assert "1 clips left out" in REPORT.to_markdown()
