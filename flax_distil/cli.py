@@ -15,6 +15,7 @@ import tyro
 
 from flax_distil import config
 from flax_distil.errors import InputError
+from flax_distil.recipe import recipe_values, stage_name
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
@@ -29,6 +30,28 @@ class Verb(NamedTuple):
 
 VERBS = {
     "fetch": Verb(config.FetchConfig, "flax_distil.fetch", "whisper-tiny.en whisper-base"),
+    "pseudo-label": Verb(
+        config.PseudoLabelConfig,
+        "flax_distil.pseudo_label",
+        "openslr/librispeech_asr --config clean --split train.100 --model whisper-base "
+        "--output-dir runs/labels",
+    ),
+    "filter": Verb(
+        config.FilterConfig,
+        "flax_distil.pseudo_label.filter",
+        "runs/labels --output-dir runs/chosen",
+    ),
+    "init-student": Verb(
+        config.InitStudentConfig,
+        "flax_distil.model.student",
+        "--teacher whisper-base --output-dir runs/student --decoder-layers 2",
+    ),
+    "distill": Verb(
+        config.DistillConfig,
+        "flax_distil.distill",
+        "--teacher whisper-base --student runs/student --labels runs/chosen "
+        "--output-dir runs/distill",
+    ),
     "evaluate": Verb(
         config.EvaluateConfig,
         "flax_distil.evaluate",
@@ -64,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("flax_distil").setLevel(logging.INFO)
     try:
         stage = parse(arguments)
-        import_module(VERBS[config.stage_name(type(stage))].room).run(stage)
+        import_module(VERBS[stage_name(type(stage))].room).run(stage)
     except InputError as error:
         print(f"flax-distil: {error}", file=sys.stderr)
         return error.status
@@ -86,7 +109,7 @@ def parse(arguments: Sequence[str]) -> Any:
     for name, verb in VERBS.items():
         default = {}
         if recipe is not None and name == named:
-            default = {"default": _partial(verb.config, config.recipe_values(recipe, verb.config))}
+            default = {"default": _partial(verb.config, recipe_values(recipe, verb.config))}
         help = f"{verb.config.__doc__}\n\nExample: flax-distil {name} {verb.example}"
         subcommand = tyro.conf.subcommand(name, description=help, **default)
         verbs.append(Annotated[verb.config, subcommand])

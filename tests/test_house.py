@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "flax_distil"
-ORDER = """errors, cache, config, parallel, text, audio, model, decode, transcribe, data, \
+ORDER = """errors, cache, recipe, config, parallel, text, audio, model, decode, transcribe, data, \
 pseudo_label, distill, evaluate, export, fetch, demo, cli"""
 ROOMS = ORDER.split(", ")
 

@@ -4,8 +4,9 @@ from typing import Literal
 
 import pytest
 
-from flax_distil.config import EvaluateConfig, load_recipe, save_recipe, stage_name
+from flax_distil.config import EvaluateConfig
 from flax_distil.errors import InputError
+from flax_distil.recipe import load_recipe, save_recipe, stage_name
 
 
 @dataclasses.dataclass(frozen=True)
