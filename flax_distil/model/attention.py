@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+QUERY_BLOCK = 300  # queries at a time where they divide: 1500 audio positions are 5 blocks
+
 
 def attention(
     q_BHQK: Float[Array, "B H Q K"],
@@ -18,15 +20,26 @@ def attention(
 ) -> Float[Array, "B H Q K"]:
     """Softmax(q kᵀ) v; `q` comes scaled. True in `mask_QS` means «may look».
 
-    The softmax is normalised after the value product: dividing [Q, K] instead of [Q, S] numbers
-    saves a pass over the largest tensor of the model (1500 × 1500 a head in the encoder).
+    Unmasked attention of many queries (the encoder's) runs in blocks of queries: the [Q, S] scores
+    of a head, the model's largest tensor, never exist whole, and a block of them stays in cache
+    (half the time of one pass on a CPU, docs/LOG.md).
     """
-    product = partial(
-        jnp.einsum, preferred_element_type=jnp.promote_types(q_BHQK.dtype, jnp.float32)
-    )
+    batch, heads, queries, size = q_BHQK.shape
+    if mask_QS is not None or queries <= QUERY_BLOCK or queries % QUERY_BLOCK:
+        return _attend(q_BHQK, k_BHSK, v_BHSK, mask_QS)
+    blocks = q_BHQK.reshape(batch, heads, -1, QUERY_BLOCK, size)
+    attend = jax.checkpoint(lambda q_BHQK: _attend(q_BHQK, k_BHSK, v_BHSK, None))
+    mixed = jax.lax.map(attend, jnp.moveaxis(blocks, 2, 0))
+    return jnp.moveaxis(mixed, 0, 2).reshape(q_BHQK.shape)
+
+
+def _attend(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, mask_QS: Array | None) -> Array:
+    """Normalises after the value product: dividing [Q, K] numbers instead of [Q, S]."""
+    wide = jnp.promote_types(q_BHQK.dtype, jnp.float32)
+    product = partial(jnp.einsum, preferred_element_type=wide)
     scores = product("bhqk,bhsk->bhqs", q_BHQK, k_BHSK)
     if mask_QS is not None:
-        scores = jnp.where(mask_QS, scores, jnp.finfo(scores.dtype).min)
+        scores = jnp.where(mask_QS, scores, jnp.finfo(wide).min)
     top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)

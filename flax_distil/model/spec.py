@@ -1,6 +1,6 @@
 """From sizes to parameters and back to a model: the static half of a Whisper."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -61,22 +61,39 @@ def unstack_layers(half: Params) -> Params:
     return half | {"layers": layers}
 
 
+# Building a module costs more than copying one, so a half is always built with a single layer.
+
+
 @cache
 def _structure(spec: Spec, half: type[Encoder] | type[Decoder]) -> nnx.GraphDef:
-    module = nnx.eval_shape(lambda: half(spec.dims, jnp.dtype(spec.dtype), spec.remat, nnx.Rngs(0)))
-    if spec.scan_layers:
-        module.layers = module.layers[0]  # pyright: ignore[reportAttributeAccessIssue]
+    module: Any = nnx.eval_shape(lambda: _build(spec, half, nnx.Rngs(0)))
+    (layer,) = module.layers
+    copies = range(_layers(spec, half))
+    module.layers = layer if spec.scan_layers else nnx.List(nnx.clone(layer) for _ in copies)
     return nnx.split(module)[0]
 
 
 @partial(jax.jit, static_argnums=0)
 def _init(spec: Spec, key: PRNGKeyArray) -> Params:
-    def half(kind: type[Encoder] | type[Decoder], key: PRNGKeyArray) -> Params:
-        module = kind(spec.dims, jnp.dtype(spec.dtype), spec.remat, nnx.Rngs(key))
-        params = nnx.to_pure_dict(nnx.split(module)[1])
+    def params(half: type[Encoder] | type[Decoder], key: PRNGKeyArray) -> Params:
+        tree = nnx.to_pure_dict(nnx.split(_build(spec, half, nnx.Rngs(key)))[1])
         wide = jnp.promote_types(spec.dtype, jnp.float32)
-        params = jax.tree.map(lambda leaf: leaf.astype(wide), params)
-        return stack_layers(params) if spec.scan_layers else params
+        return jax.tree.map(lambda leaf: leaf.astype(wide), tree)
+
+    def whole(half: type[Encoder] | type[Decoder], key: PRNGKeyArray) -> Params:
+        keys = jax.random.split(key, _layers(spec, half))
+        layers = jax.vmap(lambda key: params(half, key)["layers"][0])(keys)
+        stacked = params(half, key) | {"layers": layers}
+        return stacked if spec.scan_layers else unstack_layers(stacked)
 
     encoder, decoder = jax.random.split(key)
-    return {"encoder": half(Encoder, encoder), "decoder": half(Decoder, decoder)}
+    return {"encoder": whole(Encoder, encoder), "decoder": whole(Decoder, decoder)}
+
+
+def _build(spec: Spec, half: type[Encoder] | type[Decoder], rngs: nnx.Rngs) -> Encoder | Decoder:
+    dims = replace(spec.dims, encoder_layers=1, decoder_layers=1)
+    return half(dims, jnp.dtype(spec.dtype), spec.remat, rngs)
+
+
+def _layers(spec: Spec, half: type[Encoder] | type[Decoder]) -> int:
+    return spec.dims.encoder_layers if half is Encoder else spec.dims.decoder_layers

@@ -107,6 +107,16 @@ class Decoder(nnx.Module):
         wide = jnp.promote_types(hidden_BLD.dtype, jnp.float32)
         return jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=wide)
 
+    def projection(self) -> Callable[[Float[Array, "B L D"]], Float[Array, "B L V"]]:
+        """`logits` over a transposed copy of the embedding: faster in a loop of few tokens."""
+        head_DV = jax.lax.optimization_barrier(
+            self.tokens.embedding[...].astype(self.tokens.dtype).T
+        )
+        wide = jnp.promote_types(head_DV.dtype, jnp.float32)
+        return lambda hidden_BLD: jnp.einsum(
+            "bld,dv->blv", hidden_BLD, head_DV, preferred_element_type=wide
+        )
+
     def start(self, audio_BSD: Float[Array, "B S D"], length: int) -> Cache:
         """An empty cache for `length` tokens over these audio states."""
         batch = audio_BSD.shape[0]

@@ -1,0 +1,131 @@
+"""Which tokens may come next: pure functions on logits that compose in the order they are given.
+
+They are Whisper's own (Radford et al. 2022, section 4.5 and the reference decoder's filters).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class Progress(NamedTuple):
+    """What the rules may know of the text so far, prompt excluded.
+
+    index: number of tokens written (a scalar: all rows write in step).
+    last, before: the last token and the one before it (-1 where there is none).
+    latest: the latest timestamp token, or -1.
+    """
+
+    index: Int[Array, ""]
+    last: Int[Array, " B"]
+    before: Int[Array, " B"]
+    latest: Int[Array, " B"]
+
+
+Rule = Callable[[Float[Array, "B V"], Progress], Float[Array, "B V"]]
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """The static description of a decoder's rules; hashable, so that it can be static under jit.
+
+    timestamp_begin: the token of 0.00 s; timestamps are off where it is None.
+    max_initial: the largest first timestamp, in steps of 0.02 s.
+    """
+
+    end: int
+    no_speech: int
+    suppressed: tuple[int, ...]
+    suppressed_first: tuple[int, ...]
+    timestamp_begin: int | None = None
+    no_timestamps: int = -1
+    max_initial: int = 50
+
+    def rules(self) -> list[Rule]:
+        """The rules in the order in which Whisper applies them."""
+        rules = [suppress_first(self.suppressed_first), suppress(self.suppressed)]
+        if self.timestamp_begin is not None:
+            rules.append(suppress((self.no_timestamps,)))
+            rules.append(timestamps(self.timestamp_begin, self.end, self.max_initial))
+        return rules
+
+
+def begin(batch: int) -> Progress:
+    """The progress of rows that have written nothing."""
+    nothing = jnp.full((batch,), -1, jnp.int32)
+    return Progress(jnp.zeros((), jnp.int32), nothing, nothing, nothing)
+
+
+def advance(progress: Progress, token_B: Int[Array, " B"], rules: RuleSet) -> Progress:
+    """The progress after one more token a row."""
+    latest = progress.latest
+    if rules.timestamp_begin is not None:
+        latest = jnp.where(token_B >= rules.timestamp_begin, token_B, latest)
+    return Progress(progress.index + 1, token_B, progress.last, latest)
+
+
+def apply(
+    rules: Sequence[Rule], logits_BV: Float[Array, "B V"], progress: Progress
+) -> Float[Array, "B V"]:
+    """All rules in turn."""
+    for rule in rules:
+        logits_BV = rule(logits_BV, progress)
+    return logits_BV
+
+
+def suppress(tokens: Sequence[int]) -> Rule:
+    """Never these tokens."""
+
+    def rule(logits_BV: Array, _: Progress) -> Array:
+        return jnp.where(_among(tokens, logits_BV.shape[-1]), -jnp.inf, logits_BV)
+
+    return rule
+
+
+def suppress_first(tokens: Sequence[int]) -> Rule:
+    """Not these tokens at the start: a text begins neither blank nor ended."""
+
+    def rule(logits_BV: Array, progress: Progress) -> Array:
+        hit = _among(tokens, logits_BV.shape[-1]) & (progress.index == 0)
+        return jnp.where(hit, -jnp.inf, logits_BV)
+
+    return rule
+
+
+def timestamps(begin: int, end: int, max_initial: int) -> Rule:
+    """Timestamps come in pairs, never go back, open the text, and win where their mass is larger.
+
+    begin: token of 0.00 s. end: the end-of-text token. max_initial: steps of 0.02 s.
+    """
+
+    def rule(logits_BV: Array, progress: Progress) -> Array:
+        token = jnp.arange(logits_BV.shape[-1])
+        is_time = token >= begin
+        first = progress.index == 0
+        stamped = (progress.last >= begin)[:, None]
+        paired = stamped & ((progress.before >= begin) | (progress.index < 2))[:, None]
+        # After a pair comes text; after a closing timestamp its twin or the end.
+        forbidden = (paired & is_time) | (stamped & ~paired & (token < end))
+        # A closing timestamp may repeat the opening one only as the next one's beginning.
+        floor = progress.latest[:, None] + jnp.where(stamped & ~paired, 0, 1)
+        forbidden |= (progress.latest >= 0)[:, None] & is_time & (token < floor)
+        forbidden |= first & (~is_time | (token > begin + max_initial))
+        logits_BV = jnp.where(forbidden, -jnp.inf, logits_BV)
+        log_probability_BV = jax.nn.log_softmax(logits_BV)
+        time_mass = jax.nn.logsumexp(log_probability_BV[:, begin:], axis=-1, keepdims=True)
+        best_text = log_probability_BV[:, :begin].max(axis=-1, keepdims=True)
+        return jnp.where((time_mass > best_text) & ~is_time, -jnp.inf, logits_BV)
+
+    return rule
+
+
+def _among(tokens: Sequence[int], vocab: int) -> np.ndarray:
+    """A constant [V] mask."""
+    mask = np.zeros(vocab, bool)
+    mask[[token for token in tokens if 0 <= token < vocab]] = True
+    return mask

@@ -1,0 +1,137 @@
+"""The model against PyTorch's in float64 (1e-6 tells a tanh GELU or a wrong ε; 1e-2 would not)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_distil.model.attention import QUERY_BLOCK, _attend, attention
+from flax_distil.model.dims import PUBLISHED
+from flax_distil.model.spec import Spec, stack_layers, unstack_layers
+from flax_distil.model.weights import names
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(2, 40, 8)), rng.integers(0, 97, (2, 10))
+
+
+def layouts(twins):
+    stacked = {half: stack_layers(params) for half, params in twins.params.items()}
+    yield Spec(twins.dims, "float64"), twins.params
+    yield Spec(twins.dims, "float64", scan_layers=True), stacked
+    yield Spec(twins.dims, "float64", remat=True), twins.params
+
+
+@pytest.mark.usefixtures("float64")
+def test_equals_transformers_in_every_layout(twins, inputs):
+    import torch
+
+    mel, tokens = inputs
+    with torch.no_grad():
+        features, labels = torch.tensor(mel.swapaxes(1, 2)), torch.tensor(tokens)
+        theirs = twins.torch(features, decoder_input_ids=labels, output_hidden_states=True)
+    for spec, params in layouts(twins):
+        audio = spec.encoder(params["encoder"])(jnp.asarray(mel))
+        decoder = spec.decoder(params["decoder"])
+        hidden, every = decoder.hidden_states(jnp.asarray(tokens), audio)
+        np.testing.assert_allclose(audio, theirs.encoder_last_hidden_state, atol=1e-10)
+        np.testing.assert_allclose(decoder.logits(hidden), theirs.logits, atol=1e-10)
+        np.testing.assert_allclose(decoder.projection()(hidden), theirs.logits, atol=1e-10)
+        np.testing.assert_allclose(every[0], theirs.decoder_hidden_states[1], atol=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("per_row", [False, True])
+def test_cached_equals_uncached(twins, inputs, per_row):
+    mel, tokens = inputs
+    for spec, params in layouts(twins):
+        audio = spec.encoder(params["encoder"])(jnp.asarray(mel))
+        decoder = spec.decoder(params["decoder"])
+        whole = decoder(jnp.asarray(tokens), audio)
+        hidden, cache = decoder.step(jnp.asarray(tokens[:, :4]), decoder.start(audio, 12))
+        if per_row:
+            cache = cache._replace(length=jnp.full((2,), 4))
+        parts = [hidden]
+        for index in range(4, 10):
+            hidden, cache = decoder.step(jnp.asarray(tokens[:, index : index + 1]), cache)
+            parts.append(hidden)
+        np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_rows_advance_on_their_own(twins, inputs):
+    mel, tokens = inputs
+    spec = Spec(twins.dims, "float64")
+    audio = spec.encoder(twins.params["encoder"])(jnp.asarray(mel))
+    decoder = spec.decoder(twins.params["decoder"])
+    whole = decoder(jnp.asarray(tokens), audio)
+    # Row 0 takes three of the four tokens read, row 1 all of them; both then read one more.
+    _, cache = decoder.step(jnp.asarray(tokens[:, :4]), decoder.start(audio, 12))
+    accepted = np.array([3, 4])
+    following = jnp.asarray(tokens[np.arange(2), accepted][:, None])
+    hidden, cache = decoder.step(following, cache._replace(length=jnp.asarray(accepted)))
+    np.testing.assert_allclose(hidden[:, 0], whole[np.arange(2), accepted], atol=1e-12)
+    np.testing.assert_array_equal(cache.length, accepted + 1)
+
+
+@pytest.mark.usefixtures("float64")
+def test_causal_by_gradient(twins, inputs):
+    mel, _ = inputs
+    spec = Spec(twins.dims, "float64")
+    audio = spec.encoder(twins.params["encoder"])(jnp.asarray(mel))
+
+    def at(position, embedding_LD):
+        params = twins.params["decoder"]
+        params = params | {"tokens": {"embedding": embedding_LD}}
+        return spec.decoder(params)(jnp.arange(10)[None], audio[:1])[0, position].sum()
+
+    embedding = jnp.asarray(twins.params["decoder"]["tokens"]["embedding"])
+    for position in (0, 4, 9):
+        reach = jnp.abs(jax.grad(at, argnums=1)(position, embedding)).sum(-1)[:10] > 0
+        np.testing.assert_array_equal(reach, np.arange(10) <= position)
+
+
+def test_blocks_of_queries_change_nothing():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 2 * QUERY_BLOCK, 8))
+    np.testing.assert_allclose(attention(q, k, v), _attend(q, k, v, None), atol=1e-6)
+    loss = lambda attend: jax.grad(lambda k: (attend(q, k, v) ** 2).sum())(k)
+    plain = loss(lambda q, k, v: _attend(q, k, v, None))
+    np.testing.assert_allclose(loss(attention), plain, atol=1e-5)
+
+
+def test_bfloat16_keeps_parameters_and_logits_in_float32(twins, inputs):
+    mel, tokens = inputs
+    spec = Spec(twins.dims, "bfloat16")
+    params = spec.init(jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    audio = spec.encoder(params["encoder"])(jnp.asarray(mel, jnp.float32))
+    decoder = spec.decoder(params["decoder"])
+    assert audio.dtype == jnp.bfloat16
+    assert decoder.logits(decoder(jnp.asarray(tokens), audio)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("tiny.en", 37.8),
+        ("base", 72.6),
+        ("small", 241.7),
+        ("medium.en", 763.9),
+        ("large-v2", 1543.3),
+        ("large-v3", 1543.5),
+        ("large-v3-turbo", 808.9),
+    ],
+)
+def test_published_sizes(name, millions):
+    abstract = Spec(PUBLISHED[name]).abstract()
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    assert round(count / 1e6, 1) == millions
+    assert len(jax.tree.leaves(abstract)) == len(names(PUBLISHED[name]))
+
+
+def test_stack_and_unstack(twins):
+    decoder = twins.params["decoder"]
+    back = unstack_layers(stack_layers(decoder))
+    jax.tree.map(np.testing.assert_array_equal, back, jax.tree.map(jnp.asarray, decoder))
