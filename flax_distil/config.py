@@ -193,6 +193,8 @@ class ValidationConfig:
     """Clips decoded at once."""
     max_clips: int | None = None
     """At most so many clips of each set."""
+    max_tokens: int = 224
+    """Longest transcript in tokens."""
     patience: int | None = None
     """Stop after so many validations without a new best; never where not given."""
     samples: int = 3
@@ -209,6 +211,8 @@ class RunConfig:
     """Updates between checkpoints; there is one at the end and on SIGTERM as well."""
     keep: int = 2
     """Latest checkpoints kept, beside the best."""
+    workers: int = 4
+    """Threads that decode audio."""
     log_every: int = 1
     """Updates between lines on the console and in metrics.jsonl."""
     tensorboard: bool = True
@@ -231,6 +235,12 @@ class DistillConfig:
     """The run's folder: checkpoints, metrics, recipe."""
     batch_size: int = 256
     """Clips in one update, over all devices."""
+    timestamp_probability: float = 0.5
+    """How often a label that has timestamps keeps them (paper table 15)."""
+    language: str | None = None
+    """Language spoken where the labels name none, such as en."""
+    label_buckets: tuple[int, ...] = (32, 64, 128, 256, 448)
+    """Label lengths in tokens that programs are compiled for; a batch takes the first that fits."""
     train_encoder: bool = False
     """Train the encoder as well; it is then no longer shared with the teacher."""
     max_skipped: int = 10
@@ -290,18 +300,22 @@ class ExportConfig:
     """A training run, or any folder or name that holds a Whisper."""
     output_dir: Path
     """Receives the model. With several formats, one folder each inside it."""
-    formats: tuple[Literal["transformers", "openai", "ctranslate2"], ...] = ("transformers",)
+    format: tuple[Literal["transformers", "openai", "ctranslate2"], ...] = ("transformers",)
     """What to write."""
     checkpoint: Literal["best", "latest"] | int = "best"
     """Which checkpoint of a training run: the one of the best WER, the last one, or a step."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of the stored weights."""
     report: Path | None = None
-    """A report.json whose figures go into the model card."""
+    """A report.json of `evaluate`, whose figures go into the model card."""
+    license: str | None = None
+    """Licence that the model card names; OpenAI's weights are mit."""
     verify: bool = False
     """Load the export in PyTorch and compare its logits with ours (needs the extra `torch`)."""
     verify_audio: Path | None = None
     """Clip to verify on; without it, a synthetic one."""
+    tolerance: float = 1e-3
+    """Largest difference of a logit that `verify` lets pass, both computed in float32."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""The model card: what it is, how it was made, how well it does, how to use it."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flax_distil.config import ExportConfig
+from flax_distil.errors import InputError
+from flax_distil.model.checkpoint import Checkpoint
+
+USE = """\
+## Use
+
+```python
+from transformers import pipeline
+
+recognise = pipeline("automatic-speech-recognition", model="{folder}")
+print(recognise("speech.wav")["text"])
+```
+"""
+
+
+def model_card(checkpoint: Checkpoint, config: ExportConfig) -> str:
+    """A README.md for the hub: YAML head, sizes, figures of the report, recipe, a first use.
+
+    Raises:
+        InputError: the report is none.
+    """
+    dims = checkpoint.dims
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(checkpoint.params))
+    language = "multilingual" if dims.multilingual else "en"
+    head = [f"language: {language}"]
+    head += [f"license: {config.license}"] if config.license else []
+    head += ["library_name: transformers", "pipeline_tag: automatic-speech-recognition"]
+    head += ["tags: [whisper, distil-whisper, flax-distil]", "metrics: [wer]"]
+    parts = [
+        "\n".join(["---", *head, "---", "", f"# {config.output_dir.name}", ""]),
+        f"Whisper with {dims.encoder_layers} encoder and {dims.decoder_layers} decoder layers, "
+        f"width {dims.width}, {parameters / 1e6:.1f} M parameters, exported from "
+        f"`{config.source}` by flax-distil {version('flax-distil')} "
+        "(Distil-Whisper, arXiv 2311.00430, in JAX).\n",
+        figures(config.report) if config.report else "",
+        USE.format(folder=config.output_dir),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def figures(report: Path) -> str:
+    """The report's models as a table.
+
+    Raises:
+        InputError: `report` is not a report.json of `flax-distil evaluate`.
+    """
+    try:
+        models = json.loads(report.read_text(encoding="utf-8"))["models"]
+        rows = [_row(model) for model in models]
+    except OSError as error:
+        raise InputError(f"the report {report} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{report} is no report.json of flax-distil evaluate: {error!r}") from None
+    heads = ["| model | parameters | WER % | RTF | speed |", "|---|---:|---:|---:|---:|"]
+    data = ", ".join(dict.fromkeys(one["name"] for model in models for one in model["datasets"]))
+    return "\n".join(["## Figures", "", *heads, *rows, "", f"Measured on {data}.", ""])
+
+
+def _row(model: dict[str, Any]) -> str:
+    return (
+        f"| {model['name']} | {model['parameters'] / 1e6:.1f} M | {model['wer']:.1f} | "
+        f"{model['rtf']:.3f} | {model['relative_speed']:.2f}× |"
+    )

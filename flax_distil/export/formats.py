@@ -1,0 +1,97 @@
+"""A model to the folders that Transformers, openai-whisper and faster-whisper load as they are."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from flax_distil.config import ExportConfig
+from flax_distil.errors import InputError
+from flax_distil.export.card import model_card
+from flax_distil.export.verify import largest_difference
+from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from flax_distil.model.ctranslate2 import write_ctranslate2
+from flax_distil.model.openai import to_openai
+from flax_distil.model.processor import copy_processor
+from flax_distil.model.weights import to_hf
+from flax_distil.text.tokens import load_tokens
+
+log = logging.getLogger(__name__)
+
+
+def run(config: ExportConfig) -> dict[str, Path]:
+    """Write `config.source` in every format asked for; returns format → folder.
+
+    Raises:
+        InputError: the source or the report cannot be read, PyTorch is needed and missing, or the
+            export differs from our model by more than `config.tolerance`.
+    """
+    if not config.format:
+        raise InputError(f"name at least one format: {', '.join(WRITERS)}")
+    checkpoint = load_checkpoint(config.source)
+    card = model_card(checkpoint, config)
+    folders = {}
+    for name in dict.fromkeys(config.format):
+        folder = config.output_dir / name if len(config.format) > 1 else config.output_dir
+        WRITERS[name](checkpoint, folder, config.dtype)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        log.info("%s: %s", name, folder)
+        folders[name] = folder
+    if config.verify:
+        if "transformers" not in folders:
+            raise InputError("verify compares with PyTorch: add transformers to the formats")
+        difference = largest_difference(folders["transformers"], config.verify_audio)
+        if not difference <= config.tolerance:
+            raise InputError(
+                f"the logits of {folders['transformers']} in PyTorch differ from ours by "
+                f"{difference:.2g}, over {config.tolerance:.2g}: do not use this export"
+            )
+        log.info("logits in PyTorch differ from ours by at most %.2g", difference)
+    return folders
+
+
+def write_openai(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
+    """`model.pt` for `whisper.load_model`, and beside it the tokenizer, which others need."""
+    try:
+        import torch
+    except ImportError:
+        raise InputError("an OpenAI .pt needs PyTorch: pip install 'flax-distil[torch]'") from None
+    sizes, state = to_openai(checkpoint.dims, to_hf(checkpoint.dims, checkpoint.params))
+    tensors = {name: torch.tensor(array).to(getattr(torch, dtype)) for name, array in state.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    half_written = folder / "model.pt.part"
+    torch.save({"dims": sizes, "model_state_dict": tensors}, half_written)
+    half_written.replace(folder / "model.pt")
+    copy_processor(checkpoint.source, folder, checkpoint.dims)
+
+
+def write_faster_whisper(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
+    """CTranslate2's folder with the tokenizer beside it, as `faster_whisper.WhisperModel` wants."""
+    tensors = to_hf(checkpoint.dims, checkpoint.params)
+    write_ctranslate2(folder, checkpoint.dims, tensors, checkpoint.generation, dtype)
+    copy_processor(checkpoint.source, folder, checkpoint.dims)
+    names = json.dumps(token_names(folder, checkpoint.dims.vocab), ensure_ascii=False)
+    (folder / "vocabulary.json").write_text(names, encoding="utf-8")
+
+
+def token_names(folder: Path, size: int) -> list[str]:
+    """What CTranslate2 calls each id; times that a tokenizer.json leaves out are filled in.
+
+    Raises:
+        InputError: the folder has no tokenizer.json, or it is not Whisper's.
+    """
+    tokens = load_tokens(folder)
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    names = {id: name for name, id in vocabulary.items()}
+    for id in range(tokens.timestamp_begin, size):
+        names.setdefault(id, f"<|{tokens.seconds(id):.2f}|>")
+    return [names[id] for id in range(size)]
+
+
+WRITERS: dict[str, Callable[[Checkpoint, Path, str], None]] = {
+    "transformers": save_checkpoint,
+    "openai": write_openai,
+    "ctranslate2": write_faster_whisper,
+}

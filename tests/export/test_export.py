@@ -1,0 +1,120 @@
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+from flax_distil.config import ExportConfig
+from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.recognizer import make_recognizer, recognize
+from flax_distil.errors import InputError
+from flax_distil.evaluate.report import Entry, Report, Score
+from flax_distil.export import formats, run
+from flax_distil.export.verify import largest_difference, synthetic_clip
+from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.model.student import same_arrays
+from flax_distil.text.wer import ErrorCounts
+
+
+@pytest.fixture(scope="module")
+def student(random_folders):
+    return load_checkpoint(random_folders[1])
+
+
+@pytest.fixture(scope="module")
+def exported(random_folders, tmp_path_factory):
+    """All three formats, written once."""
+    folder = tmp_path_factory.mktemp("exported")
+    every = ("transformers", "openai", "ctranslate2")
+    return run(ExportConfig(str(random_folders[1]), folder, every))
+
+
+def test_the_pipeline_of_transformers_writes_our_text(exported, student):
+    from transformers import pipeline
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the pipeline's own, about its defaults
+        recognise = pipeline("automatic-speech-recognition", model=str(exported["transformers"]))
+        theirs = recognise(synthetic_clip(), generate_kwargs={"max_new_tokens": 12})
+    options = DecodeOptions(max_tokens=12)
+    ours = recognize(make_recognizer(student), synthetic_clip()[None], options)[0]
+    assert len(ours.tokens) > 3
+    assert theirs["text"].strip() == ours.text
+
+
+def test_logits_equal_those_of_pytorch(exported):
+    # Random weights make logits of order 1; float32 through one layer leaves 1e-5 of it.
+    assert largest_difference(exported["transformers"]) < 1e-4
+
+
+def test_openai_whisper_loads_the_same_numbers(exported, student):
+    import whisper
+
+    model = whisper.load_model(str(exported["openai"] / "model.pt"))
+    assert model.dims.n_text_layer == 1
+    ours = student.params["decoder"]["tokens"]["embedding"]
+    assert np.array_equal(model.decoder.token_embedding.weight.detach().numpy(), ours)
+    assert same_arrays(load_checkpoint(exported["openai"] / "model.pt").params, student.params)
+
+
+def test_faster_whisper_loads_it(exported, student):
+    from faster_whisper import WhisperModel
+
+    model = WhisperModel(str(exported["ctranslate2"]), device="cpu", compute_type="float32")
+    assert not model.model.is_multilingual
+    assert same_arrays(load_checkpoint(exported["ctranslate2"]).params, student.params)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_weights_are_the_rounded_ones(random_folders, student, tmp_path, dtype):
+    import jax
+    import jax.numpy as jnp
+
+    every = ("transformers", "openai", "ctranslate2")
+    folders = run(ExportConfig(str(random_folders[1]), tmp_path, every, dtype=dtype))
+    rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype).astype("float32"), student.params)
+    for folder in (*list(folders.values())[::2], folders["openai"] / "model.pt"):
+        assert same_arrays(load_checkpoint(folder).params, rounded), folder
+
+
+def test_verification_passes_a_good_export_and_stops_a_bad_one(
+    random_folders, tmp_path, monkeypatch, caplog
+):
+    config = ExportConfig(str(random_folders[1]), tmp_path / "a", verify=True)
+    with caplog.at_level("INFO"):
+        assert run(config) == {"transformers": tmp_path / "a"}
+    assert "differ from ours by at most" in caplog.text
+    monkeypatch.setattr(formats, "largest_difference", lambda folder, audio: float("nan"))
+    with pytest.raises(InputError, match=r"differ from ours by nan, over 0\.001"):
+        run(config)
+
+
+def test_the_card_has_the_figures_and_a_head_that_the_hub_reads(random_folders, tmp_path):
+    from huggingface_hub import ModelCard
+
+    score = Score("clean", 2, 10.0, 1.0, ErrorCounts(2, 1, 1, 40))
+    Report((Entry("student", "s", 30_000_000, 1.5, (score,)),), {}, {}).save(tmp_path)
+    report = tmp_path / "report.json"
+    run(ExportConfig(str(random_folders[1]), tmp_path / "my", report=report, license="mit"))
+    card = ModelCard.load(tmp_path / "my" / "README.md")
+    assert (card.data.license, card.data.language, card.data.metrics) == ("mit", "en", ["wer"])
+    assert "| student | 30.0 M | 10.0 | 0.100 | 1.50× |" in card.text
+    assert "# my" in card.text
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"models": [{"name": "x"}]}', None])
+def test_a_report_that_is_none_is_refused_before_anything_is_written(
+    content, random_folders, tmp_path
+):
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    config = ExportConfig(str(random_folders[1]), tmp_path / "out", report=tmp_path / "report.json")
+    with pytest.raises(InputError, match=r"report\.json"):
+        run(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_alignment_heads_point_at_layers_the_student_has(exported):
+    generation = json.loads((exported["transformers"] / "generation_config.json").read_text())
+    assert generation["alignment_heads"]
+    assert all(layer < 1 for layer, _ in generation["alignment_heads"])
