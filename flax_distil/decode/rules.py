@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int
 class Progress(NamedTuple):
     """What the rules may know of the text so far, prompt excluded.
 
-    index: number of tokens written (a scalar: all rows write in step).
+    index: number of tokens written: a scalar where all rows write in step, else one a row.
     last, before: the last token and the one before it (-1 where there is none).
     latest: the latest timestamp token, or -1.
     """
 
-    index: Int[Array, ""]
+    index: Int[Array, "..."]
     last: Int[Array, " B"]
     before: Int[Array, " B"]
     latest: Int[Array, " B"]
@@ -91,7 +91,7 @@ def suppress_first(tokens: Sequence[int]) -> Rule:
     """Not these tokens at the start: a text begins neither blank nor ended."""
 
     def rule(logits_BV: Array, progress: Progress) -> Array:
-        hit = _among(tokens, logits_BV.shape[-1]) & (progress.index == 0)
+        hit = _among(tokens, logits_BV.shape[-1]) & (progress.index == 0)[..., None]
         return jnp.where(hit, -jnp.inf, logits_BV)
 
     return rule
@@ -106,7 +106,7 @@ def timestamps(begin: int, end: int, max_initial: int) -> Rule:
     def rule(logits_BV: Array, progress: Progress) -> Array:
         token = jnp.arange(logits_BV.shape[-1])
         is_time = token >= begin
-        first = progress.index == 0
+        first = (progress.index == 0)[..., None]
         stamped = (progress.last >= begin)[:, None]
         paired = stamped & ((progress.before >= begin) | (progress.index < 2))[:, None]
         # After a pair comes text; after a closing timestamp its twin or the end.
