@@ -44,6 +44,9 @@ class Utterance:
     """Container of bytes that do not tell it themselves, such as g722."""
     token_ids: tuple[int, ...] | None = field(default=None, repr=False)
     """The teacher's label, where the source is a label store: no prompt, no end of text."""
+    parts: tuple["Utterance", ...] = field(default=(), repr=False)
+    """What a packed window is made of; its audio is then theirs, `pause` seconds apart."""
+    pause: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,10 @@ def to_language(language: str) -> str:
 
 def listen(utterance: Utterance) -> Float32[np.ndarray, "n"]:
     """The clip's samples at 16 kHz in [-1, 1]. Raises AudioError when there are none."""
+    if utterance.parts:
+        silence = np.zeros(round(utterance.pause * SAMPLE_RATE), np.float32)
+        pieces = [piece for part in utterance.parts for piece in (silence, listen(part))]
+        return np.concatenate(pieces[1:])
     source = utterance.audio
     if isinstance(source, np.ndarray):
         waveform = source

@@ -1,0 +1,85 @@
+"""Short utterances concatenated to windows: clips of 7 s leave three quarters of a window silent.
+
+Every encoder pass costs 30 s, whatever the window holds. So consecutive utterances of one speaker
+and language share one, as in the later published recipes (distil-large-v3).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flax_distil.audio.load import AudioError, audio_duration
+from flax_distil.data.utterances import Utterance, Utterances
+
+
+@dataclass(frozen=True)
+class Packed(Sequence[Utterance]):
+    """Windows over a dataset: `groups` are the rows of each, spoken `pause` seconds apart."""
+
+    utterances: Utterances
+    groups: Sequence[tuple[int, ...]]
+    pause: float
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        parts = tuple(self.utterances[row] for row in self.groups[index])
+        return join(parts, self.pause)
+
+    def since(self, start: int) -> Iterator[Utterance]:
+        """The windows from `start` on."""
+        return (self[number] for number in range(start, len(self)))
+
+
+def pack(utterances: Utterances, seconds: float, pause: float) -> Packed:
+    """Windows of at most `seconds`, in the order of their first utterances.
+
+    Utterances of a speaker and language keep their order; a new window begins where the next one
+    does not fit. Those whose speaker is not known are taken for one speaker's.
+    """
+    groups: list[list[int]] = []
+    open_groups: dict[tuple[str | None, str | None], tuple[list[int], float]] = {}
+    for row, utterance in enumerate(utterances.since(0)):
+        key = (utterance.speaker, utterance.language)
+        duration = min(length(utterance, unknown=seconds), seconds)
+        group, filled = open_groups.get(key, ([], seconds))
+        if filled + pause + duration > seconds + 1e-6:
+            group, filled = [], -pause
+            groups.append(group)
+        group.append(row)
+        open_groups[key] = (group, filled + pause + duration)
+    return Packed(utterances, [tuple(group) for group in groups], pause)
+
+
+def join(parts: tuple[Utterance, ...], pause: float) -> Utterance:
+    """One utterance of several, with all their words."""
+    first, *rest = parts
+    if not rest:
+        return first
+    texts = [part.text for part in parts]
+    return Utterance(
+        id=f"{first.id}+{len(rest)}",
+        audio=b"",
+        text=None if None in texts else " ".join(filter(None, texts)),
+        duration=sum(length(part) for part in parts) + pause * len(rest),
+        speaker=first.speaker,
+        language=first.language,
+        parts=parts,
+        pause=pause,
+    )
+
+
+def length(utterance: Utterance, unknown: float = 0.0) -> float:
+    """Seconds, read from the audio's header where the dataset does not tell.
+
+    A clip that cannot be read counts as `unknown`; whoever hears it will say why.
+    """
+    if utterance.duration is not None:
+        return utterance.duration
+    try:
+        return audio_duration(utterance.audio) or unknown  # type: ignore[arg-type]
+    except AudioError:
+        return unknown
