@@ -1,0 +1,155 @@
+# shellcheck shell=bash disable=SC2034
+# Sourced by every script here: settings, --dry-run, and how to reach all workers.
+#
+# Settings are environment variables, or lines NAME=value of the file that TPU_ENV names (tpu.env in
+# the current folder); the environment outranks the file. tpu.env.example explains each.
+
+set -euo pipefail
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  echo "bash ${BASH_VERSION} is too old: 4.4 or later is needed (macOS: brew install bash)" >&2
+  exit 2
+fi
+
+SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+SECRETS=(HF_TOKEN WANDB_API_KEY)
+DRY_RUN=no
+exec 3>&1 # what a dry run prints must not end in $(…)
+SCRATCH=$(mktemp -d)
+trap 'rm -rf "$SCRATCH"' EXIT
+
+say() { printf '%s\n' "$*" >&2; }
+die() {
+  say "${0##*/}: $*"
+  exit 1
+}
+
+# Takes --dry-run and --help out of the arguments; the rest is in ARGUMENTS. Where COMMAND_FOLLOWS,
+# options after the first word belong to that command.
+read_arguments() {
+  ARGUMENTS=()
+  while (($#)); do
+    case $1 in
+      --dry-run) DRY_RUN=yes ;;
+      -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;;
+      -*) die "unknown option $1; there are --dry-run and --help" ;;
+      *)
+        if [[ ${COMMAND_FOLLOWS:-no} == yes ]]; then
+          ARGUMENTS=("$@")
+          return
+        fi
+        ARGUMENTS+=("$1")
+        ;;
+    esac
+    shift
+  done
+}
+
+read_settings() {
+  local file=${TPU_ENV:-tpu.env} name value
+  if [[ -f $file ]]; then
+    while IFS='=' read -r name value || [[ -n $name ]]; do
+      [[ $name =~ ^[A-Z_]+$ ]] || continue
+      [[ -v $name ]] || export "$name=$value"
+    done <"$file"
+  elif [[ -n ${TPU_ENV:-} ]]; then
+    die "TPU_ENV names $file, which is not there"
+  fi
+  for name in TPU_NAME TPU_ZONE; do
+    [[ -n ${!name:-} ]] || die "$name is not set: see tpu_scripts/tpu.env.example"
+  done
+  [[ $TPU_NAME =~ ^[a-z][-a-z0-9]*$ ]] || die "TPU_NAME=$TPU_NAME must be of a-z, 0-9 and -"
+  TPU_RUN=${TPU_RUN:-run}
+  [[ $TPU_RUN =~ ^[-A-Za-z0-9_.]+$ ]] || die "TPU_RUN=$TPU_RUN must be of letters, digits, - _ ."
+  POLL_SECONDS=${TPU_POLL_SECONDS:-60}
+  PLACE=("--zone=$TPU_ZONE")
+  [[ -z ${TPU_PROJECT:-} ]] || PLACE+=("--project=$TPU_PROJECT")
+  REACH=("${PLACE[@]}" --quiet)
+  [[ ${TPU_INTERNAL_IP:-no} == no ]] || REACH+=(--internal-ip)
+  STATE=${TPU_STATE:-runs/tpu}/$TPU_NAME # what the next script has to know
+}
+
+# Runs a command, or prints it so that it could be pasted.
+run() {
+  if [[ $DRY_RUN == yes ]]; then
+    { printf '+' && printf ' %q' "$@" && printf '\n'; } >&3
+  else
+    "$@"
+  fi
+}
+
+# State of the queued resource (ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, …), empty where there is
+# none. A list with a filter, for `describe` fails alike when nothing is there and when not allowed.
+queue_state() {
+  run gcloud compute tpus queued-resources list "${PLACE[@]}" \
+    --filter="name~/queuedResources/$TPU_NAME\$" --format='value(state.state)'
+}
+
+# State of the TPU itself (READY, PREEMPTED, …), empty where there is none.
+node_state() {
+  run gcloud compute tpus tpu-vm list "${PLACE[@]}" \
+    --filter="name~/nodes/$TPU_NAME\$" --format='value(state)'
+}
+
+# Sets WORKERS to their numbers; a dry run, which asks nothing, says `all`.
+find_workers() {
+  local count
+  count=$(run gcloud compute tpus tpu-vm describe "$TPU_NAME" "${PLACE[@]}" \
+    --format='value(networkEndpoints.len())') || count=0
+  if [[ $DRY_RUN == yes ]]; then
+    WORKERS=(all)
+  elif ((count > 0)); then
+    mapfile -t WORKERS < <(seq 0 $((count - 1)))
+  else
+    say "the workers of $TPU_NAME in $TPU_ZONE cannot be listed: is it there? create.sh makes it"
+    return 1
+  fi
+}
+
+# on_workers FUNCTION ARGUMENT…: calls FUNCTION WORKER ARGUMENT… for each worker, up to TPU_PARALLEL
+# at a time. One gcloud call a worker: --worker=all cannot say who failed, and gives stdin to one.
+# Prints each worker's output behind its number; leaves it in OUTPUT/<worker>. Names who failed.
+on_workers() {
+  if [[ $DRY_RUN == yes ]]; then
+    "$1" all "${@:2}"
+    return
+  fi
+  OUTPUT=$(mktemp -d "$SCRATCH/XXXX")
+  local worker failed=() jobs=0
+  for worker in "${WORKERS[@]}"; do
+    { "$1" "$worker" "${@:2}" && : >"$OUTPUT/$worker.done"; } \
+      >"$OUTPUT/$worker" 2>"$OUTPUT/$worker.errors" </dev/null &
+    ((++jobs % ${TPU_PARALLEL:-16})) || wait
+  done
+  wait
+  for worker in "${WORKERS[@]}"; do
+    sed "s/^/[worker $worker] /" "$OUTPUT/$worker"
+    [[ -f $OUTPUT/$worker.done ]] && continue
+    failed+=("$worker")
+    tail -n 20 "$OUTPUT/$worker.errors" | sed "s/^/[worker $worker] /" >&2
+  done
+  ((${#failed[@]} == 0)) || say "failed on worker ${failed[*]} of ${#WORKERS[@]}: its last words are above"
+  ((${#failed[@]} == 0))
+}
+
+# on_workers calls the following, with the worker's number first.
+
+# Runs a command line of the worker's own shell there.
+worker_command() {
+  run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${REACH[@]}" --worker="$1" --command="$2"
+}
+
+# Runs a script of worker/ there. It comes over stdin, so that nothing is quoted twice; gcloud tries
+# again when a connection breaks, and stdin is then empty, hence the look at the first line.
+worker_script() {
+  local arguments
+  arguments=$(printf ' %q' "${@:3}")
+  # shellcheck disable=SC2016 # for the worker's shell to expand
+  local receive='script=$(cat); case $script in "#!"*) ;; *) echo no script came >&2; exit 97 ;; esac; bash -c "$script"'
+  [[ $DRY_RUN == no ]] || printf '# standard input: %s\n' "$2" >&3
+  worker_command "$1" "$receive ${2##*/}$arguments" <"$2"
+}
+
+# Copies a file to the worker's home folder.
+worker_receives() {
+  run gcloud compute tpus tpu-vm scp "$2" "$TPU_NAME:" "${REACH[@]}" --worker="$1"
+}

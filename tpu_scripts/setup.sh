@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Put the checked-out commit, its environment and the secrets on every worker: setup.sh [--dry-run]
+#
+# Run it again after a new commit. Only what is committed goes there.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+main() {
+  read_arguments "$@"
+  read_settings
+  local root ref=refs/tpu/$TPU_NAME commit bundle=$SCRATCH/flax-distil.bundle
+  root=$(git -C "$SCRIPTS" rev-parse --show-toplevel)
+  # watch.sh sets a new TPU up as the old one was, whatever has been committed since.
+  if [[ ${TPU_KEEP_COMMIT:-no} == no ]] || ! commit=$(git -C "$root" rev-parse -q --verify "$ref"); then
+    commit=$(git -C "$root" rev-parse HEAD)
+    run git -C "$root" update-ref "$ref" "$commit"
+    [[ -z $(git -C "$root" status --porcelain) ]] || say "note: uncommitted changes stay here"
+  fi
+  run git -C "$root" bundle create --quiet "$bundle" "$ref"
+
+  find_workers
+  # Once alone: the first call may make the ssh key and enter it into the TPU's metadata.
+  worker_command 0 true >/dev/null
+  on_workers worker_receives "$bundle" || die "the project could not be copied"
+  on_workers worker_script "$SCRIPTS/worker/setup.sh" \
+    "$ref" "$commit" "${TPU_PYTHON:-3.11}" "${TPU_EXTRAS:-tpu}" "${TPU_BUCKET:-}" ||
+    die "the environment could not be made"
+  send_secrets
+  say "$TPU_NAME is set up at ${commit:0:12}: launch.sh comes next"
+}
+
+send_secrets() {
+  local name names=()
+  for name in "${SECRETS[@]}"; do
+    [[ -z ${!name:-} ]] || names+=("$name")
+  done
+  ((${#names[@]})) || return 0
+  [[ $DRY_RUN == no ]] || printf '# standard input: the values of %s\n' "${names[*]}"
+  on_workers worker_keeps_secrets "${names[@]}" || die "the secrets could not be stored"
+}
+
+# Writes them to a file that only the user can read; whole or not at all. printf is the shell's own,
+# so that no process has a secret among its arguments.
+worker_keeps_secrets() {
+  local file=.flax-distil-secrets name
+  {
+    for name in "${@:2}"; do printf 'export %s=%q\n' "$name" "${!name}"; done
+    echo '# end'
+  } | worker_command "$1" \
+    "umask 077; cat >$file.part && tail -n 1 $file.part | grep -qx '# end' && mv $file.part $file"
+}
+
+main "$@"

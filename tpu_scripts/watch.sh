@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# See a launched run through preemptions until it ends: watch.sh [--dry-run]
+#
+# A TPU that was taken away is deleted, asked for again, set up at the same commit, and the run
+# resumed. Status 0 when all workers have ended well; 1 when one failed on a TPU that is still there.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+main() {
+  read_arguments "$@"
+  read_settings
+  [[ -f $STATE/$TPU_RUN.command ]] || die "$TPU_RUN was never launched on $TPU_NAME: run launch.sh"
+  local state verdict='' before unreachable=0
+  while true; do
+    state=$(node_state) || state=unknown
+    [[ $DRY_RUN == no ]] || state=PREEMPTED
+    say "$(date +%T) $TPU_NAME: ${state:-gone}"
+    before=$verdict verdict=''
+    case $state in
+      READY) look ;;
+      CREATING | STARTING | RESTARTING | REPAIRING | unknown) ;;
+      *) replace ;;
+    esac
+    [[ $DRY_RUN == no ]] || return 0
+    # Processes die before their TPU is reported as preempted, so an end has to be seen twice.
+    if [[ -n $verdict && $verdict == "$before" ]]; then
+      case $verdict in
+        ended) return 0 ;;
+        failed) die "the run failed and the TPU is still there: read the log, then resume.sh" ;;
+        unreachable) ((++unreachable < 3)) || die "workers cannot be reached though $TPU_NAME is READY" ;;
+      esac
+    else
+      unreachable=0
+    fi
+    sleep "$POLL_SECONDS"
+  done
+}
+
+# Sets verdict to running, ended, failed or unreachable, by what the workers say.
+look() {
+  local worker word words=()
+  if ! find_workers || ! on_workers worker_script "$SCRIPTS/worker/run.sh" status "$TPU_RUN" \
+    >"$SCRATCH/said"; then
+    verdict=unreachable
+    return
+  fi
+  for worker in "${WORKERS[@]}"; do
+    read -r word _ <"$OUTPUT/$worker"
+    words+=("$word")
+  done
+  case " ${words[*]} " in
+    *' failed: '* | *' absent '*) verdict=failed && cat "$SCRATCH/said" ;;
+    *' running '*) verdict=running ;;
+    *) verdict=ended ;;
+  esac
+  say "$(date +%T) $TPU_RUN: $verdict"
+}
+
+# Brings TPU and run back. What fails on the way, another preemption too, is tried again.
+replace() {
+  local flags=() tries=0
+  [[ $DRY_RUN == no ]] || flags=(--dry-run)
+  until { [[ $(node_state) == READY ]] || ask_again "${flags[@]}"; } &&
+    TPU_KEEP_COMMIT=yes "$SCRIPTS/setup.sh" "${flags[@]}" &&
+    "$SCRIPTS/resume.sh" "${flags[@]}"; do
+    ((++tries < 5)) || die "the run could not be brought back in $tries tries"
+    sleep "$POLL_SECONDS"
+  done
+}
+
+ask_again() {
+  "$SCRIPTS/teardown.sh" "$@" && "$SCRIPTS/create.sh" "$@"
+}
+
+main "$@"

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Runs on a worker: setup.sh REF COMMIT PYTHON EXTRAS BUCKET. The bundle lies in the home folder.
+set -euo pipefail
+
+main() {
+  local ref=$1 commit=$2 python=$3 extras=$4 bucket=$5
+  local project=$HOME/flax-distil
+  export PATH=$HOME/.local/bin:$PATH
+
+  [[ -d $project/.git ]] || git init --quiet "$project"
+  git -C "$project" fetch --quiet "$HOME/flax-distil.bundle" "$ref"
+  git -C "$project" checkout --quiet --force --detach "$commit"
+
+  # The images' own Python is 3.10, which is too old; uv brings another.
+  command -v uv >/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
+  uv venv --quiet --allow-existing --python "$python" "$project/.venv"
+  uv pip install --quiet --python "$project/.venv/bin/python" --editable "${project}[$extras]"
+
+  [[ -z $bucket ]] || mount_bucket "$bucket"
+  echo "ready at ${commit:0:12}"
+}
+
+mount_bucket() {
+  local folder=$HOME/bucket apt=(sudo apt-get --quiet --yes -o DPkg::Lock::Timeout=600)
+  mkdir -p "$folder"
+  ! mountpoint --quiet "$folder" || return 0
+  if ! command -v gcsfuse >/dev/null; then
+    local source=https://packages.cloud.google.com/apt key=/usr/share/keyrings/gcsfuse.asc
+    curl --fail --silent --show-error "$source/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+    echo "deb [signed-by=$key] $source gcsfuse-$(lsb_release -cs) main" |
+      sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+    "${apt[@]}" update
+    "${apt[@]}" install gcsfuse
+  fi
+  gcsfuse --implicit-dirs "$1" "$folder"
+}
+
+main "$@"
