@@ -40,7 +40,11 @@ class Clip:
 
 @dataclass(frozen=True)
 class Windows:
-    """Clips padded to 30 s and filled up to the batch size with silence, which is not valid."""
+    """Clips padded to 30 s; a short batch is filled up with its last clip, which is not valid.
+
+    Silence would do as well, but a model may write longer about silence than about any clip, and a
+    batch is decoded until its last row ends.
+    """
 
     utterances: list[Utterance]
     waveforms: Int16[np.ndarray, "B N"]
@@ -79,10 +83,11 @@ def hear(utterance: Utterance) -> Clip | Skipped:
 
 
 def stack(clips: Sequence[Clip], batch_size: int) -> Windows:
-    """At most `batch_size` clips as one batch of exactly that size."""
+    """One to `batch_size` clips as one batch of exactly that size."""
     waveforms = np.zeros((batch_size, CLIP_SAMPLES), np.int16)
     for row, clip in zip(waveforms, clips, strict=False):
         row[: len(clip.samples)] = clip.samples
+    waveforms[len(clips) :] = waveforms[len(clips) - 1]
     utterances = [clip.utterance for clip in clips]
     return Windows(utterances, waveforms, np.arange(batch_size) < len(clips))
 
@@ -93,7 +98,7 @@ def window_batches(
     workers: int = 4,
     skipped: Callable[[Skipped], None] | None = None,
 ) -> Iterator[Windows]:
-    """Every utterance once, in order, in batches of one shape; the last is filled with silence.
+    """Every utterance once, in order, in batches of one shape; see `Windows` for the last.
 
     `skipped` is told what could not be heard; without it, the first such clip is an AudioError.
     """

@@ -1,0 +1,311 @@
+"""Choose the labels that one can trust (paper section 3.2 and table 10).
+
+A label is dropped for the first reason that holds, WER last. So the other reasons drop the same
+rows at every threshold, and the row of the table at `max_wer` is what is written.
+"""
+
+import dataclasses
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float, Int
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from flax_distil.config import FilterConfig
+from flax_distil.errors import InputError
+from flax_distil.pseudo_label.store import (
+    LabelStore,
+    open_store,
+    read_settings,
+    shard_files,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+KEPT = "kept"
+REASONS: tuple[str, ...] = (
+    "no reference",
+    "empty reference",
+    "too long",
+    "too many tokens",
+    "low log-probability",
+    "high compression ratio",
+    "WER",
+)
+MEASURED = (
+    "word_errors",
+    "reference_words",
+    "duration",
+    "token_ids",
+    "mean_log_probability",
+    "compression_ratio",
+)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What filtering looks at, for the rows of one shard."""
+
+    referenced: Bool[np.ndarray, "n"]
+    errors: Int[np.ndarray, "n"]
+    words: Int[np.ndarray, "n"]
+    seconds: Float[np.ndarray, "n"]
+    tokens: Int[np.ndarray, "n"]
+    log_probability: Float[np.ndarray, "n"]
+    compression: Float[np.ndarray, "n"]
+
+
+@dataclass
+class Kept:
+    """What is kept at one threshold: the sums that a row of the table is made of."""
+
+    labels: int = 0
+    seconds: float = 0.0
+    errors: int = 0
+    words: int = 0
+
+    def add(self, measures: Measures, keep: Bool[np.ndarray, "n"]) -> None:
+        """Count the rows of one more shard."""
+        self.labels += int(keep.sum())
+        self.seconds += float(measures.seconds[keep].sum())
+        self.errors += int(measures.errors[keep].sum())
+        self.words += int(measures.words[keep].sum())
+
+    @property
+    def wer(self) -> float | None:
+        """Of what is kept, against its references, in percent."""
+        return 100 * self.errors / self.words if self.words else None
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A row of the table: filtering with this λ."""
+
+    max_wer: float
+    kept: int
+    dropped_percent: float
+    hours: float
+    wer: float | None
+    """Percent, of the kept labels against their references."""
+
+
+@dataclass(frozen=True)
+class FilterReport:
+    """What filtering did."""
+
+    labels: int
+    hours: float
+    wer: float | None
+    """Percent, of all labels against their references."""
+    kept: int
+    kept_hours: float
+    kept_wer: float | None
+    dropped: dict[str, int]
+    """How many were dropped for each reason."""
+    table: tuple[Threshold, ...]
+
+
+def run(config: FilterConfig) -> FilterReport:
+    """Write the labels of `config.source` that can be trusted to `config.output_dir`, and say why.
+
+    Raises InputError when labels without a reference are there and nothing judges them, when
+    nothing is kept, when a shard is damaged, or when the output folder is in use.
+    """
+    _check_folders(config)
+    files = shard_files(config.source)
+    report = measure_all(list(files.values()), config)
+    Console().print(report_table(report, config))
+    if not report.kept:
+        raise InputError(
+            f"none of {report.labels} labels is kept: raise max_wer from {config.max_wer}, or see "
+            "in the table what else drops them"
+        )
+    partial = config.output_dir.with_name(config.output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    settings = read_settings(config.source) | {"filter": _criteria(config)}
+    store = open_store(partial, settings)
+    _write_kept(store, files, config)
+    write_json(partial / "filter.json", dataclasses.asdict(report))
+    if config.output_dir.exists():
+        shutil.rmtree(config.output_dir)
+    partial.replace(config.output_dir)
+    return report
+
+
+def measure_all(files: list[Path], config: FilterConfig) -> FilterReport:
+    """The report, from the small columns alone; nothing is written.
+
+    Raises InputError for labels without a reference that nothing judges.
+    """
+    asked = () if config.max_wer is None else (config.max_wer,)
+    thresholds = sorted({*config.thresholds, *asked})
+    whole, chosen, at = Kept(), Kept(), {threshold: Kept() for threshold in thresholds}
+    dropped = dict.fromkeys(REASONS, 0)
+    missing = 0
+    for path in tqdm(files, desc="measuring", leave=False):
+        measures = measure(path)
+        missing += int((~measures.referenced).sum())
+        verdicts = judge(measures, config)
+        whole.add(measures, np.ones(len(verdicts), bool))
+        chosen.add(measures, verdicts == KEPT)
+        for reason in REASONS:
+            dropped[reason] += int((verdicts == reason).sum())
+        passing = (verdicts == KEPT) | (verdicts == "WER")
+        for threshold, kept in at.items():
+            kept.add(measures, passing & ~over(measures, threshold))
+    if missing and not judges_unreferenced(config):
+        raise InputError(
+            f"{missing} of {whole.labels} labels have no reference, so their WER is not known: "
+            "judge them by --min-mean-log-probability or --max-compression-ratio, or keep them "
+            "all with --allow-missing-reference"
+        )
+    rows = tuple(
+        Threshold(
+            max_wer=threshold,
+            kept=kept.labels,
+            dropped_percent=100 * (1 - kept.labels / max(whole.labels, 1)),
+            hours=kept.seconds / 3600,
+            wer=kept.wer,
+        )
+        for threshold, kept in at.items()
+    )
+    return FilterReport(
+        labels=whole.labels,
+        hours=whole.seconds / 3600,
+        wer=whole.wer,
+        kept=chosen.labels,
+        kept_hours=chosen.seconds / 3600,
+        kept_wer=chosen.wer,
+        dropped=dropped,
+        table=rows if whole.words else (),
+    )
+
+
+def measure(path: Path) -> Measures:
+    """The columns that filtering looks at. Raises InputError when the shard is damaged."""
+    columns = dict(zip(MEASURED, _read(path, MEASURED).columns, strict=True))
+    tokens = pc.list_value_length(columns["token_ids"])  # type: ignore[attr-defined]
+
+    def numbers(column: pa.ChunkedArray) -> np.ndarray:
+        return column.fill_null(0).to_numpy()
+
+    return Measures(
+        referenced=columns["reference_words"].is_valid().to_numpy(),
+        errors=numbers(columns["word_errors"]),
+        words=numbers(columns["reference_words"]),
+        seconds=numbers(columns["duration"]),
+        tokens=numbers(tokens),
+        log_probability=numbers(columns["mean_log_probability"]),
+        compression=numbers(columns["compression_ratio"]),
+    )
+
+
+def judge(measures: Measures, config: FilterConfig) -> np.ndarray:
+    """ "kept" or the first reason against it, for each row."""
+    log_probability, compression = config.min_mean_log_probability, config.max_compression_ratio
+    none = np.zeros(len(measures.words), bool)
+    by_wer = config.max_wer is not None
+    against = {
+        "no reference": none if judges_unreferenced(config) else ~measures.referenced,
+        "empty reference": measures.referenced & (measures.words == 0) if by_wer else none,
+        "too long": measures.seconds > config.max_duration,
+        "too many tokens": measures.tokens > config.max_label_tokens,
+        "low log-probability": none
+        if log_probability is None
+        else measures.log_probability < log_probability,
+        "high compression ratio": none
+        if compression is None
+        else measures.compression > compression,
+        "WER": none if config.max_wer is None else over(measures, config.max_wer),
+    }
+    return np.select([against[reason] for reason in REASONS], REASONS, KEPT)
+
+
+def over(measures: Measures, max_wer: float) -> Bool[np.ndarray, "n"]:
+    """Whether WER ≥ `max_wer` percent, without rounding; False where there is no reference."""
+    return measures.referenced & (100 * measures.errors >= max_wer * measures.words)
+
+
+def judges_unreferenced(config: FilterConfig) -> bool:
+    """Whether anything decides about labels that have no reference."""
+    return (
+        config.allow_missing_reference
+        or config.max_wer is None
+        or config.min_mean_log_probability is not None
+        or config.max_compression_ratio is not None
+    )
+
+
+def report_table(report: FilterReport, config: FilterConfig) -> Table:
+    """The reasons, then what each threshold would keep, like the paper's table 10."""
+    table = Table("", "labels", "dropped %", "hours", "WER %", title=f"{config.source}")
+
+    def row(name: str, labels: int, dropped: float, hours: float | None, wer: float | None):
+        shown = [f"{labels:,}", f"{dropped:.1f}"]
+        shown += ["" if value is None else f"{value:.2f}" for value in (hours, wer)]
+        table.add_row(name, *shown)
+
+    row("all", report.labels, 0.0, report.hours, report.wer)
+    for reason, count in report.dropped.items():
+        if count:
+            row(f"dropped: {reason}", count, 100 * count / report.labels, None, None)
+    dropped = 100 * (1 - report.kept / max(report.labels, 1))
+    row("kept", report.kept, dropped, report.kept_hours, report.kept_wer)
+    table.add_section()
+    for line in report.table:
+        mark = " ←" if line.max_wer == config.max_wer else ""
+        name = f"WER < {line.max_wer:g} %{mark}"
+        row(name, line.kept, line.dropped_percent, line.hours, line.wer)
+    return table
+
+
+def _write_kept(store: LabelStore, files: dict[int, Path], config: FilterConfig) -> None:
+    """One output shard for each shard that has anything to keep, under the same number."""
+    shards = []
+    for number, path in tqdm(files.items(), desc="writing", leave=False):
+        keep = judge(measure(path), config) == KEPT
+        if keep.any():
+            shards.append(store.put(number, _read(path).filter(pa.array(keep))))
+    store.write_index(shards, complete=True)
+
+
+def _read(path: Path, columns: tuple[str, ...] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(
+            path, columns=columns and list(columns), page_checksum_verification=True
+        )
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}): run pseudo-label again, which makes it anew"
+        ) from None
+
+
+def _criteria(config: FilterConfig) -> dict:
+    chosen = dataclasses.asdict(config)
+    for name in ("source", "output_dir", "thresholds", "overwrite"):
+        del chosen[name]
+    return chosen
+
+
+def _check_folders(config: FilterConfig) -> None:
+    read_settings(config.source)
+    if config.output_dir.resolve() == config.source.resolve():
+        raise InputError("source and output_dir are the same folder: take another output_dir")
+    used = config.output_dir.exists() and any(config.output_dir.iterdir())
+    if used and not config.overwrite:
+        raise InputError(f"{config.output_dir} is in use: take another output_dir, or --overwrite")
+    if used and not (config.output_dir / "filter.json").exists():
+        raise InputError(
+            f"{config.output_dir} holds no earlier result of filter: it is not overwritten"
+        )
+    if not LabelStore(config.source, {}).complete():
+        logger.warning("%s is not complete: labelling was stopped", config.source)

@@ -1,0 +1,305 @@
+"""The teacher over a dataset: every clip heard, written down, compared and kept, shard by shard.
+
+Utterances keep their order. A batch never reaches over the end of a shard, so that a shard depends
+on its own utterances alone and is the same, byte for byte, whether or not the run was ever killed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int16
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from flax_distil.audio.load import encode_flac
+from flax_distil.config import PseudoLabelConfig
+from flax_distil.data.utterances import (
+    Skipped,
+    Utterance,
+    Utterances,
+    UtteranceStream,
+    read_dataset,
+    to_language,
+)
+from flax_distil.data.windows import Clip, hear, in_order, stack
+from flax_distil.decode.options import DecodeOptions, Hypothesis
+from flax_distil.errors import InputError
+from flax_distil.pseudo_label.store import LabelStore, PseudoLabel, Shard, open_store, write_whole
+from flax_distil.text.normalize import normalizer
+from flax_distil.text.wer import word_errors
+
+# (waveforms int16 [B, 480000], language or None to detect it) → one hypothesis a row
+Teacher = Callable[[Int16[np.ndarray, "B N"], str | None], list[Hypothesis]]
+
+
+@dataclass(frozen=True)
+class LabelSummary:
+    """What a label store holds, and how fast this run was."""
+
+    labels: int
+    seconds: float
+    """Of labelled audio, earlier runs included."""
+    word_errors: int
+    reference_words: int
+    skipped: tuple[Skipped, ...]
+    labelled_now: float
+    """Seconds of audio labelled in this run."""
+    wall: float
+    """Seconds this run took."""
+
+    @property
+    def wer(self) -> float | None:
+        """Of all labels that have a reference, as a fraction."""
+        return self.word_errors / self.reference_words if self.reference_words else None
+
+    @property
+    def rtf(self) -> float | None:
+        """Real-time factor: seconds of work a second of audio; None when all was there already."""
+        return self.wall / self.labelled_now if self.labelled_now else None
+
+
+def run(config: PseudoLabelConfig) -> LabelSummary:
+    """Label `config.data` with `config.model`, going on where an earlier run was killed.
+
+    Raises InputError for a dataset or teacher that cannot be read, and for a store that was begun
+    with other settings.
+    """
+    from flax_distil.decode.recognizer import make_recognizer, recognize
+    from flax_distil.model.checkpoint import load_checkpoint
+
+    for name in ("batch_size", "shard_size", "workers", "max_tokens"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
+    utterances = read_dataset(config.data)
+    checkpoint = load_checkpoint(config.model)
+    recognizer = make_recognizer(checkpoint, config.dtype)
+    options = DecodeOptions(
+        task=config.task, timestamps=config.timestamps, max_tokens=config.max_tokens
+    )
+
+    def teacher(waveforms_BN: np.ndarray, language: str | None) -> list[Hypothesis]:
+        return recognize(recognizer, waveforms_BN, dataclasses.replace(options, language=language))
+
+    weights, vocabulary = fingerprint(checkpoint.params), recognizer.tokens.vocabulary
+    store = open_store(config.output_dir, settings(config, utterances, weights, vocabulary))
+    summary = label(utterances, teacher, store, config)
+    Console().print(summary_table(summary, f"{config.output_dir}"))
+    return summary
+
+
+def settings(
+    config: PseudoLabelConfig, utterances: Sequence | UtteranceStream, weights: str, vocabulary: int
+) -> dict[str, Any]:
+    """All that decides the labels. Batch size, threads and place are not among it."""
+    chosen = dataclasses.asdict(config)
+    for name in ("batch_size", "workers", "output_dir"):
+        del chosen[name]
+    size = None if isinstance(utterances, UtteranceStream) else len(utterances)
+    return {"weights": weights, "vocabulary": vocabulary, "utterances": size, **chosen}
+
+
+def fingerprint(params: Any) -> str:
+    """Tells two teachers of the same name apart: a hash over the head of every array."""
+    import jax
+
+    digest = hashlib.sha256()
+    for path, leaf in sorted(
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    ):
+        head = np.asarray(leaf.reshape(-1)[:256], np.float32)
+        digest.update(f"{path}{leaf.shape}".encode() + head.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def label(
+    utterances: Utterances | UtteranceStream,
+    teacher: Teacher,
+    store: LabelStore,
+    config: PseudoLabelConfig,
+) -> LabelSummary:
+    """Make every shard of `store` that is not there yet. The teacher always gets full batches."""
+    start = time.monotonic()
+    done = store.finished(lambda files: tqdm(files, desc="checking shards", leave=False))
+    before = set(done)
+    if not (isinstance(utterances, UtteranceStream) and store.complete() and done):
+        waiting = pending(utterances, config.shard_size, done)
+        heard = in_order(
+            lambda numbered: (numbered[0], _heard(numbered[1], config.store_audio)),
+            waiting,
+            config.workers,
+            ahead=2 * config.batch_size,
+        )
+        with AudioBar(utterances, done.values()) as bar:
+            for number, clips in groupby(heard, lambda item: item[0] // config.shard_size):
+                labels, skipped = _label_shard(clips, teacher, config, bar)
+                done[number] = store.write(number, labels, skipped)
+                store.write_index(done.values())
+    store.write_index(done.values(), complete=True)
+    shards = [shard for _, shard in sorted(done.items())]
+    skipped = [clip for shard in shards for clip in shard.skipped]
+    lines = [json.dumps(dataclasses.asdict(clip), ensure_ascii=False) + "\n" for clip in skipped]
+    write_whole(store.folder / "skipped.jsonl", "".join(lines).encode())
+    return LabelSummary(
+        labels=sum(shard.rows for shard in shards),
+        seconds=sum(shard.seconds for shard in shards),
+        word_errors=sum(shard.word_errors for shard in shards),
+        reference_words=sum(shard.reference_words for shard in shards),
+        skipped=tuple(skipped),
+        labelled_now=sum(shard.seconds for shard in shards if shard.number not in before),
+        wall=time.monotonic() - start,
+    )
+
+
+def pending(
+    utterances: Utterances | UtteranceStream, shard_size: int, done: Iterable[int]
+) -> Iterator[tuple[int, Utterance]]:
+    """The utterances of shards that are not done, with their numbers."""
+    done, known = set(done), 0
+    if isinstance(utterances, UtteranceStream):
+        known = max(done, default=-1) + 1
+    else:
+        known = -(-len(utterances) // shard_size)
+    for first in (number * shard_size for number in range(known) if number not in done):
+        yield from enumerate(islice(utterances.since(first), shard_size), first)
+    if isinstance(utterances, UtteranceStream):
+        yield from enumerate(utterances.since(known * shard_size), known * shard_size)
+
+
+def _heard(utterance: Utterance, store_audio: str) -> Skipped | tuple[Clip, dict[str, Any]]:
+    """The decoded clip and the audio cell of its row; runs in the loader's threads."""
+    clip = hear(utterance)
+    if isinstance(clip, Skipped):
+        return clip
+    if store_audio == "embed":
+        contents = encode_flac(clip.samples.astype(np.float32) / 32768.0)
+        return clip, {"bytes": contents, "path": f"{utterance.id}.flac"}
+    if not isinstance(utterance.audio, str) or utterance.offset is not None:
+        raise InputError(
+            f"{utterance.id} is not a file of its own, so its audio cannot be referred to: use "
+            "store_audio embed"
+        )
+    return clip, {"bytes": None, "path": utterance.audio}
+
+
+def _label_shard(
+    clips: Iterable[tuple[int, Skipped | tuple[Clip, dict[str, Any]]]],
+    teacher: Teacher,
+    config: PseudoLabelConfig,
+    bar: "AudioBar",
+) -> tuple[list[PseudoLabel], list[Skipped]]:
+    """Labels of one shard, in order; batches hold one language, which the prompt names."""
+    rows: dict[int, PseudoLabel] = {}
+    skipped: list[Skipped] = []
+    groups: dict[str | None, list] = {}
+
+    def flush(language: str | None, group: list) -> None:
+        batch = stack([clip for _, clip, _ in group], config.batch_size)
+        hypotheses = teacher(batch.waveforms, language)
+        for (number, clip, audio), hypothesis in zip(group, hypotheses, strict=False):
+            rows[number] = pseudo_label(clip, audio, hypothesis, config.task)
+        bar.add(sum(clip.duration for _, clip, _ in group), len(group))
+        group.clear()
+
+    for number, found in clips:
+        if isinstance(found, Skipped):
+            skipped.append(found)
+            bar.add(0.0, 1)
+            continue
+        clip, audio = found
+        spoken = clip.utterance.language
+        language = None if spoken is None else to_language(spoken)
+        group = groups.setdefault(language, [])
+        group.append((number, clip, audio))
+        if len(group) == config.batch_size:
+            flush(language, group)
+    for language, group in groups.items():
+        if group:
+            flush(language, group)
+    return [rows[number] for number in sorted(rows)], skipped
+
+
+def pseudo_label(
+    clip: Clip, audio: dict[str, Any], hypothesis: Hypothesis, task: str = "transcribe"
+) -> PseudoLabel:
+    """One row: the hypothesis beside the reference, both normalised to count the errors."""
+    utterance, errors = clip.utterance, None
+    if utterance.text is not None:
+        normalize = normalizer("en" if task == "translate" else hypothesis.language)
+        errors = word_errors([normalize(utterance.text)], [normalize(hypothesis.text)])
+    return PseudoLabel(
+        id=utterance.id,
+        audio=audio,
+        reference=utterance.text,
+        whisper_transcript=hypothesis.text,
+        token_ids=tuple(hypothesis.tokens),
+        duration=clip.duration,
+        language=hypothesis.language,
+        speaker=utterance.speaker,
+        mean_log_probability=hypothesis.mean_log_probability,
+        compression_ratio=hypothesis.compression_ratio,
+        no_speech_probability=hypothesis.no_speech_probability,
+        wer=errors.rate if errors and errors.reference_words else None,
+        word_errors=errors and errors.errors,
+        reference_words=errors and errors.reference_words,
+    )
+
+
+class AudioBar:
+    """Progress in audio time: how much was heard, how fast, and how long it still takes."""
+
+    def __init__(self, utterances: Utterances | UtteranceStream, done: Iterable[Shard]):
+        total = None if isinstance(utterances, UtteranceStream) else len(utterances)
+        self.left = None if total is None else total - sum(shard.utterances for shard in done)
+        self.heard, self.seconds, self.start = 0, 0.0, time.monotonic()
+        self.bar = tqdm(
+            desc="labelling",
+            bar_format="{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
+            if self.left
+            else "{desc} [{elapsed}]",
+            total=self.left,
+        )
+
+    def __enter__(self) -> "AudioBar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def add(self, seconds: float, utterances: int) -> None:
+        """So many more seconds of audio, from so many utterances."""
+        self.heard, self.seconds = self.heard + utterances, self.seconds + seconds
+        clock = tqdm.format_interval
+        text = f"{clock(self.seconds)} of audio"
+        if self.left and self.heard:  # the whole is not known before it was heard
+            text = f"{clock(self.seconds)} of about {clock(self.seconds * self.left / self.heard)}"
+        if self.seconds:
+            rtf = (time.monotonic() - self.start) / self.seconds
+            text += f", RTF {rtf:.3f} ({1 / rtf:.1f}x)"
+        self.bar.set_description_str(text, refresh=False)
+        self.bar.update(utterances)
+
+
+def summary_table(summary: LabelSummary, title: str) -> Table:
+    """The summary as two columns."""
+    table = Table("", title, show_header=True)
+    table.add_row("labels", f"{summary.labels:,}")
+    table.add_row("audio", f"{summary.seconds / 3600:.2f} h")
+    wer = "no references" if summary.wer is None else f"{100 * summary.wer:.2f} %"
+    table.add_row("WER against the references", wer)
+    if summary.rtf is not None:
+        table.add_row("real-time factor", f"{summary.rtf:.3f} ({1 / summary.rtf:.1f}x)")
+    table.add_row("skipped", f"{len(summary.skipped):,}")
+    for clip in summary.skipped[:5]:
+        table.add_row("", f"{clip.id}: {clip.reason}")
+    if len(summary.skipped) > 5:
+        table.add_row("", "… the others are in skipped.jsonl")
+    return table

@@ -1,0 +1,278 @@
+"""The label store: a folder of Parquet shards that a killed run can go on with.
+
+    labels.json         what made them: teacher, options, data; written first, never changed
+    data/00000.parquet  labels of utterances 0 … shard_size − 1, and so on
+    shards.json         the shards that are whole; made from them, and made again when it is lost
+    skipped.jsonl       utterances without a label, and why; written at the end
+    README.md           tells `datasets.load_dataset(folder)` where the shards are
+
+A shard is a fixed range of utterances, says so itself, and depends on nothing but them. It appears
+under its name only when it is whole and on disk. So any process may make any shard, in any order.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flax_distil.data.utterances import Skipped
+from flax_distil.errors import InputError
+
+FORMAT = 1
+ROW_GROUP = 16  # rows; training reads at random, and a whole row group at a time
+METADATA_KEY = b"flax_distil.shard"
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("reference", pa.string()),
+        ("whisper_transcript", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("duration", pa.float64()),
+        ("language", pa.string()),
+        ("speaker", pa.string()),
+        ("mean_log_probability", pa.float32()),
+        ("compression_ratio", pa.float32()),
+        ("no_speech_probability", pa.float32()),
+        ("wer", pa.float64()),
+        ("word_errors", pa.int32()),
+        ("reference_words", pa.int32()),
+    ]
+)
+
+CARD = """---
+configs:
+- config_name: default
+  data_files: data/*.parquet
+---
+Speech with pseudo-labels; `labels.json` tells what wrote them.
+"""
+
+
+@dataclass(frozen=True)
+class PseudoLabel:
+    """What the teacher wrote for one utterance: one row of a shard."""
+
+    id: str
+    audio: dict[str, Any] = dataclasses.field(repr=False)
+    """{bytes, path}: 16 kHz FLAC, or only the path of the original."""
+    reference: str | None
+    """The dataset's own text, as it was."""
+    whisper_transcript: str
+    token_ids: tuple[int, ...]
+    """What the teacher wrote: timestamps if asked, neither prompt nor end of text."""
+    duration: float
+    """Seconds."""
+    language: str | None
+    speaker: str | None
+    mean_log_probability: float
+    compression_ratio: float
+    no_speech_probability: float
+    wer: float | None
+    """Fraction, not percent, after Whisper's normaliser; None where no reference word is left."""
+    word_errors: int | None
+    """Substitutions, deletions and insertions; None without a reference."""
+    reference_words: int | None
+    """Words of the normalised reference; None without a reference."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is known about a whole shard."""
+
+    number: int
+    rows: int
+    seconds: float
+    word_errors: int
+    reference_words: int
+    skipped: tuple[Skipped, ...]
+    sha256: str
+
+    @property
+    def utterances(self) -> int:
+        """Labelled and skipped."""
+        return self.rows + len(self.skipped)
+
+
+@dataclass(frozen=True)
+class LabelStore:
+    """A folder of shards, made by one combination of settings."""
+
+    folder: Path
+    settings: dict[str, Any]
+
+    def path(self, number: int) -> Path:
+        """The file of a shard."""
+        return self.folder / "data" / f"{number:05d}.parquet"
+
+    def write(
+        self, number: int, labels: Sequence[PseudoLabel], skipped: Sequence[Skipped]
+    ) -> Shard:
+        """Make a shard of labels."""
+        rows = [dataclasses.asdict(label) for label in labels]
+        return self.put(number, pa.Table.from_pylist(rows, schema=SCHEMA), skipped)
+
+    def put(self, number: int, table: pa.Table, skipped: Sequence[Skipped] = ()) -> Shard:
+        """Put a whole shard in its place: there or not there, never half."""
+        facts = {"shard": number, "skipped": [dataclasses.asdict(clip) for clip in skipped]}
+        contents = parquet_bytes(table.replace_schema_metadata({METADATA_KEY: json.dumps(facts)}))
+        write_whole(self.path(number), contents)
+        return _shard(contents, self.path(number))
+
+    def finished(self, progress: Any = iter) -> dict[int, Shard]:
+        """The shards that are there and whole, by number; others are made again.
+
+        One that the index knows must have its checksum; one that it does not know must read
+        through. `progress` wraps the list of files.
+        """
+        known = {shard.number: shard for shard in self._index()}
+        found = {}
+        for path in progress(sorted((self.folder / "data").glob("[0-9]*.parquet"))):
+            number = int(path.stem)
+            contents = path.read_bytes()
+            if number not in known:
+                try:
+                    found[number] = _shard(contents, path)
+                except InputError:
+                    continue
+            elif hashlib.sha256(contents).hexdigest() == known[number].sha256:
+                found[number] = known[number]
+        return found
+
+    def write_index(self, shards: Iterable[Shard], complete: bool = False) -> None:
+        """Keep what `finished` would find; `complete` once no utterance is left."""
+        entries = [dataclasses.asdict(shard) for shard in sorted(shards, key=lambda s: s.number)]
+        write_json(self.folder / "shards.json", {"complete": complete, "shards": entries})
+
+    def _index(self) -> list[Shard]:
+        try:
+            entries = json.loads((self.folder / "shards.json").read_bytes())["shards"]
+            return [
+                Shard(**entry | {"skipped": tuple(Skipped(**one) for one in entry["skipped"])})
+                for entry in entries
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []  # lost or damaged: the shards tell the same
+
+    def complete(self) -> bool:
+        """Whether the index says that no utterance is left."""
+        try:
+            return json.loads((self.folder / "shards.json").read_bytes())["complete"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+
+def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
+    """The store in `folder`, made now or begun earlier with the same settings.
+
+    Raises InputError when it was begun with others, naming each with both values, or when the
+    folder holds something else.
+    """
+    settings = json.loads(json.dumps({"format": FORMAT, **settings}))
+    if (folder / "labels.json").exists():
+        begun, asked = _flat(read_settings(folder)), _flat(settings)
+        differences = [
+            f"{name} was {begun.get(name)!r} and is {asked.get(name)!r}"
+            for name in sorted(begun.keys() | asked.keys())
+            if begun.get(name) != asked.get(name)
+        ]
+        if differences:
+            raise InputError(
+                f"{folder} was begun with other settings: {'; '.join(differences)}. Go on with "
+                "the old ones, or take another output_dir"
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise InputError(f"{folder} is not empty and no label store: take another output_dir")
+        write_json(folder / "labels.json", settings)
+    (folder / "data").mkdir(exist_ok=True)
+    write_whole(folder / "README.md", CARD.encode())
+    return LabelStore(folder, settings)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"data": {"split": 1}}` → `{"data.split": 1}`: a difference is named by its own field."""
+    flat = {}
+    for name, value in settings.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return flat
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What made the labels in `folder`. Raises InputError where there is no label store."""
+    try:
+        return json.loads((folder / "labels.json").read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no label store: it has no labels.json") from None
+    except ValueError as error:
+        raise InputError(f"{folder}/labels.json is damaged: {error}") from None
+
+
+def shard_files(folder: Path) -> dict[int, Path]:
+    """The Parquet files of a label store by number. Raises InputError where there are none."""
+    read_settings(folder)
+    files = sorted((folder / "data").glob("[0-9]*.parquet"))
+    if not files:
+        raise InputError(f"{folder} has no shard yet: run pseudo-label")
+    return {int(path.stem): path for path in files}
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """The same bytes for the same table, with a checksum on every page."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table, sink, row_group_size=ROW_GROUP, compression="zstd", write_page_checksum=True
+    )
+    return sink.getvalue().to_pybytes()
+
+
+def write_whole(path: Path, contents: bytes) -> None:
+    """Write, reach the disk, then rename: a kill leaves the old file, or none, or the whole one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as a whole JSON file."""
+    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _shard(contents: bytes, path: Path) -> Shard:
+    """A shard's facts out of its bytes. Raises InputError when a page is damaged."""
+    try:
+        table = pq.read_table(pa.BufferReader(contents), page_checksum_verification=True)
+        facts = json.loads(table.schema.metadata[METADATA_KEY])
+        sums = {
+            name: sum(value or 0 for value in table.column(name).to_pylist())
+            for name in ("duration", "word_errors", "reference_words")
+        }
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise InputError(f"{path} is not a whole shard: {error}") from None
+    return Shard(
+        number=facts["shard"],
+        rows=table.num_rows,
+        seconds=sums["duration"],
+        word_errors=sums["word_errors"],
+        reference_words=sums["reference_words"],
+        skipped=tuple(Skipped(**clip) for clip in facts["skipped"]),
+        sha256=hashlib.sha256(contents).hexdigest(),
+    )

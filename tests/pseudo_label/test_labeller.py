@@ -1,0 +1,240 @@
+"""Labelling with a teacher whose answers are known: order, skips, restarts, `kill -9`."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from fake_teacher import clip, fake_teacher, label_with
+
+from flax_distil.audio.load import load_audio, to_int16
+from flax_distil.config import DataConfig
+from flax_distil.data.utterances import UtteranceStream, read_dataset
+from flax_distil.errors import InputError
+from flax_distil.pseudo_label.labeller import label, settings, summary_table
+from flax_distil.pseudo_label.store import open_store
+
+
+def rows(folder: Path) -> list[dict]:
+    return [
+        row
+        for path in sorted((folder / "data").glob("*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+    ]
+
+
+def json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_labels(config):
+    summary = label_with(config)
+    found = rows(config.output_dir)
+    numbers = [n for n in range(23) if n not in (5, 13)]
+    assert [row["id"] for row in found] == [f"{n}.flac" for n in numbers]
+    assert [row["whisper_transcript"] for row in found] == [f" clip number {n}" for n in numbers]
+    assert found[8]["token_ids"] == [1, 2, 9]
+    assert found[8]["reference"] == "Clip number 9!"
+    assert found[8]["speaker"] == "s0"
+    assert found[8]["language"] == "en"
+    assert found[8]["wer"] == 0.0
+    assert found[8]["reference_words"] == 3
+    assert found[8]["duration"] == pytest.approx(0.1)
+    assert found[8]["mean_log_probability"] == pytest.approx(-0.9)
+    heard = to_int16(load_audio(found[8]["audio"]["bytes"]))
+    assert np.array_equal(heard, to_int16(load_audio(clip(9))))
+    assert found[6]["id"] == "7.flac"
+    assert (found[6]["reference"], found[6]["wer"], found[6]["word_errors"]) == (None,) * 3
+
+    assert summary.labels == 21
+    assert summary.wer == 0.0
+    assert summary.seconds == pytest.approx(2.1)
+    assert [one.id for one in summary.skipped] == ["5.flac", "13.flac"]
+    skipped = json_lines(config.output_dir / "skipped.jsonl")
+    assert [one["id"] for one in skipped] == ["5.flac", "13.flac"]
+    assert "no such audio file" in skipped[1]["reason"]
+    assert summary_table(summary, "labels").row_count == 7
+
+
+def test_wer_is_jiwers_after_the_normaliser(config):
+    texts = iter(["Mr. Clip number 9", "hello hello", "", "5 clips"] * 10)
+
+    def forgetful(waveforms, language):
+        hypotheses = fake_teacher(waveforms, language)
+        return [dataclasses.replace(one, text=next(texts)) for one in hypotheses]
+
+    config = dataclasses.replace(config, batch_size=1)
+    label_with(config, forgetful)
+    from whisper.normalizers import EnglishTextNormalizer
+
+    normalize = EnglishTextNormalizer()
+    judged = [row for row in rows(config.output_dir) if row["reference"]]
+    pairs = [(normalize(row["reference"]), normalize(row["whisper_transcript"])) for row in judged]
+    assert [row["wer"] for row in judged] == [jiwer.wer(*pair) for pair in pairs]
+    assert len({row["wer"] for row in judged}) > 2
+
+
+def test_an_empty_reference_has_no_wer(config, speech):
+    (speech / "manifest.jsonl").write_text('{"audio": "1.flac", "text": "(...)"}\n')
+    label_with(config)
+    (row,) = rows(config.output_dir)
+    assert (row["reference"], row["wer"], row["reference_words"]) == ("(...)", None, 0)
+
+
+def test_the_teacher_gets_full_batches_of_one_language(config, speech):
+    listed = json_lines(speech / "manifest.jsonl")
+    for n, row in enumerate(listed):
+        row["language"] = ["English", "de", None][n % 3]
+    (speech / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    asked = []
+
+    def teacher(waveforms, language):
+        asked.append((waveforms.shape, waveforms.dtype, language))
+        return fake_teacher(waveforms, language)
+
+    config = dataclasses.replace(config, shard_size=12)
+    label_with(config, teacher)
+    assert {shape for shape, _, _ in asked} == {(3, 480_000)}
+    assert {str(dtype) for _, dtype, _ in asked} == {"int16"}
+    assert {language for _, _, language in asked} == {"en", "de", None}
+    found = rows(config.output_dir)
+    assert [row["id"] for row in found] == [f"{n}.flac" for n in range(23) if n not in (5, 13)]
+    assert [row["language"] for row in found[:3]] == ["en", "de", "en"]
+
+
+def test_kill_at_any_moment_and_go_on(speech, tmp_path):
+    """The shards, the index and the list of skips are those of a run that was left alone."""
+    program = [sys.executable, str(Path(__file__).with_name("fake_teacher.py"))]
+    manifest = str(speech / "manifest.jsonl")
+
+    def labelled(name: str, kills: int) -> list[str]:
+        command = [*program, manifest, str(tmp_path / name), str(kills)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+    assert labelled("whole", 0) == ["0"]
+    endings = labelled("killed", 20)
+    assert endings[-1] == "0"
+    assert endings.count("-9") >= 8
+    whole, killed = contents(tmp_path / "whole"), contents(tmp_path / "killed")
+    assert {name: killed[name] for name in whole} == whole
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "flip without index", "remove", "remove index"])
+def test_a_damaged_shard_is_made_again(config, damage):
+    label_with(config)
+    whole = contents(config.output_dir)
+    shard = config.output_dir / "data" / "00002.parquet"
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-20])
+    elif damage.startswith("flip"):
+        changed = bytearray(shard.read_bytes())
+        changed[200] ^= 1
+        shard.write_bytes(bytes(changed))
+    elif damage == "remove":
+        shard.unlink()
+    if "index" in damage:
+        (config.output_dir / "shards.json").unlink()
+    asked = []
+
+    def teacher(waveforms, language):
+        asked.append(len(waveforms))
+        return fake_teacher(waveforms, language)
+
+    summary = label_with(config, teacher)
+    # Shard 2 has four clips: one batch of 3 and one filled up to 3.
+    assert asked == ([] if damage == "remove index" else [3, 3])
+    assert summary.labels == 21
+    assert summary.wer == 0.0
+    assert contents(config.output_dir) == whole
+
+
+def test_a_finished_run_does_nothing(config):
+    first = label_with(config)
+    again = label_with(config, teacher=None)
+    assert (again.labels, again.seconds, again.skipped) == (21, first.seconds, first.skipped)
+    assert again.rtf is None
+    assert summary_table(again, "labels").row_count == 6
+
+
+def test_a_stream_goes_on_where_it_stopped(config, speech):
+    listed = read_dataset(config.data)
+    stream = UtteranceStream(list(listed.rows), listed.columns, config.data)
+    label_with(config)
+
+    streamed = dataclasses.replace(config, output_dir=config.output_dir.with_name("streamed"))
+    store = open_store(streamed.output_dir, settings(streamed, stream, "fake", 51864))
+    left = iter([True] * 4)
+
+    def dying(waveforms, language):
+        next(left)
+        return fake_teacher(waveforms, language)
+
+    with pytest.raises((StopIteration, RuntimeError)):
+        label(stream, dying, store, streamed)
+    assert len(store.finished()) == 2
+    label(stream, fake_teacher, store, streamed)
+    shards = {name: data for name, data in contents(config.output_dir).items() if "data/" in name}
+    assert shards == {n: d for n, d in contents(streamed.output_dir).items() if "data/" in n}
+    assert store.complete()
+
+    def gone(_):
+        raise AssertionError("a finished stream is not read again")
+
+    stream.since = gone
+    assert label(stream, fake_teacher, store, streamed).labels == 21
+
+
+def test_audio_by_reference(config, speech):
+    config = dataclasses.replace(config, store_audio="reference")
+    label_with(config)
+    found = rows(config.output_dir)
+    assert found[0]["audio"] == {"bytes": None, "path": str(speech / "0.flac")}
+    assert len(read_dataset(config.output_dir)) == 21
+
+
+def test_a_part_of_a_recording_cannot_be_referred_to(config, speech):
+    (speech / "manifest.jsonl").write_text('{"audio": "1.flac", "offset": 0.02}\n')
+    with pytest.raises(InputError, match=r"1\.flac@0\.02 is not a file of its own"):
+        label_with(dataclasses.replace(config, store_audio="reference"))
+
+
+def test_other_settings_are_named(config):
+    label_with(config)
+    other = dataclasses.replace(
+        config, max_tokens=100, data=dataclasses.replace(config.data, limit=9), batch_size=7
+    )
+    with pytest.raises(InputError) as error:
+        label_with(other)
+    assert "data.limit was None and is 9; max_tokens was 224 and is 100; utterances was 23 " in str(
+        error.value
+    )
+    assert "batch_size" not in str(error.value)
+
+
+def test_a_folder_of_something_else_is_left_alone(config):
+    config.output_dir.mkdir()
+    (config.output_dir / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="is not empty and no label store"):
+        label_with(config)
+
+
+def test_run_refuses_what_cannot_work(config):
+    from flax_distil.pseudo_label import run
+
+    with pytest.raises(InputError, match="batch_size is 0: use 1 or more"):
+        run(dataclasses.replace(config, batch_size=0))
+    with pytest.raises(InputError, match="no such file or folder"):
+        run(dataclasses.replace(config, data=DataConfig("absent.jsonl")))
