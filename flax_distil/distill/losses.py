@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from flax_distil.config import LossConfig
@@ -29,7 +30,7 @@ def objective(losses: Losses, config: LossConfig) -> Float[Array, ""]:
 def kl_divergence(
     teacher_BLV: Float[Array, "B L V"],
     student_BLV: Float[Array, "B L V"],
-    weights_BL: Float[Array, "B L"],
+    weights_BL: Float[Array | np.ndarray, "B L"],
     temperature: float,
 ) -> Float[Array, ""]:
     """KL(teacher ‖ student) · T² of the distributions softened by T, summed over tokens.
@@ -45,8 +46,8 @@ def kl_divergence(
 
 def cross_entropy(
     student_BLV: Float[Array, "B L V"],
-    targets_BL: Int[Array, "B L"],
-    weights_BL: Float[Array, "B L"],
+    targets_BL: Int[Array | np.ndarray, "B L"],
+    weights_BL: Float[Array | np.ndarray, "B L"],
     label_smoothing: float = 0.0,
 ) -> Float[Array, ""]:
     """Cross-entropy on the pseudo-labels; smoothing ε mixes them with the uniform distribution."""
@@ -60,7 +61,7 @@ def cross_entropy(
 def hidden_mse(
     teacher_NBLD: Any,
     student_NBLD: Any,
-    weights_BL: Float[Array, "B L"],
+    weights_BL: Float[Array | np.ndarray, "B L"],
     layer_map: tuple[int, ...],
 ) -> Float[Array, ""]:
     """Squared distance of hidden states, a mean over width, summed over student layers and tokens.

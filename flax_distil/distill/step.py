@@ -107,7 +107,7 @@ def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
     encoder = plan.teacher.encoder(frozen.teacher["encoder"])
     audio_BSD = encoder(log_mel(batch.waveforms, plan.teacher.dims.mels))
     decoder = plan.teacher.decoder(frozen.teacher["decoder"])
-    hidden_BLD, every_NBLD = decoder.hidden_states(batch.tokens, audio_BSD)
+    hidden_BLD, every_NBLD = decoder.hidden_states(jnp.asarray(batch.tokens), audio_BSD)
     return Guide(audio_BSD, hidden_BLD, every_NBLD)
 
 
@@ -119,15 +119,15 @@ def student_losses(
     if own := frozen.student_encoder | params.get("encoder", {}):
         audio_BSD = plan.student.encoder(own)(log_mel(batch.waveforms, plan.student.dims.mels))
     student = plan.student.decoder(params["decoder"])
-    hidden_BLD, every_NBLD = student.hidden_states(batch.tokens, audio_BSD)
-    config, weights_BL = plan.loss, batch.weights
+    hidden_BLD, every_NBLD = student.hidden_states(jnp.asarray(batch.tokens), audio_BSD)
+    config, weights_BL, targets_BL = plan.loss, batch.weights, jnp.asarray(batch.targets)
     kl = ce = mse = jnp.zeros(())
     logits_BLV = student.logits(hidden_BLD)
     if config.kl:
         teacher_BLV = plan.teacher.decoder(frozen.teacher["decoder"]).logits(guide.hidden)
         kl = kl_divergence(teacher_BLV, logits_BLV, weights_BL, config.temperature)
     if config.ce:
-        ce = cross_entropy(logits_BLV, batch.targets, weights_BL, config.label_smoothing)
+        ce = cross_entropy(logits_BLV, targets_BL, weights_BL, config.label_smoothing)
     if config.mse:
         mse = hidden_mse(guide.every, every_NBLD, weights_BL, plan.layer_map)
     return Losses(kl, ce, mse)

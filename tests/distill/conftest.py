@@ -20,7 +20,7 @@ DIMS = WhisperDims(
     width=32,
     encoder_layers=2,
     encoder_heads=2,
-    decoder_layers=4,
+    decoder_layers=3,
     decoder_heads=2,
     encoder_ffn=64,
     decoder_ffn=64,
@@ -39,7 +39,7 @@ def teacher() -> Checkpoint:
         return (one + 0.2 * random.normal(size=leaf.shape)).astype(np.float32)
 
     params = jax.tree_util.tree_map_with_path(draw, Spec(DIMS).abstract())
-    generation = {"alignment_heads": [[1, 0], [3, 1]]}
+    generation = {"alignment_heads": [[1, 0], [2, 1]]}
     return Checkpoint(DIMS, params, dims_to_hf(DIMS), generation, Path("nowhere"))
 
 
@@ -54,8 +54,8 @@ def plan(teacher, student) -> Plan:
         Spec(teacher.dims),
         Spec(student.dims),
         LossConfig(mse=0.1),
-        OptimizerConfig(steps=20, warmup_steps=2, learning_rate=1e-3),
-        layer_map(2, 4),
+        OptimizerConfig(steps=20, warmup_steps=2, learning_rate=3e-3),
+        layer_map(2, DIMS.decoder_layers),
     )
 
 

@@ -1,0 +1,189 @@
+"""Checkpoints of a run: the latest few to continue from, the best to hand over.
+
+    <run>/checkpoints/<step>/   params, rest (all else of the state), progress (JSON)
+    <run>/best/<step>/          params, progress
+
+Orbax writes them beside the run, asynchronously, and renames a complete one into place: a kill or a
+full disk leaves the one before as it was.
+"""
+
+import logging
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from flax_distil.data.loader import LoaderState
+from flax_distil.distill.state import TrainState
+from flax_distil.errors import InputError
+
+log = logging.getLogger(__name__)
+
+LATEST, BEST = "checkpoints", "best"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run knows beside its arrays."""
+
+    loader: LoaderState
+    """Continues after the last batch that was trained on."""
+    best_wer: float | None = None
+    """Lowest macro-average so far, in percent."""
+    best_step: int | None = None
+    since_best: int = 0
+    """Validations since then, for early stopping."""
+
+
+class Checkpoints:
+    """The checkpoints of one run's folder; opening it removes what a kill left half-written."""
+
+    def __init__(self, folder: Path, keep: int):
+        if keep < 1:
+            raise InputError(f"keep {keep} would keep no checkpoint: use 1 or more")
+        self.folder = folder.absolute()
+        self.latest = manager(self.folder / LATEST, keep)
+        self.best = manager(self.folder / BEST, 1)
+
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Start to save everything that continuing needs; returns once the arrays are copied."""
+        step = int(state.step)
+        if step not in self.latest.all_steps():
+            rest = replace(state, params=None)
+            self._save(self.latest, step, progress, params=state.params, rest=rest)
+
+    def save_best(self, state: TrainState, progress: Progress) -> None:
+        """Start to save the parameters as the best so far."""
+        step = int(state.step)
+        if step not in self.best.all_steps():
+            self._save(self.best, step, progress, params=state.params)
+
+    def forget_best_after(self, step: int) -> None:
+        """Drop a best that a killed run chose after `step`: it will be found again."""
+        for later in self.best.all_steps():
+            if later > step:
+                self.best.delete(later)
+
+    def restore(self, like: TrainState) -> tuple[TrainState, Progress]:
+        """The latest state, placed as the arrays or shapes of `like` say.
+
+        Raises:
+            InputError: there is none, or it is of another model or optimizer.
+        """
+        step = self.latest.latest_step()
+        if step is None:
+            raise InputError(
+                f"{self.folder} has no checkpoint to resume from: is it the right run?"
+            )
+        arguments = ocp.args.Composite(
+            params=ocp.args.StandardRestore(like.params),
+            rest=ocp.args.StandardRestore(replace(like, params=None)),
+            progress=ocp.args.JsonRestore(),
+        )
+        try:
+            found = self.latest.restore(step, args=arguments)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"the checkpoint of step {step} in {self.folder} is of another model or optimizer: "
+                f"{error}"
+            ) from error
+        saved = dict(found["progress"])
+        loader = LoaderState(**saved.pop("loader"))
+        return replace(found["rest"], params=found["params"]), Progress(loader, **saved)
+
+    def wait(self) -> None:
+        """Until everything is on disk. Raises InputError when it could not be written."""
+        try:
+            self.latest.wait_until_finished()
+            self.best.wait_until_finished()
+        except (OSError, ValueError) as error:  # TensorStore tells a full disk by a ValueError
+            raise self._unwritten(error) from error
+
+    def close(self) -> None:
+        """Wait, and give threads and locks back."""
+        try:
+            self.wait()
+        finally:
+            self.latest.close()
+            self.best.close()
+
+    def _save(self, one: ocp.CheckpointManager, step: int, progress: Progress, **trees: Any):
+        self.wait()  # for the one before, whose failure would otherwise be told as this one's
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items["progress"] = ocp.args.JsonSave(asdict(progress))
+        try:
+            one.save(step, args=ocp.args.Composite(**items), force=True)
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: Exception) -> InputError:
+        whole = steps(self.folder / LATEST)
+        intact = f"that of step {whole[-1]} is intact" if whole else "there is none before it"
+        return InputError(
+            f"a checkpoint could not be written to {self.folder}; {intact}: make room and continue "
+            f"with --run.resume must ({str(error).strip().splitlines()[0][:300]})"
+        )
+
+
+def manager(folder: Path, keep: int) -> ocp.CheckpointManager:
+    """Orbax over one folder of steps."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+    )
+    try:
+        return ocp.CheckpointManager(folder, options=options)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}") from error
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run's folder has something to continue from."""
+    return bool(steps(folder / LATEST))
+
+
+def steps(folder: Path) -> list[int]:
+    """The complete checkpoints in a folder, in order."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def read_params(
+    run: Path, like: Any, which: Literal["best", "latest"] | int = "best"
+) -> tuple[int, Any]:
+    """The step and the trained parameters of a run, as numpy, in the form of `like`'s shapes.
+
+    "best" is the latest where no validation chose one.
+
+    Raises:
+        InputError: the run has no such checkpoint, or its parameters are others than `like`.
+    """
+    found = {name: steps(run / name) for name in (LATEST, BEST)}
+    name, step = choose(run, found, which)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+    arguments = ocp.args.Composite(params=ocp.args.StandardRestore(like))
+    try:
+        with ocp.CheckpointManager(
+            (run / name).absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
+        ) as one:
+            params = one.restore(step, args=arguments)["params"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run / name / str(step)} is of another model: {error}") from error
+    return step, jax.tree.map(np.asarray, params)
+
+
+def choose(
+    run: Path, found: dict[str, list[int]], which: Literal["best", "latest"] | int
+) -> tuple[str, int]:
+    """Folder and step of the checkpoint that is asked for."""
+    if which == "best" and found[BEST]:
+        return BEST, found[BEST][-1]
+    if which in ("best", "latest") and found[LATEST]:
+        return LATEST, found[LATEST][-1]
+    for name in (LATEST, BEST):
+        if which in found[name]:
+            return name, int(which)
+    there = ", ".join(str(step) for step in sorted({*found[LATEST], *found[BEST]})) or "none"
+    raise InputError(f"{run} has no checkpoint {which}; it has {there}")

@@ -1,0 +1,80 @@
+"""Floating-point operations of a train step, counted from the sizes; a multiply-add is two.
+
+Compilers count a scanned layer once, and differ in what else they count: for the MFU only products
+of matrices matter.
+"""
+
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_distil.distill.step import Plan
+from flax_distil.model.dims import WhisperDims
+
+
+def step_flops(plan: Plan, batch_size: int, length: int, own_encoder: bool, train_encoder: bool):
+    """Operations of one update on `batch_size` clips with `length` tokens each.
+
+    Forward passes of the shared encoder, the teacher's decoder and the student; the backward pass
+    of what is trained costs two forward passes, but the audio states of a frozen encoder need no
+    gradient. Recomputation (remat) does not count: it is no useful work.
+    """
+    teacher, student, loss = plan.teacher.dims, plan.student.dims, plan.loss
+    clip = encoder_flops(teacher)
+    if loss.kl or loss.mse:
+        clip += decoder_flops(teacher, length) + cross_flops(teacher)
+        clip += vocabulary_flops(teacher, length) if loss.kl else 0
+    if own_encoder:
+        clip += (3 if train_encoder else 1) * encoder_flops(student)
+    clip += 3 * (decoder_flops(student, length) + vocabulary_flops(student, length))
+    clip += (3 if train_encoder else 2) * cross_flops(student)
+    return batch_size * clip
+
+
+def encoder_flops(dims: WhisperDims) -> int:
+    """One clip through the encoder."""
+    S, D, F = dims.audio_positions, dims.width, dims.encoder_ffn
+    convolutions = 3 * 2 * S * dims.mels * D + 3 * S * D * D
+    layer = 4 * S * D * D + 2 * S * S * D + 2 * S * D * F
+    return 2 * (convolutions + dims.encoder_layers * layer)
+
+
+def decoder_flops(dims: WhisperDims, length: int) -> int:
+    """One clip's tokens through the decoder's layers, without cross keys and values."""
+    L, S, D, F = length, dims.audio_positions, dims.width, dims.decoder_ffn
+    layer = (4 + 2) * L * D * D + 2 * L * L * D + 2 * L * S * D + 2 * L * D * F
+    return 2 * dims.decoder_layers * layer
+
+
+def cross_flops(dims: WhisperDims) -> int:
+    """Keys and values of one clip's audio states for every decoder layer."""
+    return 2 * dims.decoder_layers * 2 * dims.audio_positions * dims.width**2
+
+
+def vocabulary_flops(dims: WhisperDims, length: int) -> int:
+    """One clip's hidden states to logits."""
+    return 2 * length * dims.width * dims.vocab
+
+
+def measured_peak(mesh: Mesh, dtype: str, seconds: float = 0.5) -> float:
+    """FLOP/s of large matrix products on all devices of the mesh at once: a practical ceiling."""
+    side = 1024 if mesh.devices.flat[0].platform == "cpu" else 4096
+    shape = (mesh.size, side, side)
+    each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+    @partial(jax.jit, out_shardings=each)
+    def product(left: jax.Array, right: jax.Array) -> jax.Array:
+        wide = jnp.einsum("nij,njk->nik", left, right, preferred_element_type=jnp.float32)
+        return (wide / side).astype(left.dtype)
+
+    ones = jax.jit(lambda: jnp.ones(shape, dtype), out_shardings=each)()
+    jax.block_until_ready(product(ones, ones))
+    best, start = float("inf"), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        begin = time.perf_counter()
+        jax.block_until_ready(product(ones, ones))
+        best = min(best, time.perf_counter() - begin)
+    return 2 * mesh.size * side**3 / best

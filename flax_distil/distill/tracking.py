@@ -1,0 +1,245 @@
+"""What a run tells while it runs: a line a step, metrics.jsonl, TensorBoard, W&B when asked."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from flax_distil.config import DistillConfig
+from flax_distil.data.batches import Batch
+from flax_distil.data.utterances import Utterance
+from flax_distil.distill.validation import Validation
+from flax_distil.errors import InputError
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+
+class Tracker:
+    """Scalars by step, to every place that was asked for; a context manager.
+
+    A resumed run first drops the lines after its `start`, which it is about to write again.
+    """
+
+    def __init__(self, config: DistillConfig, start: int = 0):
+        folder, run = config.output_dir, config.run
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_until(folder / METRICS, start)
+        self.file = (folder / METRICS).open("a", encoding="utf-8")
+        self.tensorboard = tensorboard_writer(folder) if run.tensorboard else None
+        self.wandb = wandb_run(config, run.wandb) if run.wandb else None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values of one step; names may have a group, as in `validation/wer`."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.tensorboard:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(dict(values), step=step)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the records after `step`, and a last line that a kill cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            log.warning("%s: dropped a line that was cut off", path)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def tensorboard_writer(folder: Path) -> Any:
+    """TensorBoard's own writer, which needs neither TensorFlow nor PyTorch."""
+    from tensorboard.summary import Writer
+
+    return Writer(str(folder / "tensorboard"))
+
+
+def wandb_run(config: DistillConfig, project: str) -> Any:
+    """A Weights & Biases run, which a resumed one continues. Raises InputError without wandb."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError("wandb is not installed: pip install flax-distil[wandb]") from None
+    name = config.output_dir.name
+    record = json.loads(json.dumps(asdict(config), default=str))
+    return wandb.init(project=project, name=name, id=name, resume="allow", config=record)
+
+
+class Done(NamedTuple):
+    """A step that was sent to the devices; its metrics may not be there yet."""
+
+    step: int
+    metrics: Mapping[str, Any]
+    batch: Batch
+    flops: float
+
+
+class Watch:
+    """Reads the metrics of each step one step late, so that the devices never wait for the host.
+
+    Raises InputError after `config.max_skipped` non-finite updates in a row.
+    """
+
+    def __init__(
+        self, config: DistillConfig, tracker: Tracker, speed: "Speed", names: Sequence[Utterance]
+    ):
+        self.config, self.tracker, self.speed, self.names = config, tracker, speed, names
+        self.waiting: Done | None = None
+        self.loss: float | None = None
+
+    def dispatched(self, done: Done) -> None:
+        """A step was sent; the one before it is read."""
+        self._read()
+        self.waiting = done
+
+    def pause(self) -> None:
+        """Read what is left; what follows is no training and its time does not count."""
+        self._read()
+        self.speed.pause()
+
+    def validated(self, step: int, validation: Validation) -> None:
+        """Record word error rates."""
+        wer = {f"validation/{name}": value for name, value in validation.wer.items()}
+        average = validation.macro_average
+        self.tracker.scalars(step, wer | {"validation/wer": average})
+        sets = ", ".join(f"{name} {value:.2f}" for name, value in validation.wer.items())
+        log.info("validation at step %d: WER %.2f %% (%s)", step, average, sets)
+
+    def _read(self) -> None:
+        if self.waiting is None:
+            return
+        (step, metrics, batch, flops), self.waiting = self.waiting, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        hosts = jax.process_count()
+        self.loss = values["loss"]
+        self.speed.finished(hosts * len(batch.rows), hosts * float(batch.seconds.sum()), flops)
+        if values["skipped_in_row"]:
+            self._skipped(step, int(values["skipped_in_row"]), batch)
+        if step % self.config.run.log_every == 0:
+            values |= self.speed.rates()
+            self.tracker.scalars(step, values)
+            log.info("%s", line(step, self.config.optimizer.steps, values))
+
+    def _skipped(self, step: int, in_row: int, batch: Batch) -> None:
+        ids = ", ".join(self.names[int(row)].id for row in batch.rows)
+        log.warning("step %d was not finite and is skipped; its clips: %s", step, ids)
+        if in_row >= self.config.max_skipped:
+            raise InputError(
+                f"{in_row} updates in a row were not finite, the last at step {step}: lower the "
+                "learning rate, use float32, or look at the clips that were named"
+            )
+
+
+def environment() -> dict[str, Any]:
+    """What else decides a run: versions, devices, the commit of this code where it is known."""
+    packages = ("flax-distil", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    folder = Path(__file__).parent
+    commit = None
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+    return {
+        "versions": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "commit": commit,
+    }
+
+
+@dataclass
+class Speed:
+    """Rates and remaining time from the moments at which steps were seen to be finished.
+
+    peak: FLOP/s of all devices together. The first step holds the compilation and is left out.
+    """
+
+    peak: float
+    steps_left: int
+    begin: float | None = None
+    steps: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    flops: float = 0.0
+    pace: float | None = None
+    """Seconds a step, averaged exponentially, for the time that remains."""
+
+    def finished(self, samples: int, audio_seconds: float, flops: float) -> None:
+        """One more step is done."""
+        self.steps_left -= 1
+        if self.begin is None:
+            self.begin = time.perf_counter()
+            return
+        self.steps += 1
+        self.samples += samples
+        self.seconds += audio_seconds
+        self.flops += flops
+
+    def rates(self) -> dict[str, float]:
+        """Since the last call: samples/s, hours of audio an hour, MFU; and seconds that remain."""
+        if self.begin is None or not self.steps:
+            return {}
+        now = time.perf_counter()
+        spent = max(now - self.begin, 1e-9)
+        step = spent / self.steps
+        self.pace = step if self.pace is None else 0.9 * self.pace + 0.1 * step
+        rates = {
+            "samples_per_second": self.samples / spent,
+            "audio_hours_per_hour": self.seconds / spent,
+            "mfu": self.flops / spent / self.peak,
+            "eta_seconds": self.pace * self.steps_left,
+        }
+        self.begin, self.steps, self.samples, self.seconds, self.flops = now, 0, 0, 0.0, 0.0
+        return rates
+
+    def pause(self) -> None:
+        """What follows is no training (validation): do not count its time."""
+        self.begin, self.steps, self.samples, self.seconds, self.flops = None, 0, 0, 0.0, 0.0
+
+
+def line(step: int, steps: int, values: Mapping[str, float]) -> str:
+    """The console's line of one step."""
+    text = f"step {step:>{len(str(steps))}}/{steps}  loss {values['loss']:.4f} ("
+    parts = [f"{part} {values[part]:.3f}" for part in ("kl", "ce", "mse") if values[part]]
+    text += ", ".join(parts) + f")  |g| {values['gradient_norm']:.3g}"
+    text += f"  lr {values['learning_rate']:.2e}"
+    if "mfu" in values:
+        text += f"  {values['samples_per_second']:.2f} samples/s"
+        text += f"  {values['audio_hours_per_hour']:.1f} h/h  MFU {100 * values['mfu']:.1f} %"
+        text += f"  ETA {clock(values['eta_seconds'])}"
+    return text
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

@@ -1,0 +1,323 @@
+"""A training run from configuration to checkpoints: what surrounds the step."""
+
+import json
+import logging
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from flax_distil.config import DistillConfig
+from flax_distil.data.batches import Batch, TargetOptions
+from flax_distil.data.loader import Loader, LoaderState
+from flax_distil.data.utterances import Joined, Utterance, Utterances, read_dataset
+from flax_distil.distill.checkpoints import Checkpoints, Progress, has_checkpoints
+from flax_distil.distill.flops import measured_peak, step_flops
+from flax_distil.distill.setup import make_plan, split_parameters, whole_student
+from flax_distil.distill.state import TrainState, initial_state
+from flax_distil.distill.step import Frozen, Plan, train_step
+from flax_distil.distill.tracking import Done, Speed, Tracker, Watch, environment
+from flax_distil.distill.validation import Validate, Validation, make_validate
+from flax_distil.errors import InputError
+from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
+from flax_distil.model.spec import unstack_layers
+from flax_distil.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
+from flax_distil.parallel.sharding import check_heads, shardings
+from flax_distil.recipe import load_recipe, save_recipe
+from flax_distil.text.tokens import load_tokens
+
+log = logging.getLogger(__name__)
+
+RECIPE, VERSIONS = "recipe.toml", "versions.json"
+CHANGEABLE = {"output_dir", "compute", "validation", "run", "max_skipped"}  # when a run resumes
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """How a run ended; `finished` is false when it was told to stop and can be continued."""
+
+    output_dir: Path
+    steps: int
+    finished: bool
+    loss: float | None
+    skipped: int
+    best_wer: float | None
+    best_step: int | None
+
+
+class Batches(Protocol):
+    """What the trainer asks of a loader."""
+
+    @property
+    def utterances(self) -> Sequence[Utterance]:
+        """To name those of a batch."""
+        ...
+
+    def batches(self, state: LoaderState) -> Iterator[tuple[Batch, LoaderState]]:
+        """Batches from a position on, each with the position after it."""
+        ...
+
+
+class Program(NamedTuple):
+    """What stays the same from step to step; `step` is `train_step`, compiled, state donated."""
+
+    plan: Plan
+    mesh: jax.sharding.Mesh
+    frozen: Frozen
+    step: Any
+
+
+class Fed(NamedTuple):
+    """A batch on the devices, the loader's position after it, and the batch as it was read."""
+
+    arrays: Batch
+    after: LoaderState
+    read: Batch
+
+
+def run(config: DistillConfig) -> TrainSummary:
+    """Train the student as configured; the run's folder holds everything afterwards.
+
+    Raises:
+        InputError: models, labels, mesh or folder do not fit, before anything is computed; or
+            training had to stop, after its state was saved.
+    """
+    check_folder(config)
+    parts = [read_dataset(path) for path in config.labels]
+    stores = [part for part in parts if isinstance(part, Utterances)]
+    if not stores or len(stores) < len(parts):
+        raise InputError("name at least one label store (--labels), as pseudo-label writes it")
+    teacher, student = load_checkpoint(config.teacher), load_checkpoint(config.student)
+    utterances = Joined(stores)
+    options = TargetOptions(config.label_buckets, config.timestamp_probability, config.language)
+    loader = Loader(
+        utterances,
+        utterances.label_lengths(),
+        load_tokens(student.source),
+        options,
+        config.batch_size,
+        config.run.workers,
+        rank=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+    return train(config, teacher, student, loader, make_validate(config, student))
+
+
+def train(
+    config: DistillConfig,
+    teacher: Checkpoint,
+    student: Checkpoint,
+    loader: Batches,
+    validate: Validate | None = None,
+) -> TrainSummary:
+    """The run itself, over models, batches and a judge that someone else made; see `run`.
+
+    SIGTERM and Ctrl-C end it after the step at hand, with a checkpoint. So does an error: no step
+    that was computed is lost.
+    """
+    check_folder(config)
+    program, state = prepare(config, teacher, student)
+    checkpoints = Checkpoints(config.output_dir, config.run.keep)
+    state, progress = begin(config, checkpoints, state)
+    total, step = config.optimizer.steps, int(state.step)
+    speed = Speed(peak_flops(config, program), total - step)
+    with stop_signals() as stop, Tracker(config, step) as tracker, closing(checkpoints):
+        watch = Watch(config, tracker, speed, loader.utterances)
+        with closing(feed(loader, progress.loader, program)) as batches:
+            try:
+                while step < total and not (stop.is_set() or patience_over(config, progress)):
+                    fed = next(batches)
+                    state, metrics = program.step(state, program.frozen, fed.arrays)
+                    progress, step = replace(progress, loader=fed.after), step + 1
+                    watch.dispatched(Done(step, metrics, fed.read, flops(program, fed)))
+                    due = step % config.run.save_every == 0
+                    if validate and (step % config.validation.every == 0 or step == total):
+                        watch.pause()
+                        validation = validate(whole(program, state))
+                        watch.validated(step, validation)
+                        progress, due = compare(checkpoints, state, progress, validation), True
+                    if due:
+                        checkpoints.save(state, progress)
+                watch.pause()
+            except Exception:
+                rescue(checkpoints, state, progress)
+                raise
+        checkpoints.save(state, progress)
+    finished = step == total or patience_over(config, progress)
+    log.info("%s at step %d of %d", "finished" if finished else "stopped", step, total)
+    return TrainSummary(
+        output_dir=config.output_dir,
+        steps=step,
+        finished=finished,
+        loss=watch.loss,
+        skipped=int(state.skipped),
+        best_wer=progress.best_wer,
+        best_step=progress.best_step,
+    )
+
+
+def prepare(
+    config: DistillConfig, teacher: Checkpoint, student: Checkpoint
+) -> tuple[Program, TrainState]:
+    """The compiled step and its arguments, placed on the mesh.
+
+    Raises:
+        InputError: models, mesh, batch or numbers do not fit; nothing was allocated yet.
+    """
+    plan, compute = make_plan(config, teacher.dims, student.dims), config.compute
+    mesh = make_mesh(compute.data, compute.fsdp, compute.tensor)
+    check_batch(config.batch_size, mesh, compute.accumulation)
+    dims = teacher.dims
+    check_heads({"encoder": dims.encoder_heads, "decoder": dims.decoder_heads}, mesh)
+    trainable, frozen = split_parameters(plan, teacher, student, config.train_encoder)
+    start = partial(initial_state, config=config.optimizer, seed=config.seed)
+    placed = shardings(jax.eval_shape(start, trainable), mesh, compute.fsdp_min_elements)
+    frozen = jax.device_put(frozen, shardings(frozen, mesh, compute.fsdp_min_elements))
+    trainable = jax.device_put(trainable, placed.params)
+    state = jax.jit(start, out_shardings=placed)(trainable)
+    step = jax.jit(
+        partial(train_step, plan=plan),
+        donate_argnums=0,
+        out_shardings=(placed, replicated(mesh)),
+    )
+    return Program(plan, mesh, frozen, step), state
+
+
+def begin(
+    config: DistillConfig, checkpoints: Checkpoints, state: TrainState
+) -> tuple[TrainState, Progress]:
+    """The state and progress to start from, and the run's records written."""
+    progress = Progress(LoaderState(seed=config.seed))
+    if has_checkpoints(config.output_dir):
+        check_recipe(config)
+        state, progress = checkpoints.restore(state)
+        log.info("continuing %s after step %d", config.output_dir, int(state.step))
+    checkpoints.forget_best_after(int(state.step))
+    if jax.process_index() == 0:
+        save_recipe(config, config.output_dir / RECIPE)
+        versions = json.dumps(environment(), indent=2)
+        (config.output_dir / VERSIONS).write_text(versions + "\n", encoding="utf-8")
+    return state, progress
+
+
+def check_folder(config: DistillConfig) -> None:
+    """Raises InputError where `run.resume` and the folder contradict each other."""
+    there = has_checkpoints(config.output_dir)
+    if there and config.run.resume == "no":
+        raise InputError(
+            f"{config.output_dir} has checkpoints of a run: continue it with --run.resume must, or "
+            "choose another --output-dir"
+        )
+    if not there and config.run.resume == "must":
+        raise InputError(
+            f"{config.output_dir} has no checkpoint to resume from: is it the right folder?"
+        )
+
+
+def check_recipe(config: DistillConfig) -> None:
+    """Raises InputError where a resumed run was begun with other numbers."""
+    begun = load_recipe(config.output_dir / RECIPE, DistillConfig)
+    changed = [
+        f"{field.name} (was {getattr(begun, field.name)}, is {getattr(config, field.name)})"
+        for field in fields(config)
+        if field.name not in CHANGEABLE
+        and getattr(begun, field.name) != getattr(config, field.name)
+    ]
+    if changed:
+        raise InputError(
+            f"{config.output_dir} was begun with another recipe: {'; '.join(changed)}. Resume with "
+            "the same, or begin a new run"
+        )
+
+
+def feed(loader: Batches, start: LoaderState, program: Program) -> Generator[Fed]:
+    """Batches on the devices, each sent while the one before is computed."""
+    sharding = batch_sharding(program.mesh)
+    place = partial(jax.make_array_from_process_local_data, sharding)
+    ahead: deque[Fed] = deque()
+    with closing(loader.batches(start)) as batches:  # pyright: ignore[reportArgumentType]
+        for read, after in batches:
+            ahead.append(Fed(jax.tree.map(place, read), after, read))
+            if len(ahead) > 1:
+                yield ahead.popleft()
+        yield from ahead
+
+
+def flops(program: Program, fed: Fed) -> int:
+    """Useful operations of one update on this batch."""
+    own = program.frozen.student_encoder
+    trained = set(own) == {"positions"}
+    rows, length = fed.arrays.tokens.shape
+    return step_flops(program.plan, rows, length, bool(own), trained)
+
+
+def peak_flops(config: DistillConfig, program: Program) -> float:
+    """FLOP/s of the whole mesh: as configured, else as measured."""
+    if config.compute.peak_flops is not None:
+        return config.compute.peak_flops * program.mesh.size
+    peak = measured_peak(program.mesh, config.compute.dtype)
+    log.info("measured %.3g FLOP/s in matrix products on %d devices", peak, program.mesh.size)
+    return peak
+
+
+def whole(program: Program, state: TrainState) -> Any:
+    """The whole student with unstacked layers, for decoding."""
+    params = whole_student(state.params, program.frozen)
+    if not program.plan.student.scan_layers:
+        return params
+    return {half: unstack_layers(layers) for half, layers in params.items()}
+
+
+def compare(
+    checkpoints: Checkpoints, state: TrainState, progress: Progress, validation: Validation
+) -> Progress:
+    """The progress after a validation; the parameters are saved where they are the best."""
+    wer = validation.macro_average
+    if progress.best_wer is not None and wer >= progress.best_wer:
+        return replace(progress, since_best=progress.since_best + 1)
+    progress = replace(progress, best_wer=wer, best_step=int(state.step), since_best=0)
+    checkpoints.save_best(state, progress)
+    return progress
+
+
+def patience_over(config: DistillConfig, progress: Progress) -> bool:
+    """Whether validations have not improved for long enough to stop."""
+    patience = config.validation.patience
+    return patience is not None and progress.since_best >= patience
+
+
+def rescue(checkpoints: Checkpoints, state: TrainState, progress: Progress) -> None:
+    """Save what was computed before an error; a second error here is logged, not raised."""
+    try:
+        checkpoints.save(state, progress)
+        checkpoints.wait()
+        log.error("stopped by an error; the state of step %d is saved", int(state.step))
+    except Exception as error:
+        log.error("stopped by an error, and the state could not be saved: %s", error)
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets; a second one interrupts as usual."""
+    stop, before = threading.Event(), {}
+
+    def ask(number: int, _: Any) -> None:
+        log.warning("%s: stopping after this step", signal.Signals(number).name)
+        stop.set()
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,111 @@
+"""What is on disk after a kill, a full disk, a change of mesh."""
+
+import resource
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flax_distil.config import OptimizerConfig
+from flax_distil.data.loader import LoaderState
+from flax_distil.distill.checkpoints import Checkpoints, Progress, has_checkpoints
+from flax_distil.distill.state import initial_state
+from flax_distil.errors import InputError
+from flax_distil.parallel.mesh import make_mesh
+
+
+def state_at(step, size=64):
+    params = {"decoder": {"layers": {0: {"kernel": jnp.full((size, 8), float(step))}}}}
+    return replace(initial_state(params, OptimizerConfig(), seed=3), step=jnp.array(step))
+
+
+def save_and_wait(checkpoints, state):
+    checkpoints.save(state, Progress(LoaderState()))
+    checkpoints.wait()
+
+
+def test_everything_comes_back(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    progress = Progress(LoaderState(1, 2, 3), best_wer=12.3456789, best_step=2, since_best=1)
+    for step in (1, 2, 3):
+        checkpoints.save(state_at(step), replace(progress, since_best=step))
+    checkpoints.close()
+    again = Checkpoints(tmp_path, keep=2)
+    state, found = again.restore(state_at(0))
+    again.close()
+    assert found == replace(progress, since_best=3)
+    assert jax.tree.structure(state) == jax.tree.structure(state_at(3))
+    same = jax.tree.map(np.array_equal, state, state_at(3))
+    assert all(jax.tree.leaves(same))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_restores_on_another_mesh(tmp_path):
+    whole = NamedSharding(make_mesh(8, 1, 1), PartitionSpec())
+    with_eight = jax.tree.map(lambda x: jax.device_put(x, whole), state_at(5))
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(with_eight, Progress(LoaderState()))
+    checkpoints.wait()
+    mesh = make_mesh(1, 4, 1, devices=jax.devices()[:4])
+    cut = lambda x: NamedSharding(mesh, PartitionSpec("fsdp") if x.ndim > 1 else PartitionSpec())
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut(x)), state_at(0)
+    )
+    state, _ = checkpoints.restore(like)
+    checkpoints.close()
+    kernel = state.params["decoder"]["layers"][0]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec("fsdp")
+    assert np.all(np.asarray(kernel) == 5)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(state_at(1, 4096), Progress(LoaderState(position=1)))
+    checkpoints.wait()
+    full = state_at(2, 4096)
+    noise = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), full.params)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # as a full disk: writes fail
+    try:
+        with pytest.raises(InputError, match=r"could not be written .* step 1 is intact: make r"):
+            save_and_wait(checkpoints, replace(full, params=noise))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    checkpoints.latest.close()
+    checkpoints.best.close()
+    again = Checkpoints(tmp_path, keep=1)
+    state, progress = again.restore(state_at(0, 4096))
+    again.close()
+    assert (int(state.step), progress.loader.position) == (1, 1)
+
+
+def test_half_written_checkpoints_do_not_count(tmp_path):
+    half = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    assert not has_checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    with pytest.raises(InputError, match="has no checkpoint to resume from"):
+        checkpoints.restore(state_at(0))
+    checkpoints.close()
+
+
+def test_another_model_is_an_error(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(state_at(1), Progress(LoaderState()))
+    checkpoints.wait()
+    with pytest.raises(InputError, match=r"of step 1 .* is of another model or optimizer"):
+        checkpoints.restore(state_at(0, size=32))
+    checkpoints.close()
+
+
+def test_best_after_the_resumed_step_is_forgotten(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save_best(state_at(6), Progress(LoaderState()))
+    checkpoints.wait()
+    checkpoints.forget_best_after(4)
+    checkpoints.save_best(state_at(5), Progress(LoaderState()))
+    checkpoints.close()
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["5"]

@@ -1,0 +1,193 @@
+"""Whole runs of a few steps on eight pretended devices: what is saved, resumed, stopped, told."""
+
+import json
+import logging
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from flax_distil.config import (
+    ComputeConfig,
+    DistillConfig,
+    LossConfig,
+    OptimizerConfig,
+    RunConfig,
+    ValidationConfig,
+)
+from flax_distil.data.loader import LoaderState
+from flax_distil.data.utterances import Utterance
+from flax_distil.distill.checkpoints import read_params
+from flax_distil.distill.trainer import train
+from flax_distil.distill.validation import Validation
+from flax_distil.errors import InputError
+
+
+class Batches:
+    """Ever new random batches by position; `then` is called when a position is asked for."""
+
+    def __init__(self, make_batch, then=None):
+        self.make_batch, self.then = make_batch, then or {}
+        self.utterances = [Utterance(f"clip-{row}", b"") for row in range(8)]
+
+    def batches(self, state):
+        while True:
+            batch = self.make_batch(8, seed=state.position)
+            state = replace(state, position=state.position + 1)
+            if state.position in self.then:
+                batch = self.then[state.position](batch) or batch
+            yield batch, state
+
+
+@pytest.fixture
+def config(tmp_path) -> DistillConfig:
+    return DistillConfig(
+        teacher="teacher",
+        student="student",
+        labels=(),
+        output_dir=tmp_path / "run",
+        batch_size=8,
+        max_skipped=2,
+        seed=7,
+        loss=LossConfig(mse=0.1),
+        optimizer=OptimizerConfig(steps=6, warmup_steps=2, learning_rate=1e-3),
+        compute=ComputeConfig(dtype="float32", peak_flops=1e9),
+        run=RunConfig(save_every=2, tensorboard=False),
+    )
+
+
+def metrics(config, name="loss"):
+    lines = (config.output_dir / "metrics.jsonl").read_text().splitlines()
+    return {(one := json.loads(line))["step"]: one[name] for line in lines if name in line}
+
+
+def stop(_batch):
+    signal.raise_signal(signal.SIGTERM)
+
+
+def student_params(config, student, which="latest"):
+    return read_params(config.output_dir, {"decoder": student.params["decoder"]}, which)
+
+
+def test_resuming_twice_continues_to_the_last_bit(config, teacher, student, make_batch, tmp_path):
+    whole = train(config, teacher, student, Batches(make_batch))
+    assert (whole.steps, whole.finished, whole.skipped) == (6, True, 0)
+    other = replace(config, output_dir=tmp_path / "other")
+    # batches are fed one ahead: a signal while batch 3 is read stops after step 2
+    first = train(other, teacher, student, Batches(make_batch, {3: stop}))
+    assert (first.steps, first.finished) == (2, False)
+    other = replace(other, run=replace(other.run, resume="must", save_every=100))
+    second = train(other, teacher, student, Batches(make_batch, {6: stop}))
+    assert (second.steps, second.finished) == (5, False)
+    third = train(other, teacher, student, Batches(make_batch))
+    assert (third.steps, third.finished) == (6, True)
+    assert metrics(other) == metrics(config)
+    assert list(metrics(config)) == [1, 2, 3, 4, 5, 6]
+    assert third.loss == whole.loss == metrics(config)[6]
+    (step, ours), (_, theirs) = student_params(other, student), student_params(config, student)
+    assert step == 6
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, ours, theirs)))
+
+
+def test_an_error_loses_no_step(config, teacher, student, make_batch):
+    def fail(_batch):
+        raise InputError("the disk with the audio is gone")
+
+    with pytest.raises(InputError, match="audio is gone"):
+        train(config, teacher, student, Batches(make_batch, {5: fail}))
+    step, _ = student_params(config, student)
+    assert step == 3  # batch 4 was waiting for batch 5
+    again = replace(config, run=replace(config.run, resume="auto"))
+    assert train(again, teacher, student, Batches(make_batch)).steps == 6
+    assert list(metrics(config)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_wrong_folders_and_recipes_are_errors(config, teacher, student, make_batch):
+    must = replace(config, run=replace(config.run, resume="must"))
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
+        train(must, teacher, student, Batches(make_batch))
+    train(config, teacher, student, Batches(make_batch, {2: stop}))
+    with pytest.raises(InputError, match="has checkpoints of a run: continue it with"):
+        train(config, teacher, student, Batches(make_batch))
+    other = replace(must, loss=LossConfig(kl=1.0), seed=8)
+    with pytest.raises(InputError, match=r"another recipe: seed \(was 7, is 8\); loss \(was"):
+        train(other, teacher, student, Batches(make_batch))
+    longer = replace(must, optimizer=replace(config.optimizer, steps=100))
+    with pytest.raises(InputError, match="optimizer"):
+        train(longer, teacher, student, Batches(make_batch))
+
+
+def test_misfits_are_told_before_anything_is_computed(config, teacher, student, make_batch):
+    for change, message in [
+        ({"batch_size": 12}, "batch 12 does not divide over 8 data shards: use 8 or 16"),
+        ({"compute": ComputeConfig(tensor=4)}, "2 heads, which do not divide over 4"),
+        ({"loss": LossConfig(kl=0, ce=0)}, "one must be positive"),
+        ({"loss": LossConfig(temperature=0.0)}, "temperature 0.0 must be positive"),
+        ({"optimizer": OptimizerConfig(steps=10)}, "500 warm-up steps do not fit into 10 steps"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            train(replace(config, **change), teacher, student, Batches(make_batch))
+    other = replace(student, dims=replace(student.dims, vocab=97))
+    with pytest.raises(InputError, match="teacher has vocab 96 and the student 97"):
+        train(config, teacher, other, Batches(make_batch))
+
+
+def test_the_best_of_the_validations_is_kept(config, teacher, student, make_batch):
+    wers, seen = iter([50.0, 30.0, 40.0, 35.0]), []
+
+    def validate(params):
+        seen.append(jax.tree.map(np.array, params))
+        wer = next(wers)
+        return Validation({"clean": wer - 10, "noisy": wer + 10})
+
+    validation = ValidationConfig(every=1, patience=2)
+    config = replace(config, validation=validation)
+    summary = train(config, teacher, student, Batches(make_batch), validate)
+    assert (summary.steps, summary.finished) == (4, True)  # two without a new best
+    assert (summary.best_wer, summary.best_step) == (30.0, 2)
+    assert metrics(config, "validation/wer") == {1: 50.0, 2: 30.0, 3: 40.0, 4: 35.0}
+    assert metrics(config, "validation/noisy")[1] == 60.0
+    step, best = student_params(config, student, "best")
+    assert step == 2
+    same = jax.tree.map(np.array_equal, best["decoder"], seen[1]["decoder"])
+    assert all(jax.tree.leaves(same))
+    assert student_params(config, student, 4)[0] == 4
+    with pytest.raises(InputError, match="has no checkpoint 9; it has 2, 3, 4"):
+        student_params(config, student, 9)
+
+
+def test_non_finite_batches_stop_the_run_and_name_their_clips(
+    config, teacher, student, make_batch, caplog
+):
+    def spoil(batch):
+        return replace(batch, weights=np.full_like(batch.weights, np.nan))
+
+    spoilt = Batches(make_batch, {2: spoil, 4: spoil, 5: spoil})
+    with (
+        caplog.at_level(logging.INFO, "flax_distil"),
+        pytest.raises(InputError, match="2 updates in a row were not finite, the last at step 5"),
+    ):
+        train(config, teacher, student, spoilt)
+    warnings = [r.getMessage() for r in caplog.records if "not finite and is" in r.getMessage()]
+    assert warnings[0].startswith("step 2 was not finite and is skipped; its clips: clip-0, clip-1")
+    step, params = student_params(config, student)
+    assert step >= 5
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert sum("step 1/6  loss" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_loader_position_is_saved(config, teacher, student, make_batch):
+    asked = []
+
+    class Spy(Batches):
+        def batches(self, state):
+            asked.append(state)
+            return super().batches(state)
+
+    train(config, teacher, student, Spy(make_batch, {4: stop}))
+    train(
+        replace(config, run=replace(config.run, resume="must")), teacher, student, Spy(make_batch)
+    )
+    assert asked == [LoaderState(seed=7), LoaderState(seed=7, position=3)]
