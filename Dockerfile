@@ -12,5 +12,5 @@ WORKDIR /home/distil/flax-distil
 COPY --chown=distil . .
 RUN pip install --editable ".[$EXTRAS]"
 
-USER distil
+USER 1000
 CMD ["flax-distil", "--help"]

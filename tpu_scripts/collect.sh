@@ -13,15 +13,15 @@ main() {
   find_workers
   on_workers worker_sends_log "$folder" || die "not all logs could be fetched"
   for path in "${ARGUMENTS[@]:1}"; do
-    run gcloud compute tpus tpu-vm scp --recurse "$TPU_NAME:flax-distil/$path" "$folder" \
-      "${REACH[@]}" --worker=0
+    run gcloud compute tpus tpu-vm scp "$TPU_NAME:flax-distil/$path" "$folder" \
+      "${REACH[@]}" --worker=0 --recurse
   done
 }
 
 worker_sends_log() {
   run mkdir -p "$2/worker-$1"
-  run gcloud compute tpus tpu-vm scp --recurse "$TPU_NAME:flax-distil-runs/$TPU_RUN" "$2/worker-$1" \
-    "${REACH[@]}" --worker="$1"
+  run gcloud compute tpus tpu-vm scp "$TPU_NAME:flax-distil-runs/$TPU_RUN" "$2/worker-$1" \
+    "${REACH[@]}" --worker="$1" --recurse
 }
 
 main "$@"

@@ -360,7 +360,7 @@ def test_collect_attach_teardown(pod):
         ("stop.sh", (), "stop"),
         ("resume.sh", (), "start"),
         ("watch.sh", (), "queued-resources delete pod"),
-        ("collect.sh", ("out",), "tpu-vm scp --recurse"),
+        ("collect.sh", ("out",), "--worker=all --recurse"),
         ("teardown.sh", (), "queued-resources delete pod"),
     ],
 )
