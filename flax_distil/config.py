@@ -67,6 +67,11 @@ class PseudoLabelConfig:
     """Let the teacher write timestamps, so that the student can learn them."""
     max_tokens: int = 224
     """Longest label in tokens."""
+    pack_seconds: float | None = None
+    """Concatenate the utterances of a speaker to windows of up to so many seconds, 30 at most:
+    an encoder pass costs 30 s, whatever the window holds. Off where not given."""
+    pack_pause: float = 0.3
+    """Seconds of silence between the utterances of a window."""
     dtype: Dtype = "float32"
     """Precision of the teacher; softmax and layer norms stay in float32."""
     batch_size: int = 16

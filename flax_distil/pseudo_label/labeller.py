@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import PseudoLabelConfig
+from flax_distil.data.packing import Packed, pack
 from flax_distil.data.utterances import (
     Skipped,
     Utterance,
@@ -32,6 +33,7 @@ from flax_distil.data.utterances import (
 from flax_distil.data.windows import Clip, hear, in_order, stack
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.errors import InputError
+from flax_distil.model.dims import CHUNK_SECONDS
 from flax_distil.pseudo_label.store import LabelStore, PseudoLabel, Shard, open_store, write_whole
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.wer import word_errors
@@ -78,7 +80,7 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     for name in ("batch_size", "shard_size", "workers", "max_tokens"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
-    utterances = read_dataset(config.data)
+    utterances = windows(config)
     checkpoint = load_checkpoint(config.model)
     recognizer = make_recognizer(checkpoint, config.dtype)
     options = DecodeOptions(
@@ -93,6 +95,22 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     summary = label(utterances, teacher, store, config)
     Console().print(summary_table(summary, f"{config.output_dir}"))
     return summary
+
+
+def windows(config: PseudoLabelConfig) -> Utterances | UtteranceStream | Packed:
+    """What is labelled: the dataset's utterances, packed where `pack_seconds` asks for it.
+
+    Raises InputError for windows that no encoder pass holds, and for a stream, whose durations and
+    speakers are not known before it was read.
+    """
+    utterances, seconds = read_dataset(config.data), config.pack_seconds
+    if seconds is None:
+        return utterances
+    if not 0 < seconds <= CHUNK_SECONDS:
+        raise InputError(f"pack_seconds is {seconds:g}: a window has at most {CHUNK_SECONDS} s")
+    if isinstance(utterances, UtteranceStream):
+        raise InputError("a stream cannot be packed: leave out --streaming or --pack-seconds")
+    return pack(utterances, seconds, config.pack_pause)
 
 
 def settings(
@@ -121,7 +139,7 @@ def fingerprint(params: Any) -> str:
 
 
 def label(
-    utterances: Utterances | UtteranceStream,
+    utterances: Utterances | UtteranceStream | Packed,
     teacher: Teacher,
     store: LabelStore,
     config: PseudoLabelConfig,
@@ -160,7 +178,7 @@ def label(
 
 
 def pending(
-    utterances: Utterances | UtteranceStream, shard_size: int, done: Iterable[int]
+    utterances: Utterances | UtteranceStream | Packed, shard_size: int, done: Iterable[int]
 ) -> Iterator[tuple[int, Utterance]]:
     """The utterances of shards that are not done, with their numbers."""
     done, known = set(done), 0
@@ -256,7 +274,7 @@ def pseudo_label(
 class AudioBar:
     """Progress in audio time: how much was heard, how fast, and how long it still takes."""
 
-    def __init__(self, utterances: Utterances | UtteranceStream, done: Iterable[Shard]):
+    def __init__(self, utterances: Utterances | UtteranceStream | Packed, done: Iterable[Shard]):
         total = None if isinstance(utterances, UtteranceStream) else len(utterances)
         self.left = None if total is None else total - sum(shard.utterances for shard in done)
         self.heard, self.seconds, self.start = 0, 0.0, time.monotonic()
