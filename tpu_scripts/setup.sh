@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 main() {
   read_arguments "$@"
   read_settings
-  local root ref=refs/tpu/$TPU_NAME commit bundle=$SCRATCH/flax-distil.bundle
+  local root ref=refs/tpu/$TPU_NAME commit pack=$SCRATCH/flax-distil.pack
   root=$(git -C "$SCRIPTS" rev-parse --show-toplevel)
   # watch.sh sets a new TPU up as the old one was, whatever has been committed since.
   if [[ ${TPU_KEEP_COMMIT:-no} == no ]] || ! commit=$(git -C "$root" rev-parse -q --verify "$ref"); then
@@ -15,14 +15,16 @@ main() {
     run git -C "$root" update-ref "$ref" "$commit"
     [[ -z $(git -C "$root" status --porcelain) ]] || say "note: uncommitted changes stay here"
   fi
-  run git -C "$root" bundle create --quiet "$bundle" "$ref"
+  # The commit without its history: small, and a shallow clone has no more.
+  run bash -c 'git -C "$0" rev-list --objects --no-walk "$1" | git -C "$0" pack-objects -q --stdout' \
+    "$root" "$commit" >"$pack"
 
   find_workers
   # Once alone: the first call may make the ssh key and enter it into the TPU's metadata.
   worker_command 0 true >/dev/null
-  on_workers worker_receives "$bundle" || die "the project could not be copied"
+  on_workers worker_receives "$pack" || die "the project could not be copied"
   on_workers worker_script "$SCRIPTS/worker/setup.sh" \
-    "$ref" "$commit" "${TPU_PYTHON:-3.11}" "${TPU_EXTRAS:-tpu}" "${TPU_BUCKET:-}" ||
+    "$commit" "${TPU_PYTHON:-3.11}" "${TPU_EXTRAS:-tpu}" "${TPU_BUCKET:-}" ||
     die "the environment could not be made"
   send_secrets
   say "$TPU_NAME is set up at ${commit:0:12}: launch.sh comes next"

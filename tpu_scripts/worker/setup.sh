@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Runs on a worker: setup.sh REF COMMIT PYTHON EXTRAS BUCKET. The bundle lies in the home folder.
+# Runs on a worker: setup.sh COMMIT PYTHON EXTRAS BUCKET. The pack lies in the home folder.
 set -euo pipefail
 
 main() {
-  local ref=$1 commit=$2 python=$3 extras=$4 bucket=$5
+  local commit=$1 python=$2 extras=$3 bucket=$4
   local project=$HOME/flax-distil
   export PATH=$HOME/.local/bin:$PATH
 
   [[ -d $project/.git ]] || git init --quiet "$project"
-  git -C "$project" fetch --quiet "$HOME/flax-distil.bundle" "$ref"
+  git -C "$project" index-pack --stdin <"$HOME/flax-distil.pack" >/dev/null
+  echo "$commit" >"$project/.git/shallow" # its parents were left out
   git -C "$project" checkout --quiet --force --detach "$commit"
 
   # The images' own Python is 3.10, which is too old; uv brings another.
