@@ -3,16 +3,17 @@
 import os
 from pathlib import Path
 
+from flax_distil.cache import cache_folder
+
 # Before jax is imported anywhere: one platform, eight pretended devices, compiled programs kept.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/flax-distil/tests/xla")
-)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "tests" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of pytest-xdist share the cores
 
+import numpy as np
 import pytest
 
 from flax_distil.fetch.weights import fetch_weights
@@ -66,3 +67,44 @@ def random_folders(tiny_en_folder, tmp_path_factory) -> tuple[Path, Path]:
     save_checkpoint(teacher, folder / "teacher")
     save_checkpoint(init_student(teacher, 1), folder / "student")
     return folder / "teacher", folder / "student"
+
+
+@pytest.fixture(scope="session")
+def human_clips() -> list[tuple[np.ndarray, str]]:
+    """Real speech of two people with its text: 16 kHz waveforms of 3 to 30 s, telephone prompts
+    first and audiobook clips behind them. Synthetic speech where there is no apt."""
+    from flax_distil.audio.load import load_audio
+    from flax_distil.fetch.manifest import read_manifest
+    from flax_distil.fetch.packages import lock
+    from flax_distil.fetch.prompts import human_prompts
+    from flax_distil.fetch.synthesis import sentences, synthesise
+
+    folder = cache_folder() / "demo-speech" / "human"
+    manifest = human_prompts(folder)
+    if manifest is None:
+        folder = cache_folder() / "tests" / "synthetic"
+        texts = [text for text in sentences() if len(text.split()) > 12]
+        with lock("test-speech"):
+            manifest = synthesise(texts[:24], folder)
+        clips = read_manifest(manifest)
+        return [(load_audio(folder / clip.audio_filepath), clip.text) for clip in clips]
+    long = [clip for clip in read_manifest(manifest) if 3 < clip.duration < 30]
+    chosen = [clip for clip in long if clip.speaker == "allison"][::7][:20]
+    chosen += [clip for clip in long if clip.speaker == "librivox"]
+    return [(load_audio(folder / clip.audio_filepath), clip.text) for clip in chosen]
+
+
+@pytest.fixture(scope="session")
+def openai_tiny_en(tiny_en_folder):
+    """openai-whisper's model with whisper-tiny.en's weights."""
+    import torch
+    import whisper
+
+    from flax_distil.model.checkpoint import read_safetensors
+    from flax_distil.model.dims import PUBLISHED
+    from flax_distil.model.openai import to_openai
+
+    sizes, state = to_openai(PUBLISHED["tiny.en"], read_safetensors(tiny_en_folder))
+    model = whisper.model.Whisper(whisper.model.ModelDimensions(**sizes))
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
+    return model.eval()

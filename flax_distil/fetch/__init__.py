@@ -4,15 +4,32 @@ import logging
 from pathlib import Path
 
 from flax_distil.config import FetchConfig
-from flax_distil.fetch.weights import fetch_weights
+from flax_distil.errors import InputError
+from flax_distil.fetch.speech import demo_speech
+from flax_distil.fetch.weights import SOURCES, fetch_weights
 
 log = logging.getLogger(__name__)
 
+SPEECH = "demo-speech"
+
 
 def run(config: FetchConfig) -> list[Path]:
-    """Fetch every named model; returns the folders."""
+    """Fetch every named model, or the demo's speech; returns the folders.
+
+    Raises:
+        InputError: a name that is none of them, before anything is fetched.
+    """
+    unknown = [name for name in config.names if name not in (*SOURCES, SPEECH)]
+    if unknown:
+        raise InputError(
+            f"{', '.join(unknown)} cannot be fetched: there are {', '.join((*SOURCES, SPEECH))}"
+        )
     folders = []
     for name in config.names:
-        folders.append(fetch_weights(name, config.output_dir))
+        if name == SPEECH:
+            folder = config.output_dir / SPEECH if config.output_dir else None
+            folders.append(demo_speech(folder).train.parent)
+        else:
+            folders.append(fetch_weights(name, config.output_dir))
         log.info("%s is in %s", name, folders[-1])
     return folders

@@ -1,0 +1,41 @@
+"""Clips on disk as people exchange them: FLAC files and a NeMo-style JSONL manifest."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One line of a manifest; `audio_filepath` is relative to the manifest's folder."""
+
+    audio_filepath: str
+    text: str
+    duration: float
+    """Seconds."""
+    speaker: str
+    language: str = "en"
+
+
+def write_manifest(path: Path, clips: Iterable[Clip]) -> Path:
+    """Write one JSON object a line; the file appears complete or not at all."""
+    half_written = path.with_name(path.name + ".part")
+    lines = (json.dumps(asdict(clip), ensure_ascii=False) + "\n" for clip in clips)
+    half_written.write_text("".join(lines), encoding="utf-8")
+    os.replace(half_written, path)
+    return path
+
+
+def read_manifest(path: Path) -> list[Clip]:
+    """The clips of a manifest that `write_manifest` wrote."""
+    return [Clip(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def seen_from(folder: Path, manifest: Path) -> list[Clip]:
+    """The clips of a manifest, their paths made relative to `folder`."""
+    return [
+        replace(clip, audio_filepath=os.path.relpath(manifest.parent / clip.audio_filepath, folder))
+        for clip in read_manifest(manifest)
+    ]

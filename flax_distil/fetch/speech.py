@@ -1,0 +1,92 @@
+"""The demo's speech: synthetic for everyone, human in addition where apt is there."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from flax_distil.cache import cache_folder
+from flax_distil.errors import InputError
+from flax_distil.fetch.manifest import Clip, seen_from, write_manifest
+from flax_distil.fetch.prompts import human_prompts
+from flax_distil.fetch.synthesis import sentences, synthesise
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SYNTHETIC = "hibari-tts 0.2.1, one voice at seven pitches, reading public-domain sentences"
+HUMAN = (
+    "Asterisk telephone prompts, one speaker (Allison Smith, CC BY-SA 3.0), and LibriVox, "
+    "one speaker (public domain)"
+)
+
+
+@dataclass(frozen=True)
+class DemoSpeech:
+    """Manifests of the demo's clips. No text of a held-out clip is ever trained on."""
+
+    train: Path
+    heldout_synthetic: Path
+    heldout_human: Path | None
+    """None where apt is missing."""
+    sources: str
+    """What the speech is and whose, for the report."""
+
+
+def demo_speech(
+    folder: str | Path | None = None,
+    seed: int = 0,
+    spoken: int | None = None,
+    heldout_spoken: int = 60,
+    heldout_prompts: int = 120,
+) -> DemoSpeech:
+    """Make or find the demo's clips under `folder` (default: the cache) and split them.
+
+    `spoken` sentences are synthesised, all where None; the numbers held out are clips. The split
+    follows from `seed` alone.
+
+    Raises:
+        InputError: fewer sentences than are held out, or no synthesiser.
+    """
+    folder = Path(folder or cache_folder() / "demo-speech")
+    texts = shuffled(sentences(), seed)[:spoken]
+    if len(texts) <= heldout_spoken:
+        raise InputError(
+            f"{len(texts)} sentences with {heldout_spoken} held out leave none to train on: "
+            f"speak at least {heldout_spoken + 1}"
+        )
+    synthetic = seen_from(folder, synthesise(texts, folder / "synthetic", seed))
+    prompts = human_prompts(folder / "human")
+    human = seen_from(folder, prompts) if prompts else []
+    train, heldout = split(shuffled(synthetic, seed), heldout_spoken)
+    human_train, human_heldout = split(shuffled(human, seed), heldout_prompts)
+    log.info(
+        "%d clips to train on (%d human), held out %d synthetic, %d human",
+        *(len(train) + len(human_train), len(human_train), len(heldout), len(human_heldout)),
+    )
+    return DemoSpeech(
+        train=write_manifest(folder / "train.jsonl", shuffled(train + human_train, seed)),
+        heldout_synthetic=write_manifest(folder / "heldout-synthetic.jsonl", heldout),
+        heldout_human=write_manifest(folder / "heldout-human.jsonl", human_heldout)
+        if human
+        else None,
+        sources=f"{SYNTHETIC}; {HUMAN}" if human else f"{SYNTHETIC}; no human speech: no apt here",
+    )
+
+
+def split(clips: list[Clip], heldout: int) -> tuple[list[Clip], list[Clip]]:
+    """(train, held out): the first `heldout` clips, and all others that say the same words."""
+    words = {_words(clip) for clip in clips[:heldout]}
+    train = [clip for clip in clips if _words(clip) not in words]
+    return train, clips[:heldout]
+
+
+def shuffled(items: list[T], seed: int) -> list[T]:
+    """The items in an order that `seed` decides."""
+    return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
+
+
+def _words(clip: Clip) -> str:
+    return " ".join("".join(c for c in clip.text.lower() if c.isalnum() or c == " ").split())
