@@ -64,32 +64,37 @@ def run(config: EvaluateConfig) -> Report:
     for name in ("batch_size", "passes", "max_tokens"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} {getattr(config, name)} is below 1")
-    sets = {source: _open(source, config) for source in config.datasets}
+    sets = {dataset_name(source): _open(source, config) for source in config.datasets}
+    if len(sets) < len(config.datasets):
+        raise InputError(f"two datasets are called the same: {', '.join(config.datasets)}")
     recognizers = {
         name: make_recognizer(load_checkpoint(source), config.dtype)
         for name, source in names.items()
     }
     heard: dict[str, list[Heard]] = {}
     skipped: dict[str, list[str]] = {}
-    for source, utterances in sets.items():
-        skipped[source] = []
-        clips = _usable(tqdm(utterances, desc=Path(source).name, unit="clip"), skipped[source])
-        heard[source] = list(hear(recognizers, batches(clips, config.batch_size), config))
-        if not heard[source]:
-            raise InputError(f"{source}: none of {len(skipped[source])} clips can be judged on")
+    for name, utterances in sets.items():
+        skipped[name] = []
+        clips = _usable(tqdm(utterances, desc=name, unit="clip"), skipped[name])
+        heard[name] = list(hear(recognizers, batches(clips, config.batch_size), config))
+        if not heard[name]:
+            raise InputError(
+                f"{name}: none of its {len(skipped[name])} clips can be judged on; "
+                f"the first: {skipped[name][0]}"
+            )
     report = Report(
         entries=tuple(
             _entry(name, source, recognizers[name], next(iter(names)), heard, config)
             for name, source in names.items()
         ),
-        skipped={source: reasons for source, reasons in skipped.items() if reasons},
+        skipped={name: reasons for name, reasons in skipped.items() if reasons},
         settings=_settings(config),
         judged=tuple(
             line
-            for source, rounds in heard.items()
+            for dataset, rounds in heard.items()
             for one in rounds
             for name in names
-            for line in _judged(source, name, one)
+            for line in _judged(dataset, name, one)
         ),
     )
     report.save(config.output_dir)
@@ -108,6 +113,11 @@ def model_names(config: EvaluateConfig) -> dict[str, str]:
     if len(set(names)) < len(names):
         raise InputError(f"several models are called the same ({', '.join(names)}): give --names")
     return dict(zip(names, config.models, strict=True))
+
+
+def dataset_name(source: str) -> str:
+    """What the report calls a dataset: the last two parts of its name."""
+    return "/".join(Path(source).parts[-2:])
 
 
 def batches(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
@@ -201,8 +211,7 @@ def _entry(
             [one.seconds[first] for one in rounds], [one.seconds[name] for one in rounds]
         ),
         scores=tuple(
-            _score(Path(dataset).name, name, ones, config.character_errors)
-            for dataset, ones in heard.items()
+            _score(dataset, name, ones, config.character_errors) for dataset, ones in heard.items()
         ),
     )
 
@@ -236,7 +245,7 @@ def _judged(dataset: str, name: str, heard: Heard) -> Iterator[Judged]:
         heard.clips, heard.hypotheses[name], references, texts, strict=True
     ):
         yield Judged(
-            dataset=Path(dataset).name,
+            dataset=dataset,
             id=clip.id,
             model=name,
             language=clip.language,

@@ -12,9 +12,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flax_distil.text.wer import ErrorCounts
+
+TEXT_COLUMNS = (0, 2)  # of the report's table: model and dataset
 
 
 @dataclass(frozen=True)
@@ -157,18 +160,19 @@ class Report:
     def table(self) -> Table:
         """For the terminal."""
         heads, rows = self.rows()
-        table = Table()
+        table = Table(box=SIMPLE_HEAD)
         for index, head in enumerate(heads):
-            table.add_column(head, justify="left" if index in (0, 2) else "right")
+            if index in TEXT_COLUMNS:
+                table.add_column(head, overflow="fold")
+            else:
+                table.add_column(head, justify="right", no_wrap=True)
         for row in rows:
-            table.add_row(*row, end_section=row is rows[-1])
+            table.add_row(*row)
         return table
 
     def to_markdown(self) -> str:
         """The content of report.md."""
-        heads, rows = self.rows()
-        marks = ["---" if index in (0, 2) else "---:" for index in range(len(heads))]
-        lines = [_line(heads), _line(marks), *map(_line, rows), ""]
+        lines = [markdown_table(*self.rows(), TEXT_COLUMNS), ""]
         lines += [
             "WER and its parts are percent of the reference words after the Whisper normaliser. "
             "RTF is processing time over audio time, loading and compilation left out. Speed is "
@@ -191,5 +195,28 @@ class Report:
         (folder / "transcripts.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+def markdown_table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = ()
+) -> str:
+    """A table in Markdown; all columns but `text_columns` stand to the right."""
+    marks = ["---" if index in text_columns else "---:" for index in range(len(heads))]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (heads, marks, *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def largest_gaps(report: Report, count: int = 10) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the clips on which the models' WER lies furthest apart, with the texts."""
+    clips: dict[tuple[str, str], list[Judged]] = {}
+    for one in report.judged:
+        clips.setdefault((one.dataset, one.id), []).append(one)
+
+    def gap(same: list[Judged]) -> float:
+        return max(one.wer for one in same) - min(one.wer for one in same)
+
+    apart = sorted(clips.values(), key=gap, reverse=True)[:count]
+    heads = ["clip", "reference", *(entry.name for entry in report.entries)]
+    rows = [
+        [same[0].id, same[0].reference, *(f"{one.text} ({one.wer:.0f} %)" for one in same)]
+        for same in apart
+    ]
+    return heads, rows

@@ -51,7 +51,7 @@ def test_real_models_are_judged_from_end_to_end(random_folders, manifest, tmp_pa
     assert second["parameters"] < first["parameters"]
     assert first["rtf"] > 0
     assert first["datasets"][0]["clips"] == 4
-    reasons = "\n".join(report.skipped[str(manifest)])
+    reasons = "\n".join(report.skipped[judge.dataset_name(str(manifest))])
     for part in ("clip4: no reference", "clip5: no ref", "clip6: 30.5 s is over", "clip7: "):
         assert part in reasons
     assert "teacher" in capsys.readouterr().out
@@ -134,6 +134,7 @@ def test_times_are_paired_medians_without_compilation(monkeypatch):
         ({"datasets": ()}, "at least one model"),
         ({"batch_size": 0}, "batch_size 0 is below 1"),
         ({"datasets": ("none.jsonl",)}, r"none\.jsonl"),
+        ({"datasets": ("a/b/c.jsonl", "x/b/c.jsonl")}, r"c\.jsonl"),
     ],
 )
 def test_what_cannot_be_judged_is_refused_before_anything_is_loaded(changes, complaint):
@@ -147,6 +148,14 @@ def test_a_dataset_without_references_is_refused(tmp_path):
     path.write_text('{"audio": "x.flac"}\n')
     with pytest.raises(InputError, match="no reference text"):
         run(EvaluateConfig(("a",), (str(path),)))
+
+
+def test_a_dataset_of_which_nothing_is_left_says_why(tmp_path, random_folders):
+    path = tmp_path / "clips.jsonl"
+    path.write_text('{"audio": "x.flac", "text": "hello", "id": "one"}\n')
+    config = EvaluateConfig((str(random_folders[1]),), (str(path),), tmp_path / "out")
+    with pytest.raises(InputError, match="none of its 1 clips can be judged on; the first: one: "):
+        run(config)
 
 
 def test_names_come_from_the_folders_or_from_the_user():

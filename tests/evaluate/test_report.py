@@ -3,7 +3,7 @@ import json
 
 from rich.console import Console
 
-from flax_distil.evaluate.report import Entry, Judged, Report, Score
+from flax_distil.evaluate.report import Entry, Judged, Report, Score, largest_gaps
 from flax_distil.text.wer import ErrorCounts
 
 CLEAN = Score("clean", 2, 10.0, 1.0, ErrorCounts(2, 1, 1, 40))
@@ -51,8 +51,27 @@ def test_the_table_has_a_row_for_each_dataset_and_the_mean():
     assert rows[0][-1] == "1.00×"
     assert rows[3][-1] == "1.50×"
     screen = io.StringIO()
-    Console(file=screen, width=120).print(REPORT.table())
+    Console(file=screen, width=80).print(REPORT.table())
     assert "37.8 M" in screen.getvalue()
+    assert "…" not in screen.getvalue()
+
+
+def test_the_clips_on_which_models_differ_most_come_first():
+    def one(id: str, model: str, wer: float) -> Judged:
+        return Judged("d", id, model, "en", 1.0, "so", f"{model} says", wer, -0.5, 1.0)
+
+    wers = {"a": (0, 50), "b": (100, 0), "c": (20, 20)}
+    judged = [
+        one(id, model, wer)
+        for id, pair in wers.items()
+        for model, wer in zip(("teacher", "student"), pair, strict=True)
+    ]
+    heads, rows = largest_gaps(Report(REPORT.entries, {}, {}, tuple(judged)), 2)
+    assert heads == ["clip", "reference", "teacher", "student"]
+    assert rows == [
+        ["b", "so", "teacher says (100 %)", "student says (0 %)"],
+        ["a", "so", "teacher says (0 %)", "student says (50 %)"],
+    ]
 
 
 def test_the_markdown_is_one_whole_table():
