@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from flax_distil.config import ExportConfig
+from flax_distil.distill.trainer import RECIPE
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 
@@ -42,10 +43,19 @@ def model_card(checkpoint: Checkpoint, config: ExportConfig) -> str:
         f"width {dims.width}, {parameters / 1e6:.1f} M parameters, exported from "
         f"`{config.source}` by flax-distil {version('flax-distil')} "
         "(Distil-Whisper, arXiv 2311.00430, in JAX).\n",
+        recipe(Path(config.source)),
         figures(config.report) if config.report else "",
         USE.format(folder=config.output_dir),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def recipe(run: Path) -> str:
+    """How it was trained, where `run` is a training run."""
+    if not (run / RECIPE).is_file():
+        return ""
+    text = (run / RECIPE).read_text(encoding="utf-8").strip()
+    return f"## Recipe\n\n```toml\n{text}\n```\n"
 
 
 def figures(report: Path) -> str:

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer
 from flax_distil.config import ExportConfig
 from flax_distil.errors import InputError
 from flax_distil.export.card import model_card
+from flax_distil.export.source import read_source
 from flax_distil.export.verify import largest_difference
-from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from flax_distil.model.checkpoint import Checkpoint, save_checkpoint
 from flax_distil.model.ctranslate2 import write_ctranslate2
 from flax_distil.model.openai import to_openai
 from flax_distil.model.processor import copy_processor
@@ -30,7 +31,7 @@ def run(config: ExportConfig) -> dict[str, Path]:
     """
     if not config.format:
         raise InputError(f"name at least one format: {', '.join(WRITERS)}")
-    checkpoint = load_checkpoint(config.source)
+    checkpoint = read_source(config.source, config.checkpoint)
     card = model_card(checkpoint, config)
     folders = {}
     for name in dict.fromkeys(config.format):

@@ -1,10 +1,13 @@
 """The proof of an export: PyTorch's logits of it against ours, on the same clip."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
+from tqdm import tqdm
 
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, load_audio, pad_or_trim
 from flax_distil.audio.log_mel import log_mel
@@ -23,10 +26,7 @@ def largest_difference(folder: Path, audio: Path | None = None) -> float:
     Raises:
         InputError: PyTorch is missing, or the audio cannot be read.
     """
-    try:
-        import torch
-    except ImportError:
-        raise InputError("to verify needs PyTorch: pip install 'flax-distil[torch]'") from None
+    torch = _torch()
     from transformers import WhisperForConditionalGeneration
 
     recognizer = make_recognizer(load_checkpoint(folder))
@@ -48,9 +48,47 @@ def largest_difference(folder: Path, audio: Path | None = None) -> float:
     return float(np.abs(ours - theirs).max())
 
 
+def differing_texts(folder: Path, clips: Sequence[np.ndarray], max_tokens: int = 128) -> list[int]:
+    """The clips whose greedy tokens differ between Transformers, left to itself, and us.
+
+    clips: 16 kHz waveforms of at most 30 s, taken for the model's first language (English).
+
+    Raises:
+        InputError: PyTorch is missing.
+    """
+    torch = _torch()
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    recognizer = make_recognizer(load_checkpoint(folder))
+    extract = WhisperFeatureExtractor.from_pretrained(folder)
+    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.max_length = None  # generate would warn that two limits are set
+    spoken: dict[str, Any] = (
+        {"language": "en", "task": "transcribe"} if recognizer.tokens.multilingual else {}
+    )
+    options = DecodeOptions(language="en", max_tokens=max_tokens)
+    differing = []
+    for index, clip in enumerate(tqdm(clips, desc="PyTorch", unit="clip")):
+        ours = recognize(recognizer, pad_or_trim(clip)[None], options)[0].tokens
+        features = extract(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+        limits: dict[str, Any] = {"max_new_tokens": max_tokens, "num_beams": 1, "do_sample": False}
+        theirs = np.asarray(model.generate(features, **limits, **spoken))[0].tolist()
+        if list(ours) != [token for token in theirs if token < recognizer.tokens.eot]:
+            differing.append(index)
+    return differing
+
+
 def synthetic_clip() -> Float32[np.ndarray, "480000"]:
     """30 s of a gliding tone in noise: nothing to understand, but no silence either."""
     time = np.arange(CLIP_SAMPLES) / SAMPLE_RATE
     glide = np.sin(2 * np.pi * (150 + 20 * time) * time)
     noise = np.random.default_rng(0).normal(0, 0.02, time.size)
     return (0.2 * glide + noise).astype(np.float32)
+
+
+def _torch():
+    try:
+        import torch
+    except ImportError:
+        raise InputError("to verify needs PyTorch: pip install 'flax-distil[torch]'") from None
+    return torch

@@ -1,18 +1,25 @@
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from flax_distil.config import ExportConfig
+from flax_distil.config import ComputeConfig, DistillConfig, ExportConfig
+from flax_distil.data.loader import LoaderState
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import make_recognizer, recognize
+from flax_distil.distill.checkpoints import Checkpoints, Progress
+from flax_distil.distill.setup import trainable_part
+from flax_distil.distill.state import initial_state
+from flax_distil.distill.trainer import RECIPE
 from flax_distil.errors import InputError
 from flax_distil.evaluate.report import Entry, Report, Score
 from flax_distil.export import formats, run
 from flax_distil.export.verify import largest_difference, synthetic_clip
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.student import same_arrays
+from flax_distil.recipe import save_recipe
 from flax_distil.text.wer import ErrorCounts
 
 
@@ -75,6 +82,47 @@ def test_narrow_weights_are_the_rounded_ones(random_folders, student, tmp_path, 
     rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype).astype("float32"), student.params)
     for folder in (*list(folders.values())[::2], folders["openai"] / "model.pt"):
         assert same_arrays(load_checkpoint(folder).params, rounded), folder
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("train_encoder", [False, True])
+def test_a_training_run_gives_its_trained_numbers(
+    random_folders, student, tmp_path, scan, train_encoder
+):
+    import jax
+
+    compute = ComputeConfig(scan_layers=scan)
+    config = DistillConfig(
+        *map(str, random_folders),
+        labels=(),
+        output_dir=tmp_path / "run",
+        train_encoder=train_encoder,
+        compute=compute,
+    )
+    save_recipe(config, tmp_path / "run" / RECIPE)
+    trained = jax.tree.map(lambda leaf: leaf + 1, student.params)
+    if train_encoder:
+        trained["encoder"]["positions"] = student.params["encoder"]["positions"]
+    else:
+        trained["encoder"] = student.params["encoder"]
+    trainable = trainable_part(trained, train_encoder, scan)
+    for step, best in ((3, False), (2, True)):
+        state = initial_state(trainable, config.optimizer, 0)
+        state = replace(state, step=np.int32(step))
+        save_state(tmp_path / "run", state, best)
+
+    run(ExportConfig(str(tmp_path / "run"), tmp_path / "out"))
+    assert same_arrays(load_checkpoint(tmp_path / "out").params, trained)
+    assert "[distill]" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(InputError, match="no checkpoint 7; it has 2, 3"):
+        run(ExportConfig(str(tmp_path / "run"), tmp_path / "out", checkpoint=7))
+
+
+def save_state(folder, state, best):
+    checkpoints = Checkpoints(folder, keep=2)
+    progress = Progress(LoaderState(seed=0))
+    (checkpoints.save_best if best else checkpoints.save)(state, progress)
+    checkpoints.close()
 
 
 def test_verification_passes_a_good_export_and_stops_a_bad_one(
