@@ -48,7 +48,7 @@ VERBS = {
     ),
     "distill": Verb(
         config.DistillConfig,
-        "flax_distil.distill",
+        "flax_distil.distill.trainer",
         "--teacher whisper-base --student runs/student --labels runs/chosen "
         "--output-dir runs/distill",
     ),

@@ -28,6 +28,7 @@ STAGES = (
     "evaluate",
     "export",
     "transcribe",
+    "demo",
 )
 
 

@@ -1,6 +1,9 @@
+import dataclasses
+import inspect
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import pytest
 
@@ -33,8 +36,6 @@ def test_help_names_every_verb_and_each_verb_shows_an_example(capsys):
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_field_is_explained(verb, capsys):
-    import dataclasses
-
     from tyro._docstrings import get_field_docstring
 
     for field in dataclasses.fields(cli.VERBS[verb].config):
@@ -44,6 +45,13 @@ def test_every_field_is_explained(verb, capsys):
 def test_every_example_parses():
     for verb, (config, _, example) in cli.VERBS.items():
         assert isinstance(cli.parse([verb, *example.split()]), config)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_room_runs_the_config_of_its_verb(verb):
+    config, room, _ = cli.VERBS[verb]
+    (parameter,) = inspect.signature(import_module(room).run).parameters.values()
+    assert parameter.annotation is config
 
 
 def test_flags_override_the_recipe_which_overrides_the_defaults(tmp_path):

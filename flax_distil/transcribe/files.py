@@ -24,7 +24,7 @@ def run(config: TranscribeConfig) -> list[Path]:
     recognizer = make_recognizer(load_checkpoint(config.model), config.dtype)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     written, failures = [], []
-    for source, target in tqdm(targets.items(), unit="file", disable=None if targets else True):
+    for source, target in tqdm(targets.items(), unit="file", disable=len(targets) < 2):
         try:
             transcript = transcribe(
                 source,
