@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,7 @@ class ParquetRows(Sequence[Row]):
     """
 
     KEPT = 4  # row groups
+    FOOTERS = 128  # parsing one takes as long as reading a row group
 
     def __init__(self, files: Sequence[Path]):
         self.files = tuple(files)
@@ -192,6 +194,7 @@ class ParquetRows(Sequence[Row]):
         self._starts = [0, *accumulate(rows for _, _, rows in groups)]
         self._lock = threading.Lock()
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._footer = lru_cache(self.FOOTERS)(pq.read_metadata)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -214,15 +217,24 @@ class ParquetRows(Sequence[Row]):
 
     def _read(self, group: int) -> pa.Table:
         with self._lock:
-            if group not in self._cache:
-                number, within = self._groups[group]
-                # Opened anew each time: thousands of shards must not hold thousands of files open.
-                with pq.ParquetFile(self.files[number], page_checksum_verification=True) as file:
-                    self._cache[group] = file.read_row_group(within)
-                if len(self._cache) > self.KEPT:
-                    self._cache.popitem(last=False)
-            self._cache.move_to_end(group)
-            return self._cache[group]
+            if group in self._cache:
+                self._cache.move_to_end(group)
+                return self._cache[group]
+        number, within = self._groups[group]
+        path = self.files[number]
+        # Opened anew each time: thousands of shards must not hold thousands of files open.
+        try:
+            with pq.ParquetFile(
+                path, metadata=self._footer(path), page_checksum_verification=True
+            ) as file:
+                table = file.read_row_group(within)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{path} is damaged ({error}): write it again") from None
+        with self._lock:
+            self._cache[group] = table
+            if len(self._cache) > self.KEPT:
+                self._cache.popitem(last=False)
+        return table
 
 
 def _parquet_footer(path: Path) -> tuple[pq.FileMetaData, tuple[str, ...]]:

@@ -26,7 +26,7 @@ from flax_distil.data.utterances import Skipped
 from flax_distil.errors import InputError
 
 FORMAT = 1
-ROW_GROUP = 16  # rows; training reads at random, and a whole row group at a time
+ROW_GROUP = 4  # rows; training reads at random, and a whole row group at a time
 METADATA_KEY = b"flax_distil.shard"
 
 SCHEMA = pa.schema(

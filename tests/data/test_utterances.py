@@ -253,6 +253,19 @@ def test_bad_sources(tmp_path):
         read_dataset(tmp_path / "none.parquet")
 
 
+def test_a_damaged_row_group_names_its_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"audio": [np.random.default_rng(n).bytes(5000) for n in range(4)]})
+    pq.write_table(table, path, row_group_size=2, write_page_checksum=True)
+    changed = bytearray(path.read_bytes())
+    changed[2000] ^= 1
+    path.write_bytes(bytes(changed))
+    found = read_dataset(path)
+    assert len(found[3].audio) == 5000
+    with pytest.raises(InputError, match=r"a\.parquet is damaged"):
+        found[0]
+
+
 def test_unknown_hub_name(monkeypatch):
     import datasets
 

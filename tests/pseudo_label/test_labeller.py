@@ -238,3 +238,30 @@ def test_run_refuses_what_cannot_work(config):
         run(dataclasses.replace(config, batch_size=0))
     with pytest.raises(InputError, match="no such file or folder"):
         run(dataclasses.replace(config, data=DataConfig("absent.jsonl")))
+
+
+def test_a_whisper_from_the_command_line(config, speech, random_folders, capsys):
+    """The stored tokens are what the recogniser says of the same windows."""
+    from flax_distil.audio.load import pad_or_trim
+    from flax_distil.cli import main
+    from flax_distil.decode.options import DecodeOptions
+    from flax_distil.decode.recognizer import make_recognizer, recognize
+    from flax_distil.model.checkpoint import load_checkpoint
+
+    teacher, _ = random_folders
+    command = f"pseudo-label {config.data.source} --model {teacher} --output-dir "
+    command += f"{config.output_dir} --limit 7 --batch-size 2 --shard-size 4 --max-tokens 6"
+    assert main(command.split()) == 0
+    assert "WER against the references" in capsys.readouterr().out
+    found = rows(config.output_dir)
+    assert [row["id"] for row in found] == [f"{n}.flac" for n in (0, 1, 2, 3, 4, 6)]
+    waveforms = np.stack(
+        [pad_or_trim(to_int16(load_audio(speech / row["id"]))) for row in found[:2]]
+    )
+    recognizer = make_recognizer(load_checkpoint(teacher))
+    expected = recognize(recognizer, waveforms, DecodeOptions(max_tokens=6))
+    assert [tuple(row["token_ids"]) for row in found[:2]] == [one.tokens for one in expected]
+    assert all(row["token_ids"] for row in found)
+
+    assert main([*command.split(), "--timestamps"]) == 2
+    assert "timestamps was False and is True" in capsys.readouterr().err
