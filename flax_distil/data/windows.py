@@ -74,7 +74,7 @@ def hear(utterance: Utterance) -> Clip | Skipped:
         if utterance.language is not None:
             to_language(utterance.language)
         samples = to_int16(listen(utterance))
-    except InputError as error:
+    except (InputError, OSError) as error:
         return Skipped(utterance.id, str(error))
     if len(samples) > CLIP_SAMPLES + SLACK_SAMPLES:
         seconds = len(samples) / SAMPLE_RATE
