@@ -203,6 +203,11 @@ def _read_variables(path: Path) -> dict[str, np.ndarray]:
                 "not agree; fetch it again"
             )
         variables[name] = np.frombuffer(take(size), DTYPES[kind]).reshape(shape)
+    for _ in range(number("I")):  # equal variables are stored once: the projection, zero biases
+        alias, target = string(), string()
+        if target not in variables:
+            raise InputError(f"{path}: {alias} should be as {target}, which is not there")
+        variables[alias] = variables[target]
     return variables
 
 
