@@ -163,12 +163,10 @@ def read_params(
     name, step = choose(run, found, which)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-    arguments = ocp.args.Composite(params=ocp.args.StandardRestore(like))
+    folder = (run / name / str(step) / "params").absolute()
     try:
-        with ocp.CheckpointManager(
-            (run / name).absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
-        ) as one:
-            params = one.restore(step, args=arguments)["params"]
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(folder, like)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{run / name / str(step)} is of another model: {error}") from error
     return step, jax.tree.map(np.asarray, params)

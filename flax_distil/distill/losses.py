@@ -4,6 +4,7 @@ Every function returns a sum; who calls divides by the number of label tokens of
 all devices and in all micro-batches. Weights are 0 on padding and prompt. Float32 throughout.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +75,38 @@ def hidden_mse(
         distance_BLD = wide(student_NBLD[layer]) - wide(teacher_NBLD[teacher_layer])
         total += jnp.sum(jnp.mean(distance_BLD**2, axis=-1) * weights_BL)
     return total
+
+
+def in_chunks(
+    losses: Callable[..., tuple[Array, ...]],
+    rows: tuple[Array, ...],
+    weights_BL: Float[Array, "B L"],
+    chunk: int,
+) -> tuple[Array, ...]:
+    """`losses(*rows)`, which are sums over tokens, over `chunk` label positions at a time.
+
+    What `losses` makes inside, such as logits, exists for one chunk only, in the backward pass as
+    well, where it is made again. Positions are cut and rows are not, so that each row stays on its
+    device. A chunk that is padding in every row is skipped. `chunk` 0 takes all at once.
+    """
+    length = weights_BL.shape[1]
+    if not 0 < chunk < length:
+        return losses(*rows)
+
+    def cut(x_BL: Array) -> Array:
+        x_BL = jnp.pad(x_BL, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x_BL.ndim - 2))
+        return x_BL.reshape(len(x_BL), -1, chunk, *x_BL.shape[2:]).swapaxes(0, 1)
+
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(losses, *rows))
+
+    @jax.checkpoint
+    def part(rows: tuple[Array, ...], weights: Array) -> tuple[Array, ...]:
+        return jax.lax.cond(jnp.any(weights > 0), lambda: losses(*rows), lambda: nothing)
+
+    def add(sums: tuple[Array, ...], one: tuple[tuple[Array, ...], Array]):
+        return jax.tree.map(jnp.add, sums, part(*one)), None
+
+    return jax.lax.scan(add, nothing, (jax.tree.map(cut, rows), cut(weights_BL)))[0]
 
 
 def wide(x: Array) -> Array:

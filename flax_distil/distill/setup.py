@@ -12,7 +12,7 @@ from flax_distil.distill.step import Frozen, Plan
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import WhisperDims
-from flax_distil.model.spec import Params, Spec, stack_layers, unstack_layers
+from flax_distil.model.spec import Params, Spec, unstack_layers
 from flax_distil.model.student import layer_map, same_arrays
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ def make_plan(config: DistillConfig, teacher: WhisperDims, student: WhisperDims)
         optimizer=config.optimizer,
         layer_map=layer_map(student.decoder_layers, teacher.decoder_layers),
         accumulation=compute.accumulation,
+        vocabulary_chunk=compute.vocabulary_chunk,
     )
 
 
@@ -80,16 +81,27 @@ def split_parameters(
     otherwise different one is kept apart. Positions of a trained encoder stay fixed sinusoids.
     Frozen matrices are stored in the type they are multiplied in, which changes no result.
     """
-    form = stack if plan.student.scan_layers else dict
-    encoder, decoder = (form(student.params[half]) for half in ("encoder", "decoder"))
-    theirs = {half: narrow(form(teacher.params[half]), plan) for half in ("encoder", "decoder")}
+    scanned = plan.student.scan_layers
+    encoder = laid_out(student.params["encoder"], scanned)
+    theirs = {
+        half: narrow(laid_out(teacher.params[half], scanned), plan) for half in teacher.params
+    }
+    trainable = trainable_part(student.params, train_encoder, scanned)
     if train_encoder:
-        positions = {"positions": encoder.pop("positions")}
-        return {"encoder": encoder, "decoder": decoder}, Frozen(theirs, positions)
+        return trainable, Frozen(theirs, {"positions": encoder["positions"]})
     if same_arrays(student.params["encoder"], teacher.params["encoder"]):
-        return {"decoder": decoder}, Frozen(theirs, {})
+        return trainable, Frozen(theirs, {})
     log.info("the student's encoder is not the teacher's: both run in each step")
-    return {"decoder": decoder}, Frozen(theirs, narrow(encoder, plan))
+    return trainable, Frozen(theirs, narrow(encoder, plan))
+
+
+def trainable_part(student: Params, train_encoder: bool, scanned: bool) -> Params:
+    """What is trained of a student: its decoder, and its encoder but the positions."""
+    decoder = {"decoder": laid_out(student["decoder"], scanned)}
+    if not train_encoder:
+        return decoder
+    encoder = laid_out(student["encoder"], scanned)
+    return decoder | {"encoder": {k: v for k, v in encoder.items() if k != "positions"}}
 
 
 def whole_student(trainable: Params, frozen: Frozen) -> Params:
@@ -107,9 +119,12 @@ def trained_checkpoint(trainable: Params, student: Checkpoint, scanned: bool) ->
     return Checkpoint(student.dims, params, student.config, student.generation, student.source)
 
 
-def stack(half: Params) -> Params:
-    """`stack_layers`, on the host."""
-    return jax.tree.map(np.asarray, stack_layers(half))
+def laid_out(half: Params, scanned: bool) -> Params:
+    """Encoder or decoder parameters as they are, or stacked for a scan; on the host."""
+    if not scanned:
+        return half
+    layers = [half["layers"][index] for index in range(len(half["layers"]))]
+    return half | {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
 
 
 def narrow(tree: Any, plan: Plan) -> Any:

@@ -15,7 +15,14 @@ from jaxtyping import Array, Float
 from flax_distil.audio.log_mel import log_mel
 from flax_distil.config import LossConfig, OptimizerConfig
 from flax_distil.data.batches import Batch
-from flax_distil.distill.losses import Losses, cross_entropy, hidden_mse, kl_divergence, objective
+from flax_distil.distill.losses import (
+    Losses,
+    cross_entropy,
+    hidden_mse,
+    in_chunks,
+    kl_divergence,
+    objective,
+)
 from flax_distil.distill.state import TrainState, apply_gradients, learning_rate
 from flax_distil.model.spec import Params, Spec
 
@@ -33,6 +40,7 @@ class Plan:
     optimizer: OptimizerConfig
     layer_map: tuple[int, ...] = ()
     accumulation: int = 1
+    vocabulary_chunk: int = 0
 
 
 class Frozen(NamedTuple):
@@ -120,14 +128,23 @@ def student_losses(
         audio_BSD = plan.student.encoder(own)(log_mel(batch.waveforms, plan.student.dims.mels))
     student = plan.student.decoder(params["decoder"])
     hidden_BLD, every_NBLD = student.hidden_states(jnp.asarray(batch.tokens), audio_BSD)
-    config, weights_BL, targets_BL = plan.loss, batch.weights, jnp.asarray(batch.targets)
-    kl = ce = mse = jnp.zeros(())
-    logits_BLV = student.logits(hidden_BLD)
-    if config.kl:
-        teacher_BLV = plan.teacher.decoder(frozen.teacher["decoder"]).logits(guide.hidden)
-        kl = kl_divergence(teacher_BLV, logits_BLV, weights_BL, config.temperature)
-    if config.ce:
-        ce = cross_entropy(logits_BLV, targets_BL, weights_BL, config.label_smoothing)
+    config, targets_BL = plan.loss, jnp.asarray(batch.targets)
+    weights_BL = jnp.asarray(batch.weights)
+    teacher = plan.teacher.decoder(frozen.teacher["decoder"])
+
+    def vocabulary(hidden_BLD: Array, wanted_BLD: Array, targets_BL: Array, weights_BL: Array):
+        kl = ce = jnp.zeros(())
+        logits_BLV = student.logits(hidden_BLD)
+        if config.kl:
+            wanted_BLV = teacher.logits(wanted_BLD)
+            kl = kl_divergence(wanted_BLV, logits_BLV, weights_BL, config.temperature)
+        if config.ce:
+            ce = cross_entropy(logits_BLV, targets_BL, weights_BL, config.label_smoothing)
+        return kl, ce
+
+    rows = (hidden_BLD, guide.hidden, targets_BL, weights_BL)
+    kl, ce = in_chunks(vocabulary, rows, weights_BL, plan.vocabulary_chunk)
+    mse = jnp.zeros(())
     if config.mse:
         mse = hidden_mse(guide.every, every_NBLD, weights_BL, plan.layer_map)
     return Losses(kl, ce, mse)

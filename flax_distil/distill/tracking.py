@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -35,14 +36,15 @@ class Tracker:
     def __init__(self, config: DistillConfig, start: int = 0):
         folder, run = config.output_dir, config.run
         folder.mkdir(parents=True, exist_ok=True)
+        self.wandb = wandb_run(config, run.wandb) if run.wandb else None
+        self.tensorboard = tensorboard_writer(folder) if run.tensorboard else None
         keep_until(folder / METRICS, start)
         self.file = (folder / METRICS).open("a", encoding="utf-8")
-        self.tensorboard = tensorboard_writer(folder) if run.tensorboard else None
-        self.wandb = wandb_run(config, run.wandb) if run.wandb else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record values of one step; names may have a group, as in `validation/wer`."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON knows no NaN
         self.file.flush()
         if self.tensorboard:
             for name, value in values.items():

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.utterances import Joined, Utterance, Utterances, read_dataset
 from flax_distil.distill.checkpoints import Checkpoints, Progress, has_checkpoints
 from flax_distil.distill.flops import measured_peak, step_flops
+from flax_distil.distill.runs import RECIPE
 from flax_distil.distill.setup import make_plan, split_parameters, whole_student
 from flax_distil.distill.state import TrainState, initial_state
 from flax_distil.distill.step import Frozen, Plan, train_step
@@ -35,7 +36,7 @@ from flax_distil.text.tokens import load_tokens
 
 log = logging.getLogger(__name__)
 
-RECIPE, VERSIONS = "recipe.toml", "versions.json"
+VERSIONS = "versions.json"
 CHANGEABLE = {"output_dir", "compute", "validation", "run", "max_skipped"}  # when a run resumes
 
 
@@ -147,7 +148,7 @@ def train(
                         checkpoints.save(state, progress)
                 watch.pause()
             except Exception:
-                rescue(checkpoints, state, progress)
+                rescue(checkpoints, state, progress, watch)
                 raise
         checkpoints.save(state, progress)
     finished = step == total or patience_over(config, progress)
@@ -293,11 +294,13 @@ def patience_over(config: DistillConfig, progress: Progress) -> bool:
     return patience is not None and progress.since_best >= patience
 
 
-def rescue(checkpoints: Checkpoints, state: TrainState, progress: Progress) -> None:
+def rescue(checkpoints: Checkpoints, state: TrainState, progress: Progress, watch: Watch) -> None:
     """Save what was computed before an error; a second error here is logged, not raised."""
     try:
         checkpoints.save(state, progress)
         checkpoints.wait()
+        with suppress(InputError):
+            watch.pause()
         log.error("stopped by an error; the state of step %d is saved", int(state.step))
     except Exception as error:
         log.error("stopped by an error, and the state could not be saved: %s", error)

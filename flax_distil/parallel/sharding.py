@@ -33,7 +33,9 @@ def shardings(tree: Any, mesh: Mesh, min_elements: int = 1 << 20) -> Any:
     faults: list[str] = []
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
-        names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        names = tuple(
+            str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+        )
         spec = _tensor(names, leaf.shape, mesh.shape["tensor"], faults)
         if math.prod(leaf.shape) >= min_elements:
             _fsdp(names, leaf.shape, mesh.shape["fsdp"], spec, faults)
@@ -72,6 +74,8 @@ def _fsdp(
     if size == 1:
         return
     free = [axis for axis in range(len(shape)) if spec[axis] is None and shape[axis] % size == 0]
+    if not free and "tensor" in spec:
+        return  # already cut
     if not free:
         faults.append(
             f"{'.'.join(names)} has no dimension of {' × '.join(map(str, shape))} left that "

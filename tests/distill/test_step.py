@@ -258,6 +258,30 @@ def test_scanned_layers_give_the_same(
         np.testing.assert_allclose(metrics[name], plain[name], rtol=1e-5, err_msg=name)
 
 
+def test_chunks_of_the_vocabulary_are_the_whole(quick_jit, plan, step, state, parameters, batch):
+    """Value and gradients, with a last chunk that is padded and one that is skipped: 1e-6."""
+    padded = np.where(np.arange(8) < 6, batch.weights, 0)
+    batch = replace(batch, weights=padded)
+    chunked = quick_jit(partial(train_step, plan=replace(plan, vocabulary_chunk=3)))
+    whole, metrics = step(state, parameters[1], batch)
+    parts, chunked_metrics = chunked(state, parameters[1], batch)
+    for name in ("loss", "kl", "ce", "mse", "gradient_norm"):
+        np.testing.assert_allclose(chunked_metrics[name], metrics[name], rtol=2e-6, err_msg=name)
+    moments = lambda s: jax.tree.leaves(s.optimizer[1].mu)
+    for a, b in zip(moments(whole), moments(parts), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+def test_no_logits_of_the_whole_batch_with_chunks(plan, state, parameters, make_batch):
+    batch = make_batch(8, 12)
+    whole = f"8x12x{plan.teacher.dims.vocab}x"
+    lowered = lambda plan: jax.jit(partial(train_step, plan=plan)).lower(
+        state, parameters[1], batch
+    )
+    assert whole in lowered(plan).as_text()
+    assert whole not in lowered(replace(plan, vocabulary_chunk=4)).as_text()
+
+
 def test_schedule(plan):
     config = replace(plan.optimizer, learning_rate=1e-4, warmup_steps=500, steps=80_000)
     rate = lambda step: float(learning_rate(jnp.array(step), config))

@@ -80,8 +80,8 @@ def test_what_does_not_divide_is_named_with_both_sizes():
         check_heads({"encoder": 8, "decoder": 6}, mesh)
 
 
-def test_every_published_size_fits_the_usual_meshes():
-    for name in PUBLISHED:
+def test_smallest_and_largest_fit_the_usual_meshes():
+    for name in ("tiny", "large-v3-turbo"):
         params = Spec(PUBLISHED[name], scan_layers=True).abstract()
         for sizes in [(8, 1, 1), (1, 8, 1), (2, 2, 2)]:
             shardings(params, make_mesh(*sizes))

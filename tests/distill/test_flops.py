@@ -1,0 +1,55 @@
+"""Operation counts against XLA's own, and against figures worked out for large-v3."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import pytest
+
+from flax_distil.config import LossConfig, OptimizerConfig
+from flax_distil.distill.flops import (
+    cross_flops,
+    decoder_flops,
+    encoder_flops,
+    measured_peak,
+    step_flops,
+    vocabulary_flops,
+)
+from flax_distil.distill.state import initial_state
+from flax_distil.distill.step import Frozen, Plan, train_step
+from flax_distil.model.dims import PUBLISHED, with_decoder_layers
+from flax_distil.model.spec import Spec
+from flax_distil.parallel.mesh import make_mesh
+
+
+def test_large_v3():
+    """Eight clips of 256 tokens: teacher encoder 18.1 TF, decoder 6.3, 2-layer student 2.0."""
+    teacher = PUBLISHED["large-v3"]
+    student = with_decoder_layers(teacher, 2)
+    decoder = decoder_flops(teacher, 256) + cross_flops(teacher) + vocabulary_flops(teacher, 256)
+    assert 8 * encoder_flops(teacher) == pytest.approx(18.1e12, rel=0.01)
+    assert 8 * decoder == pytest.approx(6.3e12, rel=0.02)
+    plan = Plan(Spec(teacher), Spec(student), LossConfig(), OptimizerConfig())
+    assert step_flops(plan, 8, 256, False, False) == pytest.approx(26.3e12, rel=0.02)
+
+
+def test_the_compiler_counts_about_the_same(plan, parameters, make_batch, quick_jit):
+    """At a width where matrix products dominate; softmax, norms and Adam make up the rest."""
+    dims = replace(
+        plan.teacher.dims, width=256, encoder_ffn=1024, decoder_ffn=1024, vocab=2048,
+        audio_positions=64, text_positions=64,
+    )  # fmt: skip
+    student = with_decoder_layers(dims, 2)
+    wide = replace(plan, teacher=Spec(dims), student=Spec(student), loss=LossConfig())
+    frozen, params = Spec(dims).abstract(), {"decoder": Spec(student).abstract()["decoder"]}
+    state = jax.eval_shape(partial(initial_state, config=wide.optimizer, seed=0), params)
+    batch = make_batch(8, 64)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    shapes = replace(shapes, waveforms=jax.ShapeDtypeStruct((8, 64 * 320), "int16"))
+    step = quick_jit(partial(train_step, plan=wide))
+    cost = step.lower(state, Frozen(frozen, {}), shapes).cost_analysis()
+    assert step_flops(wide, 8, 64, False, False) == pytest.approx(cost["flops"], rel=0.1)
+
+
+def test_peak_is_a_rate():
+    assert measured_peak(make_mesh(), "float32", seconds=0.1) > 1e9

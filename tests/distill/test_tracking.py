@@ -1,0 +1,118 @@
+import builtins
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flax_distil.config import DistillConfig, RunConfig
+from flax_distil.distill import tracking
+from flax_distil.distill.tracking import METRICS, Speed, Tracker, clock, environment, line
+from flax_distil.errors import InputError
+
+VALUES = {
+    "loss": 2.5,
+    "kl": 0.5,
+    "ce": 2.0,
+    "mse": 0.0,
+    "gradient_norm": 0.75,
+    "learning_rate": 1e-4,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return DistillConfig("t", "s", (), tmp_path)
+
+
+def test_jsonl_and_tensorboard(config):
+    with Tracker(config) as tracker:
+        for step in (1, 2):
+            tracker.scalars(step, {"loss": 1 / step, "validation/wer": 10.0})
+    lines = (config.output_dir / METRICS).read_text().splitlines()
+    assert [json.loads(one) for one in lines] == [
+        {"step": 1, "loss": 1.0, "validation/wer": 10.0},
+        {"step": 2, "loss": 0.5, "validation/wer": 10.0},
+    ]
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    (file,) = (config.output_dir / "tensorboard").iterdir()
+    found = [
+        (event.step, value.tag, value.tensor.float_val[0])
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    ]
+    assert found == [
+        (1, "loss", 1.0),
+        (1, "validation/wer", 10.0),
+        (2, "loss", 0.5),
+        (2, "validation/wer", 10.0),
+    ]
+
+
+def test_a_resumed_run_writes_no_step_twice(config):
+    config = replace(config, run=RunConfig(tensorboard=False))
+    with Tracker(config) as tracker:
+        for step in (1, 2, 3):
+            tracker.scalars(step, {"loss": 0.0})
+    with (config.output_dir / METRICS).open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill
+    with Tracker(config, start=2) as tracker:
+        tracker.scalars(3, {"loss": 1.0})
+    lines = (config.output_dir / METRICS).read_text().splitlines()
+    assert [json.loads(one)["step"] for one in lines] == [1, 2, 3]
+    assert json.loads(lines[-1])["loss"] == 1.0
+
+
+def test_wandb_is_asked_for_by_name(config, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "wandb":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InputError, match=r"pip install flax-distil\[wandb\]"):
+        Tracker(replace(config, run=RunConfig(tensorboard=False, wandb="project")))
+
+
+def test_speed_leaves_compilation_and_pauses_out(monkeypatch):
+    now = iter([0.0, 10.0, 100.0, 104.0])
+    monkeypatch.setattr(tracking.time, "perf_counter", lambda: next(now))
+    speed = Speed(peak=1e9, steps_left=10)
+    speed.finished(4, 8.0, 1e9)  # opens the clock at 0 s
+    assert speed.rates() == {}
+    for _ in range(5):
+        speed.finished(4, 8.0, 1e9)
+    rates = speed.rates()  # at 10 s
+    assert rates["samples_per_second"] == 2.0
+    assert rates["audio_hours_per_hour"] == 4.0
+    assert rates["mfu"] == 0.5
+    assert rates["eta_seconds"] == 2.0 * 4
+    speed.pause()
+    speed.finished(4, 8.0, 1e9)  # opens it again at 100 s
+    speed.finished(4, 8.0, 1e9)
+    assert speed.rates()["samples_per_second"] == 1.0
+
+
+def test_line():
+    assert line(7, 1000, VALUES) == (
+        "step    7/1000  loss 2.5000 (kl 0.500, ce 2.000)  |g| 0.75  lr 1.00e-04"
+    )
+    rates = {
+        "samples_per_second": 31.25,
+        "audio_hours_per_hour": 61.52,
+        "mfu": 0.412,
+        "eta_seconds": 11_565.0,
+    }
+    assert line(7, 1000, VALUES | rates).endswith(
+        "  31.25 samples/s  61.5 h/h  MFU 41.2 %  ETA 3:12:45"
+    )
+    assert clock(59.6) == "0:01:00"
+
+
+def test_environment_names_versions():
+    found = environment()
+    assert found["versions"]["jax"]
+    assert Path(tracking.__file__).exists()
