@@ -101,6 +101,24 @@ class Decoder(nnx.Module):
         x_BLD, every_BLD = through(self.layers, forward, x_BLD, self.remat)
         return self.norm(x_BLD), every_BLD
 
+    def cross_scores(
+        self, tokens_BL: Int[Array, "B L"], audio_BSD: Float[Array, "B S D"]
+    ) -> tuple[Float[Array, "B L D"], Any]:
+        """The final hidden state and what each layer's cross-attention softmaxes, [B H L S]."""
+        length = tokens_BL.shape[1]
+        x_BLD = self.tokens(tokens_BL) + self.positions(jnp.arange(length))
+        mask_LL = jnp.tril(jnp.ones((length, length), bool))
+
+        def forward(layer: DecoderLayer, x_BLD: Array, _: None):
+            own = layer.self_attention.keys_values(layer.self_norm(x_BLD))
+            cross = layer.cross_attention.keys_values(audio_BSD)
+            asking_BLD = x_BLD + layer.self_attention(layer.self_norm(x_BLD), own, mask_LL)
+            scores_BHLS = layer.cross_attention.scores(layer.cross_norm(asking_BLD), cross)
+            return layer(x_BLD, own, cross, mask_LL), scores_BHLS
+
+        x_BLD, scores = through(self.layers, forward, x_BLD)
+        return self.norm(x_BLD), scores
+
     def logits(self, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Scores over the vocabulary in float32, tied to the token embedding."""
         embedding_VD = self.tokens.embedding[...].astype(hidden_BLD.dtype)
@@ -138,7 +156,9 @@ class Decoder(nnx.Module):
         """Hidden states of L more tokens, and the cache that has seen them."""
         fresh = jnp.arange(tokens_BL.shape[1])
         position = cache.length[..., None] + fresh  # [L] or [B L]
-        x_BLD = self.tokens(tokens_BL) + self.positions(position)
+        # A row near the end may be given more tokens than there are positions, to be dropped again.
+        known = jnp.minimum(position, self.positions.num_embeddings - 1)
+        x_BLD = self.tokens(tokens_BL) + self.positions(known)
         room = jax.tree.leaves(cache.own)[0].shape[-2]
         mask_QS = jnp.arange(room) <= position[..., None]
         mask_QS = mask_QS if mask_QS.ndim == 2 else mask_QS[:, None]  # [B 1 L room]
@@ -213,6 +233,13 @@ class Attention(nnx.Module):
         q_BHLK = self.split(self.query(x_BLD))
         mixed_BHLK = attention(q_BHLK * q_BHLK.shape[-1] ** -0.5, *seen, mask_QS)
         return self.out(mixed_BHLK.swapaxes(1, 2).reshape(x_BLD.shape))
+
+    def scores(self, x_BLD: Float[Array, "B L D"], seen: KeyValues) -> Float[Array, "B H L S"]:
+        """Scaled products of queries and keys, before the softmax."""
+        q_BHLK = self.split(self.query(x_BLD))
+        wide = jnp.promote_types(q_BHLK.dtype, jnp.float32)
+        scale = q_BHLK.shape[-1] ** -0.5
+        return scale * jnp.einsum("bhlk,bhsk->bhls", q_BHLK, seen.keys, preferred_element_type=wide)
 
     def split(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B H L K"]:
         """Channels to heads, heads before time: the layout that decodes fastest."""
