@@ -1,4 +1,4 @@
-"""Greedy search: one compiled loop over a static cache, on the device from first to last token."""
+"""Greedy search and sampling: one compiled loop over a static cache, on the device throughout."""
 
 from functools import partial
 from typing import NamedTuple
@@ -23,6 +23,16 @@ class Prompt(NamedTuple):
     tokens: Int[Array, "B P"]
     length: Int[Array, "..."]
     sot: Int[Array, "..."]
+
+
+class Sampling(NamedTuple):
+    """Tokens are drawn where `temperature` is above 0, and the most probable ones taken elsewhere.
+
+    Each row draws from a seed of its own: what it writes does not depend on its neighbours.
+    """
+
+    temperature: Float[Array, " B"]
+    seed: Int[Array, " B"]
 
 
 class Found(NamedTuple):
@@ -63,7 +73,14 @@ def prefill(
     return hidden_B2D, cache._replace(length=prompt.length)
 
 
-@partial(jax.jit, static_argnames=("spec", "rules", "max_tokens"))
+def multiply(cache: Cache, copies: int) -> Cache:
+    """Room for `copies` texts over each clip, which share the clip's cross-attention."""
+    own = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=leaf.ndim - 4), cache.own)
+    length = jnp.repeat(cache.length, copies) if cache.length.ndim else cache.length
+    return Cache(own, cache.cross, length)
+
+
+@partial(jax.jit, static_argnames=("spec", "rules", "max_tokens", "copies", "length_penalty"))
 def greedy(
     spec: Spec,
     params: Params,
@@ -72,22 +89,36 @@ def greedy(
     active_B: Bool[Array, " B"],
     rules: RuleSet,
     max_tokens: int,
+    sampling: Sampling | None = None,
+    copies: int = 1,
+    length_penalty: float | None = None,
 ) -> Found:
     """The most probable next token, until every row has ended or `max_tokens` are written.
 
     params: the decoder's. active_B: False on rows that only fill up the batch; they write nothing.
+    sampling: draws tokens instead; the best of `copies` texts is returned (`score` says which).
     """
-    batch = prompt.tokens.shape[0]
     decoder = spec.decoder(params)
     project, allowed = decoder.projection(), rules.rules()
+    hidden_B2D, cache = prefill(decoder, audio_BSD, prompt, max_tokens)
+    logits_B2V = project(hidden_B2D)
+    no_speech_B = jax.nn.softmax(logits_B2V[:, 0])[:, rules.no_speech]
+    cache = multiply(cache, copies)
+    batch = prompt.tokens.shape[0] * copies
+    if sampling is not None:
+        sampling = Sampling(
+            jnp.repeat(sampling.temperature, copies),
+            (sampling.seed[:, None] * copies + jnp.arange(copies)).reshape(-1),
+        )
 
     def more(loop: _Loop) -> Array:
         return (loop.progress.index < max_tokens) & ~loop.done_B.all()
 
     def write(loop: _Loop) -> _Loop:
         cache, logits_BV, found, done_B, progress = loop
-        log_probability_BV = jax.nn.log_softmax(apply(allowed, logits_BV, progress))
-        token_B = jnp.where(done_B, rules.end, log_probability_BV.argmax(-1))
+        logits_BV = apply(allowed, logits_BV, progress)
+        log_probability_BV = jax.nn.log_softmax(logits_BV)
+        token_B = jnp.where(done_B, rules.end, choose(logits_BV, progress.index, sampling))
         gain_B = jnp.take_along_axis(log_probability_BV, token_B[:, None], axis=-1)[:, 0]
         ended_B = done_B | (token_B == rules.end)
         found = found._replace(
@@ -95,17 +126,52 @@ def greedy(
             lengths=found.lengths + ~ended_B,
             log_probability=found.log_probability + jnp.where(done_B, 0, gain_B),
         )
+        done_B = ended_B | (cache.length >= spec.dims.text_positions)  # the context is full
         hidden_B1D, cache = decoder.step(token_B[:, None], cache)
         progress = advance(progress, token_B, rules)
-        return _Loop(cache, project(hidden_B1D)[:, 0], found, ended_B, progress)
+        return _Loop(cache, project(hidden_B1D)[:, 0], found, done_B, progress)
 
-    hidden_B2D, cache = prefill(decoder, audio_BSD, prompt, max_tokens)
-    logits_B2V = project(hidden_B2D)
     nothing = Found(
         tokens=jnp.full((batch, max_tokens), rules.end, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         log_probability=jnp.zeros(batch, jnp.float32),
-        no_speech=jax.nn.softmax(logits_B2V[:, 0])[:, rules.no_speech],
+        no_speech=jnp.repeat(no_speech_B, copies),
     )
-    start = _Loop(cache, logits_B2V[:, 1], nothing, ~active_B, begin(batch))
-    return jax.lax.while_loop(more, write, start).found
+    first_BV = jnp.repeat(logits_B2V[:, 1], copies, axis=0)
+    progress = begin(batch, max_tokens if rules.look_back else 0)
+    start = _Loop(cache, first_BV, nothing, jnp.repeat(~active_B, copies), progress)
+    return best(jax.lax.while_loop(more, write, start).found, copies, length_penalty)
+
+
+def choose(
+    logits_BV: Float[Array, "B V"], index: Int[Array, ""], sampling: Sampling | None
+) -> Int[Array, " B"]:
+    """The next token of each row: the most probable one, or one drawn."""
+    likeliest_B = logits_BV.argmax(-1)
+    if sampling is None:
+        return likeliest_B
+
+    def draw(logits_V: Array, temperature: Array, seed: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        return jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
+
+    drawn_B = jax.vmap(draw)(logits_BV, *sampling)
+    return jnp.where(sampling.temperature > 0, drawn_B, likeliest_B)
+
+
+def score(
+    log_probability: Float[Array, "..."], lengths: Int[Array, "..."], penalty: float | None
+) -> Float[Array, "..."]:
+    """What openai-whisper ranks texts by: the mean, or Wu et al.'s penalty (arXiv 1609.08144)."""
+    if penalty is None:
+        return log_probability / jnp.maximum(lengths, 1)
+    return log_probability / ((5 + lengths) / 6) ** penalty
+
+
+def best(found: Found, copies: int, length_penalty: float | None) -> Found:
+    """The best of every `copies` rows."""
+    if copies == 1:
+        return found
+    scores = score(found.log_probability, found.lengths, length_penalty).reshape(-1, copies)
+    rows_B = jnp.arange(len(scores)) * copies + scores.argmax(axis=1)
+    return Found(*(leaf[rows_B] for leaf in found))

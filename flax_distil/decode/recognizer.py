@@ -1,5 +1,6 @@
 """A model ready to recognise: batches of windows in, texts out."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from flax_distil.audio.log_mel import log_mel
-from flax_distil.decode.greedy import Found, Prompt, greedy
+from flax_distil.decode.beam import BeamSearch, beam
+from flax_distil.decode.greedy import Found, Prompt, Sampling, greedy
 from flax_distil.decode.language import detect_language
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.decode.rules import RuleSet
@@ -22,61 +24,184 @@ from flax_distil.text.languages import to_language_code
 from flax_distil.text.tokens import WhisperTokens, load_tokens
 from flax_distil.text.wer import compression_ratio
 
+PROMPT_LENGTHS = (8, 64, 256)  # prompts are padded to one of these, so that few programs compile
+GIBI = 2**30
+
 
 @dataclass(frozen=True, eq=False)
 class Recognizer:
-    """All that recognition needs: the program, its numbers (on the device) and its vocabulary."""
+    """All that recognition needs: the program, its numbers (on the device) and its vocabulary.
+
+    alignment_heads: (layer, head) of the cross-attention that follows the speech; none are known
+        where it is empty.
+    """
 
     spec: Spec
     params: Params
     tokens: WhisperTokens
+    alignment_heads: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is known of one window beside its sound.
+
+    previous: tokens of the text before it. temperature, seed: of what is drawn.
+    """
+
+    language: str
+    previous: tuple[int, ...] = ()
+    temperature: float = 0.0
+    seed: int = 0
 
 
 def make_recognizer(checkpoint: Checkpoint, dtype: str = "float32") -> Recognizer:
     """A recogniser over a checkpoint, its parameters on the device in `dtype`."""
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.params)
-    return Recognizer(Spec(checkpoint.dims, dtype), params, load_tokens(checkpoint.source))
+    heads = checkpoint.generation.get("alignment_heads") or ()
+    return Recognizer(
+        Spec(checkpoint.dims, dtype),
+        params,
+        load_tokens(checkpoint.source),
+        tuple((layer, head) for layer, head in heads),
+    )
 
 
 def recognize(
     recognizer: Recognizer, waveforms_BN: Num[np.ndarray, "B N"], options: DecodeOptions
 ) -> list[Hypothesis]:
-    """One hypothesis a window, by greedy search.
+    """One hypothesis a window, by greedy search, beam search or sampling, as `options` ask.
 
     waveforms_BN: 16 kHz, int16 or float, N = 480,000 samples (30 s, padded with silence). The batch
         is filled up to a power of two, so that a run compiles few programs.
 
     Raises:
-        InputError: the windows have another length, or the model lacks the language or task.
+        InputError: the windows have another length, the model lacks the language or task, or the
+            device the memory.
     """
     batch, samples = waveforms_BN.shape
     if samples != CHUNK_SAMPLES:
         raise InputError(f"windows have {samples} samples: pad or trim them to {CHUNK_SAMPLES}")
     if not batch:
         return []
-    spec, params, tokens = recognizer.spec, recognizer.params, recognizer.tokens
-    filled = 1 << (batch - 1).bit_length()
-    waveforms_BN = np.pad(waveforms_BN, ((0, filled - batch), (0, 0)))
-    audio_BSD = listen(spec, params["encoder"], waveforms_BN)
-    languages = _languages(recognizer, audio_BSD, options)
-    prompts = [tokens.prompt(code, options.task, options.timestamps) for code in languages]
-    room = min(options.max_tokens, spec.dims.text_positions - len(prompts[0]))
-    found = greedy(
-        spec,
-        params["decoder"],
-        audio_BSD,
-        make_prompt(prompts, tokens.sot),
-        np.arange(filled) < batch,
-        rule_set(tokens, options),
-        room,
-    )
-    return read(jax.device_get(found), languages[:batch], tokens)
+    check_memory(recognizer.spec, bucket(batch), options)
+    previous = text_ids(recognizer.tokens, options.prompt)
+    known = checked_language(recognizer, options)
+    audio_BSD = listen(recognizer.spec, recognizer.params["encoder"], fill(waveforms_BN))
+    languages = [known] * batch if known else detect(recognizer, audio_BSD)[:batch]
+    windows = [
+        Window(language, previous, options.temperature, options.seed + row)
+        for row, language in enumerate(languages)
+    ]
+    return decode(recognizer, audio_BSD, options, windows)
+
+
+def decode(
+    recognizer: Recognizer,
+    audio_BSD: Float[Array, "B S D"],
+    options: DecodeOptions,
+    windows: Sequence[Window],
+) -> list[Hypothesis]:
+    """One hypothesis for each of `windows`, whose sound the first rows of `audio_BSD` are.
+
+    `prompt`, `language`, `temperature` and `seed` are the windows', not the options'.
+
+    Raises:
+        InputError: hotwords or prefix are too long, or the model lacks the language or task.
+    """
+    spec, params, tokens = recognizer.spec, recognizer.params["decoder"], recognizer.tokens
+    rows = len(audio_BSD)
+    prompts = [prompt_ids(recognizer, options, window) for window in windows]
+    prompts += [prompts[0]] * (rows - len(prompts))
+    active_B = np.arange(rows) < len(windows)
+    positions = spec.dims.text_positions
+    prompt = make_prompt(prompts, tokens.sot)
+    room = min(options.max_tokens, positions - (min(map(len, prompts)) if len(prompts) else 0))
+    arguments = (spec, params, audio_BSD, prompt, active_B, rule_set(tokens, options), room)
+    if any(window.temperature > 0 for window in windows):
+        seeds = np.zeros(rows, np.int32)
+        temperatures = np.zeros(rows, np.float32)
+        seeds[: len(windows)] = [window.seed for window in windows]
+        temperatures[: len(windows)] = [window.temperature for window in windows]
+        found = greedy(
+            *arguments,
+            sampling=Sampling(jnp.asarray(temperatures), jnp.asarray(seeds)),
+            copies=options.best_of,
+            length_penalty=options.length_penalty,
+        )
+    elif options.beams > 1:
+        found = beam(*arguments, search=beam_search(options))
+    else:
+        found = greedy(*arguments)
+    return read(jax.device_get(found), windows, tokens)
 
 
 @partial(jax.jit, static_argnames="spec")
 def listen(spec: Spec, params: Params, waveforms_BN: Num[Array, "B N"]) -> Float[Array, "B S D"]:
     """Waveforms to audio states; log-mel runs on the device. params: the encoder's."""
     return spec.encoder(params)(log_mel(waveforms_BN, spec.dims.mels))
+
+
+def detect(recognizer: Recognizer, audio_BSD: Float[Array, "B S D"]) -> list[str]:
+    """The code of each row's likeliest language."""
+    if not recognizer.tokens.multilingual:
+        return ["en"] * len(audio_BSD)
+    spec, params = recognizer.spec, recognizer.params["decoder"]
+    probabilities = detect_language(spec, params, audio_BSD, recognizer.tokens)
+    return [max(row, key=row.__getitem__) for row in probabilities]
+
+
+def checked_language(recognizer: Recognizer, options: DecodeOptions) -> str | None:
+    """The code of the language asked for, if any.
+
+    Raises:
+        InputError: there is no such language, or the model lacks it or the task.
+    """
+    asked = options.language and to_language_code(options.language)
+    tokens = recognizer.tokens
+    tokens.prompt(asked or ("en" if tokens.multilingual else None), options.task)
+    return asked
+
+
+def bucket(batch: int) -> int:
+    """The power of two that a batch is filled up to."""
+    return 1 << max(batch - 1, 0).bit_length()
+
+
+def fill(array: np.ndarray) -> np.ndarray:
+    """Rows of zeros up to the next power of two."""
+    missing = bucket(len(array)) - len(array)
+    return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+
+
+def text_ids(tokens: WhisperTokens, text: str | None) -> tuple[int, ...]:
+    """Ids of a text that goes before, as Whisper writes one: after a space."""
+    return tuple(tokens.encode(" " + text.strip())) if text and text.strip() else ()
+
+
+def prompt_ids(recognizer: Recognizer, options: DecodeOptions, window: Window) -> list[int]:
+    """What the decoder reads: hotwords, the end of the text before, the task, the prefix.
+
+    Text before the window takes up less than half of the context (223 tokens); what is too much is
+    cut off from the left, as in Whisper.
+
+    Raises:
+        InputError: hotwords or prefix are too long, or the model lacks the language or task.
+    """
+    tokens, half = recognizer.tokens, recognizer.spec.dims.text_positions // 2
+    hotwords = text_ids(tokens, options.hotwords)
+    prefix = text_ids(tokens, options.prefix)
+    room = half - 1 - len(hotwords)
+    if room < 0:
+        raise InputError(f"the hotwords have {len(hotwords)} tokens: use at most {half - 1}")
+    previous = hotwords + (window.previous[-room:] if room else ())
+    language = window.language if tokens.multilingual else None
+    start = tokens.prompt(language, options.task, options.timestamps)
+    most = half - len(start)
+    if len(prefix) > most:
+        raise InputError(f"the prefix has {len(prefix)} tokens: use at most {most}")
+    before = tokens.prompt(language, options.task, options.timestamps, previous)
+    return [*before, *prefix]
 
 
 def rule_set(tokens: WhisperTokens, options: DecodeOptions) -> RuleSet:
@@ -89,25 +214,41 @@ def rule_set(tokens: WhisperTokens, options: DecodeOptions) -> RuleSet:
         timestamp_begin=tokens.timestamp_begin if options.timestamps else None,
         no_timestamps=tokens.no_timestamps,
         max_initial=round(options.max_initial_timestamp / 0.02),
+        repetition_penalty=options.repetition_penalty,
+        no_repeat_ngram=options.no_repeat_ngram,
+    )
+
+
+def beam_search(options: DecodeOptions) -> BeamSearch:
+    """The search that options ask for."""
+    as_transformers = options.beam_search == "transformers"
+    return BeamSearch(
+        beams=options.beams,
+        collected=options.beams if as_transformers else round(options.beams * options.patience),
+        length_penalty=options.length_penalty,
+        as_transformers=as_transformers,
     )
 
 
 def make_prompt(prompts: Sequence[Sequence[int]], sot: int) -> Prompt:
-    """Prompts of any lengths as one batch."""
+    """Prompts of any lengths as one batch; short ones of one length as they are, others padded."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
+    sots = np.array([list(prompt).index(sot) for prompt in prompts], np.int32)
+    width = longest = int(lengths.max())
+    if longest <= PROMPT_LENGTHS[0] and (lengths == longest).all() and (sots == sots[0]).all():
+        lengths, sots = lengths[0], sots[0]
+    else:
+        width = next((length for length in PROMPT_LENGTHS if longest <= length), longest)
+    tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    sots = np.array([list(prompt).index(sot) for prompt in prompts], np.int32)
-    if (lengths == lengths[0]).all() and (sots == sots[0]).all():
-        lengths, sots = lengths[0], sots[0]
     return Prompt(*map(jnp.asarray, (tokens, lengths, sots)))
 
 
-def read(found: Found, languages: Sequence[str], tokens: WhisperTokens) -> list[Hypothesis]:
+def read(found: Found, windows: Sequence[Window], tokens: WhisperTokens) -> list[Hypothesis]:
     """Hypotheses out of the first rows of a search's result."""
     hypotheses = []
-    for row, language in enumerate(languages):
+    for row, window in enumerate(windows):
         length = int(found.lengths[row])
         ids = tuple(int(token) for token in found.tokens[row, :length])
         text = tokens.decode(ids).strip()
@@ -115,19 +256,35 @@ def read(found: Found, languages: Sequence[str], tokens: WhisperTokens) -> list[
             Hypothesis(
                 tokens=ids,
                 text=text,
-                language=language,
+                language=window.language,
                 mean_log_probability=float(found.log_probability[row]) / (length + 1),
                 no_speech_probability=float(found.no_speech[row]),
                 compression_ratio=compression_ratio(text),
+                temperature=window.temperature,
             )
         )
     return hypotheses
 
 
-def _languages(recognizer: Recognizer, audio_BSD: Array, options: DecodeOptions) -> list[str]:
-    batch = audio_BSD.shape[0]
-    if options.language or not recognizer.tokens.multilingual:
-        return [to_language_code(options.language or "en")] * batch
-    spec, params = recognizer.spec, recognizer.params["decoder"]
-    probabilities = detect_language(spec, params, audio_BSD, recognizer.tokens)
-    return [max(row, key=row.__getitem__) for row in probabilities]
+def check_memory(spec: Spec, batch: int, options: DecodeOptions) -> None:
+    """Raises InputError where a search certainly needs more memory than the device has."""
+    dims = spec.dims
+    size = jnp.dtype(spec.dtype).itemsize
+    texts = max(options.beams, options.best_of if options.temperature else 1)
+    of_token = 2 * dims.decoder_layers * dims.width * size  # keys and values
+    of_text = of_token * options.max_tokens + 2 * dims.vocab * 4  # and two rows of logits
+    needed = batch * (of_token * dims.audio_positions + texts * of_text)
+    there = device_memory()
+    if needed > there:
+        fitting = max(int(texts * there / needed / 2), 1)
+        raise InputError(
+            f"{texts} texts for each of {batch} windows need {needed / GIBI:,.0f} GiB and the "
+            f"device has {there / GIBI:,.0f}: follow at most {fitting} or use a smaller batch"
+        )
+
+
+def device_memory() -> int:
+    """Bytes of the first device's memory, or of the host's where the device does not say."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return statistics.get("bytes_limit", host)

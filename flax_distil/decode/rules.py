@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+NOTHING = np.iinfo(np.int32).max  # as a token: beyond any vocabulary, so that scatters drop it
+
 
 class Progress(NamedTuple):
     """What the rules may know of the text so far, prompt excluded.
@@ -19,12 +21,14 @@ class Progress(NamedTuple):
     index: number of tokens written: a scalar where all rows write in step, else one a row.
     last, before: the last token and the one before it (-1 where there is none).
     latest: the latest timestamp token, or -1.
+    written: all tokens, filled up with `NOTHING`; only where a rule looks back further.
     """
 
     index: Int[Array, "..."]
     last: Int[Array, " B"]
     before: Int[Array, " B"]
     latest: Int[Array, " B"]
+    written: Int[Array, "B L"] | None = None
 
 
 Rule = Callable[[Float[Array, "B V"], Progress], Float[Array, "B V"]]
@@ -36,6 +40,8 @@ class RuleSet:
 
     timestamp_begin: the token of 0.00 s; timestamps are off where it is None.
     max_initial: the largest first timestamp, in steps of 0.02 s.
+    repetition_penalty: divides positive and multiplies negative logits of tokens written before.
+    no_repeat_ngram: no run of so many tokens is written twice; 0 allows it.
     """
 
     end: int
@@ -45,20 +51,33 @@ class RuleSet:
     timestamp_begin: int | None = None
     no_timestamps: int = -1
     max_initial: int = 50
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+
+    @property
+    def look_back(self) -> bool:
+        """Whether a rule needs `Progress.written`."""
+        return self.repetition_penalty != 1 or self.no_repeat_ngram > 0
 
     def rules(self) -> list[Rule]:
-        """The rules in the order in which Whisper applies them."""
-        rules = [suppress_first(self.suppressed_first), suppress(self.suppressed)]
+        """The rules in the order in which Transformers and Whisper apply them."""
+        rules = []
+        if self.repetition_penalty != 1:
+            rules.append(penalize_repetition(self.repetition_penalty))
+        if self.no_repeat_ngram:
+            rules.append(no_repeat(self.no_repeat_ngram))
+        rules += [suppress_first(self.suppressed_first), suppress(self.suppressed)]
         if self.timestamp_begin is not None:
             rules.append(suppress((self.no_timestamps,)))
             rules.append(timestamps(self.timestamp_begin, self.end, self.max_initial))
         return rules
 
 
-def begin(batch: int) -> Progress:
-    """The progress of rows that have written nothing."""
+def begin(batch: int, remembered: int = 0) -> Progress:
+    """The progress of rows that have written nothing. remembered: tokens they may look back."""
     nothing = jnp.full((batch,), -1, jnp.int32)
-    return Progress(jnp.zeros((), jnp.int32), nothing, nothing, nothing)
+    written = jnp.full((batch, remembered), NOTHING) if remembered else None
+    return Progress(jnp.zeros((), jnp.int32), nothing, nothing, nothing, written)
 
 
 def advance(progress: Progress, token_B: Int[Array, " B"], rules: RuleSet) -> Progress:
@@ -66,7 +85,10 @@ def advance(progress: Progress, token_B: Int[Array, " B"], rules: RuleSet) -> Pr
     latest = progress.latest
     if rules.timestamp_begin is not None:
         latest = jnp.where(token_B >= rules.timestamp_begin, token_B, latest)
-    return Progress(progress.index + 1, token_B, progress.last, latest)
+    written = progress.written
+    if written is not None:
+        written = written.at[jnp.arange(token_B.size), progress.index].set(token_B)
+    return Progress(progress.index + 1, token_B, progress.last, latest, written)
 
 
 def apply(
@@ -122,6 +144,42 @@ def timestamps(begin: int, end: int, max_initial: int) -> Rule:
         return jnp.where((time_mass > best_text) & ~is_time, -jnp.inf, logits_BV)
 
     return rule
+
+
+def penalize_repetition(penalty: float) -> Rule:
+    """Tokens written before become less probable by `penalty` (Keskar et al. 2019, section 4.1)."""
+
+    def rule(logits_BV: Array, progress: Progress) -> Array:
+        assert progress.written is not None
+        penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+        return jnp.where(_marked(progress.written, logits_BV), penalized_BV, logits_BV)
+
+    return rule
+
+
+def no_repeat(size: int) -> Rule:
+    """Not the token that would end a run of `size` tokens for the second time."""
+
+    def rule(logits_BV: Array, progress: Progress) -> Array:
+        assert progress.written is not None
+        written_BL = progress.written
+        count_B1 = jnp.broadcast_to(progress.index, progress.last.shape)[:, None]
+        starts = jnp.arange(max(written_BL.shape[1] - size + 1, 0))
+        same_BS = starts + size - 1 < count_B1  # runs that are complete
+        for offset in range(size - 1):
+            now_B1 = jnp.maximum(count_B1 - size + 1 + offset, 0)
+            recent_B1 = jnp.take_along_axis(written_BL, now_B1, axis=1)
+            same_BS &= written_BL[:, starts + offset] == recent_B1
+        last_BS = jnp.where(same_BS, written_BL[:, starts + size - 1], NOTHING)
+        return jnp.where(_marked(last_BS, logits_BV), -jnp.inf, logits_BV)
+
+    return rule
+
+
+def _marked(tokens_BL: Array, logits_BV: Array) -> Array:
+    """A [B V] mask of each row's tokens."""
+    rows_B1 = jnp.arange(tokens_BL.shape[0])[:, None]
+    return jnp.zeros(logits_BV.shape, bool).at[rows_B1, tokens_BL].set(True, mode="drop")
 
 
 def _among(tokens: Sequence[int], vocab: int) -> np.ndarray:

@@ -23,8 +23,15 @@ def attention(
     Unmasked attention of many queries (the encoder's) runs in blocks of queries: the [Q, S] scores
     of a head, the model's largest tensor, never exist whole, and a block of them stays in cache
     (half the time of one pass on a CPU, docs/LOG.md).
+
+    Unmasked, `q` may have n rows to each row of `k` and `v`: beams that look at one clip.
     """
     batch, heads, queries, size = q_BHQK.shape
+    clips = k_BHSK.shape[0]
+    if clips != batch and mask_QS is None:
+        beams_BHNK = q_BHQK.reshape(clips, -1, heads, queries, size).swapaxes(1, 2)
+        mixed = attention(beams_BHNK.reshape(clips, heads, -1, size), k_BHSK, v_BHSK)
+        return mixed.reshape(beams_BHNK.shape).swapaxes(1, 2).reshape(q_BHQK.shape)
     if mask_QS is not None or queries <= QUERY_BLOCK or queries % QUERY_BLOCK:
         return _attend(q_BHQK, k_BHSK, v_BHSK, mask_QS)
     blocks = q_BHQK.reshape(batch, heads, -1, QUERY_BLOCK, size)

@@ -1,0 +1,103 @@
+"""Beam search against openai-whisper's and Transformers', token by token."""
+
+import numpy as np
+import pytest
+import whisper
+
+from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.recognizer import check_memory, make_recognizer, recognize
+from flax_distil.errors import InputError
+from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.model.dims import PUBLISHED
+from flax_distil.model.spec import Spec
+
+
+@pytest.fixture(scope="module")
+def random(random_folders):
+    return make_recognizer(load_checkpoint(random_folders[0]))
+
+
+@pytest.fixture(scope="module")
+def openai_random(random_folders):
+    import torch
+
+    from flax_distil.model.checkpoint import read_safetensors
+    from flax_distil.model.openai import to_openai
+
+    dims = load_checkpoint(random_folders[0]).dims
+    sizes, state = to_openai(dims, read_safetensors(random_folders[0]))
+    model = whisper.model.Whisper(whisper.model.ModelDimensions(**sizes))
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
+    return model.eval()
+
+
+def openai_writes(model, waveforms, **options):
+    """One window at a time: openai-whisper's beams take no batch."""
+    options = whisper.DecodingOptions(language="en", fp16=False, **options)
+    return [
+        whisper.decode(model, whisper.log_mel_spectrogram(waveform), options)
+        for waveform in waveforms
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(beam_size=3, without_timestamps=True),
+        dict(beam_size=3, patience=2.0, length_penalty=0.6),
+        dict(beam_size=2, prompt="It went well.", prefix="So"),
+    ],
+)
+def test_a_random_model_searches_like_openai(random, openai_random, options):
+    noise = 0.1 * np.random.default_rng(1).standard_normal((2, 480_000), np.float32)
+    theirs = openai_writes(openai_random, noise, sample_len=12, **options)
+    ours = recognize(
+        random,
+        noise,
+        DecodeOptions(
+            timestamps="without_timestamps" not in options,
+            max_tokens=12,
+            beams=options["beam_size"],
+            patience=options.get("patience", 1.0),
+            length_penalty=options.get("length_penalty"),
+            prompt=options.get("prompt"),
+            prefix=options.get("prefix"),
+        ),
+    )
+    assert [list(one.tokens) for one in ours] == [one.tokens for one in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.text == other.text
+        assert one.mean_log_probability == pytest.approx(other.avg_logprob, abs=1e-3)
+        assert one.no_speech_probability == pytest.approx(other.no_speech_prob, rel=1e-2)
+
+
+@pytest.mark.parametrize("length_penalty", [None, 0.2])
+def test_real_speech_is_searched_as_transformers_does(
+    tiny_en, tiny_en_folder, windows, transformers_writes, length_penalty
+):
+    options = DecodeOptions(
+        max_tokens=40, beams=5, beam_search="transformers", length_penalty=length_penalty
+    )
+    more = {} if length_penalty is None else {"length_penalty": length_penalty}
+    theirs = transformers_writes(tiny_en_folder, windows, num_beams=5, tokens=40, **more)
+    assert [list(one.tokens) for one in recognize(tiny_en, windows, options)] == theirs
+
+
+def test_real_speech_is_searched_as_openai_does(tiny_en, openai_tiny_en, windows):
+    theirs = openai_writes(openai_tiny_en, windows, beam_size=4, patience=1.5, sample_len=40)
+    ours = recognize(
+        tiny_en, windows, DecodeOptions(timestamps=True, max_tokens=40, beams=4, patience=1.5)
+    )
+    assert [list(one.tokens) for one in ours] == [one.tokens for one in theirs]
+
+
+def test_a_search_that_no_memory_holds_is_refused(monkeypatch):
+    monkeypatch.setattr("flax_distil.decode.recognizer.device_memory", lambda: 16 * 2**30)
+    spec = Spec(PUBLISHED["large-v2"])
+    check_memory(spec, 8, DecodeOptions(beams=5))
+    with pytest.raises(InputError, match=r"100 texts for each of 32 .* has 16: follow at most \d+"):
+        check_memory(spec, 32, DecodeOptions(beams=100))
+    with pytest.raises(InputError, match=r"patience of at least 0\.5"):
+        DecodeOptions(beams=2, patience=0.1)
+    with pytest.raises(InputError, match="takes 0 to 1"):
+        DecodeOptions(length_penalty=2.0)

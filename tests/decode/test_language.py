@@ -1,0 +1,52 @@
+"""Language detection against openai-whisper's."""
+
+import jax
+import numpy as np
+import pytest
+
+from flax_distil.audio.load import pad_or_trim
+from flax_distil.decode.language import detect_language
+from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.recognizer import listen, make_recognizer, recognize
+from flax_distil.model.checkpoint import load_checkpoint, read_safetensors
+from flax_distil.model.openai import to_openai
+
+
+@pytest.fixture(scope="module")
+def base(base_folder):
+    return make_recognizer(load_checkpoint(base_folder))
+
+
+@pytest.fixture(scope="module")
+def theirs(base, base_folder):
+    import torch
+    import whisper
+
+    sizes, state = to_openai(base.spec.dims, read_safetensors(base_folder))
+    model = whisper.model.Whisper(whisper.model.ModelDimensions(**sizes))
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
+    return model.eval()
+
+
+def test_probabilities_equal_openai(base, theirs, human_clips):
+    import whisper
+
+    waveforms = np.stack([pad_or_trim(clip) for clip, _ in (human_clips[0], human_clips[-1])])
+    audio = listen(base.spec, base.params["encoder"], waveforms)
+    ours = detect_language(base.spec, base.params["decoder"], audio, base.tokens)
+    mel = whisper.log_mel_spectrogram(waveforms)
+    _, expected = theirs.detect_language(mel)
+    for row, other in zip(ours, expected, strict=True):
+        # Log-mel and encoder differ by float32's rounding.
+        assert row == pytest.approx(other, abs=2e-4)
+    assert {max(row, key=row.get) for row in ours} == {"en"}
+    heard = recognize(base, waveforms, DecodeOptions(max_tokens=4))
+    assert [one.language for one in heard] == ["en", "en"]
+
+
+def test_it_sums_to_one_and_follows_the_audio(base):
+    rng = np.random.default_rng(0)
+    audio = rng.standard_normal((2, 1500, 512), np.float32)
+    rows = detect_language(base.spec, base.params["decoder"], jax.numpy.asarray(audio), base.tokens)
+    np.testing.assert_allclose([sum(row.values()) for row in rows], 1, atol=1e-5)
+    assert rows[0] != rows[1]

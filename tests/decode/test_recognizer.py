@@ -1,0 +1,48 @@
+"""What a recogniser accepts and returns."""
+
+import numpy as np
+import pytest
+
+from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.recognizer import make_recognizer, recognize
+from flax_distil.errors import InputError
+from flax_distil.model.checkpoint import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def random(random_folders):
+    return make_recognizer(load_checkpoint(random_folders[0]))
+
+
+def noise(rows: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((rows, 480_000), np.float32) / 10
+
+
+def test_rows_do_not_depend_on_the_batch(random):
+    options = DecodeOptions(max_tokens=8)
+    waveforms = noise(3)
+    together = recognize(random, waveforms, options)
+    alone = [recognize(random, row[None], options)[0] for row in waveforms]
+    assert [one.tokens for one in together] == [one.tokens for one in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert one.mean_log_probability == pytest.approx(other.mean_log_probability, abs=1e-4)
+        assert one.no_speech_probability == pytest.approx(other.no_speech_probability, rel=1e-3)
+        assert one.language == "en"
+
+
+def test_int16_is_heard_like_floats(random):
+    waveforms = noise(1).clip(-1, 1)
+    whole = np.round(waveforms * 32767).astype(np.int16)
+    options = DecodeOptions(max_tokens=8)
+    from_floats = recognize(random, np.float32(whole / 32768), options)
+    assert recognize(random, whole, options)[0].tokens == from_floats[0].tokens
+
+
+def test_wrong_input_is_refused(random):
+    assert recognize(random, np.zeros((0, 480_000), np.float32), DecodeOptions()) == []
+    with pytest.raises(InputError, match="5 samples: pad or trim them to 480000"):
+        recognize(random, np.zeros((1, 5), np.float32), DecodeOptions())
+    with pytest.raises(InputError, match='did you mean "english"'):
+        recognize(random, noise(1), DecodeOptions(language="englisch"))
+    with pytest.raises(InputError, match="English-only checkpoint cannot transcribe German"):
+        recognize(random, noise(1), DecodeOptions(language="de"))

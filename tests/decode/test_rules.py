@@ -1,0 +1,104 @@
+"""The rules against openai-whisper's filters, on random logits and random histories."""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from whisper.decoding import ApplyTimestampRules, SuppressBlank, SuppressTokens
+
+from flax_distil.decode.rules import RuleSet, advance, apply, begin
+
+VOCAB, END, NO_TIMESTAMPS, BEGIN = 60, 30, 37, 38  # text below END, timestamps from BEGIN
+TOKENS = SimpleNamespace(
+    encode=lambda text: [3], eot=END, no_timestamps=NO_TIMESTAMPS, timestamp_begin=BEGIN
+)
+RULES = RuleSet(
+    end=END,
+    no_speech=36,
+    suppressed=(1, 2, 31, 36),
+    suppressed_first=(3, END),
+    timestamp_begin=BEGIN,
+    no_timestamps=NO_TIMESTAMPS,
+    max_initial=5,
+)
+PROMPT = 2
+
+
+def theirs(filters, logits: np.ndarray, history: np.ndarray) -> np.ndarray:
+    logits = torch.from_numpy(logits.copy())
+    tokens = torch.from_numpy(np.pad(history, ((0, 0), (PROMPT, 0))))
+    for each in filters:
+        each.apply(logits, tokens)
+    return logits.numpy()
+
+
+def ours(rules: RuleSet, logits: np.ndarray, history: np.ndarray, by_row: bool) -> np.ndarray:
+    progress = begin(len(history))
+    if by_row:
+        progress = progress._replace(index=jnp.zeros(len(history), jnp.int32))
+    for token_B in history.T:
+        progress = advance(progress, jnp.asarray(token_B, jnp.int32), rules)
+    return np.asarray(apply(rules.rules(), jnp.asarray(logits), progress))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_timestamps_equal_openai(length, by_row):
+    rng = np.random.default_rng(length)
+    rows = 200
+    # Half of the tokens timestamps, so that pairs, openings and closings all occur.
+    text, time = rng.integers(0, END, (rows, length)), rng.integers(BEGIN, VOCAB, (rows, length))
+    history = np.where(rng.random((rows, length)) < 0.5, text, time)
+    # From flat to peaked, so that the timestamps' mass wins in some rows and not in others.
+    logits = rng.normal(size=(rows, VOCAB)) * rng.uniform(0.1, 8, (rows, 1))
+    logits[:, BEGIN:] += rng.uniform(-6, 3, (rows, 1))
+    logits = logits.astype(np.float32)
+    filters = [
+        SuppressBlank(TOKENS, PROMPT),
+        SuppressTokens(RULES.suppressed),
+        ApplyTimestampRules(TOKENS, PROMPT, RULES.max_initial),
+    ]
+    expected = theirs(filters, logits, history)
+    np.testing.assert_array_equal(ours(RULES, logits, history, by_row), expected)
+    only_time = np.isinf(expected[:, :BEGIN]).all(axis=1)
+    assert only_time.all() if length == 0 else 0.05 < only_time.mean() < 0.95
+
+
+def test_plain_text_equals_openai():
+    rng = np.random.default_rng(0)
+    rules = RuleSet(END, 36, RULES.suppressed, RULES.suppressed_first)
+    filters = [SuppressBlank(TOKENS, PROMPT), SuppressTokens(RULES.suppressed)]
+    for length in (0, 1, 4):
+        history = rng.integers(0, END, (5, length))
+        logits = rng.normal(size=(5, VOCAB)).astype(np.float32)
+        expected = theirs(filters, logits, history)
+        np.testing.assert_array_equal(ours(rules, logits, history, False), expected)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 9, 30])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_repetition_rules_equal_transformers(length, by_row):
+    from transformers.generation.logits_process import (
+        NoRepeatNGramLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+    )
+
+    rng = np.random.default_rng(length)
+    history = rng.integers(0, 5, (50, length))  # few tokens, so that much is repeated
+    logits = rng.normal(size=(50, VOCAB)).astype(np.float32)
+    for penalty, size in ((1.3, 0), (1.0, 3), (0.8, 2), (1.0, 1)):
+        rules = RuleSet(END, 36, (), (), repetition_penalty=penalty, no_repeat_ngram=size)
+        progress = begin(50, 32)
+        if by_row:
+            progress = progress._replace(index=jnp.zeros(50, jnp.int32))
+        for token_B in history.T:
+            progress = advance(progress, jnp.asarray(token_B, jnp.int32), rules)
+        expected, tokens = torch.from_numpy(logits.copy()), torch.from_numpy(history)
+        if penalty != 1:
+            expected = RepetitionPenaltyLogitsProcessor(penalty)(tokens, expected)
+        if size:
+            expected = NoRepeatNGramLogitsProcessor(size)(tokens, expected)
+        found = np.asarray(apply(rules.rules(), jnp.asarray(logits), progress))
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
