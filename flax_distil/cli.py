@@ -65,6 +65,7 @@ VERBS = {
         "flax_distil.transcribe",
         "talk.mp3 film.mkv --model student --format json --output-dir texts",
     ),
+    "demo": Verb(config.DemoConfig, "flax_distil.demo", "--output-dir runs/demo"),
 }
 
 DESCRIPTION = """Distil-Whisper in JAX: label speech with a teacher, teach a student, judge it, \

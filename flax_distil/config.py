@@ -249,6 +249,9 @@ class DistillConfig:
     """Language spoken where the labels name none, such as en."""
     label_buckets: tuple[int, ...] = (32, 64, 128, 256, 448)
     """Label lengths in tokens that programs are compiled for; a batch takes the first that fits."""
+    audio_states: Path | None = None
+    """Folder for the frozen encoder's output of every clip (S x width x 2 bytes each), made before
+    training where it is missing: the encoder then runs once a clip, not once an epoch."""
     train_encoder: bool = False
     """Train the encoder as well; it is then no longer shared with the teacher."""
     max_skipped: int = 10

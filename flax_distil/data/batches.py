@@ -15,7 +15,7 @@ from typing import Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Int16
+from jaxtyping import Float, Int, Int16, Shaped
 
 from flax_distil.data.utterances import Utterance, to_language
 from flax_distil.errors import InputError
@@ -52,6 +52,8 @@ class Batch:
     """Length of the clip before padding."""
     rows: Int[np.ndarray, "B"]
     """Numbers of the utterances in their dataset."""
+    audio: Shaped[np.ndarray, "B S D"] | None = None
+    """The encoder's output where it is kept on disk; there are no waveforms then (N = 0)."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def collate(
     rows: Sequence[int],
     length: int,
     eot: int,
+    audio: Shaped[np.ndarray, "B S D"] | None = None,
 ) -> Batch:
     """Rows padded to `length` tokens; a row of 0 seconds was not heard and weighs nothing."""
     tokens = np.full((len(examples), length), eot, np.int32)
@@ -134,4 +137,5 @@ def collate(
         weights=weights,
         seconds=np.asarray(seconds, np.float32),
         rows=np.asarray(rows, np.int32),
+        audio=audio,
     )

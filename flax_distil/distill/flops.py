@@ -15,7 +15,14 @@ from flax_distil.distill.step import Plan
 from flax_distil.model.dims import WhisperDims
 
 
-def step_flops(plan: Plan, batch_size: int, length: int, own_encoder: bool, train_encoder: bool):
+def step_flops(
+    plan: Plan,
+    batch_size: int,
+    length: int,
+    own_encoder: bool,
+    train_encoder: bool,
+    encode: bool = True,
+):
     """Operations of one update on `batch_size` clips with `length` tokens each.
 
     Forward passes of the shared encoder, the teacher's decoder and the student; the backward pass
@@ -23,7 +30,7 @@ def step_flops(plan: Plan, batch_size: int, length: int, own_encoder: bool, trai
     gradient. Recomputation (remat) does not count: it is no useful work.
     """
     teacher, student, loss = plan.teacher.dims, plan.student.dims, plan.loss
-    clip = encoder_flops(teacher)
+    clip = encoder_flops(teacher) if encode else 0
     if loss.kl or loss.mse:
         clip += decoder_flops(teacher, length) + cross_flops(teacher)
         clip += vocabulary_flops(teacher, length) if loss.kl else 0

@@ -112,8 +112,11 @@ def evaluation_losses(
 
 def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
     """Encoder and teacher, outside of all differentiation."""
-    encoder = plan.teacher.encoder(frozen.teacher["encoder"])
-    audio_BSD = encoder(log_mel(batch.waveforms, plan.teacher.dims.mels))
+    audio_BSD = batch.audio
+    if audio_BSD is None:
+        encoder = plan.teacher.encoder(frozen.teacher["encoder"])
+        audio_BSD = encoder(log_mel(batch.waveforms, plan.teacher.dims.mels))
+    audio_BSD = jnp.asarray(audio_BSD, plan.teacher.dtype)
     decoder = plan.teacher.decoder(frozen.teacher["decoder"])
     hidden_BLD, every_NBLD = decoder.hidden_states(jnp.asarray(batch.tokens), audio_BSD)
     return Guide(audio_BSD, hidden_BLD, every_NBLD)
@@ -154,6 +157,7 @@ def micro_batches(batch: Batch, plan: Plan) -> Batch:
     """Rows as [accumulation, rows, …]: every k-th row, so that each stays on its device."""
 
     def cut(rows: Array) -> Array:
-        return rows.reshape(-1, plan.accumulation, *rows.shape[1:]).swapaxes(0, 1)
+        shape = (len(rows) // plan.accumulation, plan.accumulation, *rows.shape[1:])
+        return rows.reshape(shape).swapaxes(0, 1)
 
     return jax.tree.map(cut, batch)

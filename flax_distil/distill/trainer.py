@@ -9,15 +9,18 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from flax_distil.config import DistillConfig
+from flax_distil.data.audio_states import AudioStates, audio_states
 from flax_distil.data.batches import Batch, TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.utterances import Joined, Utterance, Utterances, read_dataset
+from flax_distil.decode.recognizer import listen
 from flax_distil.distill.checkpoints import Checkpoints, Progress, has_checkpoints
 from flax_distil.distill.flops import measured_peak, step_flops
 from flax_distil.distill.runs import RECIPE
@@ -28,9 +31,11 @@ from flax_distil.distill.tracking import Done, Speed, Tracker, Watch, environmen
 from flax_distil.distill.validation import Validate, Validation, make_validate
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
-from flax_distil.model.spec import unstack_layers
+from flax_distil.model.spec import Spec, unstack_layers
+from flax_distil.model.student import same_arrays
 from flax_distil.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
 from flax_distil.parallel.sharding import check_heads, shardings
+from flax_distil.pseudo_label.labeller import fingerprint
 from flax_distil.recipe import load_recipe, save_recipe
 from flax_distil.text.tokens import load_tokens
 
@@ -107,6 +112,7 @@ def run(config: DistillConfig) -> TrainSummary:
         config.run.workers,
         rank=jax.process_index(),
         hosts=jax.process_count(),
+        states=kept_states(config, teacher, student, utterances),
     )
     return train(config, teacher, student, loader, make_validate(config, student))
 
@@ -161,6 +167,40 @@ def train(
         skipped=int(state.skipped),
         best_wer=progress.best_wer,
         best_step=progress.best_step,
+    )
+
+
+def kept_states(
+    config: DistillConfig, teacher: Checkpoint, student: Checkpoint, utterances: Joined
+) -> AudioStates | None:
+    """The encoder's output of all clips from disk, where the run keeps it there.
+
+    Raises InputError where the student does not share the teacher's frozen encoder.
+    """
+    if config.audio_states is None:
+        return None
+    encoders = teacher.params["encoder"], student.params["encoder"]
+    if config.train_encoder or not same_arrays(*encoders):
+        raise InputError(
+            "audio_states hold what the teacher's frozen encoder says, and this student has an "
+            "encoder of its own: leave audio_states out"
+        )
+    if jax.process_count() > 1:
+        raise InputError("audio_states are kept by one host only: leave them out on several")
+    spec = Spec(teacher.dims, config.compute.dtype)
+    params = jax.device_put(encoders[0])
+    return audio_states(
+        config.audio_states,
+        utterances,
+        lambda waveforms_BN: listen(spec, params, waveforms_BN),
+        (teacher.dims.audio_positions, teacher.dims.width),
+        {
+            "encoder": fingerprint(encoders[0]),
+            "labels": sha256(utterances.label_lengths().tobytes()).hexdigest(),
+            "dtype": config.compute.dtype,
+        },
+        config.validation.batch_size,
+        config.run.workers,
     )
 
 
@@ -256,7 +296,8 @@ def flops(program: Program, fed: Fed) -> int:
     own = program.frozen.student_encoder
     trained = set(own) == {"positions"}
     rows, length = fed.arrays.tokens.shape
-    return step_flops(program.plan, rows, length, bool(own), trained)
+    encode = fed.arrays.audio is None
+    return step_flops(program.plan, rows, length, bool(own), trained, encode)
 
 
 def peak_flops(config: DistillConfig, program: Program) -> float:

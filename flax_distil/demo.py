@@ -1,0 +1,159 @@
+"""The whole road once, on real weights and real speech: what `make demo` walks.
+
+fetch → label → filter → init-student → distill → export → evaluate → transcribe
+"""
+
+import logging
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from flax_distil import evaluate, export
+from flax_distil.config import (
+    ComputeConfig,
+    DataConfig,
+    DemoConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ExportConfig,
+    FilterConfig,
+    InitStudentConfig,
+    OptimizerConfig,
+    PseudoLabelConfig,
+    RunConfig,
+    ValidationConfig,
+)
+from flax_distil.data.utterances import listen, read_dataset
+from flax_distil.distill import trainer
+from flax_distil.evaluate import Report
+from flax_distil.export.verify import differing_texts
+from flax_distil.fetch.speech import DemoSpeech, demo_speech
+from flax_distil.fetch.weights import fetch_weights
+from flax_distil.model import student
+from flax_distil.pseudo_label import filter as choosing
+from flax_distil.pseudo_label import labeller
+from flax_distil.transcribe import transcribe
+
+log = logging.getLogger(__name__)
+
+TEACHER = "whisper-tiny.en"
+
+
+def run(config: DemoConfig) -> Report:
+    """Teach a student of tiny.en on this machine and judge it; all of it lands in `output_dir`.
+
+    Stopped at any point and started again, it goes on: speech, labels and training are kept.
+    """
+    start, folder = time.monotonic(), config.output_dir
+    step("1. A teacher and speech")
+    teacher = fetch_weights(TEACHER)
+    speech = demo_speech(
+        folder / "speech",
+        config.seed,
+        config.sentences,
+        heldout_spoken=config.heldout,
+        heldout_prompts=config.heldout,
+    )
+    log.info("speech: %s", speech.sources)
+    step("2. The teacher writes down what it hears")
+    stores = [label(config, speech, teacher, packed) for packed in (True, False)]
+    step("3. Labels that can be trusted")
+    chosen = tuple(choose(store) for store in stores)
+    step("4. A student of the teacher's encoder and two of its decoder layers")
+    untrained = folder / "student-untrained"
+    student.run(InitStudentConfig(str(teacher), untrained))
+    step("5. Distillation")
+    run_folder = teach(config, speech, teacher, untrained, chosen)
+    step("6. A folder for Transformers, checked in PyTorch")
+    trained = folder / "student"
+    clip = Path(str(next(iter(read_dataset(heldout(speech)[0]).since(0))).audio))
+    export.run(ExportConfig(str(run_folder), trained, verify=True, verify_audio=clip))
+    step("7. Judged on clips that nobody was trained on")
+    report = judge(config, speech, {"teacher": teacher, "untrained": untrained, "student": trained})
+    clips = [
+        listen(utterance)
+        for source in heldout(speech)
+        for utterance in read_dataset(source).since(0)
+    ]
+    differing = differing_texts(trained, clips, config.max_tokens)
+    said = transcribe(clip, trained).text.strip()
+    console = Console()
+    console.print(
+        f"\nPyTorch writes the same text on {len(clips) - len(differing)} of {len(clips)}."
+    )
+    console.print(f"{clip.name}, as the exported student hears it: {said}")
+    console.print(report.table())
+    log.info("%.1f minutes; all of it is in %s", (time.monotonic() - start) / 60, folder)
+    return report
+
+
+def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -> Path:
+    """A label store of windows full of speech, or of single clips: students meet both."""
+    folder = config.output_dir / "labels" / ("packed" if packed else "single")
+    labeller.run(
+        PseudoLabelConfig(
+            DataConfig(str(speech.train), limit=None if packed else config.single, language="en"),
+            model=str(teacher),
+            output_dir=folder,
+            pack_seconds=30.0 if packed else None,
+            max_tokens=config.max_tokens,
+            batch_size=config.batch_size,
+            shard_size=64,
+        )
+    )
+    return folder
+
+
+def choose(store: Path) -> Path:
+    """The labels below the paper's threshold."""
+    folder = store.parent.parent / "chosen" / store.name
+    choosing.run(FilterConfig(store, folder, overwrite=True))
+    return folder
+
+
+def teach(
+    config: DemoConfig, speech: DemoSpeech, teacher: Path, student: Path, chosen: tuple[Path, ...]
+) -> Path:
+    """The run's folder."""
+    folder = config.output_dir / "distill"
+    trainer.run(
+        DistillConfig(
+            teacher=str(teacher),
+            student=str(student),
+            labels=chosen,
+            output_dir=folder,
+            batch_size=config.batch_size,
+            language="en",
+            audio_states=config.output_dir / "audio-states",
+            seed=config.seed,
+            optimizer=OptimizerConfig(config.steps, config.learning_rate, config.steps // 10),
+            compute=ComputeConfig(dtype="float32"),
+            validation=ValidationConfig(every=config.steps + 1),
+            run=RunConfig(resume="auto", save_every=100, log_every=10),
+        )
+    )
+    return folder
+
+
+def judge(config: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Report:
+    """All models side by side, synthetic and human speech apart."""
+    return evaluate.run(
+        EvaluateConfig(
+            models=tuple(map(str, models.values())),
+            names=tuple(models),
+            datasets=tuple(map(str, heldout(speech))),
+            output_dir=config.output_dir,
+            max_tokens=config.max_tokens,
+        )
+    )
+
+
+def heldout(speech: DemoSpeech) -> list[Path]:
+    """Manifests of the clips that are kept for judging, human ones first where there are any."""
+    return [path for path in (speech.heldout_human, speech.heldout_synthetic) if path]
+
+
+def step(title: str) -> None:
+    """Says what comes now."""
+    Console().rule(title, align="left")
