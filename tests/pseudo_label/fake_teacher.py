@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import DataConfig, PseudoLabelConfig
 from flax_distil.data.utterances import read_dataset
 from flax_distil.decode.options import Hypothesis
 from flax_distil.pseudo_label.labeller import LabelSummary, label, settings
-from flax_distil.pseudo_label.store import open_store
+from flax_distil.pseudo_label.store import SCHEMA, open_store
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.wer import word_errors
 
@@ -55,35 +56,49 @@ def label_with(config: PseudoLabelConfig, teacher=fake_teacher) -> LabelSummary:
     return label(utterances, teacher, store, config)
 
 
-def label_slowly(manifest: str, output: str) -> None:
-    """23 clips in six shards and about half a second."""
+def label_telling(manifest: str, output: str, began: int) -> None:
+    """23 clips in 23 shards; writes to the pipe `began` when a shard's last text is there."""
 
-    def slow(waveforms_BN, language):
-        time.sleep(0.04)
-        return fake_teacher(waveforms_BN, language)
+    def telling(waveforms_BN, language):
+        hypotheses = fake_teacher(waveforms_BN, language)
+        os.write(began, b"1")
+        return hypotheses
 
     data, folder = DataConfig(manifest), Path(output)
     config = PseudoLabelConfig(
-        data=data, model="fake", output_dir=folder, batch_size=3, shard_size=4, workers=2
+        data=data, model="fake", output_dir=folder, batch_size=2, shard_size=1, workers=2
     )
-    label_with(config, slow)
+    label_with(config, telling)
 
 
 def label_killed(manifest: str, output: str, kills: int) -> None:
-    """Label in child processes; the first `kills` of them are killed at a random instant."""
-    word_errors([normalizer("en")("loaded once")], ["not by each child"])
+    """Label in child processes, all but the last killed at a random instant.
+
+    Every third kill hits the start, the others the work itself: at any point of writing a shard
+    or hearing the next.
+    Prints how each child ended and how many shards lay there then.
+    """
+    # What loads when it is first used is loaded here, once, and not by each child.
+    word_errors([normalizer("en")("a")], ["b"])
+    pa.Table.from_pylist([{}], schema=SCHEMA)
     chance = random.Random(0)
     for attempt in range(kills + 1):
+        waiting, began = os.pipe()
         child = os.fork()  # nothing here has started a thread yet
         if not child:
-            label_slowly(manifest, output)
+            label_telling(manifest, output, began)
             os._exit(0)
+        os.close(began)
         if attempt < kills:
-            # Mostly early, so that there is work left for the next; each stage is hit.
-            time.sleep(chance.expovariate(1 / 0.12))
+            if attempt % 3:
+                for _ in range(chance.randint(1, 2)):  # so that a slow machine gets on as well
+                    os.read(waiting, 1)
+            time.sleep(chance.uniform(0.0, 0.03))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status))
+        os.close(waiting)
+        shards = len(list((Path(output) / "data").glob("[0-9]*.parquet")))
+        print(os.waitstatus_to_exitcode(status), shards)
 
 
 if __name__ == "__main__":

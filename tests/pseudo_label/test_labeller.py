@@ -120,14 +120,18 @@ def test_kill_at_any_moment_and_go_on(speech, tmp_path):
     program = [sys.executable, str(Path(__file__).with_name("fake_teacher.py"))]
     manifest = str(speech / "manifest.jsonl")
 
-    def labelled(name: str, kills: int) -> list[str]:
+    def labelled(name: str, kills: int) -> list[list[str]]:
         command = [*program, manifest, str(tmp_path / name), str(kills)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return [line.split() for line in done.stdout.splitlines()]
 
-    assert labelled("whole", 0) == ["0"]
+    assert labelled("whole", 0) == [["0", "23"]]
     endings = labelled("killed", 20)
-    assert endings[-1] == "0"
-    assert endings.count("-9") >= 8
+    killed_at = [shards for code, shards in endings if code == "-9"]
+    assert endings[-1] == ["0", "23"]
+    # A fast machine may be done before the last kills; most hit the work, at one place or another.
+    assert len(killed_at) >= 12
+    assert len(set(killed_at)) >= 6
     whole, killed = contents(tmp_path / "whole"), contents(tmp_path / "killed")
     assert {name: killed[name] for name in whole} == whole
 
