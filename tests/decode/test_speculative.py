@@ -1,0 +1,166 @@
+"""Speculative decoding against plain greedy search, and against the teacher's distribution."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_distil.decode.assisted import make_assistant, recognize_assisted
+from flax_distil.decode.drafters import Drafts, LookupDrafter, ModelDrafter, Text, frequent_ids
+from flax_distil.decode.greedy import Prompt, Sampling, greedy
+from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.recognizer import recognize
+from flax_distil.decode.rules import RuleSet, begin
+from flax_distil.decode.speculative import judge, speculative
+from flax_distil.errors import InputError
+from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.model.dims import WhisperDims
+from flax_distil.model.spec import Spec
+from flax_distil.model.student import init_student
+
+DIMS = WhisperDims(8, 97, 32, 1, 4, 2, 2, 48, 64, audio_positions=20, text_positions=40)
+SPEC = Spec(DIMS)
+RULES = RuleSet(50, 51, (3, 4), (5, 50), no_timestamps=52, max_initial=10)
+TIMES = dataclasses.replace(RULES, timestamp_begin=60, no_repeat_ngram=2)
+ONE_PROMPT = Prompt(jnp.array([[7, 8, 9]] * 4), jnp.int32(3), jnp.int32(1))
+PROMPTS = Prompt(jnp.array([[7, 8, 9, 1]] * 4), jnp.array([4, 4, 4, 1]), jnp.array([1, 1, 1, 0]))
+ACTIVE = jnp.array([True, True, False, True])
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A random teacher that does not settle on one token, and the same with noise on it."""
+    params = jax.tree.map(lambda leaf: 4 * leaf, SPEC.init(jax.random.key(0)))
+    noise = SPEC.init(jax.random.key(1))
+    blurred = jax.tree.map(lambda leaf, other: leaf + 0.15 * other, params, noise)
+    mel = jax.random.normal(jax.random.key(2), (4, 40, 8))
+    return params["decoder"], blurred["decoder"], SPEC.encoder(params["encoder"])(mel)
+
+
+@pytest.mark.parametrize(
+    ("kind", "guesses"),
+    [("model", 1), ("model", 4), ("part of the vocabulary", 2), ("lookup", 3)],
+)
+@pytest.mark.parametrize(("rules", "prompt"), [(RULES, ONE_PROMPT), (TIMES, PROMPTS)])
+def test_writes_what_greedy_writes_row_by_row(pair, rules, prompt, kind, guesses):
+    params, blurred, audio = pair
+    drafter = {
+        "model": ModelDrafter(SPEC, blurred),
+        "part of the vocabulary": ModelDrafter(SPEC, blurred, jnp.arange(20, 97)),
+        "lookup": LookupDrafter(),
+    }[kind]
+    arguments = (SPEC, params, audio, prompt, ACTIVE, rules, 39)
+    expected = greedy(*arguments)
+    found, tally = speculative(*arguments, drafter, audio, guesses)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.lengths, expected.lengths)
+    # Sums of up to 38 float32 logarithms, in another order of operations.
+    np.testing.assert_allclose(found.log_probability, expected.log_probability, atol=1e-3)
+    np.testing.assert_allclose(found.no_speech, expected.no_speech, rtol=1e-5)
+    assert 0 < tally.acceptance_rate < 1  # neither side of the loop is idle
+    assert 1 < tally.tokens_per_pass < guesses + 1
+    assert tally.passes[2] == 0
+    assert len(set(expected.lengths.tolist())) >= 3
+
+
+def test_the_teacher_itself_is_always_right(pair):
+    params, _, audio = pair
+    arguments = (SPEC, params, audio, ONE_PROMPT, ACTIVE, RULES, 36)
+    found, tally = speculative(*arguments, ModelDrafter(SPEC, params), audio, 3)
+    np.testing.assert_array_equal(found.tokens, greedy(*arguments).tokens)
+    # All but those behind the end, which nobody needs.
+    written = np.asarray(tally.written)
+    np.testing.assert_array_equal(tally.passes, np.where(ACTIVE, 1 + -(-(written - 1) // 4), 0))
+
+
+@pytest.mark.parametrize("certain", [False, True])
+def test_samples_are_the_teachers(certain):
+    """Three tokens out of 6 ids: the frequencies of all 216 texts are p(a) p(b|a) p(c|ab)."""
+    rows, vocab, guesses = 60_000, 6, 2
+    rules = RuleSet(end=99, no_speech=0, suppressed=(), suppressed_first=())
+    p = jax.random.normal(jax.random.key(0), (vocab, vocab)) * 1.5  # by the token before
+    q = jax.random.normal(jax.random.key(1), (vocab, vocab)) * 1.5
+    temperature = 0.7
+    sampling = Sampling(jnp.full(rows, temperature), jnp.arange(rows))
+    start = jnp.zeros(rows, jnp.int32)
+    key_first, key_second = jax.random.split(jax.random.key(2))
+    if certain:
+        first = jnp.argmax(q[start], -1)
+        drafts = Drafts(jnp.stack([first, jnp.argmax(q[first], -1)], 1), None)
+    else:
+        first = jax.random.categorical(key_first, q[start] / temperature)
+        second = jax.random.categorical(key_second, q[first] / temperature)
+        scores = jax.nn.log_softmax(jnp.stack([q[start], q[first]], 1) / temperature)
+        drafts = Drafts(jnp.stack([first, second], 1), scores)
+    read = jnp.concatenate([start[:, None], drafts.tokens], axis=1)
+    progress = begin(rows)._replace(index=start)
+    verdict = judge(p[read], progress, drafts, rules, sampling)
+    agreed = np.asarray(verdict.agreed_B)
+    assert {*agreed} == {0, 1, 2}
+    # The places behind the last verdict are filled up by plain sampling.
+    tokens, rng = np.asarray(verdict.tokens_BK).copy(), np.random.default_rng(0)
+    p = np.asarray(jax.nn.softmax(p / temperature), np.float64)
+    p /= p.sum(-1, keepdims=True)
+    for place in (1, 2):
+        drawn = (p[tokens[:, place - 1]].cumsum(-1) < rng.random((rows, 1))).sum(-1)
+        tokens[:, place] = np.where(agreed >= place, tokens[:, place], drawn)
+    expected = p[0][:, None, None] * p[:, :, None] * p[None]
+    seen = np.zeros((vocab,) * (guesses + 1))
+    np.add.at(seen, tuple(tokens.T), 1)
+    # Chi-squared with 215 degrees of freedom: mean 215, deviation 21.
+    assert ((seen - rows * expected) ** 2 / (rows * expected)).sum() < 215 + 4 * 21
+
+
+def test_at_temperature_0_a_row_is_greedy_and_seeds_are_its_own(pair):
+    params, blurred, audio = pair
+    arguments = (SPEC, params, audio, ONE_PROMPT, ACTIVE, RULES, 36, ModelDrafter(SPEC, blurred))
+    sampling = Sampling(jnp.array([0.0, 1.0, 1.0, 1.0]), jnp.arange(4))
+    mixed, _ = speculative(*arguments, audio, 3, sampling)
+    warm, _ = speculative(*arguments, audio, 3, sampling._replace(temperature=jnp.ones(4)))
+    plain = greedy(*arguments[:-1])
+    np.testing.assert_array_equal(mixed.tokens[0], plain.tokens[0])
+    np.testing.assert_array_equal(mixed.tokens[1:], warm.tokens[1:])
+    assert (mixed.tokens[3] != plain.tokens[3]).any()
+
+
+def test_looks_up_what_followed_the_last_time():
+    text = jnp.array([[1, 2, 3, 9, 2, 3, 4, 2, 3, 0, 0], [5, 6, 7, 8, 7, 8, 0, 0, 0, 0, 0]])
+    text = Text(text, jnp.array([9, 6]), begin(2))
+    drafts, _ = LookupDrafter().propose(None, text, 4, RULES, None)
+    # "2 3" was followed by 9 and, later, by "4 2 3"; a loop goes on as a loop.
+    np.testing.assert_array_equal(drafts.tokens, [[4, 2, 3, 4], [7, 8, 7, 8]])
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_real_speech_with_a_truncated_student(tiny_en, tiny_en_folder, windows, batch):
+    teacher, chosen = load_checkpoint(tiny_en_folder), windows[:batch]
+    options = DecodeOptions(max_tokens=60)
+    expected = recognize(tiny_en, chosen, options)
+    for checkpoint, vocabulary in ((init_student(teacher, [0, 1, 3]), 8000), (None, None)):
+        assistant = make_assistant(tiny_en, checkpoint, 3, vocabulary)
+        assert assistant.encoder is None  # the teacher's serves both
+        found, tally = recognize_assisted(tiny_en, assistant, chosen, options)
+        assert [one.tokens for one in found] == [one.tokens for one in expected]
+        assert [one.text for one in found] == [one.text for one in expected]
+        if checkpoint:
+            assert 0 < tally.acceptance_rate < 1
+
+
+def test_frequent_ids(tiny_en):
+    tokens = tiny_en.tokens
+    rare = tokens.encode(" xylophone")
+    ids = frequent_ids(tokens, 300, [rare])
+    assert len(ids) == len(set(ids)) == 300 + 1 + 1501
+    assert {*rare, tokens.eot, tokens.timestamp_begin} <= set(ids)
+    assert not set(ids).intersection(tokens.suppressed)
+
+
+def test_an_unfit_assistant_is_refused(tiny_en, base_folder, windows):
+    with pytest.raises(InputError, match=r"51,865 tokens and the model 51,864"):
+        make_assistant(tiny_en, load_checkpoint(base_folder))
+    with pytest.raises(InputError, match="0 guesses"):
+        make_assistant(tiny_en, None, 0)
+    with pytest.raises(InputError, match="5 beams"):
+        recognize_assisted(tiny_en, make_assistant(tiny_en, None), windows, DecodeOptions(beams=5))
