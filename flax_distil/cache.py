@@ -13,3 +13,12 @@ def cache_folder() -> Path:
 def model_folder(name: str) -> Path:
     """Where a model fetched under a short name, such as whisper-tiny.en, lies."""
     return cache_folder() / "models" / name
+
+
+def keep_programs() -> None:
+    """Let JAX keep compiled programs in the cache, so that the next run starts at once.
+
+    To be called before jax is imported; JAX's own variables, where set, win.
+    """
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple, Union
 import tyro
 
 from flax_distil import config
+from flax_distil.cache import keep_programs
 from flax_distil.errors import InputError
 from flax_distil.recipe import recipe_values, stage_name
 
@@ -88,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("flax_distil").setLevel(logging.INFO)
     try:
         stage = parse(arguments)
+        keep_programs()
         import_module(VERBS[stage_name(type(stage))].room).run(stage)
     except InputError as error:
         print(f"flax-distil: {error}", file=sys.stderr)

@@ -334,21 +334,72 @@ class TranscribeConfig:
     """Write down what is said in audio files or the sound of videos."""
 
     audio: Positional[tuple[Path, ...]]
-    """Files, of any format that FFmpeg reads."""
+    """Files of any format that FFmpeg reads, folders of them, or - for standard input."""
     model: str
     """A folder, a fetched name or a hub name."""
-    format: Literal["txt", "json"] = "txt"
-    """What is written beside each other: plain text, or openai-whisper's JSON."""
+    format: Literal["txt", "srt", "vtt", "tsv", "json", "all"] = "txt"
+    """What is written: plain text, subtitles, a table, openai-whisper's JSON, or each of them."""
     output_dir: Path = Path(".")
-    """Receives one file for each audio file."""
+    """Receives the files, named as the audio is."""
     language: str | None = None
     """Language spoken, such as en; without it the model's own guess."""
     task: Literal["transcribe", "translate"] = "transcribe"
     """Write in the language spoken, or in English."""
+    method: Literal["sequential", "chunked"] = "sequential"
+    """sequential: as Whisper does, with times, one window of each file at a time; chunked: all
+    windows at once, fast also on one file, and right for students taught without timestamps."""
     batch_size: int = 8
     """Windows of 30 s decoded at a time."""
     dtype: Dtype = "float32"
     """Precision of the computation; softmax and layer norms stay in float32."""
+    max_tokens: int = 224
+    """Longest text of a window in tokens."""
+    beams: int = 1
+    """Texts followed at once by beam search; 1 is greedy search."""
+    patience: float = 1.0
+    """Beam search stops when beams x patience texts have ended."""
+    length_penalty: float | None = None
+    """Exponent, 0 to 1, of the length that beams' scores are divided by; else their mean counts."""
+    temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    """Tried in turn on a window until its text looks right (sequential)."""
+    best_of: int = 5
+    """Texts drawn where the temperature is above 0."""
+    seed: int = 0
+    """Of all that is drawn."""
+    compression_ratio_threshold: float | None = 2.4
+    """A text that compresses further repeats itself, and is tried again (sequential)."""
+    logprob_threshold: float | None = -1.0
+    """A text of a lower mean log-probability is doubted, and tried again (sequential)."""
+    no_speech_threshold: float | None = 0.6
+    """A window is silent above this no-speech probability if its text is doubted (sequential)."""
+    condition_on_previous_text: bool = True
+    """Tell each window what was said before it (sequential)."""
+    prompt: str | None = None
+    """Text that went before the audio: names and style are taken from it."""
+    carry_prompt: bool = False
+    """Tell every window the prompt, not only the first (sequential)."""
+    hotwords: str | None = None
+    """Words to expect in any window."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes words less probable that a window has already."""
+    no_repeat_ngram: int = 0
+    """No run of so many tokens is written twice in a window; 0 allows it."""
+    clips: tuple[float, ...] = ()
+    """Start, end, start, ... in seconds of the parts to transcribe (sequential)."""
+    chunk_length: float = 30.0
+    """Seconds of a chunk; 15 to 25 is better for distilled models (paper table 20)."""
+    stride: float | None = None
+    """Seconds that a chunk shares with the next on each side; without it, a sixth of it."""
+    word_timestamps: bool = False
+    """Say when each word is spoken (sequential)."""
+    max_line_width: int | None = None
+    """Subtitles with word timestamps: characters in a line."""
+    max_line_count: int | None = None
+    """Subtitles with word timestamps: lines of a subtitle; needs a width."""
+    max_words_per_line: int | None = None
+    """Subtitles with word timestamps: words of a line, where no width is given."""
+    highlight_words: bool = False
+    """Subtitles with word timestamps: underline each word while it is spoken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,13 +408,15 @@ class DemoConfig:
 
     output_dir: Path = Path("runs/demo")
     """Receives speech, labels, student, report.json and report.md."""
-    sentences: int = 700
+    sentences: int = 400
     """Sentences that are synthesised; real human prompts come on top where apt is there."""
-    heldout: int = 50
+    heldout: int = 30
     """Clips of each kind, synthetic and human, that are kept for judging."""
-    single: int = 300
-    """Clips that are labelled alone as well; all are labelled in windows of up to 30 s."""
-    steps: int = 300
+    single: int = 100
+    """Clips that are labelled alone as well; all are labelled in windows of up to 25 s."""
+    clips: int | None = None
+    """At most so many clips to train on; all that are there where not given."""
+    steps: int = 70
     """Updates of the student."""
     batch_size: int = 8
     """Clips in one update."""

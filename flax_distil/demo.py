@@ -33,7 +33,7 @@ from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model import student
 from flax_distil.pseudo_label import filter as choosing
 from flax_distil.pseudo_label import labeller
-from flax_distil.transcribe import transcribe
+from flax_distil.transcribe import ChunkedOptions, transcribe
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def run(config: DemoConfig) -> Report:
         for utterance in read_dataset(source).since(0)
     ]
     differing = differing_texts(trained, clips, config.max_tokens)
-    said = transcribe(clip, trained).text.strip()
+    said = transcribe(clip, trained, long_form=ChunkedOptions()).text.strip()
     console = Console()
     console.print(
         f"\nPyTorch writes the same text on {len(clips) - len(differing)} of {len(clips)}."
@@ -93,10 +93,12 @@ def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -
     folder = config.output_dir / "labels" / ("packed" if packed else "single")
     labeller.run(
         PseudoLabelConfig(
-            DataConfig(str(speech.train), limit=None if packed else config.single, language="en"),
+            DataConfig(
+                str(speech.train), limit=config.clips if packed else config.single, language="en"
+            ),
             model=str(teacher),
             output_dir=folder,
-            pack_seconds=30.0 if packed else None,
+            pack_seconds=25.0 if packed else None,
             max_tokens=config.max_tokens,
             batch_size=config.batch_size,
             shard_size=64,
@@ -125,12 +127,13 @@ def teach(
             output_dir=folder,
             batch_size=config.batch_size,
             language="en",
+            label_buckets=(96, config.max_tokens + 2),
             audio_states=config.output_dir / "audio-states",
             seed=config.seed,
             optimizer=OptimizerConfig(config.steps, config.learning_rate, config.steps // 10),
             compute=ComputeConfig(dtype="float32"),
             validation=ValidationConfig(every=config.steps + 1),
-            run=RunConfig(resume="auto", save_every=100, log_every=10),
+            run=RunConfig(resume="auto", save_every=20, log_every=10),
         )
     )
     return folder

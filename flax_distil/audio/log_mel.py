@@ -6,6 +6,7 @@ on a CPU the FFT is up to twice as fast (docs/LOG.md, 2026-11-23).
 """
 
 from functools import cache
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,24 @@ def log_mel(
     Whisper was trained: the floor of each clip lies 8 decades below its own loudest bin.
     Equal to Transformers' WhisperFeatureExtractor (transposed) within 1e-4.
     """
+    log_BTM = log_powers(waveform_BN, mels)
+    return scaled(log_BTM, log_BTM.max(axis=(1, 2), keepdims=True))
+
+
+def scaled(
+    log_BTM: Float[Array | np.ndarray, "*B T M"], loudest: Float[Array | np.ndarray, "..."]
+) -> Any:
+    """Log powers cut off 8 decades below the loudest one of a clip, in the range of the model.
+
+    NumPy in, NumPy out, as with JAX.
+    """
+    return (log_BTM.clip(loudest - 8) + 4) / 4
+
+
+def log_powers(
+    waveform_BN: Float[Array | np.ndarray, "B N"] | Int16[Array | np.ndarray, "B N"], mels: int
+) -> Float32[Array, "B T M"]:
+    """Decimal logarithms of the mel powers, at least -10."""
     waveform_BN = jnp.asarray(waveform_BN)
     if waveform_BN.dtype == jnp.int16:
         waveform_BN = waveform_BN.astype(jnp.float32) / 32768
@@ -38,9 +57,7 @@ def log_mel(
         cpu=lambda frames: mel_by_fft(frames, filters),
         default=lambda frames: mel_by_matrices(frames, filters),
     )
-    log_BTM = jnp.log10(jnp.maximum(mel_BTM, 1e-10))
-    log_BTM = jnp.maximum(log_BTM, log_BTM.max(axis=(1, 2), keepdims=True) - 8)
-    return (log_BTM + 4) / 4
+    return jnp.log10(jnp.maximum(mel_BTM, 1e-10))
 
 
 def frame(waveform_BN: Float32[Array, "B N"]) -> Float32[Array, "B T 400"]:

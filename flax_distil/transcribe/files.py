@@ -1,53 +1,155 @@
 """Many files to transcripts beside each other; a bad one does not stop the good ones."""
 
-from collections.abc import Sequence
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
+from flax_distil.audio.load import audio_duration, load_audio
 from flax_distil.config import TranscribeConfig
+from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.errors import InputError, SomeFailed
 from flax_distil.model.checkpoint import load_checkpoint
-from flax_distil.transcribe.windows import transcribe
-from flax_distil.transcribe.writers import WRITERS
+from flax_distil.transcribe.chunked import ChunkedOptions
+from flax_distil.transcribe.recordings import LongForm, transcribe_all
+from flax_distil.transcribe.result import Transcript
+from flax_distil.transcribe.sequential import SequentialOptions
+from flax_distil.transcribe.writers import WRITERS, Layout
+
+log = logging.getLogger(__name__)
+
+STDIN = Path("-")
+ENDINGS = """aac ac3 aif aiff amr au avi caf flac g722 m4a m4b m4v mka mkv mov mp2 mp3 mp4 mpeg mpg
+oga ogg opus ts wav webm wma wmv"""  # of what is taken from a folder
+SUFFIXES = frozenset(f".{ending}" for ending in ENDINGS.split())
 
 
 def run(config: TranscribeConfig) -> list[Path]:
-    """Transcribe every file, print the texts and write one file each; returns what was written.
+    """Transcribe every file, print the texts and write them; returns what was written.
 
     Raises:
         SomeFailed: naming the files that could not be used, when the others are written.
-        InputError: no file is given, two would be written under one name, or no model is there.
+        InputError: no file is given, two would be written under one name, an option is wrong, or
+            no model is there.
     """
-    targets = target_paths(config.audio, config.output_dir, config.format)
+    targets = target_paths(config.audio, config.output_dir)
+    options, long_form = options_of(config), long_form_of(config)
     recognizer = make_recognizer(load_checkpoint(config.model), config.dtype)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    written, failures = [], []
-    for source, target in tqdm(targets.items(), unit="file", disable=len(targets) < 2):
-        try:
-            transcript = transcribe(
-                source,
-                recognizer,
-                language=config.language,
-                task=config.task,
-                batch_size=config.batch_size,
-            )
-        except InputError as error:
-            failures.append(str(error))
-            continue
-        tqdm.write(f"{source}: {transcript.text.strip()}" if len(targets) > 1 else transcript.text)
-        target.write_text(WRITERS[config.format](transcript), encoding="utf-8")
-        written.append(target)
-    if failures:
-        raise SomeFailed(
-            "\n  ".join([f"{len(failures)} of {len(targets)} files could not be used:", *failures])
-        )
+    sources = Sources(list(targets), [], [])
+    written, heard, begun = [], 0.0, time.monotonic()
+    transcripts = transcribe_all(
+        recognizer, sources.waveforms(), options, long_form, config.batch_size
+    )
+    with progress(targets) as bar:
+        for number, seconds, transcript in transcripts:
+            heard += seconds
+            bar.set_postfix_str(f"RTF {(time.monotonic() - begun) / max(heard, 1e-9):.3f}", False)
+            bar.update(seconds)
+            if transcript is not None:
+                source = sources.good[number]
+                said = transcript.text.strip()
+                tqdm.write(f"{source}: {said}" if len(targets) > 1 else said, file=sys.stdout)
+                written += write(transcript, targets[source], config)
+    spent = time.monotonic() - begun
+    if heard:
+        log.info("%.1f min of audio in %.1f s, RTF %.3f", heard / 60, spent, spent / heard)
+    if sources.failures:
+        count = f"{len(sources.failures)} of {len(targets)} files could not be used:"
+        raise SomeFailed("\n  ".join([count, *sources.failures]))
     return written
 
 
-def target_paths(sources: Sequence[Path], folder: Path, extension: str) -> dict[Path, Path]:
-    """Where each source's transcript goes: its name, with another extension, in `folder`.
+@dataclass
+class Sources:
+    """Files that are decoded when there is room for them."""
+
+    paths: list[Path]
+    good: list[Path]  # those that could be decoded so far
+    failures: list[str]  # what is wrong with the others
+
+    def waveforms(self) -> Iterator[np.ndarray]:
+        """The sound of each file that has one."""
+        for path in self.paths:
+            try:
+                waveform = load_audio(sys.stdin.buffer.read() if path == STDIN else path)
+            except InputError as error:
+                self.failures.append(str(error))
+                continue
+            self.good.append(path)
+            yield waveform
+
+
+def options_of(config: TranscribeConfig) -> DecodeOptions:
+    """How a window is decoded."""
+    return DecodeOptions(
+        language=config.language,
+        task=config.task,
+        max_tokens=config.max_tokens,
+        beams=config.beams,
+        patience=config.patience,
+        length_penalty=config.length_penalty,
+        best_of=config.best_of,
+        seed=config.seed,
+        prompt=config.prompt,
+        hotwords=config.hotwords,
+        repetition_penalty=config.repetition_penalty,
+        no_repeat_ngram=config.no_repeat_ngram,
+    )
+
+
+def long_form_of(config: TranscribeConfig) -> LongForm:
+    """How long audio is read.
+
+    Raises:
+        InputError: the options do not fit each other.
+    """
+    if config.batch_size < 1:
+        raise InputError(f"batch_size is {config.batch_size}: it must be at least 1")
+    if config.method == "chunked":
+        if config.word_timestamps or config.clips:
+            raise InputError(
+                "chunks have no timestamps: word_timestamps and clips need --method sequential"
+            )
+        return ChunkedOptions(config.chunk_length, config.stride)
+    return SequentialOptions(
+        temperatures=config.temperatures,
+        compression_ratio_threshold=config.compression_ratio_threshold,
+        logprob_threshold=config.logprob_threshold,
+        no_speech_threshold=config.no_speech_threshold,
+        condition_on_previous_text=config.condition_on_previous_text,
+        carry_prompt=config.carry_prompt,
+        clips=config.clips,
+        word_timestamps=config.word_timestamps,
+    )
+
+
+def write(transcript: Transcript, target: Path, config: TranscribeConfig) -> list[Path]:
+    """Writes a transcript's files, `target` with the formats' suffixes."""
+    layout = Layout(
+        config.max_line_width,
+        config.max_line_count,
+        config.max_words_per_line,
+        config.highlight_words,
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for extension in WRITERS if config.format == "all" else (config.format,):
+        path = target.with_name(f"{target.name}.{extension}")
+        path.write_text(WRITERS[extension](transcript, layout), encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def target_paths(sources: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """Where each source's transcript goes: its name without an extension, in `folder`.
+
+    Files of a folder keep their place in it; `-` is stdin.
 
     Raises:
         InputError: two sources would be written to one file, or there is none.
@@ -56,12 +158,38 @@ def target_paths(sources: Sequence[Path], folder: Path, extension: str) -> dict[
         raise InputError("no audio is given: flax-distil transcribe talk.mp3 --model whisper-base")
     targets: dict[Path, Path] = {}
     for source in dict.fromkeys(sources):
-        target = folder / f"{source.stem}.{extension}"
-        twins = [other for other, taken in targets.items() if taken == target]
-        if twins:
-            raise InputError(
-                f"{twins[0]} and {source} would both be written to {target}: "
-                "transcribe them into two folders"
-            )
-        targets[source] = target
+        for path, name in _files(source):
+            target = folder / name
+            twin = next((other for other, taken in targets.items() if taken == target), path)
+            if twin != path:
+                raise InputError(
+                    f"{twin} and {path} would both be written to {target}.*: "
+                    "transcribe them into two folders"
+                )
+            targets[path] = target
     return targets
+
+
+def progress(sources: Sequence[Path] | dict[Path, Path]) -> tqdm:
+    """A bar over the seconds of all files; without an end where a length is not known."""
+    total = 0.0
+    for source in sources:
+        try:
+            total += audio_duration(source) if source != STDIN else float("inf")
+        except InputError:
+            continue  # told when it is decoded
+    known = round(total) if total < float("inf") else None
+    form = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
+    return tqdm(total=known, unit="s", bar_format=form if known else None, disable=None)
+
+
+def _files(source: Path) -> list[tuple[Path, Path]]:
+    """(file, name of its transcript) of a file, or of all audio under a folder."""
+    if source == STDIN:
+        return [(source, Path("stdin"))]
+    if not source.is_dir():
+        return [(source, Path(source.stem))]
+    paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise InputError(f"{source} holds no audio: name the files if their endings are unusual")
+    return [(path, path.relative_to(source).with_suffix("")) for path in paths]

@@ -1,6 +1,17 @@
 """What a transcription is: openai-whisper's result and names, so that its tools can read it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word with the space before it, and its seconds from the start of the audio."""
+
+    word: str
+    start: float
+    end: float
+    probability: float
 
 
 @dataclass(frozen=True)
@@ -19,6 +30,8 @@ class Segment:
     """Mean log-probability of the window's tokens."""
     compression_ratio: float
     no_speech_prob: float
+    words: tuple[Word, ...] | None = None
+    """Only where word timestamps were asked for."""
 
 
 @dataclass(frozen=True)
@@ -28,3 +41,11 @@ class Transcript:
     text: str
     segments: tuple[Segment, ...]
     language: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The dictionary that openai-whisper's `transcribe` returns."""
+        result = asdict(self)
+        for segment in result["segments"]:
+            if segment["words"] is None:
+                del segment["words"]
+        return result

@@ -1,0 +1,84 @@
+"""Chunks and their merging against Transformers' pipeline."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from flax_distil.audio.load import pad_or_trim
+from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.recognizer import make_recognizer, recognize
+from flax_distil.errors import InputError
+from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.transcribe import ChunkedOptions, transcribe, transcribe_all
+from flax_distil.transcribe.chunked import cut, merge
+
+
+def test_merging_equals_transformers():
+    from transformers.models.whisper.tokenization_whisper import _find_longest_common_sequence
+
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        spoken = rng.integers(0, 30, 40)
+        places = np.sort(rng.choice(40, 4))
+        texts = [spoken[max(0, at - 4) : at + 14] for at in (0, *places)]
+        # One token in ten is heard wrongly.
+        texts = [np.where(rng.random(t.size) < 0.1, 99, t).tolist() for t in texts]
+        merged = merge(texts)
+        assert len(merged) == len(texts)
+        together = [token for part in merged for token in part]
+        assert together == [int(t) for t in _find_longest_common_sequence(texts)]
+    assert merge([]) == []
+    assert merge([(), (1, 2), ()]) == [(), (1, 2), ()]
+
+
+@pytest.mark.parametrize("seconds", [0.5, 30, 30.1, 50, 70.3, 100])
+@pytest.mark.parametrize("stride", [None, 0.0, 2.0])
+def test_cuts_equal_transformers(seconds, stride):
+    from transformers import WhisperFeatureExtractor
+    from transformers.pipelines.automatic_speech_recognition import chunk_iter
+
+    chunked = ChunkedOptions(30, stride)
+    samples = round(seconds * 16_000)
+    overlap = round(chunked.overlap * 16_000)
+    extractor = WhisperFeatureExtractor()
+    extractor.__class__ = type(
+        "Fast", (WhisperFeatureExtractor,), {"__call__": lambda self, chunk, **_: {}}
+    )
+    theirs = chunk_iter(np.arange(samples), extractor, 480_000, overlap, overlap)
+    expected = [one["stride"] for one in theirs]
+    ours = [
+        (stop - start, first - start, stop - last)
+        for start, stop, first, last in cut(samples, chunked)
+    ]
+    assert ours[: len(expected)] == expected
+    assert len(ours) == len(expected)
+    # What the chunks are there for lies side by side.
+    pieces = cut(samples, chunked)
+    assert pieces[0][2] == 0
+    assert pieces[-1][3] == samples
+    assert all(one[3] == following[2] for one, following in pairwise(pieces))
+
+
+def test_chunks_are_decoded_as_recognize_does(random_folders):
+    recognizer = make_recognizer(load_checkpoint(random_folders[0]))
+    rng = np.random.default_rng(0)
+    long, short = (0.1 * rng.standard_normal(16_000 * n).astype(np.float32) for n in (15, 4))
+    chunked, options = ChunkedOptions(10, 2), DecodeOptions(max_tokens=6)
+    found = [one for *_, one in transcribe_all(recognizer, [long, short], options, chunked, 3)]
+    first, second = (one for one in found if one is not None)
+    windows = np.stack([pad_or_trim(one) for one in (long[:160_000], long[96_000:], short)])
+    heard = recognize(recognizer, windows, options)
+    expected = merge([one.tokens for one in heard[:2]])
+    assert [segment.tokens for segment in first.segments] == expected
+    assert [(segment.start, segment.end) for segment in first.segments] == [(0, 8), (8, 15)]
+    assert [segment.tokens for segment in second.segments] == [heard[2].tokens]
+    alone = transcribe(short, recognizer, options=options, long_form=chunked)
+    assert (alone.text, len(alone.segments)) == (second.text, 1)
+
+
+def test_wrong_chunks_are_refused():
+    with pytest.raises(InputError, match="at most 30 s"):
+        ChunkedOptions(40)
+    with pytest.raises(InputError, match="use less than 5 s"):
+        ChunkedOptions(10, 5)

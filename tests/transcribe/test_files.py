@@ -1,0 +1,125 @@
+"""Audio in any form to transcripts, one or many."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from flax_distil.audio.load import SAMPLE_RATE, encode_flac
+from flax_distil.config import TranscribeConfig
+from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.recognizer import make_recognizer
+from flax_distil.errors import InputError, SomeFailed
+from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.transcribe import (
+    ChunkedOptions,
+    Segment,
+    SequentialOptions,
+    Transcript,
+    run,
+    transcribe,
+)
+from flax_distil.transcribe.files import long_form_of, target_paths
+
+SHORT = DecodeOptions(max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def recognizer(random_folders):
+    return make_recognizer(load_checkpoint(random_folders[0]))
+
+
+def tone(seconds: float) -> np.ndarray:
+    time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    return np.float32(0.3 * np.sin(2 * np.pi * 220 * time * (1 + time / 10)))
+
+
+def test_files_bytes_and_arrays_are_alike(recognizer, tmp_path):
+    (tmp_path / "a.flac").write_bytes(encode_flac(tone(1)))
+    long_form = SequentialOptions((0.0,), no_speech_threshold=None)
+    from_file = transcribe(tmp_path / "a.flac", recognizer, options=SHORT, long_form=long_form)
+    assert from_file.segments
+    again = transcribe(encode_flac(tone(1)), recognizer, options=SHORT, long_form=long_form)
+    assert again == from_file
+
+
+@pytest.mark.parametrize("long_form", [SequentialOptions((0.0,)), ChunkedOptions()])
+@pytest.mark.parametrize("samples", [0, 100, 800, 20 * SAMPLE_RATE, 65 * SAMPLE_RATE])
+def test_silence_has_no_text(recognizer, long_form, samples):
+    silence = np.zeros(samples, np.float32)
+    found = transcribe(silence, recognizer, options=SHORT, long_form=long_form)
+    assert found.text == ""
+    assert found.language == "en"
+
+
+@pytest.mark.parametrize("long_form", [SequentialOptions((0.0,)), ChunkedOptions()])
+def test_a_twentieth_of_a_second_is_enough(recognizer, long_form):
+    found = transcribe(tone(0.05), recognizer, options=SHORT, long_form=long_form)
+    assert all(segment.end <= 0.05 or segment.tokens for segment in found.segments)
+
+
+@pytest.mark.parametrize(
+    ("audio", "complaint"),
+    [
+        (np.full(100, np.nan, np.float32), "100 samples are NaN"),
+        (np.zeros((2, 100), np.float32), "one channel"),
+        (np.zeros(100, np.int16), "int16"),
+    ],
+)
+def test_a_wrong_waveform_is_refused(recognizer, audio, complaint):
+    with pytest.raises(InputError, match=complaint):
+        transcribe(audio, recognizer)
+
+
+def config(sources, model, **options) -> TranscribeConfig:
+    quick = dict(max_tokens=6, temperatures=(0.0,), no_speech_threshold=None)
+    return TranscribeConfig(tuple(sources), str(model), **quick | options)
+
+
+def test_a_bad_file_does_not_stop_the_good_ones(random_folders, tmp_path, capsys):
+    for name in ("a.flac", "c.flac"):
+        (tmp_path / name).write_bytes(encode_flac(tone(0.5)))
+    (tmp_path / "b.flac").write_bytes(b"no audio")
+    files = [tmp_path / f"{name}.flac" for name in ("a", "b", "c", "none")]
+    with pytest.raises(SomeFailed, match=r"2 of 4 files(.|\n)*b\.flac(.|\n)*none\.flac"):
+        run(config(files, random_folders[1], format="json", output_dir=tmp_path / "texts"))
+    assert sorted(path.name for path in (tmp_path / "texts").iterdir()) == ["a.json", "c.json"]
+    written = json.loads((tmp_path / "texts" / "a.json").read_text())
+    assert written["text"].strip() in capsys.readouterr().out
+    assert set(written) == {"text", "segments", "language"}
+    assert set(written["segments"][0]) == set(Segment.__dataclass_fields__) - {"words"}
+
+
+def test_folders_and_standard_input(random_folders, tmp_path, monkeypatch):
+    for name in ("one/a.flac", "one/deep/a.flac"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encode_flac(tone(0.5)))
+    (tmp_path / "one" / "notes.md").write_text("no audio")
+    stdin = io.TextIOWrapper(io.BytesIO(encode_flac(tone(0.5))))
+    monkeypatch.setattr("sys.stdin", stdin)
+    sources = [tmp_path / "one", type(tmp_path)("-")]
+    options = dict(format="all", output_dir=tmp_path / "texts", method="chunked")
+    written = run(config(sources, random_folders[1], **options))
+    names = {str(path.relative_to(tmp_path / "texts")) for path in written}
+    suffixes = ("txt", "srt", "vtt", "tsv", "json")
+    stems = ("a", "deep/a", "stdin")
+    assert names == {f"{stem}.{suffix}" for stem in stems for suffix in suffixes}
+    assert all(path.is_file() for path in written)
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"x\.wav and .*x\.mp3 would both be written"):
+        target_paths([tmp_path / "a/x.wav", tmp_path / "b/x.mp3"], tmp_path)
+    with pytest.raises(InputError, match="no audio"):
+        target_paths([], tmp_path)
+    with pytest.raises(InputError, match="holds no audio"):
+        target_paths([tmp_path], tmp_path)
+
+
+def test_options_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(InputError, match="need --method sequential"):
+        long_form_of(config([], "m", method="chunked", word_timestamps=True))
+    with pytest.raises(InputError, match="at least 1"):
+        long_form_of(config([], "m", batch_size=0))
+    assert isinstance(Transcript("", (), "en").as_dict()["segments"], tuple)

@@ -1,0 +1,136 @@
+"""Whisper's long-form algorithm against openai-whisper's own."""
+
+import numpy as np
+import pytest
+import whisper
+
+from flax_distil.decode.options import DecodeOptions, Hypothesis
+from flax_distil.decode.recognizer import make_recognizer
+from flax_distil.errors import InputError
+from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.text.wer import word_errors
+from flax_distil.transcribe import SequentialOptions, transcribe, transcribe_all
+from flax_distil.transcribe.sequential import looks_wrong, split
+
+PLAIN = SequentialOptions(temperatures=(0.0,))
+
+
+@pytest.fixture(scope="module")
+def tiny_en(tiny_en_folder):
+    return make_recognizer(load_checkpoint(tiny_en_folder))
+
+
+@pytest.fixture(scope="module")
+def talk(human_clips):
+    """Some 75 s of both people, with pauses."""
+    pause = np.zeros(8_000, np.float32)
+    clips = [clip for clip, _ in human_clips[:10] + human_clips[-3:]]
+    return np.concatenate([part for clip in clips for part in (clip, pause)])[: 75 * 16_000]
+
+
+def check(ours, theirs):
+    """Texts differ in at most 0.5 % of words, boundaries by 0.2 s at most in 95 %."""
+    assert word_errors([theirs["text"]], [ours.text]).rate <= 0.005
+    assert len(ours.segments) == len(theirs["segments"])
+    times = np.array([(one.start, one.end) for one in ours.segments])
+    expected = np.array([(one["start"], one["end"]) for one in theirs["segments"]])
+    assert (np.abs(times - expected) <= 0.2).mean() >= 0.95
+    for one, other in zip(ours.segments, theirs["segments"], strict=True):
+        assert one.seek == other["seek"]
+        assert one.avg_logprob == pytest.approx(other["avg_logprob"], abs=0.02)
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_real_speech_is_read_as_openai_reads_it(tiny_en, openai_tiny_en, talk, condition):
+    theirs = whisper.transcribe(
+        openai_tiny_en,
+        talk,
+        temperature=0.0,
+        condition_on_previous_text=condition,
+        initial_prompt="A telephone system.",
+        fp16=False,
+    )
+    ours = transcribe(
+        talk,
+        tiny_en,
+        options=DecodeOptions(prompt="A telephone system."),
+        long_form=SequentialOptions((0.0,), condition_on_previous_text=condition),
+    )
+    check(ours, theirs)
+
+
+def test_clips_and_thresholds_are_openai_s(tiny_en, openai_tiny_en, talk):
+    options = dict(no_speech_threshold=0.001, logprob_threshold=-0.3)
+    theirs = whisper.transcribe(
+        openai_tiny_en, talk, temperature=0.0, clip_timestamps=[5, 20, 30], fp16=False, **options
+    )
+    ours = transcribe(
+        talk, tiny_en, long_form=SequentialOptions((0.0,), clips=(5, 20, 30), **options)
+    )
+    check(ours, theirs)
+
+
+def test_files_of_one_batch_do_not_disturb_each_other(random_folders):
+    recognizer = make_recognizer(load_checkpoint(random_folders[0]))
+    rng = np.random.default_rng(0)
+    audio = [0.1 * rng.standard_normal(16_000 * n).astype(np.float32) for n in (35, 4, 40)]
+    options = DecodeOptions(max_tokens=8, best_of=2)
+    # Random models doubt all they write: each window is tried at both temperatures.
+    long_form = SequentialOptions((0.0, 0.8), no_speech_threshold=None)
+    together = {}
+    heard = [0.0, 0.0, 0.0]
+    for number, seconds, done in transcribe_all(recognizer, audio, options, long_form, 2):
+        heard[number] += seconds
+        together |= {number: done} if done else {}
+    np.testing.assert_allclose(heard, [35, 4, 40])
+    for number, waveform in enumerate(audio):
+        alone = transcribe(waveform, recognizer, options=options, long_form=long_form)
+        assert [one.tokens for one in together[number].segments] == [
+            one.tokens for one in alone.segments
+        ]
+        assert {one.temperature for one in alone.segments} == {0.8}
+
+
+def test_what_looks_wrong():
+    def heard(doubt: float, silence: float, ratio: float) -> Hypothesis:
+        return Hypothesis((1,), "a", "en", doubt, silence, ratio)
+
+    options = SequentialOptions()
+    assert not looks_wrong(heard(-0.5, 0.9, 1.0), options)
+    assert looks_wrong(heard(-0.5, 0.9, 2.5), options)
+    assert looks_wrong(heard(-1.5, 0.1, 1.0), options)
+    assert not looks_wrong(heard(-1.5, 0.9, 2.5), options)  # silence
+    assert not looks_wrong(heard(-1.5, 0.1, 2.5), SequentialOptions((0.0,), None, None, None))
+
+
+def test_windows_are_split_between_two_timestamps():
+    # 100 is 0.00 s; size in frames, times in steps of two frames
+    assert split((100, 1, 150, 150, 2, 200), 100, 3000)[1] == 3000  # ends alone: nothing follows
+    assert split((100, 1, 150, 150, 2, 200, 200), 100, 3000) == (
+        [(0, 50, (100, 1, 150)), (50, 100, (150, 2, 200))],
+        200,
+    )
+    assert split((100, 1, 150, 150, 2), 100, 3000) == ([(0, 50, (100, 1, 150))], 100)
+    assert split((100, 1, 2), 100, 2500) == ([(0, 1250, (100, 1, 2))], 2500)
+    assert split((100, 1, 120), 100, 2500) == ([(0, 20, (100, 1, 120))], 2500)
+    assert split((), 100, 2500) == ([(0, 1250, ())], 2500)
+
+
+def test_words_end_where_segments_do(tiny_en, talk):
+    long_form = SequentialOptions((0.0,), word_timestamps=True)
+    found = transcribe(talk[: 20 * 16_000], tiny_en, long_form=long_form)
+    assert len(found.segments) > 1
+    for segment in found.segments:
+        assert segment.words
+        assert "".join(word.word for word in segment.words) == segment.text
+        assert segment.start <= segment.words[0].end
+        assert segment.words[-1].start <= segment.end
+        starts = [word.start for word in segment.words]
+        assert starts == sorted(starts)
+
+
+def test_wrong_options_are_refused():
+    with pytest.raises(InputError, match="none below 0"):
+        SequentialOptions(())
+    with pytest.raises(InputError, match="none before another"):
+        SequentialOptions(clips=(5.0, 1.0))
