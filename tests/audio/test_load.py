@@ -173,6 +173,7 @@ def wav_bytes(samples: np.ndarray) -> bytes:
         (wav_bytes(np.array([0.0, np.nan, 0.1])), "NaN"),
         (wav_bytes(np.array([0.0, np.inf, 0.1])), "NaN or infinity"),
     ],
+    ids=["empty", "text", "no samples", "cut header", "NaN", "infinity"],
 )
 def test_bad_audio_is_one_sentence(data, words):
     with pytest.raises(AudioError, match=words) as caught:
