@@ -20,9 +20,9 @@ def attention(
 ) -> Float[Array, "B H Q K"]:
     """Softmax(q kᵀ) v; `q` comes scaled. True in `mask_QS` means «may look».
 
-    Unmasked attention of many queries (the encoder's) runs in blocks of queries: the [Q, S] scores
-    of a head, the model's largest tensor, never exist whole, and a block of them stays in cache
-    (half the time of one pass on a CPU, docs/LOG.md).
+    Unmasked attention of many queries (the encoder's) runs in parts, so that its scores, the
+    model's largest tensor, never exist whole: blocks of queries, or on CPUs, where a part has to
+    stay in cache, one head of one clip (docs/LOG.md).
 
     Unmasked, `q` may have n rows to each row of `k` and `v`: beams that look at one clip.
     """
@@ -32,8 +32,25 @@ def attention(
         beams_BHNK = q_BHQK.reshape(clips, -1, heads, queries, size).swapaxes(1, 2)
         mixed = attention(beams_BHNK.reshape(clips, heads, -1, size), k_BHSK, v_BHSK)
         return mixed.reshape(beams_BHNK.shape).swapaxes(1, 2).reshape(q_BHQK.shape)
-    if mask_QS is not None or queries <= QUERY_BLOCK or queries % QUERY_BLOCK:
+    if mask_QS is not None or queries <= QUERY_BLOCK:
         return _attend(q_BHQK, k_BHSK, v_BHSK, mask_QS)
+    return jax.lax.platform_dependent(
+        *(q_BHQK, k_BHSK, v_BHSK), cpu=_by_head, default=_by_query_block
+    )
+
+
+def _by_head(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
+    """One head of one clip after the other."""
+    heads = [x.reshape(-1, 1, 1, *x.shape[2:]) for x in (q_BHQK, k_BHSK, v_BHSK)]
+    attend = jax.checkpoint(lambda qkv: _attend(*qkv, None))
+    return jax.lax.map(attend, tuple(heads)).reshape(q_BHQK.shape)
+
+
+def _by_query_block(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
+    """A block of queries of all heads and clips after the other; at once if they do not divide."""
+    batch, heads, queries, size = q_BHQK.shape
+    if queries % QUERY_BLOCK:
+        return _attend(q_BHQK, k_BHSK, v_BHSK, None)
     blocks = q_BHQK.reshape(batch, heads, -1, QUERY_BLOCK, size)
     attend = jax.checkpoint(lambda q_BHQK: _attend(q_BHQK, k_BHSK, v_BHSK, None))
     mixed = jax.lax.map(attend, jnp.moveaxis(blocks, 2, 0))

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_distil.model.attention import QUERY_BLOCK, _attend, attention
+from flax_distil.model.attention import (
+    QUERY_BLOCK,
+    _attend,
+    _by_head,
+    _by_query_block,
+    attention,
+)
 from flax_distil.model.dims import PUBLISHED
 from flax_distil.model.spec import Spec, stack_layers, unstack_layers
 from flax_distil.model.weights import names
@@ -93,12 +99,13 @@ def test_causal_by_gradient(twins, inputs):
         np.testing.assert_array_equal(reach, np.arange(10) <= position)
 
 
-def test_blocks_of_queries_change_nothing():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 2 * QUERY_BLOCK, 8))
-    np.testing.assert_allclose(attention(q, k, v), _attend(q, k, v, None), atol=1e-6)
+@pytest.mark.parametrize("parts", [attention, _by_head, _by_query_block])
+def test_attention_in_parts_changes_nothing(parts):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 2, 2 * QUERY_BLOCK, 8))
+    np.testing.assert_allclose(parts(q, k, v), _attend(q, k, v, None), atol=1e-6)
     loss = lambda attend: jax.grad(lambda k: (attend(q, k, v) ** 2).sum())(k)
     plain = loss(lambda q, k, v: _attend(q, k, v, None))
-    np.testing.assert_allclose(loss(attention), plain, atol=1e-5)
+    np.testing.assert_allclose(loss(parts), plain, atol=1e-5)
 
 
 def test_bfloat16_keeps_parameters_and_logits_in_float32(twins, inputs):
