@@ -66,6 +66,11 @@ VERBS = {
         "flax_distil.transcribe",
         "talk.mp3 film.mkv --model student --format json --output-dir texts",
     ),
+    "plan": Verb(
+        config.PlanConfig,
+        "flax_distil.plan",
+        "recipes/large-v2-32-2.toml --topology v4-8 v5e-256 --batch auto",
+    ),
     "demo": Verb(config.DemoConfig, "flax_distil.demo", "--output-dir runs/demo"),
 }
 

@@ -403,6 +403,31 @@ class TranscribeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Say, without a TPU, whether a recipe fits a TPU slice, what fills it, and the least time."""
+
+    recipe: Positional[Path]
+    """Recipe with a [distill] table; [pseudo-label] and [evaluate] are planned where they are."""
+    topology: tuple[str, ...]
+    """TPU slices by Google's names, such as v4-8, v5e-256, v5p-64, v6e-16."""
+    programs: tuple[Literal["train", "label", "evaluate"], ...] = ("train", "label", "evaluate")
+    """What is compiled; training takes the compiler about a minute, decoding a few."""
+    batch: Literal["auto"] | int | None = None
+    """Clips in one update in place of the recipe's; auto searches the most that a chip holds."""
+    label_length: int | None = None
+    """Tokens of a usual label, which times are worked out for: about 30 for single clips, 130 for
+    windows full of speech. Memory is that of the longest bucket, and times as well where this is
+    not given."""
+    mfu: float | None = None
+    """Share of the peak that the run will reach, to estimate hours by; without it hours are the
+    roofline's, which no run goes below."""
+    chip_hour_price: float | None = None
+    """What an hour of one chip costs, in your currency."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DemoConfig:
     """The whole road once on this machine: a student of whisper-tiny.en, taught and judged."""
 

@@ -28,6 +28,7 @@ STAGES = (
     "evaluate",
     "export",
     "transcribe",
+    "plan",
     "demo",
 )
 
@@ -44,21 +45,25 @@ def load_recipe(path: str | Path, cls: type[Config]) -> Config:
 
 def recipe_values(path: str | Path, cls: type) -> dict[str, Any]:
     """The fields of `cls` that a recipe sets, converted to their types; see `load_recipe`."""
-    try:
-        document = tomlkit.parse(Path(path).read_text(encoding="utf-8")).unwrap()
-    except OSError as error:
-        raise InputError(f"the recipe {path} cannot be read: {error.strerror}") from None
-    except (tomlkit.exceptions.ParseError, UnicodeDecodeError) as error:
-        raise InputError(f"the recipe {path} is no TOML: {error}") from None
     stage = stage_name(cls)
-    tables = {name.replace("_", "-"): table for name, table in document.items()}
+    tables = _read(path)
     if stage in tables:
         _check_names(f"{path}", list(tables), STAGES, "stage")
         return _typed_fields(f"{path} [{stage}]", tables[stage], cls)
     others = [name for name in tables if name in STAGES]
-    if others and not {field.name for field in _fields(cls)}.issuperset(document):
+    names = {field.name.replace("_", "-") for field in _fields(cls)}
+    if others and not names.issuperset(tables):
         raise InputError(f"{path} has no table [{stage}]; it has {', '.join(others)}")
-    return _typed_fields(str(path), document, cls)
+    return _typed_fields(str(path), tables, cls)
+
+
+def recipe_stages(path: str | Path) -> tuple[str, ...]:
+    """The stages that a recipe has a table for.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    return tuple(name for name in _read(path) if name in STAGES)
 
 
 def save_recipe(config: Any, path: str | Path) -> None:
@@ -76,6 +81,17 @@ def save_recipe(config: Any, path: str | Path) -> None:
 def stage_name(cls: type) -> str:
     """The verb and recipe table of a stage: `PseudoLabelConfig` is pseudo-label."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__.removesuffix("Config")).lower()
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """A recipe's tables and fields, named as on the command line."""
+    try:
+        document = tomlkit.parse(Path(path).read_text(encoding="utf-8")).unwrap()
+    except OSError as error:
+        raise InputError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    except (tomlkit.exceptions.ParseError, UnicodeDecodeError) as error:
+        raise InputError(f"the recipe {path} is no TOML: {error}") from None
+    return {name.replace("_", "-"): table for name, table in document.items()}
 
 
 def _plain(value: Any) -> Any:

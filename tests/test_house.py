@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "flax_distil"
 ORDER = """errors, cache, recipe, config, parallel, text, audio, model, decode, transcribe, data, \
-pseudo_label, distill, evaluate, export, fetch, demo, cli"""
+pseudo_label, distill, evaluate, export, plan, fetch, demo, cli"""
 ROOMS = ORDER.split(", ")
 
 

@@ -128,10 +128,17 @@ def laid_out(half: Params, scanned: bool) -> Params:
 
 
 def narrow(tree: Any, plan: Plan) -> Any:
-    """Kernels and embeddings in the type of the computation, all else in float32."""
+    """Numpy arrays in the types that frozen parameters are kept in."""
+    return jax.tree.map(
+        lambda leaf, dtype: np.asarray(leaf).astype(dtype), tree, stored_types(tree, plan)
+    )
 
-    def cast(path: tuple, leaf: Any) -> Any:
-        wide = path[-1].key not in ("kernel", "embedding", "positions")
-        return np.asarray(leaf) if wide else np.asarray(leaf).astype(jnp.dtype(plan.teacher.dtype))
 
-    return jax.tree_util.tree_map_with_path(cast, tree)
+def stored_types(tree: Any, plan: Plan) -> Any:
+    """Kernels and embeddings in the type of the computation, all else as it is."""
+
+    def stored(path: tuple, leaf: Any) -> Any:
+        narrowed = path[-1].key in ("kernel", "embedding", "positions")
+        return jnp.dtype(plan.teacher.dtype) if narrowed else leaf.dtype
+
+    return jax.tree_util.tree_map_with_path(stored, tree)

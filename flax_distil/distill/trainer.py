@@ -223,12 +223,16 @@ def prepare(
     frozen = jax.device_put(frozen, shardings(frozen, mesh, compute.fsdp_min_elements))
     trainable = jax.device_put(trainable, placed.params)
     state = jax.jit(start, out_shardings=placed)(trainable)
-    step = jax.jit(
+    return Program(plan, mesh, frozen, compile_step(plan, mesh, placed)), state
+
+
+def compile_step(plan: Plan, mesh: jax.sharding.Mesh, placed: Any) -> Any:
+    """`train_step` as it runs: jitted, its state donated and kept where `placed` says."""
+    return jax.jit(
         partial(train_step, plan=plan),
         donate_argnums=0,
         out_shardings=(placed, replicated(mesh)),
     )
-    return Program(plan, mesh, frozen, step), state
 
 
 def begin(

@@ -1,0 +1,192 @@
+"""From a compiled program to what it takes: memory, traffic, and the least time a chip needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from flax_distil.plan.compiler import Compiled
+from flax_distil.plan.hlo import Collective
+from flax_distil.plan.programs import Program
+from flax_distil.plan.topology import Chip, Slice
+
+# What makes a tensor smaller, by what its shape or origin tells.
+KNOBS = {
+    "vocabulary": "compute.vocabulary_chunk = 32 (logits of 32 label positions at a time)",
+    "parameters": "compute.fsdp (parameters and moments spread over more chips)",
+    "saved": "compute.remat = true (student layers computed again in the backward pass)",
+    "batch": "compute.accumulation, twice as much (half the clips at a time)",
+    "clips": "a smaller batch_size",
+}
+
+
+class Seconds(NamedTuple):
+    """The least time of one run by what limits it, each alone: the roofline."""
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def bound(self) -> float:
+        """All three perfectly overlapped."""
+        return max(self)
+
+    @property
+    def limit(self) -> str:
+        """What the bound comes from."""
+        return self._fields[self.index(self.bound)]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one program takes on a chip of a slice.
+
+    clips: of one run, over all chips. rows: clips that a chip computes at a time.
+    memory, capacity, temporaries and arguments are bytes, traffic is HBM bytes of one run.
+    flops: useful ones of one run, over all chips. mfu: the share of the peak that the bound allows.
+    """
+
+    program: str
+    clips: int
+    rows: int
+    length: int
+    chips: int
+    memory: float
+    capacity: float
+    arguments: dict[str, float]
+    temporaries: float
+    flops: float
+    traffic: float
+    collectives: tuple[Collective, ...]
+    host_transfers: tuple[str, ...]
+    seconds: Seconds
+    largest_batch: int | None = None
+
+    @property
+    def mfu(self) -> float:
+        return self.seconds.compute / self.seconds.bound
+
+    @property
+    def intensity(self) -> float:
+        """Useful FLOPs for a byte of HBM traffic."""
+        return self.flops / self.chips / self.traffic
+
+
+class Tensor(NamedTuple):
+    """An array of a program that lies in HBM. where: the traced line; knob: what makes it less."""
+
+    bytes: float
+    dtype: str
+    shape: tuple[int, ...]
+    where: str
+    knob: str
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A program that does not fit: by how many bytes, and what would help.
+
+    largest_batch: clips a chip at a time with which it fits; None where not even one does.
+    tensors: the largest of the program with that batch.
+    """
+
+    program: str
+    clips: int
+    rows: int
+    length: int
+    chips: int
+    needed: float
+    available: float
+    largest_batch: int | None
+    tensors: tuple[Tensor, ...]
+
+
+def estimate(program: Program, answer: Compiled, target: Slice, chips: int) -> Estimate:
+    """What a program that fits takes. chips: those of the slice that it runs on."""
+    module, rounds = answer.module, program.loops
+    collectives = tuple(module.collectives(rounds))
+    traffic = module.traffic(rounds)
+    return Estimate(
+        program=program.name,
+        clips=program.clips,
+        rows=program.rows,
+        length=program.length,
+        chips=chips,
+        memory=answer.memory,
+        capacity=target.chip.memory,
+        arguments=program.arguments,
+        temporaries=answer.temporaries,
+        flops=program.flops,
+        traffic=traffic,
+        collectives=collectives,
+        host_transfers=tuple(one.name for one in module.host_transfers()),
+        seconds=roofline(program.flops / chips, traffic, collectives, target.chip, chips),
+    )
+
+
+def largest_tensors(
+    program: Program, answer: Compiled, vocabulary: int, count: int = 5
+) -> tuple[Tensor, ...]:
+    """The largest arrays that a program makes in HBM, one of each shape."""
+    largest: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+    for one, array in answer.module.arrays():
+        key = (array.dtype, array.shape)
+        if array.on_chip or one.opcode in ("while", "tuple", "conditional") or key in largest:
+            continue
+        reason = knob(array.shape, one.where, program, vocabulary)
+        largest[key] = Tensor(array.bytes, *key, one.where, reason)
+    return tuple(sorted(largest.values(), key=lambda tensor: -tensor.bytes)[:count])
+
+
+def roofline(
+    flops: float, traffic: float, collectives: tuple[Collective, ...], chip: Chip, chips: int
+) -> Seconds:
+    """Seconds on one chip at the published peaks.
+
+    A ring over n chips moves 2 (n - 1) / n of an all-reduced array through each chip, and half as
+    much of the whole array of any other collective.
+    """
+    share = (chips - 1) / chips
+    moved = sum(
+        one.bytes * share * {"all-reduce": 2, "reduce-scatter": chips}.get(one.kind, 1)
+        for one in collectives
+    )
+    return Seconds(flops / chip.flops, traffic / chip.bandwidth, moved / chip.links)
+
+
+def knob(shape: tuple[int, ...], where: str, program: Program, vocabulary: int) -> str:
+    """What makes a tensor smaller, told by its sizes and its origin."""
+    if program.name != "train":
+        return KNOBS["clips"]
+    if vocabulary in shape and program.length in shape:
+        return KNOBS["vocabulary"]
+    if where.startswith(("state", "frozen")):
+        return KNOBS["parameters"]
+    if "jvp" in where and len(shape) > 3:
+        return KNOBS["saved"]
+    return KNOBS["batch"]
+
+
+def largest_fitting(
+    fits: Callable[[int], bool], first: int, refused: int | None = None, exact: bool = True
+) -> int | None:
+    """The largest number that fits, to an eighth; None where not even 1 does.
+
+    fits: asks the compiler, which takes a minute to say yes and seconds to say no.
+    refused: a number that is known not to fit. exact: else any half, quarter, … of `first`.
+    """
+    low, high, ask = 0, refused, first
+    while ask:
+        if fits(ask):
+            low = ask
+        else:
+            high = ask
+        if high is None:
+            ask = 2 * low
+        elif not low:
+            ask = high // 2
+        elif exact and high - low > max(low // 8, 1):
+            ask = (low + high) // 2
+        else:
+            break
+    return low or None

@@ -1,0 +1,313 @@
+"""What a compiled TPU program does, read from its HLO text: HBM traffic, collectives, transfers.
+
+XLA's own cost analysis counts the body of a loop once; here every instruction counts as often as
+it runs. Buffers that the compiler placed in on-chip memory, `S(1)` in their layout, are no traffic.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2,
+    "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+    "c64": 8,
+}  # fmt: skip
+COLLECTIVES = (
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+HOST = ("infeed", "outfeed", "send", "recv")
+# No work of their own: names for buffers, and loops and branches, whose bodies are counted.
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while",
+    "conditional", "call", "partition-id", "replica-id", "opt-barrier", "iota",
+}  # fmt: skip
+
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COMMENT = re.compile(r"/\*.*?\*/")
+
+
+class Array(NamedTuple):
+    """One array of an instruction's result. on_chip: it lies in on-chip memory, not in HBM."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: float
+    on_chip: bool
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    result: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+    def called(self, role: str) -> str | None:
+        """The computation it names as `calls`, `body`, `condition`, …"""
+        found = re.search(rf"\b{role}=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else None
+
+    @property
+    def where(self) -> str:
+        """The line of the traced program it came from, as JAX names it."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def in_hbm(self) -> float:
+        """Bytes of the result that lie in HBM."""
+        return sum(array.bytes for array in self.result if not array.on_chip)
+
+
+class Collective(NamedTuple):
+    """Collectives of one kind and type. bytes: of the results of all of them, in one run."""
+
+    kind: str
+    dtype: str
+    times: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Module:
+    """A compiled program: computations by name, each its instructions by name."""
+
+    computations: Mapping[str, Mapping[str, Instruction]]
+    entry: str
+
+    def instructions(self) -> Iterator[Instruction]:
+        """All of them, fused ones too."""
+        for computation in self.computations.values():
+            yield from computation.values()
+
+    def runs(self, unknown: float = 1) -> dict[str, float]:
+        """How often each computation that is no part of a fusion runs.
+
+        unknown: rounds of a loop whose end depends on data, such as that of a decoder.
+        """
+        times: dict[str, float] = defaultdict(float)
+
+        def visit(name: str, factor: float) -> None:
+            times[name] += factor
+            for one in self.computations[name].values():
+                if one.opcode == "while":
+                    rounds = self.rounds(one)
+                    for role in ("body", "condition"):
+                        if (inner := one.called(role)) is not None:
+                            visit(inner, factor * (unknown if rounds is None else rounds))
+                elif one.opcode in ("call", "conditional", "async-start"):
+                    branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
+                    names = branches[1].replace("%", "").split(", ") if branches else []
+                    roles = ("calls", "to_apply", "true_computation", "false_computation")
+                    names += [inner for role in roles if (inner := one.called(role))]
+                    for inner in names:
+                        visit(inner, factor)
+
+        visit(self.entry, 1)
+        return dict(times)
+
+    def rounds(self, loop: Instruction) -> int | None:
+        """Rounds of a loop that counts up from 0 to a constant; None where it ends otherwise."""
+        condition = self.computations[loop.called("condition") or ""]
+        root = next(one for one in condition.values() if one.root)
+        if root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return None
+        limit = condition.get(root.operands[1])
+        if limit is None or limit.opcode != "constant":
+            return None
+        return int(limit.attributes.split(")")[0])
+
+    def traffic(self, unknown: float = 1) -> float:
+        """Bytes read from and written to HBM in one run."""
+        return sum(bytes for _, bytes in self.traffic_by_instruction(unknown))
+
+    def traffic_by_instruction(self, unknown: float = 1) -> Iterator[tuple[Instruction, float]]:
+        """Each instruction that is not part of a fusion, and the bytes it moves in one run."""
+        for name, times in self.runs(unknown).items():
+            computation = self.computations[name]
+            for one in computation.values():
+                yield one, times * self._moved(one, computation)
+
+    def collectives(self, unknown: float = 1) -> list[Collective]:
+        """Collectives by kind and type, most bytes first."""
+        times, nested = self.runs(unknown), self._callers
+        found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0])
+        for name, computation in self.computations.items():
+            for one in computation.values():
+                kind = one.opcode.removesuffix("-start")
+                if kind not in COLLECTIVES:
+                    continue
+                runs = times.get(name) or sum(times.get(who, 0) for who in nested[name])
+                # A started collective's result holds its operand as well: the last part counts.
+                arrays = one.result if kind == one.opcode else one.result[-1:]
+                for dtype in {array.dtype for array in arrays}:
+                    entry = found[kind, dtype]
+                    entry[0] += runs
+                    entry[1] += runs * sum(a.bytes for a in arrays if a.dtype == dtype)
+        listed = [Collective(*key, *entry) for key, entry in found.items()]
+        return sorted(listed, key=lambda one: -one.bytes)
+
+    def host_transfers(self) -> list[Instruction]:
+        """Instructions that wait for the host or make it wait."""
+        return [
+            one
+            for one in self.instructions()
+            if one.opcode.removesuffix("-done").removesuffix("-start") in HOST
+            or (one.opcode == "custom-call" and "callback" in one.attributes)
+        ]
+
+    def arrays(self) -> Iterator[tuple[Instruction, Array]]:
+        """Every array that an instruction makes outside of fusions: what exists in memory."""
+        for name in self.runs():
+            for one in self.computations[name].values():
+                for array in one.result:
+                    yield one, array
+
+    @cached_property
+    def _callers(self) -> dict[str, list[str]]:
+        """Computations that reach into each one, directly or through fusions."""
+        direct: dict[str, list[str]] = defaultdict(list)
+        for name, computation in self.computations.items():
+            for one in computation.values():
+                if (inner := one.called("calls")) is not None:
+                    direct[inner].append(name)
+        reached: dict[str, list[str]] = defaultdict(list)
+        for name in self.computations:
+            waiting = list(direct[name])
+            while waiting:
+                reached[name].append(caller := waiting.pop())
+                waiting += direct[caller]
+        return reached
+
+    def _moved(self, one: Instruction, computation: Mapping[str, Instruction]) -> float:
+        if one.opcode in FREE or one.opcode.endswith("-done") or one.opcode == "async-start":
+            return 0
+        operands = [computation[name] for name in one.operands if name in computation]
+        if one.opcode == "fusion":
+            inner = self.computations[one.called("calls") or ""]
+            parameters = {int(i.attributes.split(")")[0]): i for i in inner.values()
+                          if i.opcode == "parameter"}  # fmt: skip
+            read = sum(self._read(parameters[i], inner, held) for i, held in enumerate(operands))
+            return read + self._written(next(i for i in inner.values() if i.root), inner, one)
+        if one.opcode in ("dynamic-slice", "slice", "gather"):
+            return (0 if operands[0].in_hbm == 0 else one.result[0].bytes) + one.in_hbm
+        if one.opcode == "dynamic-update-slice":
+            return 2 * operands[1].in_hbm
+        if one.opcode.endswith("-start") and len(one.result) > 1:
+            # A copy's result is (target, source, …), a slice's (source, target, …).
+            target, source = one.result[:2] if "copy" in one.opcode else one.result[1::-1]
+            return target.bytes * ((not target.on_chip) + (not source.on_chip))
+        if one.opcode == "custom-call" and "AllocateBuffer" in one.attributes:
+            return 0
+        return sum(held.in_hbm for held in operands) + one.in_hbm
+
+    def _read(
+        self, parameter: Instruction, inner: Mapping[str, Instruction], held: Instruction
+    ) -> float:
+        """Bytes that a fusion reads of one operand: of a slice, where that is all it uses."""
+        whole = held.in_hbm
+        if not whole:
+            return 0
+        total = 0.0
+        for user in inner.values():
+            if parameter.name not in user.operands:
+                continue
+            if user.opcode in ("dynamic-slice", "slice", "gather"):
+                total += user.result[0].bytes
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+                continue
+            elif user.opcode == "bitcast" and not user.root:
+                total += self._read(user, inner, held)
+            elif user.opcode == "fusion":
+                nested = self.computations[user.called("calls") or ""]
+                for one in nested.values():
+                    if one.opcode == "parameter":
+                        index = int(one.attributes.split(")")[0])
+                        if user.operands[index] == parameter.name:
+                            total += self._read(one, nested, held)
+            else:
+                return whole
+        return min(total, whole)
+
+    def _written(
+        self, root: Instruction, inner: Mapping[str, Instruction], fusion: Instruction
+    ) -> float:
+        """Bytes that a fusion writes: of an update in place, only what is updated."""
+        if not fusion.in_hbm:
+            return 0
+        if root.opcode == "bitcast" and root.operands[0] in inner:
+            return self._written(inner[root.operands[0]], inner, fusion)
+        if root.opcode == "dynamic-update-slice":
+            return inner[root.operands[1]].result[0].bytes
+        if root.opcode == "fusion":
+            nested = self.computations[root.called("calls") or ""]
+            return self._written(next(i for i in nested.values() if i.root), nested, fusion)
+        if root.opcode == "tuple" and len(root.operands) == len(fusion.result):
+            total = 0.0
+            for name, array in zip(root.operands, fusion.result, strict=True):
+                part = inner[name]
+                if part.opcode == "dynamic-update-slice":
+                    array = array._replace(bytes=inner[part.operands[1]].result[0].bytes)
+                total += 0 if array.on_chip else array.bytes
+            return total
+        return fusion.in_hbm
+
+
+def parse(text: str) -> Module:
+    """A compiled program's `as_text()`."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    current, entry = None, ""
+    for line in text.splitlines():
+        if current is None:
+            if opened := _COMPUTATION.match(line):
+                current = computations[opened[2]] = {}
+                entry = opened[2] if opened[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif found := _INSTRUCTION.match(_COMMENT.sub("", line)):
+            root, name, result, opcode, rest = found.groups()
+            operands = tuple(re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0]))
+            current[name] = Instruction(
+                name, opcode, arrays_of(result), operands, rest, root is not None
+            )
+    return Module(computations, entry)
+
+
+def arrays_of(text: str) -> tuple[Array, ...]:
+    """The arrays of a result type, tuples flattened: `(bf16[8,128]{1,0:T(8,128)S(1)}, s32[])`."""
+    return tuple(
+        Array(
+            dtype,
+            shape := tuple(map(int, filter(None, sizes.split(",")))),
+            padded(shape, layout) * BYTES[dtype],
+            "S(1)" in layout or "S(6)" in layout,
+        )
+        for dtype, sizes, layout in _ARRAY.findall(text)
+        if dtype in BYTES
+    )
+
+
+def padded(shape: tuple[int, ...], layout: str) -> int:
+    """Elements that an array takes in memory: the last two dimensions fill whole tiles."""
+    order, _, tiling = layout.partition(":")
+    tile = re.search(r"T\(([\d,]+)\)", tiling)
+    if not shape or not tile:
+        return math.prod(shape)
+    minor_to_major = [int(axis) for axis in order.split(",") if axis]
+    sizes = [shape[axis] for axis in minor_to_major]
+    for axis, side in enumerate(reversed([int(side) for side in tile[1].split(",")])):
+        if axis < len(sizes):
+            sizes[axis] = -(-sizes[axis] // side) * side
+    return math.prod(sizes)

@@ -1,0 +1,202 @@
+"""A recipe on a slice: which programs there are, and what the compiler says of each."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flax_distil.cache import model_folder
+from flax_distil.config import (
+    DistillConfig,
+    EvaluateConfig,
+    InitStudentConfig,
+    PlanConfig,
+    PseudoLabelConfig,
+)
+from flax_distil.data.batches import bucket_for
+from flax_distil.decode.options import DecodeOptions
+from flax_distil.errors import InputError
+from flax_distil.model.checkpoint import read_json
+from flax_distil.model.dims import PUBLISHED, WhisperDims, dims_from_hf
+from flax_distil.model.student import choose_layers
+from flax_distil.parallel.mesh import check_batch, data_shards, make_mesh
+from flax_distil.plan.compiler import Compiled, compiled
+from flax_distil.plan.estimate import (
+    Estimate,
+    TooLarge,
+    estimate,
+    largest_fitting,
+    largest_tensors,
+)
+from flax_distil.plan.programs import Program, decode_programs, train_program
+from flax_distil.plan.report import Plan
+from flax_distil.plan.topology import Slice, devices, tpu_slice
+from flax_distil.recipe import load_recipe, recipe_stages
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Teacher and student of a recipe, known by their sizes alone."""
+
+    teacher: WhisperDims
+    student: WhisperDims
+
+
+def plan(config: PlanConfig, topology: str) -> Plan:
+    """What every program of the recipe takes on one slice; see `flax_distil.plan.run`."""
+    target = tpu_slice(topology)
+    stages = recipe_stages(config.recipe)
+    if "distill" not in stages:
+        raise InputError(f"{config.recipe} has no table [distill]: a plan starts from it")
+    distill = load_recipe(config.recipe, DistillConfig)
+    sizes = sizes_of(config.recipe, distill)
+    chips = devices(target)
+    programs: list[Estimate | TooLarge] = []
+    if "train" in config.programs:
+        programs += train(config, distill, sizes, target, chips)
+    if "label" in config.programs and "pseudo-label" in stages:
+        label = load_recipe(config.recipe, PseudoLabelConfig)
+        options = DecodeOptions(timestamps=label.timestamps, max_tokens=label.max_tokens)
+        programs += decode(
+            "label", sizes.teacher, label.dtype, label.batch_size, options, config, target, chips
+        )
+    if "evaluate" in config.programs and "evaluate" in stages:
+        judge = load_recipe(config.recipe, EvaluateConfig)
+        options = DecodeOptions(max_tokens=judge.max_tokens)
+        programs += decode(
+            "evaluate", sizes.student, judge.dtype, judge.batch_size, options, config, target, chips
+        )
+    return Plan(config.recipe, target, distill.optimizer.steps, tuple(programs))
+
+
+def train(
+    config: PlanConfig, distill: DistillConfig, sizes: Sizes, target: Slice, chips: list[Any]
+) -> list[Estimate | TooLarge]:
+    """The train step at the longest label bucket, and at that of the usual label."""
+    longest = usual = max(distill.label_buckets)
+    if config.label_length is not None:
+        usual = bucket_for(config.label_length, distill.label_buckets)
+    if isinstance(config.batch, int):
+        distill = replace(distill, batch_size=config.batch)
+
+    compute, auto = distill.compute, config.batch == "auto"
+    mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, chips)
+    check_batch(distill.batch_size, mesh, compute.accumulation)
+    parts = data_shards(mesh) * compute.accumulation
+    rows = distill.batch_size // parts
+
+    def step(rows: int, length: int) -> Program:
+        asked = replace(distill, batch_size=rows * parts)
+        return train_program(asked, sizes.teacher, sizes.student, chips, length)
+
+    return [
+        judged(partial(step, length=length), rows, target, len(chips), sizes.teacher, auto)
+        for length in sorted({longest, usual}, reverse=True)
+    ]
+
+
+def decode(
+    stage: str,
+    dims: WhisperDims,
+    dtype: str,
+    batch: int,
+    options: DecodeOptions,
+    config: PlanConfig,
+    target: Slice,
+    chips: list[Any],
+) -> list[Estimate | TooLarge]:
+    """Encoder and search of a stage that recognises speech, on one chip."""
+    length = config.label_length or options.max_tokens
+
+    def one(rows: int, index: int) -> Program:
+        program = decode_programs(dims, dtype, rows, options, chips[0], length)[index]
+        return replace(program, name=f"{stage}: {program.name}")
+
+    auto = config.batch == "auto"
+    return [judged(partial(one, index=index), batch, target, 1, dims, auto) for index in (0, 1)]
+
+
+def judged(
+    program: Callable[[int], Program],
+    rows: int,
+    target: Slice,
+    chips: int,
+    dims: WhisperDims,
+    auto: bool,
+) -> Estimate | TooLarge:
+    """The compiler's answer to a program of `rows` clips a chip, worked out.
+
+    auto: find the most that a chip holds. Where `rows` are too many, find less that it holds.
+    """
+    asked = program(rows)
+    answer = compiled(asked.lowered, target)
+
+    def fits(rows: int) -> bool:
+        log.info("does %s fit with %d clips a chip at a time?", asked.name, rows)
+        return isinstance(compiled(program(rows).lowered, target), Compiled)
+
+    if isinstance(answer, Compiled):
+        found = estimate(asked, answer, target, chips)
+        return replace(found, largest_batch=largest_fitting(fits, rows)) if auto else found
+    most = largest_fitting(fits, rows // 2, rows, exact=auto)
+    tensors = ()
+    if most:
+        smaller = program(most)
+        answer_there = compiled(smaller.lowered, target)
+        assert isinstance(answer_there, Compiled)
+        tensors = largest_tensors(smaller, answer_there, dims.vocab)
+    return TooLarge(
+        asked.name,
+        asked.clips,
+        rows,
+        asked.length,
+        chips,
+        *(answer.needed, answer.available),
+        most,
+        tensors,
+    )
+
+
+def sizes_of(recipe: Path, distill: DistillConfig) -> Sizes:
+    """Sizes of the recipe's models: the student's from its folder, else from [init-student].
+
+    Raises:
+        InputError: a model is not there and is no published one.
+    """
+    teacher = known_dims(distill.teacher)
+    if (Path(distill.student) / "config.json").is_file():
+        return Sizes(teacher, known_dims(distill.student))
+    if "init-student" not in recipe_stages(recipe):
+        raise InputError(
+            f"the student {distill.student} is not there and {recipe} has no [init-student], which "
+            "would say its layers: make one of the two"
+        )
+    layers = load_recipe(recipe, InitStudentConfig)
+    kept = choose_layers(layers.decoder_layers, teacher.decoder_layers, "decoder")
+    student = replace(teacher, decoder_layers=len(kept))
+    if layers.encoder_layers is not None:
+        kept = choose_layers(layers.encoder_layers, teacher.encoder_layers, "encoder")
+        student = replace(student, encoder_layers=len(kept))
+    return Sizes(teacher, student)
+
+
+def known_dims(name: str) -> WhisperDims:
+    """Sizes of a published Whisper by its name, or of any folder by its config.json.
+
+    Raises:
+        InputError: neither.
+    """
+    published = name.removeprefix("openai/").removeprefix("whisper-")
+    for folder in (Path(name), model_folder(name)):
+        if (folder / "config.json").is_file():
+            return dims_from_hf(read_json(folder / "config.json"))
+    if published in PUBLISHED:
+        return PUBLISHED[published]
+    raise InputError(
+        f"the sizes of {name} are not known: name a folder with its config.json, or one of "
+        f"{', '.join(PUBLISHED)}"
+    )

@@ -1,0 +1,207 @@
+"""The programs of a recipe as the stages compile them, over shapes alone: nothing is allocated."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from flax_distil.config import DistillConfig
+from flax_distil.data.batches import Batch
+from flax_distil.decode.greedy import Prompt, greedy
+from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.recognizer import bucket, listen
+from flax_distil.decode.rules import RuleSet
+from flax_distil.distill.flops import (
+    cross_flops,
+    decoder_flops,
+    encoder_flops,
+    step_flops,
+    vocabulary_flops,
+)
+from flax_distil.distill.setup import make_plan, stored_types, trainable_part
+from flax_distil.distill.state import initial_state
+from flax_distil.distill.step import Frozen
+from flax_distil.distill.trainer import compile_step
+from flax_distil.model.dims import CHUNK_SAMPLES, WhisperDims
+from flax_distil.model.generation import generation_config, special_ids
+from flax_distil.model.spec import Spec
+from flax_distil.parallel.mesh import batch_sharding, check_batch, data_shards, make_mesh
+from flax_distil.parallel.sharding import check_heads, shardings
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program, lowered and not yet compiled.
+
+    name: train, encode or decode. clips: of one run, over all chips. rows: clips that a chip
+    computes at a time. length: tokens of a clip. flops: useful ones of one run, over all chips.
+    arguments: bytes a chip of each group. loops: rounds of a loop whose end depends on the data.
+    """
+
+    name: str
+    clips: int
+    rows: int
+    length: int
+    flops: float
+    arguments: dict[str, float]
+    lowered: Any
+    loops: int = 1
+
+
+def train_program(
+    config: DistillConfig,
+    teacher: WhisperDims,
+    student: WhisperDims,
+    devices: list[Any],
+    length: int,
+) -> Program:
+    """The trainer's step on batches whose labels have `length` tokens.
+
+    Raises:
+        InputError: recipe, models and number of chips do not fit.
+    """
+    plan, compute = make_plan(config, teacher, student), config.compute
+    mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, devices)
+    check_batch(config.batch_size, mesh, compute.accumulation)
+    check_heads({"encoder": teacher.encoder_heads, "decoder": teacher.decoder_heads}, mesh)
+    theirs, ours = plan.teacher.abstract(), plan.student.abstract()
+    trainable = trainable_part(ours, config.train_encoder, scanned=False)  # laid out already
+    own = {}
+    if config.train_encoder:
+        own = {"positions": ours["encoder"]["positions"]}
+    elif teacher.encoder_layers != student.encoder_layers:
+        own = stored(ours["encoder"], plan)
+    frozen = Frozen(stored(theirs, plan), own)
+    start = partial(initial_state, config=config.optimizer, seed=config.seed)
+    state = jax.eval_shape(start, trainable)
+    placed = shardings(state, mesh, compute.fsdp_min_elements)
+    state = at(state, placed)
+    frozen = at(frozen, shardings(frozen, mesh, compute.fsdp_min_elements))
+    batch = abstract_batch(config, teacher, length, batch_sharding(mesh))
+    step = compile_step(plan, mesh, placed)
+    encode = config.audio_states is None
+    return Program(
+        name="train",
+        clips=config.batch_size,
+        rows=config.batch_size // data_shards(mesh) // compute.accumulation,
+        length=length,
+        flops=step_flops(plan, config.batch_size, length, bool(own), config.train_encoder, encode),
+        arguments={
+            "teacher": bytes_a_chip(frozen.teacher),
+            "student": bytes_a_chip((state.params, frozen.student_encoder)),
+            "moments": bytes_a_chip(state.optimizer),
+            "batch": bytes_a_chip(batch),
+        },
+        lowered=lower(step, state, frozen, batch),
+    )
+
+
+def decode_programs(
+    dims: WhisperDims, dtype: str, batch: int, options: DecodeOptions, device: Any, length: int
+) -> list[Program]:
+    """What recognition runs: the encoder, then greedy search from the prompt to the last token.
+
+    Recognition runs on one chip. length: tokens of a text, for the work that is expected; memory is
+    that of `options.max_tokens`.
+    """
+    mesh, rows = make_mesh(devices=[device]), bucket(batch)
+    spec, whole = Spec(dims, dtype), NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = at(jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), spec.abstract()),
+                whole)  # fmt: skip
+    shape: Any = partial(jax.ShapeDtypeStruct, sharding=whole)
+    waveforms = shape((rows, CHUNK_SAMPLES), jnp.int16)
+    audio = shape((rows, dims.audio_positions, dims.width), jnp.dtype(dtype))
+    prompt_length = 4 if dims.multilingual else 2
+    prompt = Prompt(
+        shape((rows, prompt_length), jnp.int32), shape((), jnp.int32), shape((), jnp.int32)
+    )
+    room = min(options.max_tokens, dims.text_positions - prompt_length)
+    steps = min(length, room)
+    decoder = decoder_flops(dims, steps) + cross_flops(dims) + vocabulary_flops(dims, steps)
+    return [
+        Program(
+            "encode", rows, rows, 0, rows * encoder_flops(dims),
+            {"encoder": bytes_a_chip(params["encoder"]), "batch": bytes_a_chip(waveforms)},
+            lower(listen, spec, params["encoder"], waveforms),
+        ),
+        Program(
+            "decode", rows, rows, steps, rows * decoder,
+            {"decoder": bytes_a_chip(params["decoder"]), "audio states": bytes_a_chip(audio)},
+            lower(
+                greedy, spec, params["decoder"], audio, prompt, shape((rows,), jnp.bool_),
+                rule_set(dims, options), room,
+            ),
+            loops=steps,
+        ),
+    ]  # fmt: skip
+
+
+def abstract_batch(
+    config: DistillConfig, dims: WhisperDims, length: int, sharding: NamedSharding
+) -> Batch:
+    """Shapes of the loader's batches; the encoder's output instead of sound where it is kept."""
+    rows = config.batch_size
+    shape = partial(jax.ShapeDtypeStruct, sharding=sharding)
+    tokens, audio = shape((rows, length), jnp.int32), None
+    samples = CHUNK_SAMPLES
+    if config.audio_states is not None:
+        samples = 0
+        states = (rows, dims.audio_positions, dims.width)
+        audio: Any = shape(states, jnp.dtype(config.compute.dtype))
+    fields: dict[str, Any] = {
+        "waveforms": shape((rows, samples), jnp.int16),
+        "tokens": tokens,
+        "targets": tokens,
+        "weights": shape((rows, length), jnp.float32),
+        "seconds": shape((rows,), jnp.float32),
+        "rows": shape((rows,), jnp.int32),
+        "audio": audio,
+    }
+    return Batch(**fields)
+
+
+def rule_set(dims: WhisperDims, options: DecodeOptions) -> RuleSet:
+    """The rules of a published checkpoint with this vocabulary."""
+    ids, config = special_ids(dims), generation_config(dims)
+    begin = ids["notimestamps"] + 1
+    return RuleSet(
+        end=ids["endoftext"],
+        no_speech=ids["nospeech"],
+        suppressed=tuple(config["suppress_tokens"]),
+        suppressed_first=tuple(config["begin_suppress_tokens"]),
+        timestamp_begin=begin if options.timestamps else None,
+        no_timestamps=ids["notimestamps"],
+    )
+
+
+def stored(tree: Any, plan: Any) -> Any:
+    """Shapes of frozen parameters in the types that they are kept in."""
+    return jax.tree.map(
+        lambda leaf, dtype: leaf.update(dtype=dtype), tree, stored_types(tree, plan)
+    )
+
+
+def at(tree: Any, places: Any) -> Any:
+    """Shapes with the shardings of `places`, one for all or a tree of them."""
+    if isinstance(places, NamedSharding):
+        return jax.tree.map(lambda leaf: leaf.update(sharding=places), tree)
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), tree, places)
+
+
+def bytes_a_chip(tree: Any) -> float:
+    """Bytes of the part of these arrays that each chip holds."""
+    return float(
+        sum(
+            np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
+
+
+def lower(function: Any, *arguments: Any) -> Any:
+    """A jitted function for these shapes on a TPU."""
+    return function.trace(*arguments).lower(lowering_platforms=("tpu",))

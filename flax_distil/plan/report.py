@@ -1,0 +1,168 @@
+"""A plan as tables for people, and as JSON for programs."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flax_distil.config import PlanConfig
+from flax_distil.plan.estimate import Estimate, TooLarge
+from flax_distil.plan.topology import GIB, Slice, libtpu_version
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the programs of a recipe take on one slice. steps: updates of the training run."""
+
+    recipe: Path
+    target: Slice
+    steps: int
+    programs: tuple[Estimate | TooLarge, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not any(isinstance(one, TooLarge) for one in self.programs)
+
+    def hours(self, mfu: float | None) -> float | None:
+        """Of the training run: at a share of the peak, else the roofline's. None: it has no plan.
+
+        Where the usual label was asked for, it is the last train program.
+        """
+        train = [one for one in self.programs if one.program == "train"]
+        if not train or not isinstance(train[-1], Estimate):
+            return None
+        seconds = train[-1].seconds
+        return self.steps * (seconds.bound if mfu is None else seconds.compute / mfu) / 3600
+
+
+def as_json(plans: list[Plan], config: PlanConfig) -> str:
+    """All of the plans; bytes, seconds, FLOPs."""
+    return json.dumps([plan_record(plan, config) for plan in plans], indent=2)
+
+
+def plan_record(plan: Plan, config: PlanConfig) -> dict[str, Any]:
+    """One plan as plain values."""
+    hours = plan.hours(config.mfu)
+    return {
+        "recipe": str(plan.recipe),
+        "slice": plan.target.name,
+        "chips": plan.target.chips,
+        "versions": {"jax": version("jax"), "libtpu": libtpu_version()},
+        "fits": plan.fits,
+        "steps": plan.steps,
+        "hours": hours,
+        "chip_hours": None if hours is None else hours * plan.target.chips,
+        "price": price(plan, config),
+        "programs": [program_record(one) for one in plan.programs],
+    }
+
+
+def program_record(one: Estimate | TooLarge) -> dict[str, Any]:
+    """One program's figures, with those that follow from them."""
+    record = dataclasses.asdict(one) | {"fits": isinstance(one, Estimate)}
+    if isinstance(one, Estimate):
+        record["seconds"] = one.seconds._asdict() | {"bound": one.seconds.bound}
+        record["collectives"] = [collective._asdict() for collective in one.collectives]
+        record |= {"intensity": one.intensity, "mfu": one.mfu}
+    return record
+
+
+def price(plan: Plan, config: PlanConfig) -> float | None:
+    """Of the training run, in the user's currency."""
+    hours = plan.hours(config.mfu)
+    if hours is None or config.chip_hour_price is None:
+        return None
+    return hours * plan.target.chips * config.chip_hour_price
+
+
+def print_plan(plan: Plan, config: PlanConfig) -> None:
+    """The plan on the console."""
+    console = Console()
+    chip = plan.target.chip
+    console.print(
+        f"\n[bold]{plan.recipe.stem} on {plan.target.name}[/]: {plan.target.chips} chips with "
+        f"{chip.memory / GIB:.0f} GiB, {chip.flops / 1e12:.0f} TFLOP/s, "
+        f"{chip.bandwidth / 1e9:,.0f} GB/s each"
+    )
+    console.print(programs_table(plan))
+    for one in plan.programs:
+        console.print(f"[bold]{one.program}[/], {one.length} tokens: {details(one)}")
+    hours = plan.hours(config.mfu)
+    if hours is not None:
+        basis = "at the roofline, at least" if config.mfu is None else f"at {config.mfu:.0%} MFU"
+        line = f"{plan.steps:,} updates, {basis}: {hours:,.1f} h, "
+        line += f"{hours * plan.target.chips:,.0f} chip-hours"
+        cost = price(plan, config)
+        console.print(line + ("" if cost is None else f", {cost:,.0f} at your price"))
+
+
+def programs_table(plan: Plan) -> Table:
+    """A row a program."""
+    table = Table()
+    for name in ("program", "clips at once", "fits", "HBM a chip", "most at once"):
+        table.add_column(name, justify="left" if name == "program" else "right")
+    for name in ("TFLOP", "HBM GB", "FLOP/byte", "links MB", "ms at least", "limit", "MFU at most"):
+        table.add_column(name, justify="right")
+    for one in plan.programs:
+        label = f"{one.program} · {one.length}" if one.length else one.program
+        cells = [label, str(one.rows)]
+        most = "" if one.largest_batch is None else str(one.largest_batch)
+        if isinstance(one, TooLarge):
+            cells += ["no", f"{one.needed / GIB:.1f} of {one.available / GIB:.1f} GiB", most]
+            table.add_row(*cells, *[""] * 7)
+            continue
+        moved = sum(collective.bytes for collective in one.collectives)
+        table.add_row(
+            *cells,
+            "yes",
+            f"{one.memory / GIB:.1f} of {one.capacity / GIB:.0f} GiB",
+            most,
+            f"{one.flops / one.chips / 1e12:.2f}",
+            f"{one.traffic / 1e9:.1f}",
+            f"{one.intensity:.0f}",
+            f"{moved / 1e6:.0f}",
+            f"{1e3 * one.seconds.bound:.1f}",
+            one.seconds.limit,
+            f"{one.mfu:.0%}",
+        )
+    return table
+
+
+def details(one: Estimate | TooLarge) -> str:
+    """What fills the memory and crosses the links; of what does not fit, what to turn."""
+    if isinstance(one, TooLarge):
+        return remedy(one)
+    filling = {**one.arguments, "temporaries": one.temporaries}
+    parts = ", ".join(f"{name} {bytes / GIB:.2f}" for name, bytes in filling.items())
+    links = ", ".join(
+        f"{collective.times:.0f} {collective.kind} of {collective.bytes / 1e6:,.1f} MB "
+        f"{collective.dtype}"
+        for collective in one.collectives
+        if collective.bytes >= 1e5
+    )
+    host = f"; waits for the host: {', '.join(one.host_transfers)}" if one.host_transfers else ""
+    return f"{parts} GiB; {links or 'nothing crosses the links'}{host}"
+
+
+def remedy(one: TooLarge) -> str:
+    """What to turn so that a program fits."""
+    if one.largest_batch is None:
+        return "does not fit even with one clip a chip: spread parameters with compute.fsdp"
+    needed = -(-one.rows // one.largest_batch)
+    cure = "a smaller batch_size"
+    if one.program == "train":
+        cure = f"compute.accumulation {needed} times as large"
+    tensors = "\n".join(
+        f"  {tensor.bytes / GIB:5.2f} GiB {tensor.dtype}{list(tensor.shape)} {tensor.where}\n"
+        f"            less by {tensor.knob}"
+        for tensor in one.tensors
+    )
+    return (
+        f"fits with {one.largest_batch} clips a chip at a time: {cure}. Its largest tensors there\n"
+        f"{tensors}"
+    )

@@ -1,0 +1,50 @@
+import pytest
+
+from flax_distil.errors import InputError
+from flax_distil.plan import topology
+from flax_distil.plan.topology import tpu_slice
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "layout"),
+    [
+        ("v4-8", 4, "2x2x1"),
+        ("v4-32", 16, "2x2x4"),
+        ("v5e-8", 8, "2x4"),
+        ("v5litepod-16", 16, "4x4"),
+        ("v5e-256", 256, "16x16"),
+        ("v5p-64", 32, "2x4x4"),
+        ("v6e-16", 16, "4x4"),
+        ("v4-512", 256, "4x8x8"),
+    ],
+)
+def test_slices_have_google_s_chips_and_layout(name, chips, layout):
+    found = tpu_slice(name)
+    assert (found.chips, found.layout) == (chips, layout)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("v3-8", "v3-8 is no TPU slice that can be planned: name one of v4, v5e, v5p, v6e"),
+        ("v4", "such as v4-8 or v5e-256"),
+        ("v4-4", "v4-4 would have 2 chips: a slice has 4, 8, 16, … 2048, so v4-8 to v4-4096"),
+        ("v5e-12", "v5e-12 would have 12 chips"),
+        ("v6e-512", "so v6e-4 to v6e-256"),
+    ],
+)
+def test_what_is_no_slice_is_said(name, complaint):
+    with pytest.raises(InputError, match=complaint):
+        tpu_slice(name)
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    from jax.experimental import topologies
+
+    def missing(*_, **__):
+        raise RuntimeError("Unknown backend: 'tpu'")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(topology, "libtpu_version", lambda: None)
+    with pytest.raises(InputError, match=r"pip install 'flax-distil\[tpu\]'"):
+        topology.devices(tpu_slice("v5e-8"))
