@@ -3,13 +3,14 @@
 fetch → label → filter → init-student → distill → export → evaluate → transcribe
 """
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from flax_distil import evaluate, export
+from flax_distil import export
 from flax_distil.config import (
     ComputeConfig,
     DataConfig,
@@ -27,6 +28,7 @@ from flax_distil.config import (
 from flax_distil.data.utterances import listen, read_dataset
 from flax_distil.distill import trainer
 from flax_distil.evaluate import Report
+from flax_distil.evaluate.judge import compare
 from flax_distil.export.verify import differing_texts
 from flax_distil.fetch.speech import DemoSpeech, demo_speech
 from flax_distil.fetch.weights import fetch_weights
@@ -70,20 +72,14 @@ def run(config: DemoConfig) -> Report:
     clip = Path(str(next(iter(read_dataset(heldout(speech)[0]).since(0))).audio))
     export.run(ExportConfig(str(run_folder), trained, verify=True, verify_audio=clip))
     step("7. Judged on clips that nobody was trained on")
-    report = judge(config, speech, {"teacher": teacher, "untrained": untrained, "student": trained})
-    clips = [
-        listen(utterance)
-        for source in heldout(speech)
-        for utterance in read_dataset(source).since(0)
-    ]
-    differing = differing_texts(trained, clips, config.max_tokens)
+    models = {"teacher": teacher, "untrained": untrained, "student": trained}
+    report = judge(config, speech, models)
     said = transcribe(clip, trained, long_form=ChunkedOptions()).text.strip()
     console = Console()
-    console.print(
-        f"\nPyTorch writes the same text on {len(clips) - len(differing)} of {len(clips)}."
-    )
-    console.print(f"{clip.name}, as the exported student hears it: {said}")
+    console.print(f"\n{clip.name}, as the exported student hears it: {said}")
     console.print(report.table())
+    for key, value in report.settings.items():
+        console.print(f"{key}: {value}", highlight=False)
     log.info("%.1f minutes; all of it is in %s", (time.monotonic() - start) / 60, folder)
     return report
 
@@ -140,16 +136,23 @@ def teach(
 
 
 def judge(config: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Report:
-    """All models side by side, synthetic and human speech apart."""
-    return evaluate.run(
+    """All models side by side, synthetic and human speech apart, and the student in PyTorch."""
+    sets = heldout(speech)
+    report = compare(
         EvaluateConfig(
             models=tuple(map(str, models.values())),
             names=tuple(models),
-            datasets=tuple(map(str, heldout(speech))),
-            output_dir=config.output_dir,
+            datasets=tuple(map(str, sets)),
             max_tokens=config.max_tokens,
         )
     )
+    clips = [listen(utterance) for source in sets for utterance in read_dataset(source).since(0)]
+    differing = differing_texts(models["student"], clips, config.max_tokens)
+    same = f"{len(clips) - len(differing)} of {len(clips)} of the student's texts are the same"
+    told = {"speech": speech.sources, "in PyTorch": same}
+    report = dataclasses.replace(report, settings=report.settings | told)
+    report.save(config.output_dir)
+    return report
 
 
 def heldout(speech: DemoSpeech) -> list[Path]:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +55,18 @@ class Heard:
 def run(config: EvaluateConfig) -> Report:
     """Judge `config.models` on `config.datasets`; prints the table, writes and returns the report.
 
+    Raises what `compare` raises.
+    """
+    report = compare(config)
+    report.save(config.output_dir)
+    Console().print(report.table())
+    log.info("report.json, report.md and transcripts.jsonl are in %s", config.output_dir)
+    return report
+
+
+def compare(config: EvaluateConfig) -> Report:
+    """Let all models hear all datasets; writes nothing.
+
     Short-form: clips over 30 s, without a reference or with broken audio are left out and listed.
 
     Raises:
@@ -64,9 +76,7 @@ def run(config: EvaluateConfig) -> Report:
     for name in ("batch_size", "passes", "max_tokens"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} {getattr(config, name)} is below 1")
-    sets = {dataset_name(source): _open(source, config) for source in config.datasets}
-    if len(sets) < len(config.datasets):
-        raise InputError(f"two datasets are called the same: {', '.join(config.datasets)}")
+    sets = {name: _open(source, config) for name, source in dataset_names(config.datasets).items()}
     recognizers = {
         name: make_recognizer(load_checkpoint(source), config.dtype)
         for name, source in names.items()
@@ -82,7 +92,7 @@ def run(config: EvaluateConfig) -> Report:
                 f"{name}: none of its {len(skipped[name])} clips can be judged on; "
                 f"the first: {skipped[name][0]}"
             )
-    report = Report(
+    return Report(
         entries=tuple(
             _entry(name, source, recognizers[name], next(iter(names)), heard, config)
             for name, source in names.items()
@@ -97,10 +107,6 @@ def run(config: EvaluateConfig) -> Report:
             for line in _judged(dataset, name, one)
         ),
     )
-    report.save(config.output_dir)
-    Console().print(report.table())
-    log.info("report.json, report.md and transcripts.jsonl are in %s", config.output_dir)
-    return report
 
 
 def model_names(config: EvaluateConfig) -> dict[str, str]:
@@ -115,9 +121,17 @@ def model_names(config: EvaluateConfig) -> dict[str, str]:
     return dict(zip(names, config.models, strict=True))
 
 
-def dataset_name(source: str) -> str:
-    """What the report calls a dataset: the last two parts of its name."""
-    return "/".join(Path(source).parts[-2:])
+def dataset_names(sources: Sequence[str]) -> dict[str, str]:
+    """What the report calls each dataset → its source: the last part of the name without its
+    suffix, or the last two parts where that is not enough. InputError where they stay the same."""
+    for name in (
+        lambda path: path.name.removesuffix(".jsonl").removesuffix(".parquet"),
+        lambda path: "/".join(path.parts[-2:]),
+    ):
+        names = {name(Path(source)): source for source in sources}
+        if len(names) == len(sources):
+            return names
+    raise InputError(f"two datasets are called the same: {', '.join(sources)}")
 
 
 def batches(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
