@@ -138,8 +138,18 @@ def decode(
 
 @partial(jax.jit, static_argnames="spec")
 def listen(spec: Spec, params: Params, waveforms_BN: Num[Array, "B N"]) -> Float[Array, "B S D"]:
-    """Waveforms to audio states; log-mel runs on the device. params: the encoder's."""
-    return spec.encoder(params)(log_mel(waveforms_BN, spec.dims.mels))
+    """Waveforms to audio states; log-mel runs on the device. params: the encoder's.
+
+    CPUs take one clip after the other, which stays in their cache (docs/LOG.md).
+    """
+
+    def together(waveforms_BN: Array) -> Array:
+        return spec.encoder(params)(log_mel(waveforms_BN, spec.dims.mels))
+
+    def in_turn(waveforms_BN: Array) -> Array:
+        return jax.lax.map(lambda waveform_N: together(waveform_N[None])[0], waveforms_BN)
+
+    return jax.lax.platform_dependent(waveforms_BN, cpu=in_turn, default=together)
 
 
 def detect(recognizer: Recognizer, audio_BSD: Float[Array, "B S D"]) -> list[str]:
