@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench plan clean
 
 setup: .venv/installed
 
@@ -29,6 +29,11 @@ format: setup
 
 bench: setup
 	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done
+
+# Two recipes on two TPU slices, compiled without a TPU; what was compiled once is kept.
+plan: setup
+	$(BIN)/flax-distil plan recipes/small-12-4.toml recipes/large-v2-32-2.toml \
+	  --topology v4-8 v5e-8 --programs train
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -406,8 +406,8 @@ class TranscribeConfig:
 class PlanConfig:
     """Say, without a TPU, whether a recipe fits a TPU slice, what fills it, and the least time."""
 
-    recipe: Positional[Path]
-    """Recipe with a [distill] table; [pseudo-label] and [evaluate] are planned where they are."""
+    recipes: Positional[tuple[Path, ...]]
+    """Recipes with a [distill] table; [pseudo-label] and [evaluate] are planned where they are."""
     topology: tuple[str, ...]
     """TPU slices by Google's names, such as v4-8, v5e-256, v5p-64, v6e-16."""
     programs: tuple[Literal["train", "label", "evaluate"], ...] = ("train", "label", "evaluate")
@@ -424,7 +424,9 @@ class PlanConfig:
     chip_hour_price: float | None = None
     """What an hour of one chip costs, in your currency."""
     json: bool = False
-    """Print JSON instead of a table."""
+    """Print JSON instead of tables."""
+    table: Path | None = None
+    """Markdown file whose plan table, between two marked lines, receives the plans as well."""
 
 
 @dataclasses.dataclass(frozen=True)

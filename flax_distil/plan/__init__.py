@@ -3,6 +3,7 @@
 libtpu compiles the very programs that the stages run, for chips that are not here.
 """
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 from flax_distil.config import PlanConfig
@@ -13,21 +14,23 @@ if TYPE_CHECKING:
 
 
 def run(config: PlanConfig) -> "list[Plan]":
-    """Plan a recipe for every slice asked for; prints tables or JSON, and returns the plans.
+    """Plan every recipe for every slice; prints tables or JSON, and returns the plans.
 
     Raises:
-        InputError: the recipe does not fit the slice's number of chips, names a model whose sizes
-            are not known, or libtpu is missing.
+        InputError: a recipe does not fit a slice's number of chips, names a model whose sizes are
+            not known, or libtpu is missing.
     """
     without_tpu()
     from flax_distil.plan.planner import plan
-    from flax_distil.plan.report import as_json, print_plan
+    from flax_distil.plan.report import as_json, print_plan, write_table
 
     plans = []
-    for topology in config.topology:
-        plans.append(plan(config, topology))
+    for recipe, topology in product(config.recipes, config.topology):
+        plans.append(plan(recipe, topology, config))
         if not config.json:
             print_plan(plans[-1], config)
+        if config.table is not None:
+            write_table(config.table, plans[-1:], config)
     if config.json:
         print(as_json(plans, config))
     return plans

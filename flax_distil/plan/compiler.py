@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import json
 import logging
-import math
 import re
 import time
 from dataclasses import asdict, dataclass, field
@@ -82,14 +81,15 @@ def program_hash(lowered: Any, target: Slice) -> str:
 
 
 def ask(lowered: Any) -> Compiled | Refusal:
-    """Compiles. Only want of memory is an answer; other errors of the compiler are raised."""
+    """Compiles. Only want of HBM is an answer; other errors of the compiler are raised."""
     start = time.monotonic()
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        refused = refusal(str(error))
+        if refused is None:
             raise
-        return refusal(str(error))
+        return refused
     memory = program.memory_analysis()
     return Compiled(
         arguments=memory.argument_size_in_bytes,
@@ -101,8 +101,8 @@ def ask(lowered: Any) -> Compiled | Refusal:
     )
 
 
-def refusal(message: str) -> Refusal:
-    """The compiler's complaint, read: it has one for early on and one for the end."""
+def refusal(message: str) -> Refusal | None:
+    """The compiler's complaint about HBM, read: it has one for early on and one for the end."""
     patterns = (
         r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
         r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
@@ -111,7 +111,7 @@ def refusal(message: str) -> Refusal:
         if found := re.search(pattern, message):
             needed, unit, available, other = found.groups()
             return Refusal(float(needed) * UNITS[unit], float(available) * UNITS[other])
-    return Refusal(math.nan, math.nan)
+    return None
 
 
 def keep(answer: Compiled | Refusal, path: Path) -> None:

@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax_distil.cache import model_folder
 from flax_distil.config import (
@@ -38,39 +38,38 @@ from flax_distil.recipe import load_recipe, recipe_stages
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Teacher and student of a recipe, known by their sizes alone."""
 
     teacher: WhisperDims
     student: WhisperDims
 
 
-def plan(config: PlanConfig, topology: str) -> Plan:
+def plan(recipe: Path, topology: str, config: PlanConfig) -> Plan:
     """What every program of the recipe takes on one slice; see `flax_distil.plan.run`."""
     target = tpu_slice(topology)
-    stages = recipe_stages(config.recipe)
+    stages = recipe_stages(recipe)
     if "distill" not in stages:
-        raise InputError(f"{config.recipe} has no table [distill]: a plan starts from it")
-    distill = load_recipe(config.recipe, DistillConfig)
-    sizes = sizes_of(config.recipe, distill)
+        raise InputError(f"{recipe} has no table [distill]: a plan starts from it")
+    distill = load_recipe(recipe, DistillConfig)
+    sizes = sizes_of(recipe, distill)
     chips = devices(target)
     programs: list[Estimate | TooLarge] = []
     if "train" in config.programs:
         programs += train(config, distill, sizes, target, chips)
     if "label" in config.programs and "pseudo-label" in stages:
-        label = load_recipe(config.recipe, PseudoLabelConfig)
+        label = load_recipe(recipe, PseudoLabelConfig)
         options = DecodeOptions(timestamps=label.timestamps, max_tokens=label.max_tokens)
         programs += decode(
             "label", sizes.teacher, label.dtype, label.batch_size, options, config, target, chips
         )
     if "evaluate" in config.programs and "evaluate" in stages:
-        judge = load_recipe(config.recipe, EvaluateConfig)
+        judge = load_recipe(recipe, EvaluateConfig)
         options = DecodeOptions(max_tokens=judge.max_tokens)
         programs += decode(
             "evaluate", sizes.student, judge.dtype, judge.batch_size, options, config, target, chips
         )
-    return Plan(config.recipe, target, distill.optimizer.steps, tuple(programs))
+    return Plan(recipe, target, distill.optimizer.steps, tuple(programs))
 
 
 def train(

@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flax_distil.config import PlanConfig
+from flax_distil.errors import InputError
 from flax_distil.plan.estimate import Estimate, TooLarge
 from flax_distil.plan.topology import GIB, Slice, libtpu_version
+
+TABLE = ("<!-- plan table: begin -->", "<!-- plan table: end -->")
+COLUMNS = (
+    "recipe", "slice", "program", "clips a chip", "at a time", "HBM, GiB", "most at a time",
+    "ms at least", "limit", "MFU at most", "hours at least", "chip-hours",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ def print_plan(plan: Plan, config: PlanConfig) -> None:
     )
     console.print(programs_table(plan))
     for one in plan.programs:
-        console.print(f"[bold]{one.program}[/], {one.length} tokens: {details(one)}")
+        console.print(f"[bold]{one.program}[/], {one.length} tokens: {escape(details(one))}")
     hours = plan.hours(config.mfu)
     if hours is not None:
         basis = "at the roofline, at least" if config.mfu is None else f"at {config.mfu:.0%} MFU"
@@ -166,3 +174,49 @@ def remedy(one: TooLarge) -> str:
         f"fits with {one.largest_batch} clips a chip at a time: {cure}. Its largest tensors there\n"
         f"{tensors}"
     )
+
+
+def write_table(path: Path, plans: list[Plan], config: PlanConfig) -> None:
+    """Puts the plans into the table between the markers of a Markdown file.
+
+    Rows of other recipes, slices and programs stay.
+
+    Raises:
+        InputError: the file is not there or has no markers.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    begin, end = (text.find(marker) for marker in TABLE)
+    if min(begin, end) < 0:
+        raise InputError(f"{path} has no lines {TABLE[0]} and {TABLE[1]} to put the table between")
+    begin += len(TABLE[0])
+    old = [line.strip("| ").split(" | ") for line in text[begin:end].splitlines()[3:]]
+    rows = {tuple(row[:3]): row for row in old if len(row) == len(COLUMNS)}
+    for plan in plans:
+        for row in table_rows(plan, config):
+            rows[tuple(row[:3])] = row
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(rows[key] for key in sorted(rows))]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    path.write_text(f"{text[:begin]}\n{table}\n{text[end:]}", encoding="utf-8")
+
+
+def table_rows(plan: Plan, config: PlanConfig) -> list[list[str]]:
+    """A row a program, as `COLUMNS` name its cells; hours stand at the training run."""
+    rows = []
+    for one in plan.programs:
+        tokens = f", {one.length} tokens" if one.length else ""
+        row = [plan.recipe.stem, plan.target.name, one.program + tokens]
+        row += [f"{one.clips / one.chips:g}", str(one.rows)]
+        most = "" if one.largest_batch is None else str(one.largest_batch)
+        if isinstance(one, TooLarge):
+            row += [f"{one.needed / GIB:.1f} of {one.available / GIB:.1f}: no", most, *[""] * 5]
+            rows.append(row)
+            continue
+        row += [f"{one.memory / GIB:.1f} of {one.capacity / GIB:.0f}", most]
+        row += [f"{1e3 * one.seconds.bound:.0f}", one.seconds.limit, f"{one.mfu:.0%}"]
+        if one.program == "train":
+            hours = plan.steps * one.seconds.bound / 3600
+            row += [f"{hours:,.1f}", f"{hours * plan.target.chips:,.0f}"]
+        else:
+            row += ["", ""]
+        rows.append(row)
+    return rows

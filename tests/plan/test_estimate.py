@@ -1,0 +1,127 @@
+"""Rooflines, remedies and the search for a batch, on figures made up to be checked by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flax_distil.config import PlanConfig
+from flax_distil.errors import InputError
+from flax_distil.plan.compiler import refusal
+from flax_distil.plan.estimate import Estimate, Tensor, TooLarge, knob, largest_fitting, roofline
+from flax_distil.plan.hlo import Collective
+from flax_distil.plan.programs import Program
+from flax_distil.plan.report import (
+    TABLE,
+    Plan,
+    as_json,
+    print_plan,
+    remedy,
+    write_table,
+)
+from flax_distil.plan.topology import GIB, tpu_slice
+
+CONFIG = PlanConfig((Path("recipes/x.toml"),), ("v4-8",), chip_hour_price=3.0)
+PROGRAM = Program("train", 64, 16, 256, 1.1e15, {"teacher": 3e9}, None)
+
+
+def made_up(target, **changes):
+    seconds = roofline(PROGRAM.flops / target.chips, 6e11, (), target.chip, target.chips)
+    values = {
+        "program": "train", "clips": 64, "rows": 16, "length": 256, "chips": 4, "memory": 9e9,
+        "capacity": 32 * GIB, "arguments": {"teacher": 3e9}, "temporaries": 6e9, "flops": 1.1e15,
+        "traffic": 6e11, "collectives": (Collective("all-reduce", "bf16", 7, 4e8),),
+        "host_transfers": (), "seconds": seconds,
+    }  # fmt: skip
+    return Estimate(**(values | changes))
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 16, 24, 100])
+@pytest.mark.parametrize("first", [1, 8, 64])
+def test_the_search_finds_the_most_that_fits_to_an_eighth(first, most):
+    asked = []
+
+    def fits(rows):
+        asked.append(rows)
+        return rows <= most
+
+    found = largest_fitting(fits, first)
+    assert most - max(most // 8, 0) <= found <= most
+    assert len(set(asked)) == len(asked) <= 12
+
+
+def test_the_search_says_when_nothing_fits():
+    assert largest_fitting(lambda rows: False, 8) is None
+    assert largest_fitting(lambda rows: rows <= 5, 8, refused=16, exact=False) == 4
+
+
+def test_the_roofline_is_what_takes_longest():
+    chip = tpu_slice("v4-8").chip
+    reduced = (Collective("all-reduce", "bf16", 1, 4e8), Collective("all-gather", "bf16", 1, 2e8))
+    seconds = roofline(275e12, 2400e9, reduced, chip, chips=4)
+    assert seconds == pytest.approx((1.0, 2.0, (2 * 0.75 * 4e8 + 0.75 * 2e8) / 300e9))
+    assert (seconds.bound, seconds.limit) == (2.0, "memory")
+
+
+@pytest.mark.parametrize(
+    ("shape", "where", "part"),
+    [
+        ((16, 256, 51865), "jit(train_step)/sub", "vocabulary_chunk"),
+        ((51865, 1280), "state.params['decoder']", "fsdp"),
+        ((2, 16, 20, 256, 1500), "jit(train_step)/jvp()/exp", "remat"),
+        ((16, 1500, 5120), "jit(train_step)/while", "accumulation"),
+    ],
+)
+def test_each_tensor_has_its_knob(shape, where, part):
+    assert part in knob(shape, where, PROGRAM, 51865)
+
+
+def test_the_compiler_s_two_complaints_are_read():
+    early = refusal(
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (25.21G) exceeds available HBM (15.75G)."
+    )
+    late = refusal("Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded hbm")
+    assert (early.needed, early.available) == (25.21 * GIB, 15.75 * GIB)
+    assert late.needed == 16.5 * GIB
+    assert refusal("Ran out of memory in memory space vmem. Used 16.47M of 16.00M vmem.") is None
+
+
+def test_what_does_not_fit_names_tensor_and_knob():
+    tensor = (2.5 * GIB, "f32", (16, 256, 51865), "jit(train_step)/sub", "vocabulary_chunk")
+    large = TooLarge("train", 512, 64, 256, 8, 25 * GIB, 16 * GIB, 24, (Tensor(*tensor),))
+    said = remedy(large)
+    assert "fits with 24 clips a chip at a time: compute.accumulation 3 times as large" in said
+    assert "2.50 GiB f32[16, 256, 51865] jit(train_step)/sub" in said
+    assert "less by vocabulary_chunk" in said
+
+
+def test_hours_and_price_follow_from_the_updates(capsys):
+    """0.5 s an update by memory; 1.0 s of compute at a tenth of the peak is 10 s."""
+    target = tpu_slice("v4-8")
+    plan = Plan(Path("recipes/x.toml"), target, 7200, (made_up(target),))
+    assert plan.hours(None) == pytest.approx(2.0)
+    assert plan.hours(0.1) == pytest.approx(20.0)
+    (record,) = json.loads(as_json([plan], CONFIG))
+    assert (record["chip_hours"], record["price"]) == pytest.approx((8.0, 24.0))
+    assert record["programs"][0]["mfu"] == pytest.approx(1.0)
+    print_plan(plan, CONFIG)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "7,200 updates, at the roofline, at least: 2.0 h, 8 chip-hours, 24 at your price" in out
+    assert "7 all-reduce of 400.0 MB bf16" in out
+
+
+def test_a_table_keeps_what_it_had(tmp_path):
+    path = tmp_path / "tpu.md"
+    path.write_text(f"before\n\n{TABLE[0]}\n{TABLE[1]}\n\nafter\n")
+    for name in ("v4-8", "v5e-8", "v4-8"):
+        target = tpu_slice(name)
+        plan = Plan(Path("recipes/x.toml"), target, 7200, (made_up(target),))
+        write_table(path, [plan], CONFIG)
+    text = path.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert text.count("| x | v4-8 | train, 256 tokens |") == 1
+    assert text.count("| x | v5e-8 |") == 1
+    with pytest.raises(InputError, match="has no lines"):
+        write_table(tmp_path / "other.md", [], CONFIG)
