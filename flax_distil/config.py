@@ -172,9 +172,9 @@ class ComputeConfig:
     """Micro-batches a batch is cut into; gradients and schedule are those of the whole batch."""
     remat: bool = False
     """Recompute student layers in the backward pass (gradient checkpointing)."""
-    vocabulary_chunk: int = 0
-    """Label positions whose logits exist at a time; they are computed again in the backward pass.
-    0 is all at once: faster, and [batch, labels, vocabulary] large, twice."""
+    vocabulary_chunk: int = 256
+    """Tokens of a device whose logits exist at a time, [tokens, vocabulary] in float32 four times;
+    0 is all of a batch's. Nothing is computed twice, and tokens without weight are skipped."""
     scan_layers: bool = False
     """One scanned layer instead of N unrolled ones: compiles faster on accelerators."""
     data: int = -1

@@ -15,15 +15,9 @@ from jaxtyping import Array, Float
 from flax_distil.audio.log_mel import log_mel
 from flax_distil.config import LossConfig, OptimizerConfig
 from flax_distil.data.batches import Batch
-from flax_distil.distill.losses import (
-    Losses,
-    cross_entropy,
-    hidden_mse,
-    in_chunks,
-    kl_divergence,
-    objective,
-)
+from flax_distil.distill.losses import Losses, hidden_mse, objective
 from flax_distil.distill.state import TrainState, apply_gradients, learning_rate
+from flax_distil.distill.vocabulary import Heard, vocabulary_losses
 from flax_distil.model.spec import Params, Spec
 
 
@@ -32,6 +26,8 @@ class Plan:
     """What decides the program, and none of its numbers: static under jit.
 
     layer_map: teacher layer for each student layer, for the MSE of hidden states.
+    vocabulary_chunk: tokens of a device whose logits exist at a time; 0 is all of them.
+    data_shards: into how many parts the mesh cuts a batch.
     """
 
     teacher: Spec
@@ -41,6 +37,7 @@ class Plan:
     layer_map: tuple[int, ...] = ()
     accumulation: int = 1
     vocabulary_chunk: int = 0
+    data_shards: int = 1
 
 
 class Frozen(NamedTuple):
@@ -78,9 +75,8 @@ def train_step(
         guide = teach(frozen, micro, plan)
 
         def loss(params: Params) -> tuple[Array, Losses]:
-            losses = student_losses(params, frozen, guide, micro, plan)
-            losses = jax.tree.map(lambda total: total / tokens, losses)
-            return objective(losses, plan.loss), losses
+            total, losses = student_losses(params, frozen, guide, micro, plan)
+            return total / tokens, jax.tree.map(lambda part: part / tokens, losses)
 
         gradients, losses = jax.grad(loss, has_aux=True)(state.params)
         return jax.tree.map(jnp.add, sums, (losses, gradients)), None
@@ -107,7 +103,7 @@ def evaluation_losses(
     """Sums of the parts at temperature 1, without smoothing, and the number of label tokens."""
     plan = replace(plan, loss=replace(plan.loss, temperature=1.0, label_smoothing=0.0))
     guide = teach(frozen, batch, plan)
-    return student_losses(params, frozen, guide, batch, plan), jnp.sum(batch.weights)
+    return student_losses(params, frozen, guide, batch, plan)[1], jnp.sum(batch.weights)
 
 
 def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
@@ -124,33 +120,28 @@ def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
 
 def student_losses(
     params: Params, frozen: Frozen, guide: Guide, batch: Batch, plan: Plan
-) -> Losses:
-    """Sums of the parts over the batch's label tokens."""
+) -> tuple[Float[Array, ""], Losses]:
+    """The objective, which has the gradients, and its parts: sums over the batch's label tokens."""
     audio_BSD = guide.audio
     if own := frozen.student_encoder | params.get("encoder", {}):
         audio_BSD = plan.student.encoder(own)(log_mel(batch.waveforms, plan.student.dims.mels))
     student = plan.student.decoder(params["decoder"])
     hidden_BLD, every_NBLD = student.hidden_states(jnp.asarray(batch.tokens), audio_BSD)
-    config, targets_BL = plan.loss, jnp.asarray(batch.targets)
     weights_BL = jnp.asarray(batch.weights)
-    teacher = plan.teacher.decoder(frozen.teacher["decoder"])
-
-    def vocabulary(hidden_BLD: Array, wanted_BLD: Array, targets_BL: Array, weights_BL: Array):
-        kl = ce = jnp.zeros(())
-        logits_BLV = student.logits(hidden_BLD)
-        if config.kl:
-            wanted_BLV = teacher.logits(wanted_BLD)
-            kl = kl_divergence(wanted_BLV, logits_BLV, weights_BL, config.temperature)
-        if config.ce:
-            ce = cross_entropy(logits_BLV, targets_BL, weights_BL, config.label_smoothing)
-        return kl, ce
-
-    rows = (hidden_BLD, guide.hidden, targets_BL, weights_BL)
-    kl, ce = in_chunks(vocabulary, rows, weights_BL, plan.vocabulary_chunk)
+    parts = vocabulary_losses(
+        hidden_BLD,
+        params["decoder"]["tokens"]["embedding"],
+        Heard(guide.hidden, frozen.teacher["decoder"]["tokens"]["embedding"]),
+        jnp.asarray(batch.targets),
+        weights_BL,
+        plan.loss,
+        plan.vocabulary_chunk,
+        plan.data_shards,
+    )
     mse = jnp.zeros(())
-    if config.mse:
+    if plan.loss.mse:
         mse = hidden_mse(guide.every, every_NBLD, weights_BL, plan.layer_map)
-    return Losses(kl, ce, mse)
+    return parts.total + plan.loss.mse * mse, Losses(parts.kl, parts.ce, mse)
 
 
 def micro_batches(batch: Batch, plan: Plan) -> Batch:

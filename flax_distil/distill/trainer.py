@@ -33,7 +33,13 @@ from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.spec import Spec, unstack_layers
 from flax_distil.model.student import same_arrays
-from flax_distil.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
+from flax_distil.parallel.mesh import (
+    batch_sharding,
+    check_batch,
+    data_shards,
+    make_mesh,
+    replicated,
+)
 from flax_distil.parallel.sharding import check_heads, shardings
 from flax_distil.pseudo_label.labeller import fingerprint
 from flax_distil.recipe import load_recipe, save_recipe
@@ -215,6 +221,7 @@ def prepare(
     plan, compute = make_plan(config, teacher.dims, student.dims), config.compute
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor)
     check_batch(config.batch_size, mesh, compute.accumulation)
+    plan = replace(plan, data_shards=data_shards(mesh))
     dims = teacher.dims
     check_heads({"encoder": dims.encoder_heads, "decoder": dims.decoder_heads}, mesh)
     trainable, frozen = split_parameters(plan, teacher, student, config.train_encoder)

@@ -1,0 +1,200 @@
+"""KL and cross-entropy from final hidden states: logits exist for a few tokens at a time.
+
+Logits are the memory of distillation: [B, L, 51866] in float32, of the teacher, of the student and
+of the gradient. Here they exist for a chunk of tokens, and the gradient of a chunk is taken while
+its logits are there, already in the forward pass, and only scaled in the backward pass. So nothing
+is computed twice: 8 N D V operations for N tokens, as without chunks, where recomputing the logits
+in the backward pass needs 12. Tokens of weight 0 (prompts, padding) are moved behind the others,
+where the loop does not come: they cost nothing.
+
+Letters beside the model's: G shards of a batch, N tokens of a shard, C tokens of a chunk, K tokens
+whose teacher probability is stored.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flax_distil.config import LossConfig
+
+
+class Heard(NamedTuple):
+    """A teacher in memory: its final hidden states, and the embedding that makes logits of them."""
+
+    hidden: Float[Array, "B L D"]
+    embedding: Float[Array, "V D"]
+
+
+class Rows(NamedTuple):
+    """What the losses need of each token; leaves are [B, L, …], then [G, N, …]."""
+
+    targets: Int[Array, "..."]
+    weights: Float[Array, "..."]
+    teacher: Any
+
+
+class Parts(NamedTuple):
+    """Sums over weighted tokens. No gradient flows through `kl` and `ce`, which are for the log."""
+
+    total: Float[Array, ""]
+    kl: Float[Array, ""]
+    ce: Float[Array, ""]
+
+
+def vocabulary_losses(
+    hidden_BLD: Float[Array, "B L D"],
+    embedding_VD: Float[Array, "V D"],
+    teacher: Heard | None,
+    targets_BL: Int[Array, "B L"],
+    weights_BL: Float[Array, "B L"],
+    config: LossConfig,
+    chunk: int = 0,
+    shards: int = 1,
+) -> Parts:
+    """`config.kl · KL(teacher ‖ student) · T² + config.ce · CE(targets)`, summed over tokens.
+
+    teacher: None where `config.kl` is 0.
+    chunk: tokens of a shard whose logits exist at a time; 0 is all of them.
+    shards: into how many parts the rows are spread over devices. Each part has its own sum of the
+        embedding's gradient, so that devices talk once, behind the loop, and not in every turn.
+    """
+    count = weights_BL.size // shards
+    chunk = min(chunk, count) or count
+
+    def spread(x_BL: Array) -> Array:
+        x_GN = x_BL.reshape(shards, count, *x_BL.shape[2:])
+        return jnp.pad(x_GN, [(0, 0), (0, -count % chunk)] + [(0, 0)] * (x_GN.ndim - 2))
+
+    read = Rows(targets_BL, weights_BL, None if teacher is None else teacher.hidden)
+    rows, hidden_GND = jax.tree.map(spread, read), spread(hidden_BLD)
+    theirs = None if teacher is None else teacher.embedding
+    return Parts(*_fused(hidden_GND, embedding_VD, rows, theirs, config, chunk))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _fused(hidden_GND, embedding_VD, rows: Rows, theirs, config: LossConfig, chunk: int):
+    """(total, kl, ce)."""
+    return _sweep(hidden_GND, embedding_VD, rows, theirs, config, chunk)[0]
+
+
+def _forward(hidden_GND, embedding_VD, rows: Rows, theirs, config: LossConfig, chunk: int):
+    sums, gradients = _sweep(hidden_GND, embedding_VD, rows, theirs, config, chunk)
+    return sums, (gradients, jnp.zeros((), hidden_GND.dtype), jnp.zeros((), embedding_VD.dtype))
+
+
+def _backward(_config: LossConfig, _chunk: int, kept: Any, cotangents: tuple[Array, ...]):
+    gradients, *like = kept
+    scaled = [(cotangents[0] * g).astype(x.dtype) for g, x in zip(gradients, like, strict=True)]
+    return (*scaled, None, None)
+
+
+_fused.defvjp(_forward, _backward)
+
+
+def _sweep(hidden_GND, embedding_VD, rows: Rows, theirs, config: LossConfig, chunk: int):
+    """The sums, and the gradients of the total, chunk by chunk of the tokens that count."""
+    narrow, wide = hidden_GND.dtype, jnp.promote_types(hidden_GND.dtype, jnp.float32)
+    product = partial(jnp.einsum, preferred_element_type=wide)
+    ours, theirs = jax.tree.map(lambda x: x.astype(narrow), (embedding_VD, theirs))
+    order_GN = jnp.argsort(rows.weights == 0, axis=1, stable=True)
+    used = jnp.max(jnp.sum(rows.weights != 0, axis=1))
+    pick = jax.vmap(lambda x_N, places_C: x_N[places_C])
+
+    def turn(number: Array, carry: tuple) -> tuple:
+        sums, hidden_gradient_GND, embedding_gradient_GVD = carry
+        places_GC = jax.lax.dynamic_slice_in_dim(order_GN, number * chunk, chunk, axis=1)
+        here, hidden_GCD = jax.tree.map(lambda x_GN: pick(x_GN, places_GC), (rows, hidden_GND))
+        logits_GCV = product("gcd,vd->gcv", hidden_GCD, ours)
+        wanted_GCV = None if theirs is None else product("gcd,vd->gcv", here.teacher, theirs)
+        kl_GC, ce_GC, pull_GCV = token_losses(wanted_GCV, logits_GCV, here.targets, config)
+        sums += jnp.stack([jnp.sum(kl_GC * here.weights), jnp.sum(ce_GC * here.weights)])
+        pull_GCV = (here.weights[..., None] * pull_GCV).astype(narrow)
+        pull_GCD = product("gcv,vd->gcd", pull_GCV, ours)
+        hidden_gradient_GND = jax.lax.dynamic_update_slice_in_dim(
+            hidden_gradient_GND, pull_GCD, number * chunk, axis=1
+        )
+        embedding_gradient_GVD += product("gcv,gcd->gvd", pull_GCV, hidden_GCD)
+        return sums, hidden_gradient_GND, embedding_gradient_GVD
+
+    start = (
+        jnp.zeros(2, wide),
+        jnp.zeros(hidden_GND.shape, wide),
+        jnp.zeros((len(hidden_GND), *embedding_VD.shape), wide),
+    )
+    (kl, ce), sorted_GND, embedding_gradient_GVD = jax.lax.fori_loop(
+        0, -(-used // chunk), turn, start
+    )
+    back_GN1 = jnp.argsort(order_GN, axis=1)[..., None]
+    hidden_gradient_GND = jnp.take_along_axis(sorted_GND, back_GN1, axis=1)
+    total = config.kl * kl + config.ce * ce
+    return (total, kl, ce), (hidden_gradient_GND, embedding_gradient_GVD.sum(axis=0))
+
+
+def token_losses(
+    teacher_V: Any, logits_V: Float[Array, "... V"], targets: Int[Array, "..."], config: LossConfig
+) -> tuple[Array, Array, Array]:
+    """KL and cross-entropy of each token, and the gradient of their weighted sum by the logits.
+
+    A part that weighs 0 is 0 and costs nothing.
+    """
+    kl = ce = jnp.zeros(targets.shape, logits_V.dtype)
+    gradient_V = jnp.zeros((), logits_V.dtype)
+    if config.kl:
+        kl, pull_V = kl_divergence(teacher_V, logits_V, config.temperature)
+        gradient_V += config.kl * pull_V
+    if config.ce:
+        ce, pull_V = cross_entropy(logits_V, targets, config.label_smoothing)
+        gradient_V += config.ce * pull_V
+    return kl, ce, gradient_V
+
+
+def kl_divergence(
+    teacher_V: Float[Array, "... V"], student_V: Float[Array, "... V"], temperature: float
+) -> tuple[Float[Array, "..."], Float[Array, "... V"]]:
+    """KL(teacher ‖ student) · T² of each token, softened by T, and its gradient by the logits.
+
+    The gradient of softened logits shrinks with T²: the factor keeps it comparable to the
+    cross-entropy's at every temperature (Hinton et al. 2015).
+    """
+    theirs, ours = Softmax.of(teacher_V / temperature), Softmax.of(student_V / temperature)
+    cross = jnp.sum(theirs.powers * (theirs.logits - ours.logits), axis=-1, keepdims=True)
+    kl = (cross / theirs.mass - jnp.log(theirs.mass) + jnp.log(ours.mass))[..., 0]
+    return temperature**2 * kl, temperature * (ours.probabilities() - theirs.probabilities())
+
+
+def cross_entropy(
+    student_V: Float[Array, "... V"], targets: Int[Array, "..."], smoothing: float = 0.0
+) -> tuple[Float[Array, "..."], Float[Array, "... V"]]:
+    """Cross-entropy of each token on its pseudo-label, and its gradient by the logits.
+
+    Smoothing ε mixes the label with the uniform distribution.
+    """
+    vocabulary, ours = student_V.shape[-1], Softmax.of(student_V)
+    # A comparison instead of a look-up: it needs no other device's piece of the vocabulary.
+    label_V = (jnp.arange(vocabulary) == targets[..., None]).astype(student_V.dtype)
+    if smoothing:
+        label_V = (1 - smoothing) * label_V + smoothing / vocabulary
+    ce = jnp.log(ours.mass[..., 0]) - jnp.sum(label_V * ours.logits, axis=-1)
+    return ce, ours.probabilities() - label_V
+
+
+class Softmax(NamedTuple):
+    """A distribution before its division: on a CPU it takes two thirds of log-softmax's time."""
+
+    logits: Float[Array, "... V"]
+    """Shifted: the largest is 0."""
+    powers: Float[Array, "... V"]
+    mass: Float[Array, "... 1"]
+
+    @classmethod
+    def of(cls, logits_V: Float[Array, "... V"]) -> "Softmax":
+        """The softmax of logits."""
+        shifted_V = logits_V - logits_V.max(axis=-1, keepdims=True)
+        powers_V = jnp.exp(shifted_V)
+        return cls(shifted_V, powers_V, powers_V.sum(axis=-1, keepdims=True))
+
+    def probabilities(self) -> Float[Array, "... V"]:
+        return self.powers / self.mass
