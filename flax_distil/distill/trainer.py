@@ -221,7 +221,6 @@ def prepare(
     plan, compute = make_plan(config, teacher.dims, student.dims), config.compute
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor)
     check_batch(config.batch_size, mesh, compute.accumulation)
-    plan = replace(plan, data_shards=data_shards(mesh))
     dims = teacher.dims
     check_heads({"encoder": dims.encoder_heads, "decoder": dims.decoder_heads}, mesh)
     trainable, frozen = split_parameters(plan, teacher, student, config.train_encoder)
@@ -235,6 +234,7 @@ def prepare(
 
 def compile_step(plan: Plan, mesh: jax.sharding.Mesh, placed: Any) -> Any:
     """`train_step` as it runs: jitted, its state donated and kept where `placed` says."""
+    plan = replace(plan, data_shards=data_shards(mesh))
     return jax.jit(
         partial(train_step, plan=plan),
         donate_argnums=0,

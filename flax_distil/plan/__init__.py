@@ -30,7 +30,7 @@ def run(config: PlanConfig) -> "list[Plan]":
         if not config.json:
             print_plan(plans[-1], config)
         if config.table is not None:
-            write_table(config.table, plans[-1:], config)
+            write_table(config.table, plans[-1:])
     if config.json:
         print(as_json(plans, config))
     return plans

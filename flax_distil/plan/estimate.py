@@ -11,7 +11,7 @@ from flax_distil.plan.topology import Chip, Slice
 
 # What makes a tensor smaller, by what its shape or origin tells.
 KNOBS = {
-    "vocabulary": "compute.vocabulary_chunk = 32 (logits of 32 label positions at a time)",
+    "vocabulary": "a smaller compute.vocabulary_chunk (logits of fewer tokens at a time)",
     "parameters": "compute.fsdp (parameters and moments spread over more chips)",
     "saved": "compute.remat = true (student layers computed again in the backward pass)",
     "batch": "compute.accumulation, twice as much (half the clips at a time)",
@@ -158,7 +158,7 @@ def knob(shape: tuple[int, ...], where: str, program: Program, vocabulary: int) 
     """What makes a tensor smaller, told by its sizes and its origin."""
     if program.name != "train":
         return KNOBS["clips"]
-    if vocabulary in shape and program.length in shape:
+    if vocabulary in shape and len(shape) > 2:
         return KNOBS["vocabulary"]
     if where.startswith(("state", "frozen")):
         return KNOBS["parameters"]

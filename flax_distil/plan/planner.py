@@ -132,6 +132,10 @@ def judged(
     auto: find the most that a chip holds. Where `rows` are too many, find less that it holds.
     """
     asked = program(rows)
+    log.info(
+        "%s on %s: %d clips, %d tokens",
+        *(asked.name, target.name, asked.clips, asked.length),
+    )
     answer = compiled(asked.lowered, target)
 
     def fits(rows: int) -> bool:

@@ -39,7 +39,9 @@ class Program:
 
     name: train, encode or decode. clips: of one run, over all chips. rows: clips that a chip
     computes at a time. length: tokens of a clip. flops: useful ones of one run, over all chips.
-    arguments: bytes a chip of each group. loops: rounds of a loop whose end depends on the data.
+    arguments: bytes a chip of each group. loops: rounds of the loop whose end depends on the data,
+    over the tokens of a text or, where every label is as long as it may be, over the vocabulary's
+    chunks.
     """
 
     name: str
@@ -83,11 +85,12 @@ def train_program(
     frozen = at(frozen, shardings(frozen, mesh, compute.fsdp_min_elements))
     batch = abstract_batch(config, teacher, length, batch_sharding(mesh))
     step = compile_step(plan, mesh, placed)
+    rows = config.batch_size // data_shards(mesh) // compute.accumulation
     encode = config.audio_states is None
     return Program(
         name="train",
         clips=config.batch_size,
-        rows=config.batch_size // data_shards(mesh) // compute.accumulation,
+        rows=rows,
         length=length,
         flops=step_flops(plan, config.batch_size, length, bool(own), config.train_encoder, encode),
         arguments={
@@ -97,6 +100,7 @@ def train_program(
             "batch": bytes_a_chip(batch),
         },
         lowered=lower(step, state, frozen, batch),
+        loops=-(-rows * length // (compute.vocabulary_chunk or rows * length)),
     )
 
 

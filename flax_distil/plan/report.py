@@ -17,6 +17,7 @@ from flax_distil.plan.estimate import Estimate, TooLarge
 from flax_distil.plan.topology import GIB, Slice, libtpu_version
 
 TABLE = ("<!-- plan table: begin -->", "<!-- plan table: end -->")
+NOTHING = "–"
 COLUMNS = (
     "recipe", "slice", "program", "clips a chip", "at a time", "HBM, GiB", "most at a time",
     "ms at least", "limit", "MFU at most", "hours at least", "chip-hours",
@@ -176,7 +177,7 @@ def remedy(one: TooLarge) -> str:
     )
 
 
-def write_table(path: Path, plans: list[Plan], config: PlanConfig) -> None:
+def write_table(path: Path, plans: list[Plan]) -> None:
     """Puts the plans into the table between the markers of a Markdown file.
 
     Rows of other recipes, slices and programs stay.
@@ -192,24 +193,24 @@ def write_table(path: Path, plans: list[Plan], config: PlanConfig) -> None:
     old = [line.strip("| ").split(" | ") for line in text[begin:end].splitlines()[3:]]
     rows = {tuple(row[:3]): row for row in old if len(row) == len(COLUMNS)}
     for plan in plans:
-        for row in table_rows(plan, config):
+        for row in table_rows(plan):
             rows[tuple(row[:3])] = row
     lines = [COLUMNS, ["---"] * len(COLUMNS), *(rows[key] for key in sorted(rows))]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     path.write_text(f"{text[:begin]}\n{table}\n{text[end:]}", encoding="utf-8")
 
 
-def table_rows(plan: Plan, config: PlanConfig) -> list[list[str]]:
+def table_rows(plan: Plan) -> list[list[str]]:
     """A row a program, as `COLUMNS` name its cells; hours stand at the training run."""
     rows = []
     for one in plan.programs:
         tokens = f", {one.length} tokens" if one.length else ""
         row = [plan.recipe.stem, plan.target.name, one.program + tokens]
         row += [f"{one.clips / one.chips:g}", str(one.rows)]
-        most = "" if one.largest_batch is None else str(one.largest_batch)
+        most = NOTHING if one.largest_batch is None else str(one.largest_batch)
         if isinstance(one, TooLarge):
-            row += [f"{one.needed / GIB:.1f} of {one.available / GIB:.1f}: no", most, *[""] * 5]
-            rows.append(row)
+            row += [f"{one.needed / GIB:.1f} of {one.available / GIB:.1f}: no", most]
+            rows.append([*row, *[NOTHING] * 5])
             continue
         row += [f"{one.memory / GIB:.1f} of {one.capacity / GIB:.0f}", most]
         row += [f"{1e3 * one.seconds.bound:.0f}", one.seconds.limit, f"{one.mfu:.0%}"]
@@ -217,6 +218,6 @@ def table_rows(plan: Plan, config: PlanConfig) -> list[list[str]]:
             hours = plan.steps * one.seconds.bound / 3600
             row += [f"{hours:,.1f}", f"{hours * plan.target.chips:,.0f}"]
         else:
-            row += ["", ""]
+            row += [NOTHING] * 2
         rows.append(row)
     return rows

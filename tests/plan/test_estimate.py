@@ -116,12 +116,15 @@ def test_a_table_keeps_what_it_had(tmp_path):
     path.write_text(f"before\n\n{TABLE[0]}\n{TABLE[1]}\n\nafter\n")
     for name in ("v4-8", "v5e-8", "v4-8"):
         target = tpu_slice(name)
-        plan = Plan(Path("recipes/x.toml"), target, 7200, (made_up(target),))
-        write_table(path, [plan], CONFIG)
+        decode = made_up(target, program="label: decode")
+        large = TooLarge("train", 512, 64, 128, 8, 25 * GIB, 16 * GIB, 24, ())
+        write_table(path, [Plan(Path("recipes/x.toml"), target, 7200, (made_up(target), decode))])
+        write_table(path, [Plan(Path("recipes/x.toml"), target, 7200, (large,))])
     text = path.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert text.count("| x | v4-8 | train, 256 tokens |") == 1
-    assert text.count("| x | v5e-8 |") == 1
+    assert text.count("| x | v5e-8 |") == 3
+    assert "25.0 of 16.0: no" in text
     with pytest.raises(InputError, match="has no lines"):
-        write_table(tmp_path / "other.md", [], CONFIG)
+        write_table(tmp_path / "other.md", [])
