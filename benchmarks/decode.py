@@ -1,14 +1,18 @@
-"""Short clips to text against other engines, and speculative decoding against greedy search.
+"""Short clips and a long recording against other engines, speculative decoding against greedy.
 
     python benchmarks/decode.py [--models whisper-tiny.en whisper-base] [--batches 1 8]
-        [--rounds 5] [--student FOLDER] [--smaller NAME] [--guesses 4] [--vocabulary 8000]
-        [--speculative-batches 1 4 16] [--json FILE] [AUDIO ...]
+        [--rounds 3] [--minutes 2] [--student FOLDER] [--smaller NAME] [--guesses 4]
+        [--vocabulary 8000] [--speculative-batches 1 4 16] [--json FILE] [AUDIO ...]
 
-Every engine gets 16 kHz waveforms and returns English text by greedy search, without timestamps,
-log-mel included. Each round runs all engines on the same batch in turn, so that a busy machine is
-unfair to none; figures are medians over the rounds, and the ratios medians of the rounds' ratios.
-Without audio files the clips are the telephone prompts and audiobooks of `flax-distil fetch`.
-The drafters are the lookup and, where given, a student of the model and a smaller Whisper.
+The figures that are published: --rounds 5 --minutes 10, on a machine that does nothing else.
+
+Every engine gets 16 kHz waveforms and returns English text by greedy search, log-mel included;
+short clips are read without timestamps. The long recording is the clips in a row with pauses, read
+by each engine's own long-form algorithm at temperature 0. Each round runs all engines on the same
+batch in turn, so that a busy machine is unfair to none; figures are medians over the rounds, and
+the ratios medians of the rounds' ratios. Without audio files the clips are the telephone prompts
+and audiobooks of `flax-distil fetch`. The drafters are the lookup and, where given, a student of
+the model and a smaller Whisper.
 """
 
 import argparse
@@ -18,7 +22,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,8 +35,8 @@ from tqdm import tqdm
 
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, load_audio, pad_or_trim
 from flax_distil.cache import cache_folder
-from flax_distil.decode.assisted import make_assistant, recognize_assisted
-from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.assistant import make_assistant
+from flax_distil.decode.options import DecodeOptions, total
 from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
 from flax_distil.export.formats import write_faster_whisper
 from flax_distil.fetch.manifest import read_manifest
@@ -42,9 +46,12 @@ from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.openai import to_openai
 from flax_distil.model.weights import to_hf
+from flax_distil.text.wer import word_errors
+from flax_distil.transcribe import ChunkedOptions, SequentialOptions, transcribe
+from flax_distil.transcribe.recordings import LongForm
 
 Engine = Callable[[np.ndarray], list[str]]  # windows of 30 s to texts
-OURS, GREEDY = "flax-distil float32", "greedy"
+OURS = "flax-distil float32"
 PACKAGES = ("jax", "flax", "torch", "transformers", "openai-whisper", "faster-whisper")
 
 
@@ -74,13 +81,21 @@ def transformers(checkpoint: Checkpoint, tokens: int) -> Engine:
     return run
 
 
-def openai_whisper(checkpoint: Checkpoint, tokens: int) -> Engine:
+def openai_model(checkpoint: Checkpoint):
     import torch
     import whisper
 
     sizes, state = to_openai(checkpoint.dims, to_hf(checkpoint.dims, checkpoint.params))
     model = whisper.model.Whisper(whisper.model.ModelDimensions(**sizes)).eval()
     model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+    return model
+
+
+def openai_whisper(checkpoint: Checkpoint, tokens: int) -> Engine:
+    import torch
+    import whisper
+
+    model = openai_model(checkpoint)
     options = whisper.DecodingOptions(
         language="en", without_timestamps=True, fp16=False, sample_len=tokens
     )
@@ -92,15 +107,20 @@ def openai_whisper(checkpoint: Checkpoint, tokens: int) -> Engine:
     return run
 
 
-def faster_whisper(checkpoint: Checkpoint, tokens: int, compute_type: str) -> Engine:
-    """Its feature extractor, engine and tokenizer, without its loop over long audio."""
+def faster_model(checkpoint: Checkpoint, compute_type: str):
     from faster_whisper import WhisperModel
-    from faster_whisper.tokenizer import Tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         write_faster_whisper(checkpoint, Path(folder), "float32")
         threads = os.cpu_count() or 1
-        model = WhisperModel(folder, "cpu", compute_type=compute_type, cpu_threads=threads)
+        return WhisperModel(folder, "cpu", compute_type=compute_type, cpu_threads=threads)
+
+
+def faster_whisper(checkpoint: Checkpoint, tokens: int, compute_type: str) -> Engine:
+    """Its feature extractor, engine and tokenizer, without its loop over long audio."""
+    from faster_whisper.tokenizer import Tokenizer
+
+    model = faster_model(checkpoint, compute_type)
     multilingual = model.model.is_multilingual
     tokenizer = Tokenizer(model.hf_tokenizer, multilingual, task="transcribe", language="en")
     prompt = [*tokenizer.sot_sequence, tokenizer.no_timestamps]
@@ -121,20 +141,63 @@ def faster_whisper(checkpoint: Checkpoint, tokens: int, compute_type: str) -> En
     return run
 
 
-def engines(checkpoint: Checkpoint, tokens: int) -> dict[str, Engine]:
-    """Those that are installed; ours first."""
-    ways = {
-        OURS: partial(flax_distil, dtype="float32"),
-        "flax-distil bfloat16": partial(flax_distil, dtype="bfloat16"),
-        "Transformers float32": transformers,
-        "openai-whisper float32": openai_whisper,
-        "faster-whisper float32": partial(faster_whisper, compute_type="float32"),
-        "faster-whisper int8": partial(faster_whisper, compute_type="int8"),
-    }
+ENGINES: dict[str, Callable[[Checkpoint, int], Engine]] = {
+    OURS: partial(flax_distil, dtype="float32"),
+    "flax-distil bfloat16": partial(flax_distil, dtype="bfloat16"),
+    "Transformers float32": transformers,
+    "openai-whisper float32": openai_whisper,
+    "faster-whisper float32": partial(faster_whisper, compute_type="float32"),
+    "faster-whisper int8": partial(faster_whisper, compute_type="int8"),
+}
+
+
+def long_flax_distil(checkpoint: Checkpoint, long_form: LongForm, dtype: str) -> Engine:
+    read = partial(transcribe, model=make_recognizer(checkpoint, dtype), language="en")
+    return lambda sounds: [read(sounds[0], long_form=long_form).text.strip()]
+
+
+def long_transformers(checkpoint: Checkpoint) -> Engine:
+    from transformers import pipeline
+
+    read = pipeline("automatic-speech-recognition", model=str(checkpoint.source), device="cpu")
+    english = {"language": "en", "task": "transcribe"} if checkpoint.dims.multilingual else {}
+    options: dict = {"chunk_length_s": 30, "batch_size": 8, "generate_kwargs": english}
+    return lambda sounds: [read(sounds[0].copy(), **options)["text"].strip()]
+
+
+def long_openai_whisper(checkpoint: Checkpoint) -> Engine:
+    import whisper
+
+    read = partial(whisper.transcribe, openai_model(checkpoint), fp16=False)
+    return lambda sounds: [read(sounds[0], language="en", temperature=0.0)["text"].strip()]
+
+
+def long_faster_whisper(checkpoint: Checkpoint, compute_type: str) -> Engine:
+    read = faster_model(checkpoint, compute_type).transcribe
+    options = {"language": "en", "beam_size": 1, "temperature": 0.0}
+    return lambda sounds: ["".join(part.text for part in read(sounds[0], **options)[0]).strip()]
+
+
+PLAIN = SequentialOptions((0.0,))
+LONG_ENGINES: dict[str, Callable[[Checkpoint], Engine]] = {
+    f"{OURS}, sequential": partial(long_flax_distil, long_form=PLAIN, dtype="float32"),
+    "flax-distil bfloat16, sequential": partial(
+        long_flax_distil, long_form=PLAIN, dtype="bfloat16"
+    ),
+    f"{OURS}, chunked": partial(long_flax_distil, long_form=ChunkedOptions(), dtype="float32"),
+    "Transformers float32, chunked": long_transformers,
+    "openai-whisper float32": long_openai_whisper,
+    "faster-whisper float32": partial(long_faster_whisper, compute_type="float32"),
+    "faster-whisper int8": partial(long_faster_whisper, compute_type="int8"),
+}
+
+
+def installed_engines(ways: Mapping[str, Callable[..., Engine]], *given) -> dict[str, Engine]:
+    """Those that can be imported, ours first."""
     found = {}
     for name, make in ways.items():
         try:
-            found[name] = make(checkpoint, tokens)
+            found[name] = make(*given)
         except ImportError as error:
             Console(stderr=True).print(f"{name} is left out: {error}")
     return found
@@ -149,7 +212,8 @@ def drafted(recognizer: Recognizer, options: argparse.Namespace) -> dict[str, En
 
     def assisted(assistant):
         def run(windows):
-            found, run.tally = recognize_assisted(recognizer, assistant, windows, decode)
+            found = recognize(recognizer, windows, decode, assistant)
+            run.tally = total(one.tally for one in found)
             return [one.text for one in found]
 
         return run
@@ -157,7 +221,7 @@ def drafted(recognizer: Recognizer, options: argparse.Namespace) -> dict[str, En
     def greedy(windows):
         return [one.text for one in recognize(recognizer, windows, decode)]
 
-    runs: dict[str, Engine] = {GREEDY: greedy}
+    runs: dict[str, Engine] = {"greedy": greedy}
     for name, checkpoint in checkpoints.items():
         if checkpoint is not None and checkpoint.dims.vocab != recognizer.spec.dims.vocab:
             Console(stderr=True).print(f"{name} is left out: it has another vocabulary")
@@ -171,44 +235,56 @@ def drafted(recognizer: Recognizer, options: argparse.Namespace) -> dict[str, En
 
 
 def measure(
-    runs: dict[str, Engine], first: str, clips: list[np.ndarray], batch: int, rounds: int
+    runs: dict[str, Engine], clips: list[np.ndarray], batch: int, rounds: int
 ) -> list[dict]:
     """Seconds, RTF and the first one's advantage; texts are compared with the first one's."""
     # A round is one batch: the clips go round until all rounds are full.
     chosen = [clips[index % len(clips)] for index in range(batch * rounds)]
     windows = np.stack([pad_or_trim(clip) for clip in chosen]).reshape(rounds, batch, CLIP_SAMPLES)
     seconds = np.array([len(clip) / SAMPLE_RATE for clip in chosen]).reshape(rounds, batch).sum(1)
+    return [{"batch": batch, **row} for row in paired(runs, windows, seconds, f"batch {batch}")]
+
+
+def measure_long(runs: dict[str, Engine], clips: list[np.ndarray], minutes: float) -> list[dict]:
+    """The same of one recording, the clips in a row: one round, since each takes long."""
+    parts, pause = [], np.zeros(SAMPLE_RATE // 2, np.float32)
+    while sum(map(len, parts)) < minutes * 60 * SAMPLE_RATE:
+        parts += [part for clip in clips for part in (clip, pause)]
+    sound = np.concatenate(parts)[: round(minutes * 60 * SAMPLE_RATE)]
+    return paired(runs, sound[None, None], np.array([len(sound) / SAMPLE_RATE]), "recording")
+
+
+def paired(
+    runs: dict[str, Engine], batches: np.ndarray, seconds: np.ndarray, title: str
+) -> list[dict]:
+    """Every engine on every batch in turn. seconds: of audio a batch."""
+    first = next(iter(runs))
+    warm_up = batches[0][..., : 60 * SAMPLE_RATE]
     for run in runs.values():
-        run(windows[0])  # compiles, warms up
+        run(warm_up)  # compiles
     times, texts, tallies = ({name: [] for name in runs} for _ in range(3))
-    for windows_BN in tqdm(windows, desc=f"batch {batch}", leave=False):
+    for sounds in tqdm(batches, desc=title, leave=False):
         for name, run in runs.items():
             start = time.perf_counter()
-            texts[name] += run(windows_BN)
+            texts[name] += run(sounds)
             times[name].append(time.perf_counter() - start)
             tallies[name].append(getattr(run, "tally", None))
     rows = []
     for name in runs:
-        equal = np.mean(
-            [ours == theirs for ours, theirs in zip(texts[first], texts[name], strict=True)]
-        )
+        pairs = list(zip(texts[first], texts[name], strict=True))
         row = {
             "name": name,
-            "batch": batch,
-            "seconds_a_batch": round(statistics.median(times[name]), 3),
+            "seconds": round(statistics.median(times[name]), 3),
             "rtf": round(statistics.median(np.array(times[name]) / seconds), 4),
             "first_is_times_faster": round(
                 statistics.median(np.array(times[name]) / np.array(times[first])), 2
             ),
-            "equal_texts_percent": round(100 * float(equal), 1),
+            "equal_texts_percent": round(100 * float(np.mean([a == b for a, b in pairs])), 1),
+            "wer_to_first": round(100 * word_errors(*zip(*pairs, strict=True)).rate, 2),
         }
-        if tallies[name][0]:
-            drafted, accepted, written, passes = (
-                sum(int(getattr(tally, field).sum()) for tally in tallies[name])
-                for field in ("drafted", "accepted", "written", "passes")
-            )
-            row["acceptance_percent"] = round(100 * accepted / max(drafted, 1), 1)
-            row["tokens_a_pass"] = round(written / passes, 2)
+        if tally := total(tallies[name]):
+            row["acceptance_percent"] = round(100 * tally.acceptance_rate, 1)
+            row["tokens_a_pass"] = round(tally.tokens_per_pass, 2)
         rows.append(row)
     return rows
 
@@ -250,7 +326,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=["whisper-tiny.en", "whisper-base"])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--speculative-batches", nargs="*", type=int, default=[1, 4, 16])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=2, help="of the recording; 0 for none")
     parser.add_argument("--tokens", type=int, default=128, help="at most so many a clip")
     parser.add_argument("--student", help="drafts for the models with its vocabulary")
     parser.add_argument("--smaller", help="a smaller Whisper, as the student")
@@ -270,6 +347,7 @@ def main():
         "clips": len(clips),
         "mean_seconds": round(statistics.mean(len(clip) / SAMPLE_RATE for clip in clips), 1),
         "engines": {},
+        "long": {},
         "speculative": {},
     }
     console = Console()
@@ -277,21 +355,21 @@ def main():
     for model in options.models:
         folder = model if Path(model).is_dir() else fetch_weights(model)
         checkpoint = load_checkpoint(folder)
-        runs = engines(checkpoint, options.tokens) if options.batches else {}
+        runs = installed_engines(ENGINES, checkpoint, options.tokens) if options.batches else {}
         report["engines"][model] = [
-            row
-            for batch in options.batches
-            for row in measure(runs, OURS, clips, batch, options.rounds)
+            row for batch in options.batches for row in measure(runs, clips, batch, options.rounds)
         ]
-        del runs
+        runs = installed_engines(LONG_ENGINES, checkpoint) if options.minutes else {}
+        if runs:
+            report["long"][model] = measure_long(runs, clips, options.minutes)
         runs = drafted(make_recognizer(checkpoint), options) if options.speculative_batches else {}
         report["speculative"][model] = [
             row
             for batch in options.speculative_batches
-            for row in measure(runs, GREEDY, clips, batch, options.rounds)
+            for row in measure(runs, clips, batch, options.rounds)
         ]
-        for kind in ("engines", "speculative"):
-            console.print(show(report[kind][model], f"{model}: {kind}"))
+        for kind in ("engines", "long", "speculative"):
+            console.print(show(report[kind].get(model, []), f"{model}: {kind}"))
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

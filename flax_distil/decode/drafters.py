@@ -55,6 +55,15 @@ class Drafter(Protocol):
     ) -> tuple[Drafts, Any]: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Assistant:
+    """A drafter, how many tokens it guesses at a time, and its encoder where it has its own."""
+
+    drafter: Drafter
+    guesses: int
+    encoder: tuple[Spec, Params] | None = None
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["params", "vocabulary"],

@@ -1,7 +1,10 @@
 """What one asks of the decoder, and what comes back."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from flax_distil.errors import InputError
 
@@ -75,6 +78,30 @@ class DecodeOptions:
             )
 
 
+class Tally(NamedTuple):
+    """How good an assistant's guesses were: integers, one a row (arrays) or one for all.
+
+    passes: of the teacher, the prompt's included.
+    drafted, accepted: guesses that the teacher read, and those that it kept.
+    written: tokens, the end included.
+    """
+
+    passes: Any
+    drafted: Any
+    accepted: Any
+    written: Any
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Part of the guesses that were kept, over all rows."""
+        return float(np.sum(self.accepted) / max(np.sum(self.drafted), 1))
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that one pass of the teacher yields, over all rows; 1 without an assistant."""
+        return float(np.sum(self.written) / max(np.sum(self.passes), 1))
+
+
 @dataclass(frozen=True)
 class Hypothesis:
     """What the model wrote for one window.
@@ -83,6 +110,7 @@ class Hypothesis:
         distribution after suppression (before it in Transformers' beam search).
     no_speech_probability: of the no-speech token at the start of transcript.
     temperature: at which it was written.
+    tally: of an assistant's guesses, where one helped.
     """
 
     tokens: tuple[int, ...]
@@ -92,3 +120,10 @@ class Hypothesis:
     no_speech_probability: float
     compression_ratio: float
     temperature: float = 0.0
+    tally: Tally | None = None
+
+
+def total(tallies: Iterable[Tally | None]) -> Tally | None:
+    """All guesses together; None where nobody guessed."""
+    known = [tally for tally in tallies if tally is not None]
+    return Tally(*(int(np.sum(column)) for column in zip(*known, strict=True))) if known else None

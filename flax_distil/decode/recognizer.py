@@ -1,7 +1,8 @@
 """A model ready to recognise: batches of windows in, texts out."""
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,10 +13,12 @@ from jaxtyping import Array, Float, Num
 
 from flax_distil.audio.log_mel import log_mel
 from flax_distil.decode.beam import BeamSearch, beam
+from flax_distil.decode.drafters import Assistant
 from flax_distil.decode.greedy import Found, Prompt, Sampling, greedy
 from flax_distil.decode.language import detect_language
-from flax_distil.decode.options import DecodeOptions, Hypothesis
+from flax_distil.decode.options import DecodeOptions, Hypothesis, Tally
 from flax_distil.decode.rules import RuleSet
+from flax_distil.decode.speculative import speculative
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import CHUNK_SAMPLES
@@ -23,6 +26,8 @@ from flax_distil.model.spec import Params, Spec
 from flax_distil.text.languages import to_language_code
 from flax_distil.text.tokens import WhisperTokens, load_tokens
 from flax_distil.text.wer import compression_ratio
+
+log = logging.getLogger(__name__)
 
 PROMPT_LENGTHS = (8, 64, 256)  # prompts are padded to one of these, so that few programs compile
 GIBI = 2**30
@@ -68,32 +73,62 @@ def make_recognizer(checkpoint: Checkpoint, dtype: str = "float32") -> Recognize
 
 
 def recognize(
-    recognizer: Recognizer, waveforms_BN: Num[np.ndarray, "B N"], options: DecodeOptions
+    recognizer: Recognizer,
+    waveforms_BN: Num[np.ndarray, "B N"],
+    options: DecodeOptions,
+    assistant: Assistant | None = None,
 ) -> list[Hypothesis]:
     """One hypothesis a window, by greedy search, beam search or sampling, as `options` ask.
 
     waveforms_BN: 16 kHz, int16 or float, N = 480,000 samples (30 s, padded with silence). The batch
         is filled up to a power of two, so that a run compiles few programs.
+    assistant: drafts what the model verifies: the same text by greedy search, or another draw from
+        the same distribution.
 
     Raises:
-        InputError: the windows have another length, the model lacks the language or task, or the
-            device the memory.
+        InputError: the windows have another length, the model lacks the language or task, the
+            device the memory, or the assistant cannot help this search.
     """
     batch, samples = waveforms_BN.shape
     if samples != CHUNK_SAMPLES:
         raise InputError(f"windows have {samples} samples: pad or trim them to {CHUNK_SAMPLES}")
     if not batch:
         return []
-    check_memory(recognizer.spec, bucket(batch), options)
-    previous = text_ids(recognizer.tokens, options.prompt)
-    known = checked_language(recognizer, options)
-    audio_BSD = listen(recognizer.spec, recognizer.params["encoder"], fill(waveforms_BN))
+    known, previous = prepare(recognizer, options, batch, assistant)
+    filled_BN = fill(waveforms_BN)
+    audio_BSD = listen(recognizer.spec, recognizer.params["encoder"], filled_BN)
     languages = [known] * batch if known else detect(recognizer, audio_BSD)[:batch]
     windows = [
         Window(language, previous, options.temperature, options.seed + row)
         for row, language in enumerate(languages)
     ]
-    return decode(recognizer, audio_BSD, options, windows)
+    heard_BSE = drafter_hears(assistant, listen, filled_BN)
+    return decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
+
+
+def prepare(
+    recognizer: Recognizer, options: DecodeOptions, batch: int, assistant: Assistant | None
+) -> tuple[str | None, tuple[int, ...]]:
+    """The code of the language asked for, if any, and the tokens of the prompt.
+
+    Raises:
+        InputError: the model lacks the language or task, the device the memory, or the assistant
+            cannot help this search.
+    """
+    drawn = options.best_of if options.temperature else 1
+    if assistant and (options.beams, drawn) != (1, 1):
+        raise InputError(
+            f"an assistant cannot help {options.beams} beams and the best of {drawn} texts: use "
+            "one of each, or no assistant"
+        )
+    check_memory(recognizer.spec, bucket(batch), options)
+    known, previous = (
+        checked_language(recognizer, options),
+        text_ids(recognizer.tokens, options.prompt),
+    )
+    if len(previous) > (most := recognizer.spec.dims.text_positions // 2 - 1):
+        log.warning("the prompt has %d tokens: its last %d are used", len(previous), most)
+    return known, previous
 
 
 def decode(
@@ -101,10 +136,13 @@ def decode(
     audio_BSD: Float[Array, "B S D"],
     options: DecodeOptions,
     windows: Sequence[Window],
+    assistant: Assistant | None = None,
+    heard_BSE: Float[Array, "B S E"] | None = None,
 ) -> list[Hypothesis]:
     """One hypothesis for each of `windows`, whose sound the first rows of `audio_BSD` are.
 
-    `prompt`, `language`, `temperature` and `seed` are the windows', not the options'.
+    `prompt`, `language`, `temperature` and `seed` are the windows', not the options'. heard_BSE:
+    what the assistant hears, where it has an encoder of its own.
 
     Raises:
         InputError: hotwords or prefix are too long, or the model lacks the language or task.
@@ -118,22 +156,28 @@ def decode(
     prompt = make_prompt(prompts, tokens.sot)
     room = min(options.max_tokens, positions - (min(map(len, prompts)) if len(prompts) else 0))
     arguments = (spec, params, audio_BSD, prompt, active_B, rule_set(tokens, options), room)
-    if any(window.temperature > 0 for window in windows):
-        seeds = np.zeros(rows, np.int32)
-        temperatures = np.zeros(rows, np.float32)
-        seeds[: len(windows)] = [window.seed for window in windows]
-        temperatures[: len(windows)] = [window.temperature for window in windows]
-        found = greedy(
-            *arguments,
-            sampling=Sampling(jnp.asarray(temperatures), jnp.asarray(seeds)),
-            copies=options.best_of,
-            length_penalty=options.length_penalty,
+    drawn, tally = sampling(windows, rows), None
+    if assistant:
+        draft_audio = audio_BSD if heard_BSE is None else heard_BSE
+        found, tally = speculative(
+            *arguments, assistant.drafter, draft_audio, assistant.guesses, drawn
         )
-    elif options.beams > 1:
+    elif options.beams > 1 and drawn is None:
         found = beam(*arguments, search=beam_search(options))
     else:
-        found = greedy(*arguments)
-    return read(jax.device_get(found), windows, tokens)
+        copies = options.best_of if drawn else 1
+        found = greedy(*arguments, drawn, copies, options.length_penalty)
+    return read(jax.device_get(found), windows, tokens, jax.device_get(tally))
+
+
+def sampling(windows: Sequence[Window], rows: int) -> Sampling | None:
+    """Temperatures and seeds of a batch of `rows`; None where nothing is drawn."""
+    if not any(window.temperature > 0 for window in windows):
+        return None
+    fill_up = (0, rows - len(windows))
+    temperature_B = np.array([window.temperature for window in windows], np.float32)
+    seed_B = np.array([window.seed for window in windows], np.int32)
+    return Sampling(jnp.pad(temperature_B, fill_up), jnp.pad(seed_B, fill_up))
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -150,6 +194,14 @@ def listen(spec: Spec, params: Params, waveforms_BN: Num[Array, "B N"]) -> Float
         return jax.lax.map(lambda waveform_N: together(waveform_N[None])[0], waveforms_BN)
 
     return jax.lax.platform_dependent(waveforms_BN, cpu=in_turn, default=together)
+
+
+def drafter_hears(
+    assistant: Assistant | None, encode: Callable[..., Array], sound: np.ndarray
+) -> Float[Array, "B S E"] | None:
+    """Audio states for an assistant with an encoder of its own; `encode` is of (spec, params,
+    sound)."""
+    return encode(*assistant.encoder, sound) if assistant and assistant.encoder else None
 
 
 def detect(recognizer: Recognizer, audio_BSD: Float[Array, "B S D"]) -> list[str]:
@@ -255,7 +307,9 @@ def make_prompt(prompts: Sequence[Sequence[int]], sot: int) -> Prompt:
     return Prompt(*map(jnp.asarray, (tokens, lengths, sots)))
 
 
-def read(found: Found, windows: Sequence[Window], tokens: WhisperTokens) -> list[Hypothesis]:
+def read(
+    found: Found, windows: Sequence[Window], tokens: WhisperTokens, tally: Tally | None = None
+) -> list[Hypothesis]:
     """Hypotheses out of the first rows of a search's result."""
     hypotheses = []
     for row, window in enumerate(windows):
@@ -271,6 +325,7 @@ def read(found: Found, windows: Sequence[Window], tokens: WhisperTokens) -> list
                 no_speech_probability=float(found.no_speech[row]),
                 compression_ratio=compression_ratio(text),
                 temperature=window.temperature,
+                tally=tally and Tally(*(int(column[row]) for column in tally)),
             )
         )
     return hypotheses

@@ -11,37 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from flax_distil.decode.drafters import Drafter, Drafts, Text, cool, draw, keys
 from flax_distil.decode.greedy import Found, Prompt, Sampling, prefill
+from flax_distil.decode.options import Tally
 from flax_distil.decode.rules import Progress, RuleSet, advance, apply, begin
 from flax_distil.model.spec import Params, Spec
 from flax_distil.model.whisper import Cache
-
-
-class Tally(NamedTuple):
-    """How good the guesses were, row by row.
-
-    passes: of the teacher, the prompt's included.
-    drafted, accepted: guesses that the teacher read, and those that it kept.
-    written: tokens, the end included.
-    """
-
-    passes: Int[Array, " B"]
-    drafted: Int[Array, " B"]
-    accepted: Int[Array, " B"]
-    written: Int[Array, " B"]
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Part of the guesses that were kept, over all rows."""
-        return float(self.accepted.sum() / max(self.drafted.sum(), 1))
-
-    @property
-    def tokens_per_pass(self) -> float:
-        """Tokens that one pass of the teacher yields, over all rows; 1 without a drafter."""
-        return float(self.written.sum() / max(self.passes.sum(), 1))
 
 
 class _Loop(NamedTuple):

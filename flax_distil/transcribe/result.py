@@ -1,7 +1,9 @@
 """What a transcription is: openai-whisper's result and names, so that its tools can read it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from flax_distil.decode.options import Tally
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,13 @@ class Transcript:
     text: str
     segments: tuple[Segment, ...]
     language: str
+    tally: Tally | None = None
+    """How good the assistant's guesses were, where one helped."""
 
     def as_dict(self) -> dict[str, Any]:
         """The dictionary that openai-whisper's `transcribe` returns."""
-        result = asdict(self)
+        result = asdict(replace(self, tally=None))
+        del result["tally"]
         for segment in result["segments"]:
             if segment["words"] is None:
                 del segment["words"]

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_distil.decode.assisted import make_assistant, recognize_assisted
+from flax_distil.decode.assistant import make_assistant
 from flax_distil.decode.drafters import Drafts, LookupDrafter, ModelDrafter, Text, frequent_ids
 from flax_distil.decode.greedy import Prompt, Sampling, greedy
-from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.options import DecodeOptions, total
 from flax_distil.decode.recognizer import recognize
 from flax_distil.decode.rules import RuleSet, begin
 from flax_distil.decode.speculative import judge, speculative
@@ -141,9 +141,12 @@ def test_real_speech_with_a_truncated_student(tiny_en, tiny_en_folder, windows, 
     for checkpoint, vocabulary in ((init_student(teacher, [0, 1, 3]), 8000), (None, None)):
         assistant = make_assistant(tiny_en, checkpoint, 3, vocabulary)
         assert assistant.encoder is None  # the teacher's serves both
-        found, tally = recognize_assisted(tiny_en, assistant, chosen, options)
+        found = recognize(tiny_en, chosen, options, assistant)
         assert [one.tokens for one in found] == [one.tokens for one in expected]
         assert [one.text for one in found] == [one.text for one in expected]
+        tally = total(one.tally for one in found)
+        assert tally is not None
+        assert tally.written == sum(len(one.tokens) + 1 for one in found)
         if checkpoint:
             assert 0 < tally.acceptance_rate < 1
 
@@ -163,4 +166,4 @@ def test_an_unfit_assistant_is_refused(tiny_en, base_folder, windows):
     with pytest.raises(InputError, match="0 guesses"):
         make_assistant(tiny_en, None, 0)
     with pytest.raises(InputError, match="5 beams"):
-        recognize_assisted(tiny_en, make_assistant(tiny_en, None), windows, DecodeOptions(beams=5))
+        recognize(tiny_en, windows, DecodeOptions(beams=5), make_assistant(tiny_en, None))
