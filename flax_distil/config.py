@@ -354,6 +354,12 @@ class TranscribeConfig:
     """Precision of the computation; softmax and layer norms stay in float32."""
     max_tokens: int = 224
     """Longest text of a window in tokens."""
+    assistant: str | None = None
+    """Drafts what the model verifies: the same text in fewer passes of the model. A student or
+    smaller Whisper with the same tokenizer (folder or name), or lookup, which repeats what was
+    written before. Helps greedy search, not beams."""
+    guesses: int = 4
+    """Tokens that the assistant drafts a pass."""
     beams: int = 1
     """Texts followed at once by beam search; 1 is greedy search."""
     patience: float = 1.0
@@ -386,12 +392,31 @@ class TranscribeConfig:
     """No run of so many tokens is written twice in a window; 0 allows it."""
     clips: tuple[float, ...] = ()
     """Start, end, start, ... in seconds of the parts to transcribe (sequential)."""
+    timestamps: bool = False
+    """Let the model write timestamps in chunks and cut the text there, if it was taught any
+    (chunked; sequential always does)."""
     chunk_length: float = 30.0
     """Seconds of a chunk; 15 to 25 is better for distilled models (paper table 20)."""
     stride: float | None = None
     """Seconds that a chunk shares with the next on each side; without it, a sixth of it."""
     word_timestamps: bool = False
     """Say when each word is spoken (sequential)."""
+    hallucination_silence_threshold: float | None = None
+    """With word timestamps: text that looks made up is dropped between pauses of so many seconds,
+    and the silence is passed over (sequential)."""
+    vad: bool = False
+    """Cut out pauses by voice-activity detection before anything else (extra vad); times are the
+    recording's."""
+    vad_threshold: float = 0.5
+    """Probability of speech above which it begins."""
+    vad_hysteresis: float = 0.15
+    """How far below the threshold it has to fall for a pause."""
+    vad_min_silence: float = 2.0
+    """Seconds; shorter pauses are kept."""
+    vad_min_speech: float = 0.1
+    """Seconds; shorter speech is no speech."""
+    vad_padding: float = 0.4
+    """Seconds of sound that are kept before and behind speech."""
     max_line_width: int | None = None
     """Subtitles with word timestamps: characters in a line."""
     max_line_count: int | None = None

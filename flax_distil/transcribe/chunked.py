@@ -1,10 +1,10 @@
 """Long audio in overlapping chunks, all of them decoded in batches, merged where they overlap.
 
-The paper's algorithm (section 6.2): as fast as the batch is large, and no timestamps are needed.
+The paper's algorithm (section 6.2): as fast as the batch is large, and no timestamps are needed;
+where the model was taught some, they cut the text into segments.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -12,52 +12,33 @@ import numpy as np
 from jaxtyping import Float32
 
 from flax_distil.audio.load import SAMPLE_RATE, pad_or_trim
-from flax_distil.decode.options import DecodeOptions, Hypothesis
+from flax_distil.decode.drafters import Assistant
+from flax_distil.decode.options import DecodeOptions, Hypothesis, total
 from flax_distil.decode.recognizer import (
     Recognizer,
     Window,
-    bucket,
-    check_memory,
-    checked_language,
     decode,
     detect,
+    drafter_hears,
     fill,
     listen,
-    text_ids,
+    prepare,
 )
-from flax_distil.errors import InputError
-from flax_distil.model.dims import CHUNK_SECONDS
+from flax_distil.text.tokens import TIMESTAMP_STEP
+from flax_distil.transcribe.options import ChunkedOptions
 from flax_distil.transcribe.result import Segment, Transcript
 
 FRAME_RATE = 100  # in which openai-whisper counts `seek`
 LONGER_IS_BETTER = 10_000  # 1 / the weight of an overlap's length beside its share of matches
 
 
-@dataclass(frozen=True)
-class ChunkedOptions:
-    """How the audio is cut."""
+class Span(NamedTuple):
+    """Part of the text: the chunk that ended it, seconds of start and end, tokens."""
 
-    chunk_length: float = 30.0
-    """Seconds of a chunk; for distilled models 15 to 25 is better (paper table 20)."""
-    stride: float | None = None
-    """Seconds that a chunk shares with the next one, on each side; a sixth of it otherwise."""
-
-    @property
-    def overlap(self) -> float:
-        """The stride, or its default."""
-        return self.chunk_length / 6 if self.stride is None else self.stride
-
-    def __post_init__(self):
-        if not 0 < self.chunk_length <= CHUNK_SECONDS:
-            raise InputError(
-                f"chunk_length is {self.chunk_length} s: Whisper hears more than 0 and at most "
-                f"{CHUNK_SECONDS} s at a time"
-            )
-        if not 0 <= 2 * self.overlap < self.chunk_length:
-            raise InputError(
-                f"a stride of {self.overlap} s on both sides leaves nothing of a chunk of "
-                f"{self.chunk_length} s: use less than {self.chunk_length / 2:g} s"
-            )
+    chunk: int
+    start: float
+    end: float
+    tokens: tuple[int, ...]
 
 
 class Chunk(NamedTuple):
@@ -78,44 +59,62 @@ def transcribe_in_chunks(
     options: DecodeOptions,
     chunked: ChunkedOptions,
     batch_size: int = 8,
+    assistant: Assistant | None = None,
 ) -> Iterator[tuple[int, float, Transcript | None]]:
     """Yields (number of the recording, seconds read since, its transcript once it is complete).
 
-    A segment is what was said in one chunk. Chunks of several recordings share a batch.
+    A segment is what was said in one chunk, or lies between two of the model's timestamps where
+    `options` ask for them. Chunks of several recordings share a batch.
 
     Raises:
-        InputError: the model lacks the language or task, or the device the memory.
+        InputError: the model lacks the language or task, the device the memory, or the assistant
+            cannot help this search.
     """
-    options = replace(options, timestamps=False)
-    check_memory(recognizer.spec, bucket(batch_size), options)
-    checked_language(recognizer, options)
-    previous = text_ids(recognizer.tokens, options.prompt)
-    chunks = cut_all(recognizer, waveforms, options, chunked)
+    known, previous = prepare(recognizer, options, batch_size, assistant)
+    chunks = cut_all(recognizer, waveforms, known, chunked)
     heard: list[tuple[Chunk, Hypothesis]] = []  # of the recordings that are not complete
     while batch := list(islice(chunks, batch_size)):
-        windows = [
-            Window(one.language, previous, options.temperature, options.seed + one.start)
-            for one in batch
-        ]
-        waveforms_BN = fill(np.stack([pad_or_trim(one.samples) for one in batch]))
-        audio_BSD = listen(recognizer.spec, recognizer.params["encoder"], waveforms_BN)
-        found = decode(recognizer, audio_BSD, options, windows)
+        # Where there is no sound at all, no text would be believed.
+        sounding = [place for place, one in enumerate(batch) if one.samples.any()]
+        found = [Hypothesis((), "", one.language, 0.0, 1.0, 1.0) for one in batch]
+        if sounding:
+            some = [batch[place] for place in sounding]
+            texts = hear(recognizer, some, options, previous, assistant)
+            for place, hypothesis in zip(sounding, texts, strict=True):
+                found[place] = hypothesis
         for chunk, hypothesis in zip(batch, found, strict=True):
             heard.append((chunk, hypothesis))
             transcript = None
             if chunk.final:
-                transcript, heard = assemble(recognizer, heard), []
+                transcript, heard = assemble(recognizer, heard, options.timestamps), []
             yield chunk.recording, (chunk.last - chunk.first) / SAMPLE_RATE, transcript
+
+
+def hear(
+    recognizer: Recognizer,
+    batch: Sequence[Chunk],
+    options: DecodeOptions,
+    previous: tuple[int, ...],
+    assistant: Assistant | None,
+) -> list[Hypothesis]:
+    """What is said in each chunk."""
+    windows = [
+        Window(one.language, previous, options.temperature, options.seed + one.start)
+        for one in batch
+    ]
+    waveforms_BN = fill(np.stack([pad_or_trim(one.samples) for one in batch]))
+    audio_BSD = listen(recognizer.spec, recognizer.params["encoder"], waveforms_BN)
+    heard_BSE = drafter_hears(assistant, listen, waveforms_BN)
+    return decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
 
 
 def cut_all(
     recognizer: Recognizer,
     waveforms: Iterable[Float32[np.ndarray, "n"]],
-    options: DecodeOptions,
+    known: str | None,
     chunked: ChunkedOptions,
 ) -> Iterator[Chunk]:
-    """The chunks of all recordings; each recording's language is that of its first 30 s."""
-    known = checked_language(recognizer, options)
+    """The chunks of all recordings, in the known language or else that of each one's first 30 s."""
     for recording, waveform in enumerate(waveforms):
         language = known or language_of(recognizer, waveform)
         pieces = cut(waveform.size, chunked)
@@ -151,29 +150,102 @@ def cut(samples: int, chunked: ChunkedOptions) -> list[tuple[int, int, int, int]
     return pieces
 
 
-def assemble(recognizer: Recognizer, heard: Sequence[tuple[Chunk, Hypothesis]]) -> Transcript:
+def assemble(
+    recognizer: Recognizer, heard: Sequence[tuple[Chunk, Hypothesis]], timestamps: bool
+) -> Transcript:
     """The transcript of a recording's chunks."""
     tokens = recognizer.tokens
-    # Where there is no sound at all, no text is believed.
-    parts = merge([found.tokens if chunk.samples.any() else () for chunk, found in heard])
-    segments = [
-        Segment(
-            id=number,
-            seek=chunk.start * FRAME_RATE // SAMPLE_RATE,
-            start=chunk.first / SAMPLE_RATE,
-            end=chunk.last / SAMPLE_RATE,
-            text=tokens.decode(part),
-            tokens=part,
-            temperature=found.temperature,
-            avg_logprob=found.mean_log_probability,
-            compression_ratio=found.compression_ratio,
-            no_speech_prob=found.no_speech_probability,
+    chunks, texts = [chunk for chunk, _ in heard], [found.tokens for _, found in heard]
+    if timestamps:
+        spans = merge_timed(texts, chunks, tokens.timestamp_begin)
+    else:
+        parts = zip(chunks, merge(texts), strict=True)
+        spans = [
+            Span(place, chunk.first / SAMPLE_RATE, chunk.last / SAMPLE_RATE, part)
+            for place, (chunk, part) in enumerate(parts)
+            if chunk.last > chunk.first
+        ]
+    segments = []
+    for span in spans:
+        chunk, found = heard[span.chunk]
+        segments.append(
+            Segment(
+                id=len(segments),
+                seek=chunk.start * FRAME_RATE // SAMPLE_RATE,
+                start=span.start,
+                end=span.end,
+                text=tokens.decode(span.tokens),
+                tokens=span.tokens,
+                temperature=found.temperature,
+                avg_logprob=found.mean_log_probability,
+                compression_ratio=found.compression_ratio,
+                no_speech_prob=found.no_speech_probability,
+            )
         )
-        for number, ((chunk, found), part) in enumerate(zip(heard, parts, strict=True))
-        if chunk.last > chunk.first
-    ]
-    text = tokens.decode([token for part in parts for token in part])
-    return Transcript(text, tuple(segments), heard[0][0].language)
+    text = tokens.decode(flat([span.tokens for span in spans]))
+    tally = total(found.tally for _, found in heard)
+    return Transcript(text, tuple(segments), chunks[0].language, tally)
+
+
+def merge_timed(
+    texts: Sequence[Sequence[int]], chunks: Sequence[Chunk], timestamp_begin: int
+) -> list[Span]:
+    """Texts with timestamps as one, cut at the timestamps, as in Transformers' pipeline.
+
+    A timestamp in the overlap with a neighbour may split what the other heard whole, so it cuts
+    nothing; what the two heard between the cuts is laid over each other. The last timestamp of a
+    chunk is never believed where another one overlaps its end.
+    """
+    spans: list[Span] = []
+    waiting: list[Sequence[int]] = []  # texts since the last cut
+    start, twin = None, False  # where the segment began; whether the next timestamp is passed over
+    for place, (ids, chunk) in enumerate(zip(texts, chunks, strict=True)):
+        offset = chunk.start / SAMPLE_RATE
+        first, last = believed(ids, chunk, timestamp_begin)
+        text: list[int] = []
+        for token in ids:
+            if token < timestamp_begin:
+                text.append(token)
+                continue
+            time = round((token - timestamp_begin) * TIMESTAMP_STEP + offset, 2)
+            if token >= last:
+                twin = True
+            elif twin or (waiting and token < first):
+                twin = False
+            elif start is None:
+                start = time
+            elif time != start:
+                spans.append(Span(place, start, time, flat(merge([*waiting, text]))))
+                waiting, text, start = [], [], None
+        if text:
+            waiting.append(text)
+        elif not any(waiting):
+            waiting, start = [], None
+    if waiting:
+        before = spans[-1].end if spans else 0.0
+        end = chunks[-1].last / SAMPLE_RATE
+        spans.append(
+            Span(len(texts) - 1, start if start is not None else before, end, flat(merge(waiting)))
+        )
+    return spans
+
+
+def believed(ids: Sequence[int], chunk: Chunk, timestamp_begin: int) -> tuple[float, float]:
+    """The first timestamp that may cut a chunk's text, and the first one behind it that may not."""
+    left = (chunk.first - chunk.start) / SAMPLE_RATE
+    right = (chunk.last - chunk.start) / SAMPLE_RATE
+    first, last = timestamp_begin + left / TIMESTAMP_STEP, float("inf")
+    if chunk.start + chunk.samples.size > chunk.last:
+        for token in reversed([token for token in ids if token >= timestamp_begin]):
+            if last < float("inf") and (token - timestamp_begin) * TIMESTAMP_STEP < right:
+                break
+            last = token
+    return first, last
+
+
+def flat(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """All tokens in turn."""
+    return tuple(token for part in parts for token in part)
 
 
 def merge(texts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

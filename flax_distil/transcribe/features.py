@@ -21,13 +21,8 @@ def recording_mel(waveform: Float32[np.ndarray, "n"], mels: int) -> Float32[np.n
     all windows: equal to `log_mel` of the whole.
     """
     frames = waveform.size // HOP
-    pieces = max(-(-frames // CHUNK_FRAMES), 1)
-    padded = np.pad(waveform, (0, pieces * CLIP_SAMPLES + EDGE - waveform.size))
-    padded = np.pad(padded, (EDGE, 0), mode="reflect")
-    parts = [
-        _piece(padded[start : start + CLIP_SAMPLES + 2 * EDGE], mels)
-        for start in range(0, pieces * CLIP_SAMPLES, CLIP_SAMPLES)
-    ]
+    starts = range(0, max(frames, 1) * HOP, CLIP_SAMPLES)
+    parts = [_piece(waveform, start, mels) for start in starts]
     log_TM = np.concatenate(parts)[:frames]
     return scaled(log_TM, log_TM.max()) if frames else log_TM
 
@@ -46,9 +41,14 @@ def listen_to_mel(
     return spec.encoder(params)(mel_BTM)
 
 
-def _piece(waveform: Float32[np.ndarray, "n"], mels: int) -> np.ndarray:
+def _piece(waveform: Float32[np.ndarray, "n"], start: int, mels: int) -> np.ndarray:
+    """Log powers of the 30 s from `start` on; the waveform is mirrored before its start."""
+    part = waveform[max(start - EDGE, 0) : start + CLIP_SAMPLES + EDGE]
+    part = np.pad(part, (0, CLIP_SAMPLES + EDGE + min(start, EDGE) - part.size))
+    if start == 0:
+        part = np.pad(part, (EDGE, 0), mode="reflect")
     edge = EDGE // HOP
-    return np.asarray(_log_powers(waveform[None], mels)[0, edge:-edge])
+    return np.asarray(_log_powers(part[None], mels)[0, edge:-edge])
 
 
 _log_powers = jax.jit(log_powers, static_argnames="mels")

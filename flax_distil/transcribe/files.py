@@ -12,14 +12,15 @@ from tqdm import tqdm
 
 from flax_distil.audio.load import audio_duration, load_audio
 from flax_distil.config import TranscribeConfig
-from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.assistant import load_assistant
+from flax_distil.decode.options import DecodeOptions, total
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.errors import InputError, SomeFailed
 from flax_distil.model.checkpoint import load_checkpoint
-from flax_distil.transcribe.chunked import ChunkedOptions
+from flax_distil.transcribe.options import ChunkedOptions, SequentialOptions
 from flax_distil.transcribe.recordings import LongForm, transcribe_all
 from flax_distil.transcribe.result import Transcript
-from flax_distil.transcribe.sequential import SequentialOptions
+from flax_distil.transcribe.voice import VoiceOptions, load_detector
 from flax_distil.transcribe.writers import WRITERS, Layout
 
 log = logging.getLogger(__name__)
@@ -39,12 +40,15 @@ def run(config: TranscribeConfig) -> list[Path]:
             no model is there.
     """
     targets = target_paths(config.audio, config.output_dir)
-    options, long_form = options_of(config), long_form_of(config)
+    options, long_form, voice = options_of(config), long_form_of(config), voice_of(config)
     recognizer = make_recognizer(load_checkpoint(config.model), config.dtype)
+    assistant = None
+    if config.assistant:
+        assistant = load_assistant(recognizer, config.assistant, config.guesses)
     sources = Sources(list(targets), [], [])
-    written, heard, begun = [], 0.0, time.monotonic()
+    written, heard, tally, begun = [], 0.0, None, time.monotonic()
     transcripts = transcribe_all(
-        recognizer, sources.waveforms(), options, long_form, config.batch_size
+        recognizer, sources.waveforms(), options, long_form, config.batch_size, assistant, voice
     )
     with progress(targets) as bar:
         for number, seconds, transcript in transcripts:
@@ -56,9 +60,16 @@ def run(config: TranscribeConfig) -> list[Path]:
                 said = transcript.text.strip()
                 tqdm.write(f"{source}: {said}" if len(targets) > 1 else said, file=sys.stdout)
                 written += write(transcript, targets[source], config)
+                tally = total((tally, transcript.tally))
     spent = time.monotonic() - begun
     if heard:
         log.info("%.1f min of audio in %.1f s, RTF %.3f", heard / 60, spent, spent / heard)
+    if tally:
+        log.info(
+            "the assistant: %.0f %% of its guesses accepted, %.2f tokens a pass of the model",
+            100 * tally.acceptance_rate,
+            tally.tokens_per_pass,
+        )
     if sources.failures:
         count = f"{len(sources.failures)} of {len(targets)} files could not be used:"
         raise SomeFailed("\n  ".join([count, *sources.failures]))
@@ -90,6 +101,7 @@ def options_of(config: TranscribeConfig) -> DecodeOptions:
     return DecodeOptions(
         language=config.language,
         task=config.task,
+        timestamps=config.timestamps,
         max_tokens=config.max_tokens,
         beams=config.beams,
         patience=config.patience,
@@ -111,10 +123,16 @@ def long_form_of(config: TranscribeConfig) -> LongForm:
     """
     if config.batch_size < 1:
         raise InputError(f"batch_size is {config.batch_size}: it must be at least 1")
+    if config.assistant and config.beams > 1:
+        raise InputError(
+            f"--assistant drafts one text and --beams {config.beams} follows {config.beams}: leave "
+            "out one of the two"
+        )
     if config.method == "chunked":
         if config.word_timestamps or config.clips:
             raise InputError(
-                "chunks have no timestamps: word_timestamps and clips need --method sequential"
+                "word_timestamps and clips need --method sequential: chunks have times of segments "
+                "at most (--timestamps)"
             )
         return ChunkedOptions(config.chunk_length, config.stride)
     return SequentialOptions(
@@ -126,6 +144,25 @@ def long_form_of(config: TranscribeConfig) -> LongForm:
         carry_prompt=config.carry_prompt,
         clips=config.clips,
         word_timestamps=config.word_timestamps,
+        hallucination_silence_threshold=config.hallucination_silence_threshold,
+    )
+
+
+def voice_of(config: TranscribeConfig) -> VoiceOptions | None:
+    """How pauses are found, where they are to be cut out.
+
+    Raises:
+        InputError: the detector is not installed, or an option is out of range.
+    """
+    if not config.vad:
+        return None
+    load_detector()
+    return VoiceOptions(
+        config.vad_threshold,
+        config.vad_hysteresis,
+        config.vad_min_silence,
+        config.vad_min_speech,
+        config.vad_padding,
     )
 
 

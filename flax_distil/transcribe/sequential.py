@@ -11,29 +11,28 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from flax_distil.audio.load import SAMPLE_RATE
 from flax_distil.audio.log_mel import HOP
-from flax_distil.decode.options import DecodeOptions, Hypothesis
+from flax_distil.decode.drafters import Assistant
+from flax_distil.decode.options import DecodeOptions, Hypothesis, Tally, total
 from flax_distil.decode.recognizer import (
     Recognizer,
     Window,
-    bucket,
-    check_memory,
-    checked_language,
-    decode,
     detect,
+    drafter_hears,
     fill,
-    text_ids,
+    prepare,
 )
-from flax_distil.errors import InputError
-from flax_distil.model.dims import CHUNK_FRAMES
+from flax_distil.model.dims import CHUNK_FRAMES, CHUNK_SECONDS
 from flax_distil.text.tokens import WhisperTokens
+from flax_distil.transcribe.fallback import decode_with_fallback
 from flax_distil.transcribe.features import listen_to_mel, recording_mel, window
+from flax_distil.transcribe.options import SequentialOptions
 from flax_distil.transcribe.result import Segment, Transcript
+from flax_distil.transcribe.silence import drop_made_up
 from flax_distil.transcribe.words import Span, word_timestamps
 
 FRAME_RATE = SAMPLE_RATE // HOP  # 100 a second
@@ -41,42 +40,17 @@ FRAMES_PER_STEP = 2  # a timestamp token stands for 0.02 s
 FORGET_ABOVE = 0.5  # a text drawn at a higher temperature is not told to the next window
 
 
-@dataclass(frozen=True)
-class SequentialOptions:
-    """Whisper's thresholds; the defaults are its own."""
-
-    temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    """Tried in turn until a text looks right; the last one's text is taken as it is."""
-    compression_ratio_threshold: float | None = 2.4
-    """A text that compresses further repeats itself."""
-    logprob_threshold: float | None = -1.0
-    """The model doubts a text whose tokens have a lower mean log-probability."""
-    no_speech_threshold: float | None = 0.6
-    """A window whose no-speech token is more probable is silent, if the model doubts its text."""
-    condition_on_previous_text: bool = True
-    """Tell each window what was said before it."""
-    carry_prompt: bool = False
-    """Tell every window the prompt, not only the first."""
-    clips: tuple[float, ...] = ()
-    """Start, end, start, … of the parts to transcribe, in seconds; without it, all."""
-    word_timestamps: bool = False
-    """Say when each word is spoken; the next window then begins behind the last word."""
-
-    def __post_init__(self):
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise InputError(f"temperatures are {self.temperatures}: give some, none below 0")
-        if list(self.clips) != sorted(self.clips) or min(self.clips, default=0) < 0:
-            raise InputError(
-                f"clips are {self.clips}: give start, end, start, … in seconds, none before another"
-            )
-
-
 class Part(NamedTuple):
-    """What was heard in one window. moved: frames to the next one. closed: nothing follows it."""
+    """What was heard in one window.
+
+    moved: frames to the next one. closed: nothing follows its text. passed_over: nothing is said,
+    or it is to be heard again.
+    """
 
     segments: list[Segment]
     moved: int
     closed: bool
+    passed_over: bool = False
 
 
 @dataclass
@@ -93,6 +67,8 @@ class Reading:
     forgotten: int = 0  # how many of `written` the next window is not told
     segments: list[Segment] = field(default_factory=list)
     last_speech: float = 0.0  # seconds at which the last word ended
+    tally: Tally | None = None
+    told: int = 0  # frames that the caller knows to be read
 
     @property
     def offset(self) -> float:
@@ -100,20 +76,31 @@ class Reading:
         return self.seek / FRAME_RATE
 
     def open(self) -> bool:
-        """Moves to the next window; False at the end."""
+        """Moves to the next window; False at the end.
+
+        Beyond Whisper, nothing is heard where all frames lie on the floor, 80 dB below the loudest.
+        """
         while self.clips:
             start, end = self.clips[0]
             self.seek = max(self.seek, start)
             self.size = min(CHUNK_FRAMES, len(self.mel) - self.seek, end - self.seek)
-            if self.size > 0:
+            if self.size <= 0:
+                self.clips.pop(0)
+            elif np.ptp(self.mel[self.seek : self.seek + self.size]) == 0:
+                self.seek += self.size
+            else:
                 return True
-            self.clips.pop(0)
         return False
+
+    def tell(self, frames: int) -> float:
+        """Seconds of the first `frames` that the caller does not know of yet."""
+        seconds, self.told = (frames - self.told) / FRAME_RATE, frames
+        return seconds
 
     def transcript(self, recognizer: Recognizer) -> Transcript:
         """What has been read."""
         text = recognizer.tokens.decode(self.written[len(self.prompt) :])
-        return Transcript(text, tuple(self.segments), self.language or "en")
+        return Transcript(text, tuple(self.segments), self.language or "en", self.tally)
 
 
 def transcribe_sequentially(
@@ -122,35 +109,35 @@ def transcribe_sequentially(
     options: DecodeOptions,
     sequential: SequentialOptions,
     batch_size: int = 8,
+    assistant: Assistant | None = None,
 ) -> Iterator[tuple[int, float, Transcript | None]]:
     """Yields (number of the recording, seconds read since, its transcript once it is complete).
 
     At most `batch_size` recordings are held at a time; when one is read to its end the next begins.
+    The assistant drafts at temperature 0, so that it changes no text.
 
     Raises:
-        InputError: the model lacks the language or task, or the device the memory.
+        InputError: the model lacks the language or task, the device the memory, or the assistant
+            cannot help this search.
     """
-    options = replace(options, timestamps=True)
-    check_memory(recognizer.spec, bucket(batch_size), options)
-    known = checked_language(recognizer, options)
-    prompt = text_ids(recognizer.tokens, options.prompt)
+    options = replace(options, timestamps=True, temperature=0)
+    known, prompt = prepare(recognizer, options, batch_size, assistant)
     waiting = enumerate(waveforms)
     reading: dict[int, Reading] = {}
     while True:
         for number, waveform in islice(waiting, batch_size - len(reading)):
             reading[number] = begin(recognizer, waveform, known, prompt, sequential)
         for number in [number for number, one in reading.items() if not one.open()]:
-            yield number, 0.0, reading.pop(number).transcript(recognizer)
+            one = reading.pop(number)
+            yield number, one.tell(len(one.mel)), one.transcript(recognizer)
         if not reading:
             if (following := next(waiting, None)) is None:
                 return
             reading[following[0]] = begin(recognizer, following[1], known, prompt, sequential)
             continue
-        places = {number: one.seek for number, one in reading.items()}
-        advance(recognizer, list(reading.values()), options, sequential)
-        for number, place in places.items():
-            reached = min(reading[number].seek, len(reading[number].mel))
-            yield number, (reached - place) / FRAME_RATE, None
+        advance(recognizer, list(reading.values()), options, sequential, assistant)
+        for number, one in reading.items():
+            yield number, one.tell(min(one.seek, len(one.mel))), None
 
 
 def begin(
@@ -163,17 +150,13 @@ def begin(
     """A recording of which nothing is read yet; its language is detected from the first 30 s."""
     mel_TM = recording_mel(waveform, recognizer.spec.dims.mels)
     if language is None and len(mel_TM):
-        language = detect(recognizer, hear(recognizer, [window(mel_TM, 0, CHUNK_FRAMES)]))[0]
+        first_1TM = window(mel_TM, 0, CHUNK_FRAMES)[None]
+        encoder = recognizer.params["encoder"]
+        language = detect(recognizer, listen_to_mel(recognizer.spec, encoder, first_1TM))[0]
     points = [round(second * FRAME_RATE) for second in sequential.clips] or [0]
     points += [len(mel_TM)] * (len(points) % 2)
     clips = list(zip(points[::2], points[1::2], strict=True))
     return Reading(mel_TM, clips, language, prompt, written=list(prompt))
-
-
-def hear(recognizer: Recognizer, windows: Sequence[np.ndarray]) -> Float[Array, "B S D"]:
-    """Audio states of some windows, filled up to a power of two."""
-    mel_BTM = fill(np.stack(windows))
-    return listen_to_mel(recognizer.spec, recognizer.params["encoder"], mel_BTM)
 
 
 def advance(
@@ -181,26 +164,32 @@ def advance(
     reading: Sequence[Reading],
     options: DecodeOptions,
     sequential: SequentialOptions,
+    assistant: Assistant | None,
 ) -> None:
     """Reads one window of each recording."""
-    audio_BSD = hear(recognizer, [window(one.mel, one.seek, one.size) for one in reading])
+    mel_BTM = fill(np.stack([window(one.mel, one.seek, one.size) for one in reading]))
+    audio_BSD = listen_to_mel(recognizer.spec, recognizer.params["encoder"], mel_BTM)
+    heard_BSE = drafter_hears(assistant, listen_to_mel, mel_BTM)
     windows = [
         Window(
             one.language or "en", before(one, recognizer, sequential), 0, options.seed + one.seek
         )
         for one in reading
     ]
-    found = decode_with_fallback(recognizer, audio_BSD, options, windows, sequential)
+    found = decode_with_fallback(
+        recognizer, audio_BSD, options, windows, sequential, assistant, heard_BSE
+    )
     parts = [
         segments_of(one, hypothesis, recognizer.tokens, sequential)
         for one, hypothesis in zip(reading, found, strict=True)
     ]
     if sequential.word_timestamps:
-        parts = with_words(recognizer, audio_BSD, reading, parts, options.task)
-    for one, part in zip(reading, parts, strict=True):
+        parts = with_words(recognizer, audio_BSD, reading, parts, options.task, sequential)
+    for one, part, hypothesis in zip(reading, parts, found, strict=True):
+        one.tally = total((one.tally, hypothesis.tally))
         take(one, part)
-        hot = bool(part.segments) and part.segments[0].temperature > FORGET_ABOVE
-        if part.segments and (hot or not sequential.condition_on_previous_text):
+        hot = hypothesis.temperature > FORGET_ABOVE
+        if not part.passed_over and (hot or not sequential.condition_on_previous_text):
             one.forgotten = len(one.written)
 
 
@@ -215,56 +204,15 @@ def before(
     return reading.prompt + (said[-room:] if room > 0 else ())
 
 
-def decode_with_fallback(
-    recognizer: Recognizer,
-    audio_BSD: Float[Array, "B S D"],
-    options: DecodeOptions,
-    windows: Sequence[Window],
-    sequential: SequentialOptions,
-) -> list[Hypothesis]:
-    """One hypothesis a window, each at the first temperature at which it looks right."""
-    found: dict[int, Hypothesis] = {}
-    failed = list(range(len(windows)))
-    for temperature in sequential.temperatures:
-        again = [replace(windows[row], temperature=temperature) for row in failed]
-        chosen_BSD = audio_BSD
-        if len(failed) < len(windows):
-            rows = failed + failed[:1] * (bucket(len(failed)) - len(failed))
-            chosen_BSD = audio_BSD[jnp.array(rows)]
-        hypotheses = decode(recognizer, chosen_BSD, options, again)
-        found |= dict(zip(failed, hypotheses, strict=True))
-        failed = [row for row in failed if looks_wrong(found[row], sequential)]
-        if not failed:
-            break
-    return [found[row] for row in range(len(windows))]
-
-
-def looks_wrong(found: Hypothesis, sequential: SequentialOptions) -> bool:
-    """Whether a text repeats itself or the model doubts it, and it is not silence."""
-    ratio, doubt = sequential.compression_ratio_threshold, sequential.logprob_threshold
-    doubted = doubt is not None and found.mean_log_probability < doubt
-    silent = sequential.no_speech_threshold is not None and (
-        found.no_speech_probability > sequential.no_speech_threshold
-    )
-    if doubted:
-        return not silent
-    return ratio is not None and found.compression_ratio > ratio
-
-
 def segments_of(
     reading: Reading, found: Hypothesis, tokens: WhisperTokens, sequential: SequentialOptions
 ) -> Part:
-    """The segments of a window; none where it is silent.
-
-    Beyond Whisper, no text is believed where all frames lie on the floor, 80 dB below the loudest.
-    """
-    if np.ptp(reading.mel[reading.seek : reading.seek + reading.size]) == 0:
-        return Part([], reading.size, True)
+    """The segments of a window; none where it is silent."""
     silence, doubt = sequential.no_speech_threshold, sequential.logprob_threshold
     if silence is not None and found.no_speech_probability > silence:
         sure = doubt is not None and found.mean_log_probability > doubt
         if not sure:
-            return Part([], reading.size, True)
+            return Part([], reading.size, True, True)
     spans, moved = split(found.tokens, tokens.timestamp_begin, reading.size)
     segments = [
         Segment(
@@ -290,6 +238,7 @@ def with_words(
     reading: Sequence[Reading],
     parts: Sequence[Part],
     task: str,
+    sequential: SequentialOptions,
 ) -> list[Part]:
     """Segments with words and the words' times; an unfinished window ends with its last word."""
     timed = word_timestamps(
@@ -308,15 +257,35 @@ def with_words(
             replace(segment, start=time.start, end=time.end, words=time.words)
             for segment, time in zip(part.segments, times, strict=True)
         ]
-        moved = part.moved
+        part = part._replace(segments=segments)
         if segments:
-            words = [word for segment in segments for word in segment.words or ()]
-            spoken = words[-1].end if words else segments[-1].end
-            if not part.closed and spoken > one.offset:
-                moved = max(round(spoken * FRAME_RATE) - one.seek, 1)
-            one.last_speech = spoken
-        known.append(Part(segments, moved, part.closed))
+            part = moved_on(one, part, sequential.hallucination_silence_threshold)
+            one.last_speech = last_word(part.segments, one.last_speech)
+        known.append(part)
     return known
+
+
+def moved_on(reading: Reading, part: Part, threshold: float | None) -> Part:
+    """A window with words, and the next one where the words say."""
+    start, spoken = reading.offset, last_word(part.segments, reading.last_speech)
+    frames_to = lambda second: max(round(second * FRAME_RATE) - reading.seek, 1)
+    if not part.closed and spoken > start:
+        more = threshold is None or start + CHUNK_SECONDS - spoken > threshold
+        part = part._replace(moved=frames_to(spoken) if more else reading.size)
+    if threshold is None:
+        return part
+    end, whole = start + reading.size / FRAME_RATE, len(reading.mel) / FRAME_RATE
+    segments, go_on, is_read = drop_made_up(
+        part.segments, threshold, start, end, whole, reading.last_speech
+    )
+    moved = part.moved if go_on is None else frames_to(go_on)
+    return Part(segments, moved, part.closed, not is_read)
+
+
+def last_word(segments: Sequence[Segment], before: float) -> float:
+    """Seconds at which the last word ended."""
+    words = [word for segment in segments for word in segment.words or ()]
+    return words[-1].end if words else segments[-1].end if segments else before
 
 
 def take(reading: Reading, part: Part) -> None:

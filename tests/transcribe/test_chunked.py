@@ -10,8 +10,9 @@ from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import make_recognizer, recognize
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.text.tokens import load_tokens
 from flax_distil.transcribe import ChunkedOptions, transcribe, transcribe_all
-from flax_distil.transcribe.chunked import cut, merge
+from flax_distil.transcribe.chunked import Chunk, cut, merge, merge_timed
 
 
 def test_merging_equals_transformers():
@@ -30,6 +31,60 @@ def test_merging_equals_transformers():
         assert together == [int(t) for t in _find_longest_common_sequence(texts)]
     assert merge([]) == []
     assert merge([(), (1, 2), ()]) == [(), (1, 2), ()]
+
+
+@pytest.mark.parametrize("stride", [0.0, 2.0, 5.0])
+def test_timed_merging_equals_transformers(tiny_en_folder, stride):
+    """One word a second, with pauses, heard in chunks of 20 s with errors and with timestamps."""
+    import torch
+    from transformers import WhisperTokenizer
+
+    theirs, tokens = WhisperTokenizer.from_pretrained(tiny_en_folder), load_tokens(tiny_en_folder)
+    rng, begin = np.random.default_rng(0), tokens.timestamp_begin
+    cut_inside = 0
+    for _ in range(100):
+        seconds = rng.uniform(15, 90)
+        words, pauses = rng.integers(1000, 1030, 100), rng.random(100) < 0.25
+        silent = np.zeros(100, bool)
+        for second in rng.choice(90, 2):
+            silent[second : second + 9], pauses[second - 1] = True, True
+        chunks = [
+            Chunk(0, *places, waveform[places[0] : stop], "en", False)
+            for waveform in [np.zeros(round(seconds * 16_000), np.float32)]
+            for start, stop, first, last in cut(waveform.size, ChunkedOptions(20, stride))
+            for places in [(start, first, last)]
+        ]
+        texts = []
+        for chunk in chunks:
+            start, text = chunk.start / 16_000, [begin]
+            for second in range(int(start), int(start + chunk.samples.size / 16_000)):
+                if silent[second]:
+                    continue
+                text.append(99 if rng.random() < 0.1 else words[second])
+                if pauses[second]:
+                    time = begin + round((second + 0.9 - start) / 0.02)
+                    text += [time, time + int(rng.integers(0, 3))]
+            texts.append([int(token) for token in (text if rng.random() < 0.5 else text[:-1])])
+        strides = [
+            (c.samples.size, c.first - c.start, c.start + c.samples.size - c.last) for c in chunks
+        ]
+        outputs = [
+            {"tokens": torch.tensor([text]), "stride": tuple(n / 16_000 for n in sizes)}
+            for text, sizes in zip(texts, strides, strict=True)
+        ]
+        whole, more = theirs._decode_asr(
+            outputs, return_timestamps=True, return_language=False, time_precision=0.02
+        )
+        spans = merge_timed(texts, chunks, begin)
+        assert "".join(tokens.decode(span.tokens) for span in spans) == whole
+        assert len(spans) == len(more["chunks"])
+        for span, other in zip(spans, more["chunks"], strict=True):
+            start, end = other["timestamp"]
+            assert tokens.decode(span.tokens) == other["text"]
+            assert start is None or span.start == pytest.approx(start)
+            assert end is None or span.end == pytest.approx(end)
+        cut_inside += len(spans) > len(chunks)
+    assert cut_inside > 50
 
 
 @pytest.mark.parametrize("seconds", [0.5, 30, 30.1, 50, 70.3, 100])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -17,8 +18,11 @@ from flax_distil.transcribe import (
     Segment,
     SequentialOptions,
     Transcript,
+    chunked,
+    fallback,
     run,
     transcribe,
+    transcribe_all,
 )
 from flax_distil.transcribe.files import long_form_of, target_paths
 
@@ -54,6 +58,21 @@ def test_silence_has_no_text(recognizer, long_form, samples):
 
 
 @pytest.mark.parametrize("long_form", [SequentialOptions((0.0,)), ChunkedOptions()])
+def test_hours_of_silence_cost_neither_time_nor_memory(recognizer, long_form, monkeypatch):
+    """Three hours, of which nothing is given to the model."""
+    for module in (chunked, fallback):
+        monkeypatch.setattr(module, "decode", lambda *_: pytest.fail("silence is decoded"))
+    silence = np.zeros(3 * 3600 * SAMPLE_RATE, np.float32)
+    tracemalloc.start()
+    found = [*transcribe_all(recognizer, [silence], SHORT, long_form)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found[-1][2].text == ""
+    assert sum(seconds for _, seconds, _ in found) == pytest.approx(3 * 3600)
+    assert peak < 4 * 80 * 4 * 100 * 3 * 3600  # a few log-mels; the waveform is twice one
+
+
+@pytest.mark.parametrize("long_form", [SequentialOptions((0.0,)), ChunkedOptions()])
 def test_a_twentieth_of_a_second_is_enough(recognizer, long_form):
     found = transcribe(tone(0.05), recognizer, options=SHORT, long_form=long_form)
     assert all(segment.end <= 0.05 or segment.tokens for segment in found.segments)
@@ -70,6 +89,12 @@ def test_a_twentieth_of_a_second_is_enough(recognizer, long_form):
 def test_a_wrong_waveform_is_refused(recognizer, audio, complaint):
     with pytest.raises(InputError, match=complaint):
         transcribe(audio, recognizer)
+
+
+def test_a_long_prompt_is_cut_and_said(recognizer, caplog):
+    options = DecodeOptions(max_tokens=6, prompt="word " * 300)
+    transcribe(tone(1), recognizer, options=options, long_form=SequentialOptions((0.0,)))
+    assert "the prompt has 300 tokens: its last 223 are used" in caplog.text
 
 
 def config(sources, model, **options) -> TranscribeConfig:
@@ -89,6 +114,16 @@ def test_a_bad_file_does_not_stop_the_good_ones(random_folders, tmp_path, capsys
     assert written["text"].strip() in capsys.readouterr().out
     assert set(written) == {"text", "segments", "language"}
     assert set(written["segments"][0]) == set(Segment.__dataclass_fields__) - {"words"}
+
+
+@pytest.mark.parametrize("method", ["sequential", "chunked"])
+def test_an_assistant_is_reported(random_folders, tmp_path, caplog, method):
+    caplog.set_level("INFO")
+    (tmp_path / "a.flac").write_bytes(encode_flac(tone(0.5)))
+    options = dict(output_dir=tmp_path, method=method, assistant=str(random_folders[1]), guesses=2)
+    run(config([tmp_path / "a.flac"], random_folders[0], **options))
+    assert "% of its guesses accepted" in caplog.text
+    assert "tokens a pass" in caplog.text
 
 
 def test_folders_and_standard_input(random_folders, tmp_path, monkeypatch):
@@ -122,4 +157,6 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
         long_form_of(config([], "m", method="chunked", word_timestamps=True))
     with pytest.raises(InputError, match="at least 1"):
         long_form_of(config([], "m", batch_size=0))
+    with pytest.raises(InputError, match="--assistant drafts one text and --beams 5"):
+        long_form_of(config([], "m", assistant="lookup", beams=5))
     assert isinstance(Transcript("", (), "en").as_dict()["segments"], tuple)

@@ -1,16 +1,23 @@
 """Whisper's long-form algorithm against openai-whisper's own."""
 
+from dataclasses import replace
+
+import jax
 import numpy as np
 import pytest
 import whisper
 
+from flax_distil.decode.assistant import make_assistant
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.model.spec import Spec
+from flax_distil.model.student import init_student
 from flax_distil.text.wer import word_errors
-from flax_distil.transcribe import SequentialOptions, transcribe, transcribe_all
-from flax_distil.transcribe.sequential import looks_wrong, split
+from flax_distil.transcribe import ChunkedOptions, SequentialOptions, transcribe, transcribe_all
+from flax_distil.transcribe.fallback import looks_wrong
+from flax_distil.transcribe.sequential import split
 
 PLAIN = SequentialOptions(temperatures=(0.0,))
 
@@ -134,3 +141,36 @@ def test_wrong_options_are_refused():
         SequentialOptions(())
     with pytest.raises(InputError, match="none before another"):
         SequentialOptions(clips=(5.0, 1.0))
+
+
+@pytest.mark.parametrize("long_form", [PLAIN, ChunkedOptions(15)])
+def test_an_assistant_changes_no_text(tiny_en, tiny_en_folder, talk, long_form):
+    assistant = make_assistant(tiny_en, init_student(load_checkpoint(tiny_en_folder), [0, 1, 3]), 3)
+    arguments = dict(audio=talk[: 20 * 16_000], model=tiny_en, long_form=long_form)
+    plain, found = transcribe(**arguments), transcribe(**arguments, assistant=assistant)
+    assert len(found.text) > 100
+    assert found.text == plain.text
+    assert [(one.start, one.end, one.tokens) for one in found.segments] == [
+        (one.start, one.end, one.tokens) for one in plain.segments
+    ]
+    assert found.tally.tokens_per_pass > 1
+    assert plain.tally is None
+    assert found.as_dict().keys() == plain.as_dict().keys()
+    with pytest.raises(InputError, match="cannot help 5 beams"):
+        transcribe(**arguments, options=DecodeOptions(beams=5), assistant="lookup")
+
+
+@pytest.mark.parametrize("long_form", [SequentialOptions((0.0, 0.8)), ChunkedOptions(10)])
+def test_an_assistant_with_ears_of_its_own(random_folders, long_form):
+    """Its encoder is not the model's, and what is drawn after a doubt is drawn without it."""
+    teacher = load_checkpoint(random_folders[0])
+    recognizer = make_recognizer(teacher)
+    params = jax.device_get(Spec(teacher.dims).init(jax.random.key(1)))
+    assistant = make_assistant(recognizer, replace(teacher, params=params), 2)
+    assert assistant.encoder is not None
+    audio = 0.1 * np.random.default_rng(0).standard_normal(16_000 * 35).astype(np.float32)
+    arguments = dict(options=DecodeOptions(max_tokens=8, best_of=2), long_form=long_form)
+    plain = transcribe(audio, recognizer, **arguments)
+    found = transcribe(audio, recognizer, **arguments, assistant=assistant)
+    assert plain.segments
+    assert [one.tokens for one in found.segments] == [one.tokens for one in plain.segments]

