@@ -65,6 +65,11 @@ class PseudoLabelConfig:
     """Write in the language spoken, or in English."""
     timestamps: bool = False
     """Let the teacher write timestamps, so that the student can learn them."""
+    top_k: int = 0
+    """Store so many of the teacher's likeliest tokens at each token, and the mass of all others,
+    so that distilling needs no teacher (distill --stored-teacher); 0 stores none."""
+    top_k_temperatures: tuple[float, ...] = (1.0, 2.0)
+    """Temperatures that can be distilled at with them."""
     max_tokens: int = 224
     """Longest label in tokens."""
     pack_seconds: float | None = None
@@ -77,7 +82,9 @@ class PseudoLabelConfig:
     batch_size: int = 16
     """Clips decoded at a time."""
     shard_size: int = 512
-    """Utterances in one shard: what a kill can cost."""
+    """Utterances in one shard: what a kill can cost, and what processes share the work by."""
+    claim_patience: float = 600.0
+    """Seconds without a sign of life after which another process's shard is taken over."""
     store_audio: Literal["embed", "reference"] = "embed"
     """Keep the audio in the shards as 16 kHz FLAC, or only the path of the original file."""
     workers: int = 4
@@ -252,6 +259,9 @@ class DistillConfig:
     audio_states: Path | None = None
     """Folder for the frozen encoder's output of every clip (S x width x 2 bytes each), made before
     training where it is missing: the encoder then runs once a clip, not once an epoch."""
+    stored_teacher: bool = False
+    """Take the teacher's distributions from the labels (pseudo-label --top-k) instead of running
+    it: the KL is over the stored tokens and the rest, and no teacher is in memory."""
     train_encoder: bool = False
     """Train the encoder as well; it is then no longer shared with the teacher."""
     max_skipped: int = 10
@@ -268,6 +278,16 @@ class DistillConfig:
     """Word error rates during training."""
     run: RunConfig = RunConfig()
     """Resume, checkpoints, logs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunsConfig:
+    """List training runs side by side: how far, how well, how fast, and what their recipes set."""
+
+    folder: Positional[Path] = Path("runs")
+    """Where runs are, at any depth."""
+    json: bool = False
+    """Print JSON instead of tables."""
 
 
 @dataclasses.dataclass(frozen=True)

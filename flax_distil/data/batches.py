@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, Int16, Shaped
 
+from flax_distil.data.stored_teacher import StoredTeacher, collate_stored
 from flax_distil.data.utterances import Utterance, to_language
 from flax_distil.errors import InputError
 from flax_distil.text.tokens import WhisperTokens
@@ -34,6 +35,8 @@ class TargetOptions:
     """Language of utterances that name none."""
     task: Literal["transcribe", "translate"] = "transcribe"
     """The task token of the prompt."""
+    stored: bool = False
+    """Whether batches carry the teacher's distributions, which the labels hold."""
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +57,8 @@ class Batch:
     """Numbers of the utterances in their dataset."""
     audio: Shaped[np.ndarray, "B S D"] | None = None
     """The encoder's output where it is kept on disk; there are no waveforms then (N = 0)."""
+    stored: StoredTeacher | None = None
+    """The teacher's distributions at the targets, where the labels hold them and they are used."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Example:
     tokens: list[int]
     targets: list[int]
     start: int
+    stored: StoredTeacher | None = None
 
 
 def example(
@@ -88,7 +94,19 @@ def example(
     code = None if language is None else to_language(language)
     prompt = tokens.prompt(code, options.task, timestamps=timestamps)
     line = [*prompt, *label, tokens.eot]
-    return Example(line[:-1], line[1:], start=len(prompt) - 1)
+    stored = distributions(utterance, len(label) + 1) if options.stored else None
+    return Example(line[:-1], line[1:], len(prompt) - 1, stored)
+
+
+def distributions(utterance: Utterance, count: int) -> StoredTeacher:
+    """The teacher at each of `count` targets. Raises InputError where the label holds others."""
+    there = 0 if utterance.stored is None else len(utterance.stored.tails)
+    if utterance.stored is None or there != count:
+        raise InputError(
+            f"{utterance.id} holds distributions of {there} tokens and its label is learnt as "
+            f"{count}: label it with --top-k, and train without stored_teacher where labels change"
+        )
+    return utterance.stored
 
 
 def keeps_timestamps(probability: float, seed: Sequence[int]) -> bool:
@@ -138,4 +156,5 @@ def collate(
         seconds=np.asarray(seconds, np.float32),
         rows=np.asarray(rows, np.int32),
         audio=audio,
+        stored=collate_stored([(row.start, row.stored) for row in examples], length),
     )

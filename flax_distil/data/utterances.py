@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from flax_distil.audio.load import SAMPLE_RATE, AudioError, load_audio
 from flax_distil.config import DataConfig
 from flax_distil.data.sources import FILE_COLUMNS, ParquetRows, Row, Table, read_table
+from flax_distil.data.stored_teacher import StoredTeacher, read_stored
 from flax_distil.errors import InputError
 from flax_distil.text.languages import to_language_code
 
@@ -44,6 +45,8 @@ class Utterance:
     """Container of bytes that do not tell it themselves, such as g722."""
     token_ids: tuple[int, ...] | None = field(default=None, repr=False)
     """The teacher's label, where the source is a label store: no prompt, no end of text."""
+    stored: StoredTeacher | None = field(default=None, repr=False)
+    """The teacher's distributions at the label's tokens, where the label store holds them."""
     parts: tuple["Utterance", ...] = field(default=(), repr=False)
     """What a packed window is made of; its audio is then theirs, `pause` seconds apart."""
     pause: float = 0.0
@@ -206,6 +209,7 @@ def to_utterance(row: Row, number: int, columns: Columns, config: DataConfig) ->
         offset=None if offset is None else float(offset),
         format="g722" if suffix == "g722" else None,
         token_ids=None if tokens is None else tuple(tokens),
+        stored=read_stored(row),
     )
 
 
