@@ -17,7 +17,7 @@ from flax_distil.config import LossConfig, OptimizerConfig
 from flax_distil.data.batches import Batch
 from flax_distil.distill.losses import Losses, hidden_mse, objective
 from flax_distil.distill.state import TrainState, apply_gradients, learning_rate
-from flax_distil.distill.vocabulary import Heard, vocabulary_losses
+from flax_distil.distill.vocabulary import Heard, Stored, vocabulary_losses
 from flax_distil.model.spec import Params, Spec
 
 
@@ -28,6 +28,8 @@ class Plan:
     layer_map: teacher layer for each student layer, for the MSE of hidden states.
     vocabulary_chunk: tokens of a device whose logits exist at a time; 0 is all of them.
     data_shards: into how many parts the mesh cuts a batch.
+    stored: temperatures of the tails that batches hold, where they hold the teacher's
+        distributions; None where the teacher is in memory.
     """
 
     teacher: Spec
@@ -38,12 +40,13 @@ class Plan:
     accumulation: int = 1
     vocabulary_chunk: int = 0
     data_shards: int = 1
+    stored: tuple[float, ...] | None = None
 
 
 class Frozen(NamedTuple):
     """Parameters that are read and never written.
 
-    teacher: the whole teacher.
+    teacher: the whole teacher, or its encoder alone where batches hold its distributions.
     student_encoder: the part of the student's encoder that is neither trained nor the teacher's:
         empty when the encoder is shared, all of a truncated one, the positions of a trained one.
     """
@@ -53,10 +56,11 @@ class Frozen(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """What the student is given: audio states, and the teacher's final and inner hidden states."""
+    """What the student is given: audio states, the teacher's distributions in the form that the
+    loss takes, and its hidden states after each layer."""
 
     audio: Array
-    hidden: Array
+    teacher: Heard | Stored
     every: Any
 
 
@@ -113,9 +117,19 @@ def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
         encoder = plan.teacher.encoder(frozen.teacher["encoder"])
         audio_BSD = encoder(log_mel(batch.waveforms, plan.teacher.dims.mels))
     audio_BSD = jnp.asarray(audio_BSD, plan.teacher.dtype)
-    decoder = plan.teacher.decoder(frozen.teacher["decoder"])
+    if plan.stored is not None:
+        return Guide(audio_BSD, remembered(batch, plan.stored, plan.loss.temperature), None)
+    params = frozen.teacher["decoder"]
+    decoder = plan.teacher.decoder(params)
     hidden_BLD, every_NBLD = decoder.hidden_states(jnp.asarray(batch.tokens), audio_BSD)
-    return Guide(audio_BSD, hidden_BLD, every_NBLD)
+    return Guide(audio_BSD, Heard(hidden_BLD, params["tokens"]["embedding"]), every_NBLD)
+
+
+def remembered(batch: Batch, stored: tuple[float, ...], temperature: float) -> Stored:
+    """The teacher's distributions that came with the batch, with their tail at a temperature."""
+    assert batch.stored is not None
+    tokens, top, tails = map(jnp.asarray, vars(batch.stored).values())
+    return Stored(tokens, top, tails[..., stored.index(temperature)])
 
 
 def student_losses(
@@ -131,7 +145,7 @@ def student_losses(
     parts = vocabulary_losses(
         hidden_BLD,
         params["decoder"]["tokens"]["embedding"],
-        Heard(guide.hidden, frozen.teacher["decoder"]["tokens"]["embedding"]),
+        guide.teacher,
         jnp.asarray(batch.targets),
         weights_BL,
         plan.loss,
