@@ -25,7 +25,6 @@ STAGES = (
     "filter",
     "init-student",
     "distill",
-    "runs",
     "evaluate",
     "export",
     "transcribe",
