@@ -53,6 +53,7 @@ VERBS = {
         "--teacher whisper-base --student runs/student --labels runs/chosen "
         "--output-dir runs/distill",
     ),
+    "runs": Verb(config.RunsConfig, "flax_distil.distill.comparison", "runs --json"),
     "evaluate": Verb(
         config.EvaluateConfig,
         "flax_distil.evaluate",

@@ -25,6 +25,7 @@ STAGES = (
     "filter",
     "init-student",
     "distill",
+    "runs",
     "evaluate",
     "export",
     "transcribe",

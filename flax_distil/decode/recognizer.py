@@ -112,8 +112,8 @@ def prepare(
     """The code of the language asked for, if any, and the tokens of the prompt.
 
     Raises:
-        InputError: the model lacks the language or task, the device the memory, or the assistant
-            cannot help this search.
+        InputError: the model lacks the language or task, the device the memory, hotwords or prefix
+            are too long, or the assistant cannot help this search.
     """
     drawn = options.best_of if options.temperature else 1
     if assistant and (options.beams, drawn) != (1, 1):
@@ -122,12 +122,11 @@ def prepare(
             "one of each, or no assistant"
         )
     check_memory(recognizer.spec, bucket(batch), options)
-    known, previous = (
-        checked_language(recognizer, options),
-        text_ids(recognizer.tokens, options.prompt),
-    )
+    known = checked_language(recognizer, options)
+    previous = text_ids(recognizer.tokens, options.prompt)
     if len(previous) > (most := recognizer.spec.dims.text_positions // 2 - 1):
         log.warning("the prompt has %d tokens: its last %d are used", len(previous), most)
+    prompt_ids(recognizer, options, Window(known or "en", previous))  # raises before any work
     return known, previous
 
 

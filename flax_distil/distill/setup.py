@@ -36,7 +36,6 @@ def make_plan(config: DistillConfig, teacher: WhisperDims, student: WhisperDims)
         layer_map=layer_map(student.decoder_layers, teacher.decoder_layers),
         accumulation=compute.accumulation,
         vocabulary_chunk=compute.vocabulary_chunk,
-        augment=config.augment,
     )
 
 
@@ -80,13 +79,13 @@ def split_parameters(
 
     The encoder is shared where it is frozen and the teacher's to the last bit; a truncated or
     otherwise different one is kept apart. Positions of a trained encoder stay fixed sinusoids.
-    Frozen matrices are stored in the type they are multiplied in, which changes no result.
+    Frozen matrices are stored in the type they are multiplied in, which changes no result. Of a
+    teacher whose distributions come with the batches, only the encoder is needed.
     """
     scanned = plan.student.scan_layers
     encoder = laid_out(student.params["encoder"], scanned)
-    theirs = {
-        half: narrow(laid_out(teacher.params[half], scanned), plan) for half in teacher.params
-    }
+    halves = teacher.params if plan.stored is None else ["encoder"]
+    theirs = {half: narrow(laid_out(teacher.params[half], scanned), plan) for half in halves}
     trainable = trainable_part(student.params, train_encoder, scanned)
     if train_encoder:
         return trainable, Frozen(theirs, {"positions": encoder["positions"]})

@@ -13,12 +13,11 @@ import optax
 from jaxtyping import Array, Float
 
 from flax_distil.audio.log_mel import log_mel
-from flax_distil.audio.spec_augment import spec_augment
-from flax_distil.config import AugmentConfig, LossConfig, OptimizerConfig
+from flax_distil.config import LossConfig, OptimizerConfig
 from flax_distil.data.batches import Batch
 from flax_distil.distill.losses import Losses, hidden_mse, objective
 from flax_distil.distill.state import TrainState, apply_gradients, learning_rate
-from flax_distil.distill.vocabulary import Heard, vocabulary_losses
+from flax_distil.distill.vocabulary import Heard, Stored, vocabulary_losses
 from flax_distil.model.spec import Params, Spec
 
 
@@ -29,6 +28,8 @@ class Plan:
     layer_map: teacher layer for each student layer, for the MSE of hidden states.
     vocabulary_chunk: tokens of a device whose logits exist at a time; 0 is all of them.
     data_shards: into how many parts the mesh cuts a batch.
+    stored: temperatures of the tails that batches hold, where they hold the teacher's
+        distributions; None where the teacher is in memory.
     """
 
     teacher: Spec
@@ -39,13 +40,13 @@ class Plan:
     accumulation: int = 1
     vocabulary_chunk: int = 0
     data_shards: int = 1
-    augment: AugmentConfig | None = None
+    stored: tuple[float, ...] | None = None
 
 
 class Frozen(NamedTuple):
     """Parameters that are read and never written.
 
-    teacher: the whole teacher.
+    teacher: the whole teacher, or its encoder alone where batches hold its distributions.
     student_encoder: the part of the student's encoder that is neither trained nor the teacher's:
         empty when the encoder is shared, all of a truncated one, the positions of a trained one.
     """
@@ -55,10 +56,11 @@ class Frozen(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """What the student is given: audio states, and the teacher's final and inner hidden states."""
+    """What the student is given: audio states, the teacher's distributions in the form that the
+    loss takes, and its hidden states after each layer."""
 
     audio: Array
-    hidden: Array
+    teacher: Heard | Stored
     every: Any
 
 
@@ -113,19 +115,21 @@ def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
     audio_BSD = batch.audio
     if audio_BSD is None:
         encoder = plan.teacher.encoder(frozen.teacher["encoder"])
-        audio_BSD = encoder(features(batch, plan))
+        audio_BSD = encoder(log_mel(batch.waveforms, plan.teacher.dims.mels))
     audio_BSD = jnp.asarray(audio_BSD, plan.teacher.dtype)
-    decoder = plan.teacher.decoder(frozen.teacher["decoder"])
+    if plan.stored is not None:
+        return Guide(audio_BSD, remembered(batch, plan.stored, plan.loss.temperature), None)
+    params = frozen.teacher["decoder"]
+    decoder = plan.teacher.decoder(params)
     hidden_BLD, every_NBLD = decoder.hidden_states(jnp.asarray(batch.tokens), audio_BSD)
-    return Guide(audio_BSD, hidden_BLD, every_NBLD)
+    return Guide(audio_BSD, Heard(hidden_BLD, params["tokens"]["embedding"]), every_NBLD)
 
 
-def features(batch: Batch, plan: Plan) -> Float[Array, "B T M"]:
-    """The log-mel that teacher and student hear, with SpecAugment's masks where it is on."""
-    mel_BTM = log_mel(batch.waveforms, plan.teacher.dims.mels)
-    if batch.keys is None or plan.augment is None:
-        return mel_BTM
-    return spec_augment(jnp.asarray(batch.keys), mel_BTM, jnp.asarray(batch.seconds), plan.augment)
+def remembered(batch: Batch, stored: tuple[float, ...], temperature: float) -> Stored:
+    """The teacher's distributions that came with the batch, with their tail at a temperature."""
+    assert batch.stored is not None
+    tokens, top, tails = map(jnp.asarray, vars(batch.stored).values())
+    return Stored(tokens, top, tails[..., stored.index(temperature)])
 
 
 def student_losses(
@@ -134,14 +138,14 @@ def student_losses(
     """The objective, which has the gradients, and its parts: sums over the batch's label tokens."""
     audio_BSD = guide.audio
     if own := frozen.student_encoder | params.get("encoder", {}):
-        audio_BSD = plan.student.encoder(own)(features(batch, plan))
+        audio_BSD = plan.student.encoder(own)(log_mel(batch.waveforms, plan.student.dims.mels))
     student = plan.student.decoder(params["decoder"])
     hidden_BLD, every_NBLD = student.hidden_states(jnp.asarray(batch.tokens), audio_BSD)
     weights_BL = jnp.asarray(batch.weights)
     parts = vocabulary_losses(
         hidden_BLD,
         params["decoder"]["tokens"]["embedding"],
-        Heard(guide.hidden, frozen.teacher["decoder"]["tokens"]["embedding"]),
+        guide.teacher,
         jnp.asarray(batch.targets),
         weights_BL,
         plan.loss,

@@ -21,6 +21,7 @@ from flax_distil.data.batches import Batch
 from flax_distil.data.utterances import Utterance
 from flax_distil.distill.validation import Validation
 from flax_distil.errors import InputError
+from flax_distil.parallel.multihost import is_main_host
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +29,16 @@ METRICS = "metrics.jsonl"
 
 
 class Tracker:
-    """Scalars by step, to every place that was asked for; a context manager.
+    """Scalars by step, to every place that was asked for, by host 0; a context manager.
 
     A resumed run first drops the lines after its `start`, which it is about to write again.
     """
 
     def __init__(self, config: DistillConfig, start: int = 0):
         folder, run = config.output_dir, config.run
+        self.wandb = self.tensorboard = self.file = None
+        if not is_main_host():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         self.wandb = wandb_run(config, run.wandb) if run.wandb else None
         self.tensorboard = tensorboard_writer(folder) if run.tensorboard else None
@@ -43,6 +47,8 @@ class Tracker:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record values of one step; names may have a group, as in `validation/wer`."""
+        if self.file is None:
+            return
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
         self.file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON knows no NaN
         self.file.flush()
@@ -56,7 +62,8 @@ class Tracker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        if self.file:
+            self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
@@ -153,7 +160,7 @@ class Watch:
             log.info("%s", line(step, self.config.optimizer.steps, values))
 
     def _skipped(self, step: int, in_row: int, batch: Batch) -> None:
-        ids = ", ".join("streamed" if row < 0 else self.names[int(row)].id for row in batch.rows)
+        ids = ", ".join(self.names[int(row)].id for row in batch.rows)
         log.warning("step %d was not finite and is skipped; its clips: %s", step, ids)
         if in_row >= self.config.max_skipped:
             raise InputError(

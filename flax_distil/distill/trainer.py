@@ -2,11 +2,9 @@
 
 import json
 import logging
-import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import sha256
@@ -14,22 +12,22 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import numpy as np
 
 from flax_distil.config import DistillConfig
 from flax_distil.data.audio_states import AudioStates, audio_states
-from flax_distil.data.augment import masks_log_mel, open_noise
-from flax_distil.data.batches import Batch
+from flax_distil.data.batches import Batch, TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
-from flax_distil.data.mixing import Source, training_sources
-from flax_distil.data.utterances import Joined, Utterance
+from flax_distil.data.utterances import Joined, Utterance, Utterances, read_dataset
 from flax_distil.decode.recognizer import listen
 from flax_distil.distill.checkpoints import Checkpoints, Progress, has_checkpoints
 from flax_distil.distill.flops import measured_peak, step_flops
+from flax_distil.distill.replicas import check_replicas
 from flax_distil.distill.runs import RECIPE
 from flax_distil.distill.setup import make_plan, split_parameters, whole_student
 from flax_distil.distill.state import TrainState, initial_state
 from flax_distil.distill.step import Frozen, Plan, train_step
+from flax_distil.distill.stopping import stop_signals
+from flax_distil.distill.stored import check_stored_teacher, stored_temperatures
 from flax_distil.distill.tracking import Done, Speed, Tracker, Watch, environment
 from flax_distil.distill.validation import Validate, Validation, make_validate
 from flax_distil.errors import InputError
@@ -43,7 +41,8 @@ from flax_distil.parallel.mesh import (
     make_mesh,
     replicated,
 )
-from flax_distil.parallel.sharding import check_heads, shardings
+from flax_distil.parallel.multihost import barrier, is_main_host, start
+from flax_distil.parallel.sharding import check_heads, place, shardings
 from flax_distil.pseudo_label.labeller import fingerprint
 from flax_distil.recipe import load_recipe, save_recipe
 from flax_distil.text.tokens import load_tokens
@@ -104,21 +103,31 @@ def run(config: DistillConfig) -> TrainSummary:
         InputError: models, labels, mesh or folder do not fit, before anything is computed; or
             training had to stop, after its state was saved.
     """
+    start()
     check_folder(config)
+    parts = [read_dataset(path) for path in config.labels]
+    stores = [part for part in parts if isinstance(part, Utterances)]
+    if not stores or len(stores) < len(parts):
+        raise InputError("name at least one label store (--labels), as pseudo-label writes it")
     teacher, student = load_checkpoint(config.teacher), load_checkpoint(config.student)
-    tokens = load_tokens(student.source)
-    sources = training_sources(config, tokens)
+    utterances = Joined(stores)
+    check_stored_teacher(config, teacher)
+    options = TargetOptions(
+        config.label_buckets,
+        config.timestamp_probability,
+        config.language,
+        stored=config.stored_teacher,
+    )
     loader = Loader(
-        sources,
-        tokens,
+        utterances,
+        utterances.label_lengths(),
+        load_tokens(student.source),
+        options,
         config.batch_size,
         config.run.workers,
-        lanes=config.lanes,
         rank=jax.process_index(),
         hosts=jax.process_count(),
-        states=kept_states(config, teacher, student, sources),
-        add_noise=open_noise(config.augment),
-        masks=masks_log_mel(config.augment),
+        states=kept_states(config, teacher, student, utterances),
     )
     return train(config, teacher, student, loader, make_validate(config, student))
 
@@ -132,8 +141,8 @@ def train(
 ) -> TrainSummary:
     """The run itself, over models, batches and a judge that someone else made; see `run`.
 
-    SIGTERM and Ctrl-C end it after the step at hand, with a checkpoint. So does an error: no step
-    that was computed is lost.
+    SIGTERM and Ctrl-C end it after the step at hand, with a checkpoint. So does an error, on a
+    single host: no step that was computed is lost.
     """
     check_folder(config)
     program, state = prepare(config, teacher, student)
@@ -145,7 +154,7 @@ def train(
         watch = Watch(config, tracker, speed, loader.utterances)
         with closing(feed(loader, progress.loader, program)) as batches:
             try:
-                while step < total and not (stop.is_set() or patience_over(config, progress)):
+                while step < total and not (stop(step) or patience_over(config, progress)):
                     fed = next(batches)
                     state, metrics = program.step(state, program.frozen, fed.arrays)
                     progress, step = replace(progress, loader=fed.after), step + 1
@@ -157,12 +166,12 @@ def train(
                         watch.validated(step, validation)
                         progress, due = compare(checkpoints, state, progress, validation), True
                     if due:
-                        checkpoints.save(state, progress)
+                        save(checkpoints, state, progress, program)
                 watch.pause()
             except Exception:
-                rescue(checkpoints, state, progress, watch)
+                rescue(checkpoints, state, progress, program, watch)
                 raise
-        checkpoints.save(state, progress)
+        save(checkpoints, state, progress, program)
     finished = step == total or patience_over(config, progress)
     log.info("%s at step %d of %d", "finished" if finished else "stopped", step, total)
     return TrainSummary(
@@ -177,7 +186,7 @@ def train(
 
 
 def kept_states(
-    config: DistillConfig, teacher: Checkpoint, student: Checkpoint, sources: Sequence[Source]
+    config: DistillConfig, teacher: Checkpoint, student: Checkpoint, utterances: Joined
 ) -> AudioStates | None:
     """The encoder's output of all clips from disk, where the run keeps it there.
 
@@ -193,22 +202,16 @@ def kept_states(
         )
     if jax.process_count() > 1:
         raise InputError("audio_states are kept by one host only: leave them out on several")
-    changing = config.augment.noise or masks_log_mel(config.augment)
-    if changing or any(source.size is None for source in sources):
-        raise InputError(
-            "audio_states hold one output for each clip of a dataset: leave them out with streams, "
-            "noise or SpecAugment"
-        )
     spec = Spec(teacher.dims, config.compute.dtype)
     params = jax.device_put(encoders[0])
     return audio_states(
         config.audio_states,
-        Joined([source.utterances for source in sources]),  # type: ignore[misc]
+        utterances,
         lambda waveforms_BN: listen(spec, params, waveforms_BN),
         (teacher.dims.audio_positions, teacher.dims.width),
         {
             "encoder": fingerprint(encoders[0]),
-            "labels": sha256(np.concatenate([s.lengths for s in sources]).tobytes()).hexdigest(),
+            "labels": sha256(utterances.label_lengths().tobytes()).hexdigest(),
             "dtype": config.compute.dtype,
         },
         config.validation.batch_size,
@@ -225,16 +228,17 @@ def prepare(
         InputError: models, mesh, batch or numbers do not fit; nothing was allocated yet.
     """
     plan, compute = make_plan(config, teacher.dims, student.dims), config.compute
+    plan = replace(plan, stored=stored_temperatures(config))
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor)
     check_batch(config.batch_size, mesh, compute.accumulation)
     dims = teacher.dims
     check_heads({"encoder": dims.encoder_heads, "decoder": dims.decoder_heads}, mesh)
     trainable, frozen = split_parameters(plan, teacher, student, config.train_encoder)
-    start = partial(initial_state, config=config.optimizer, seed=config.seed)
-    placed = shardings(jax.eval_shape(start, trainable), mesh, compute.fsdp_min_elements)
-    frozen = jax.device_put(frozen, shardings(frozen, mesh, compute.fsdp_min_elements))
-    trainable = jax.device_put(trainable, placed.params)
-    state = jax.jit(start, out_shardings=placed)(trainable)
+    begun = partial(initial_state, config=config.optimizer, seed=config.seed)
+    placed = shardings(jax.eval_shape(begun, trainable), mesh, compute.fsdp_min_elements)
+    frozen = place(frozen, shardings(frozen, mesh, compute.fsdp_min_elements))
+    trainable = place(trainable, placed.params)
+    state = jax.jit(begun, out_shardings=placed)(trainable)
     return Program(plan, mesh, frozen, compile_step(plan, mesh, placed)), state
 
 
@@ -242,7 +246,7 @@ def compile_step(plan: Plan, mesh: jax.sharding.Mesh, placed: Any) -> Any:
     """`train_step` as it runs: jitted, its state donated and kept where `placed` says."""
     plan = replace(plan, data_shards=data_shards(mesh))
     return jax.jit(
-        partial(train_step, plan=plan),
+        partial(train_step, plan=replace(plan, data_shards=data_shards(mesh))),
         donate_argnums=0,
         out_shardings=(placed, replicated(mesh)),
     )
@@ -258,7 +262,8 @@ def begin(
         state, progress = checkpoints.restore(state)
         log.info("continuing %s after step %d", config.output_dir, int(state.step))
     checkpoints.forget_best_after(int(state.step))
-    if jax.process_index() == 0:
+    barrier(f"{config.output_dir} at step {int(state.step)}")  # all have read what is written now
+    if is_main_host():
         save_recipe(config, config.output_dir / RECIPE)
         versions = json.dumps(environment(), indent=2)
         (config.output_dir / VERSIONS).write_text(versions + "\n", encoding="utf-8")
@@ -298,11 +303,11 @@ def check_recipe(config: DistillConfig) -> None:
 def feed(loader: Batches, start: LoaderState, program: Program) -> Generator[Fed]:
     """Batches on the devices, each sent while the one before is computed."""
     sharding = batch_sharding(program.mesh)
-    place = partial(jax.make_array_from_process_local_data, sharding)
+    place_rows = partial(jax.make_array_from_process_local_data, sharding)
     ahead: deque[Fed] = deque()
     with closing(loader.batches(start)) as batches:  # pyright: ignore[reportArgumentType]
         for read, after in batches:
-            ahead.append(Fed(jax.tree.map(place, read), after, read))
+            ahead.append(Fed(jax.tree.map(place_rows, read), after, read))
             if len(ahead) > 1:
                 yield ahead.popleft()
         yield from ahead
@@ -321,14 +326,18 @@ def peak_flops(config: DistillConfig, program: Program) -> float:
     """FLOP/s of the whole mesh: as configured, else as measured."""
     if config.compute.peak_flops is not None:
         return config.compute.peak_flops * program.mesh.size
-    peak = measured_peak(program.mesh, config.compute.dtype)
+    ours = make_mesh(devices=jax.local_devices())  # hosts need not measure in step
+    peak = measured_peak(ours, config.compute.dtype) / ours.size * program.mesh.size
     log.info("measured %.3g FLOP/s in matrix products on %d devices", peak, program.mesh.size)
     return peak
 
 
 def whole(program: Program, state: TrainState) -> Any:
-    """The whole student with unstacked layers, for decoding."""
+    """The whole student with unstacked layers, for decoding: on several hosts, one copy each."""
     params = whole_student(state.params, program.frozen)
+    if jax.process_count() > 1:
+        copied = jax.jit(lambda params: params, out_shardings=replicated(program.mesh))(params)
+        params = jax.tree.map(lambda leaf: leaf.addressable_data(0), copied)
     if not program.plan.student.scan_layers:
         return params
     return {half: unstack_layers(layers) for half, layers in params.items()}
@@ -352,33 +361,27 @@ def patience_over(config: DistillConfig, progress: Progress) -> bool:
     return patience is not None and progress.since_best >= patience
 
 
-def rescue(checkpoints: Checkpoints, state: TrainState, progress: Progress, watch: Watch) -> None:
-    """Save what was computed before an error; a second error here is logged, not raised."""
+def save(checkpoints: Checkpoints, state: TrainState, progress: Progress, program: Program) -> None:
+    """Start to save, unless the copies on different devices disagree (`InputError`)."""
+    check_replicas((state.params, state.optimizer), program.mesh, int(state.step))
+    checkpoints.save(state, progress)
+
+
+def rescue(
+    checkpoints: Checkpoints, state: TrainState, progress: Progress, program: Program, watch: Watch
+) -> None:
+    """Save what was computed before an error; a second error here is logged, not raised.
+
+    On several hosts nothing is saved: all would have to, and the others may know of no error.
+    """
+    if jax.process_count() > 1:
+        log.error("stopped by an error on this host; the last checkpoint stands")
+        return
     try:
-        checkpoints.save(state, progress)
+        save(checkpoints, state, progress, program)
         checkpoints.wait()
         with suppress(InputError):
             watch.pause()
         log.error("stopped by an error; the state of step %d is saved", int(state.step))
     except Exception as error:
         log.error("stopped by an error, and the state could not be saved: %s", error)
-
-
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets; a second one interrupts as usual."""
-    stop, before = threading.Event(), {}
-
-    def ask(number: int, _: Any) -> None:
-        log.warning("%s: stopping after this step", signal.Signals(number).name)
-        stop.set()
-        signal.signal(number, before[number])
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

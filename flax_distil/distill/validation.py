@@ -2,10 +2,13 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import groupby
 from pathlib import Path
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from flax_distil.config import DataConfig, DistillConfig
@@ -16,6 +19,7 @@ from flax_distil.decode.recognizer import Recognizer, recognize
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.spec import Params, Spec
+from flax_distil.parallel.multihost import host_slice
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.tokens import load_tokens
 from flax_distil.text.wer import ErrorCounts, word_errors
@@ -78,7 +82,10 @@ def open_sets(config: DistillConfig) -> dict[str, Utterances]:
 def judge(
     recognizer: Recognizer, utterances: Sequence[Utterance], config: DistillConfig
 ) -> ErrorCounts:
-    """Errors of normalised transcripts on all clips that have a reference and can be heard."""
+    """Errors of normalised transcripts on all clips that have a reference and can be heard.
+
+    Several hosts judge a part each, and all are told the whole.
+    """
     counts, left, shown = ErrorCounts(), 0, config.validation.samples
     skipped: list[Skipped] = []
 
@@ -86,7 +93,9 @@ def judge(
         code = utterance.language or config.language
         return to_language(code) if code else None
 
-    judged = tqdm(utterances, desc="validation", unit="clip", leave=False, delay=5)
+    mine = range(len(utterances))[host_slice(len(utterances))]
+    waiting = (utterances[number] for number in mine)
+    judged = tqdm(waiting, "validation", len(mine), unit="clip", leave=False, delay=5)
     for code, group in groupby((u for u in judged if u.text), key=language):
         normalise = normalizer(code or (None if recognizer.tokens.multilingual else "en"))
         options = DecodeOptions(language=code, max_tokens=config.validation.max_tokens)
@@ -101,6 +110,15 @@ def judge(
                     left += 1
     if skipped:
         log.warning("%d clips could not be heard, the first: %s", len(skipped), skipped[0])
+    counts = over_hosts(counts)
     if not counts.reference_words:
         raise InputError("a validation set has no clip with a reference that can be heard")
     return counts
+
+
+def over_hosts(counts: ErrorCounts) -> ErrorCounts:
+    """The sum of all hosts' counts, known to all: each judges a part of the clips."""
+    if jax.process_count() == 1:
+        return counts
+    found = multihost_utils.process_allgather(np.array(astuple(counts)))
+    return ErrorCounts(*map(int, found.sum(axis=0)))

@@ -28,6 +28,16 @@ class Heard(NamedTuple):
     embedding: Float[Array, "V D"]
 
 
+class Stored(NamedTuple):
+    """A teacher on disk: the K likeliest next tokens of each place, and all others together."""
+
+    tokens: Int[Array, "... K"]
+    log_probabilities: Float[Array, "... K"]
+    """At temperature 1."""
+    tail: Float[Array, "..."]
+    """log Σ p^(1/T) over all other tokens, at the temperature of the loss; -inf where K is V."""
+
+
 class Rows(NamedTuple):
     """What the losses need of each token; leaves are [B, L, …], then [G, N, …]."""
 
@@ -47,7 +57,7 @@ class Parts(NamedTuple):
 def vocabulary_losses(
     hidden_BLD: Float[Array, "B L D"],
     embedding_VD: Float[Array, "V D"],
-    teacher: Heard | None,
+    teacher: Heard | Stored | None,
     targets_BL: Int[Array, "B L"],
     weights_BL: Float[Array, "B L"],
     config: LossConfig,
@@ -68,15 +78,17 @@ def vocabulary_losses(
         x_GN = x_BL.reshape(shards, count, *x_BL.shape[2:])
         return jnp.pad(x_GN, [(0, 0), (0, -count % chunk)] + [(0, 0)] * (x_GN.ndim - 2))
 
-    read = Rows(targets_BL, weights_BL, None if teacher is None else teacher.hidden)
-    rows, hidden_GND = jax.tree.map(spread, read), spread(hidden_BLD)
-    theirs = None if teacher is None else teacher.embedding
-    return Parts(*_fused(hidden_GND, embedding_VD, rows, theirs, config, chunk))
+    of_tokens, theirs = teacher, None
+    if isinstance(teacher, Heard):
+        of_tokens, theirs = teacher
+    rows: Rows = jax.tree.map(spread, Rows(targets_BL, weights_BL, of_tokens))
+    hidden_GND = spread(hidden_BLD)
+    parts: Any = _fused(hidden_GND, embedding_VD, rows, theirs, config, chunk)
+    return parts
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _fused(hidden_GND, embedding_VD, rows: Rows, theirs, config: LossConfig, chunk: int):
-    """(total, kl, ce)."""
     return _sweep(hidden_GND, embedding_VD, rows, theirs, config, chunk)[0]
 
 
@@ -85,9 +97,9 @@ def _forward(hidden_GND, embedding_VD, rows: Rows, theirs, config: LossConfig, c
     return sums, (gradients, jnp.zeros((), hidden_GND.dtype), jnp.zeros((), embedding_VD.dtype))
 
 
-def _backward(_config: LossConfig, _chunk: int, kept: Any, cotangents: tuple[Array, ...]):
+def _backward(_config: LossConfig, _chunk: int, kept: Any, cotangents: Parts):
     gradients, *like = kept
-    scaled = [(cotangents[0] * g).astype(x.dtype) for g, x in zip(gradients, like, strict=True)]
+    scaled = [(cotangents.total * g).astype(x.dtype) for g, x in zip(gradients, like, strict=True)]
     return (*scaled, None, None)
 
 
@@ -108,8 +120,10 @@ def _sweep(hidden_GND, embedding_VD, rows: Rows, theirs, config: LossConfig, chu
         places_GC = jax.lax.dynamic_slice_in_dim(order_GN, number * chunk, chunk, axis=1)
         here, hidden_GCD = jax.tree.map(lambda x_GN: pick(x_GN, places_GC), (rows, hidden_GND))
         logits_GCV = product("gcd,vd->gcv", hidden_GCD, ours)
-        wanted_GCV = None if theirs is None else product("gcd,vd->gcv", here.teacher, theirs)
-        kl_GC, ce_GC, pull_GCV = token_losses(wanted_GCV, logits_GCV, here.targets, config)
+        teacher = here.teacher
+        if theirs is not None:
+            teacher = product("gcd,vd->gcv", teacher, theirs)
+        kl_GC, ce_GC, pull_GCV = token_losses(teacher, logits_GCV, here.targets, config)
         sums += jnp.stack([jnp.sum(kl_GC * here.weights), jnp.sum(ce_GC * here.weights)])
         pull_GCV = (here.weights[..., None] * pull_GCV).astype(narrow)
         pull_GCD = product("gcv,vd->gcd", pull_GCV, ours)
@@ -130,20 +144,24 @@ def _sweep(hidden_GND, embedding_VD, rows: Rows, theirs, config: LossConfig, chu
     back_GN1 = jnp.argsort(order_GN, axis=1)[..., None]
     hidden_gradient_GND = jnp.take_along_axis(sorted_GND, back_GN1, axis=1)
     total = config.kl * kl + config.ce * ce
-    return (total, kl, ce), (hidden_gradient_GND, embedding_gradient_GVD.sum(axis=0))
+    return Parts(total, kl, ce), (hidden_gradient_GND, embedding_gradient_GVD.sum(axis=0))
 
 
 def token_losses(
-    teacher_V: Any, logits_V: Float[Array, "... V"], targets: Int[Array, "..."], config: LossConfig
+    teacher: Array | Stored,
+    logits_V: Float[Array, "... V"],
+    targets: Int[Array, "..."],
+    config: LossConfig,
 ) -> tuple[Array, Array, Array]:
     """KL and cross-entropy of each token, and the gradient of their weighted sum by the logits.
 
-    A part that weighs 0 is 0 and costs nothing.
+    teacher: logits, or what is stored of them. A part that weighs 0 is 0 and costs nothing.
     """
     kl = ce = jnp.zeros(targets.shape, logits_V.dtype)
     gradient_V = jnp.zeros((), logits_V.dtype)
     if config.kl:
-        kl, pull_V = kl_divergence(teacher_V, logits_V, config.temperature)
+        divergence: Any = stored_kl_divergence if isinstance(teacher, Stored) else kl_divergence
+        kl, pull_V = divergence(teacher, logits_V, config.temperature)
         gradient_V += config.kl * pull_V
     if config.ce:
         ce, pull_V = cross_entropy(logits_V, targets, config.label_smoothing)
@@ -163,6 +181,35 @@ def kl_divergence(
     cross = jnp.sum(theirs.powers * (theirs.logits - ours.logits), axis=-1, keepdims=True)
     kl = (cross / theirs.mass - jnp.log(theirs.mass) + jnp.log(ours.mass))[..., 0]
     return temperature**2 * kl, temperature * (ours.probabilities() - theirs.probabilities())
+
+
+def stored_kl_divergence(
+    teacher: Stored, student_V: Float[Array, "... V"], temperature: float
+) -> tuple[Float[Array, "..."], Float[Array, "... V"]]:
+    """`kl_divergence` over K + 1 events: each stored token, and «any other».
+
+    Never above the full divergence (data processing inequality), and equal to it where the student
+    divides its tail as the teacher does. Its gradient is that of a teacher who does.
+    """
+    ours, tokens = Softmax.of(student_V / temperature), teacher.tokens.astype(jnp.int32)
+    log_p_K, tail = teacher.log_probabilities.astype(student_V.dtype) / temperature, teacher.tail
+    log_mass = jnp.logaddexp(jax.nn.logsumexp(log_p_K, axis=-1), tail)
+    log_p_K, log_r = log_p_K - log_mass[..., None], tail - log_mass
+    p_K, r = jnp.exp(log_p_K), jnp.exp(log_r)
+
+    log_q_K = jnp.take_along_axis(ours.logits, tokens, axis=-1) - jnp.log(ours.mass)
+    rest_V = jnp.put_along_axis(ours.powers, tokens, 0, axis=-1, inplace=False)
+    rest = jnp.maximum(rest_V.sum(axis=-1), jnp.finfo(rest_V.dtype).tiny)
+    of_tail = r * (log_r - jnp.log(rest) + jnp.log(ours.mass[..., 0]))
+    kl = jnp.sum(p_K * (log_p_K - log_q_K), axis=-1) + jnp.where(r > 0, of_tail, 0)
+    gradient_V = jnp.put_along_axis(
+        rest_V * (1 / ours.mass - (r / rest)[..., None]),
+        tokens,
+        jnp.exp(log_q_K) - p_K,
+        axis=-1,
+        inplace=False,
+    )
+    return temperature**2 * kl, temperature * gradient_V
 
 
 def cross_entropy(

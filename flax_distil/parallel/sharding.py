@@ -47,6 +47,17 @@ def shardings(tree: Any, mesh: Mesh, min_elements: int = 1 << 20) -> Any:
     return placed
 
 
+def place(tree: Any, placed: Any) -> Any:
+    """Host arrays, which every host has whole, where `shardings` says; each host sends its part."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: leaf[index]
+        ),
+        tree,
+        placed,
+    )
+
+
 def _tensor(
     names: tuple[str, ...], shape: tuple[int, ...], size: int, faults: list[str]
 ) -> list[str | None]:

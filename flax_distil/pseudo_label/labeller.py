@@ -34,12 +34,14 @@ from flax_distil.data.windows import Clip, hear, in_order, stack
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.errors import InputError
 from flax_distil.model.dims import CHUNK_SECONDS
+from flax_distil.parallel.multihost import is_main_host, start
+from flax_distil.pseudo_label.claims import Claims
 from flax_distil.pseudo_label.store import LabelStore, PseudoLabel, Shard, open_store, write_whole
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.wer import word_errors
 
 # (waveforms int16 [B, 480000], language or None to detect it) → one hypothesis a row
-Teacher = Callable[[Int16[np.ndarray, "B N"], str | None], list[Hypothesis]]
+Teacher = Callable[[Int16[np.ndarray, "B N"], str | None], Sequence[Hypothesis]]
 
 
 @dataclass(frozen=True)
@@ -71,29 +73,38 @@ class LabelSummary:
 def run(config: PseudoLabelConfig) -> LabelSummary:
     """Label `config.data` with `config.model`, going on where an earlier run was killed.
 
+    Several processes with the same settings share the work, on one machine or, over a folder that
+    they share, on many: hosts of a pod, or any that come and go.
     Raises InputError for a dataset or teacher that cannot be read, and for a store that was begun
     with other settings.
     """
     from flax_distil.decode.recognizer import make_recognizer, recognize
     from flax_distil.model.checkpoint import load_checkpoint
+    from flax_distil.pseudo_label.distributions import check_top_k, explain
 
+    start()
     for name in ("batch_size", "shard_size", "workers", "max_tokens"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
     utterances = windows(config)
     checkpoint = load_checkpoint(config.model)
+    check_top_k(config, checkpoint.dims.vocab)
     recognizer = make_recognizer(checkpoint, config.dtype)
     options = DecodeOptions(
         task=config.task, timestamps=config.timestamps, max_tokens=config.max_tokens
     )
 
-    def teacher(waveforms_BN: np.ndarray, language: str | None) -> list[Hypothesis]:
-        return recognize(recognizer, waveforms_BN, dataclasses.replace(options, language=language))
+    def teacher(waveforms_BN: np.ndarray, language: str | None) -> Sequence[Hypothesis]:
+        asked = dataclasses.replace(options, language=language)
+        if not config.top_k:
+            return recognize(recognizer, waveforms_BN, asked)
+        return explain(recognizer, waveforms_BN, asked, config.top_k, config.top_k_temperatures)
 
     weights, vocabulary = fingerprint(checkpoint.params), recognizer.tokens.vocabulary
     store = open_store(config.output_dir, settings(config, utterances, weights, vocabulary))
     summary = label(utterances, teacher, store, config)
-    Console().print(summary_table(summary, f"{config.output_dir}"))
+    if is_main_host():
+        Console().print(summary_table(summary, f"{config.output_dir}"))
     return summary
 
 
@@ -118,7 +129,8 @@ def settings(
 ) -> dict[str, Any]:
     """All that decides the labels. Batch size, threads and place are not among it."""
     chosen = dataclasses.asdict(config)
-    for name in ("batch_size", "workers", "output_dir"):
+    of_distributions = () if config.top_k else ("top_k", "top_k_temperatures")
+    for name in ("batch_size", "workers", "output_dir", "claim_patience", *of_distributions):
         del chosen[name]
     size = None if isinstance(utterances, UtteranceStream) else len(utterances)
     return {"weights": weights, "vocabulary": vocabulary, "utterances": size, **chosen}
@@ -144,23 +156,32 @@ def label(
     store: LabelStore,
     config: PseudoLabelConfig,
 ) -> LabelSummary:
-    """Make every shard of `store` that is not there yet. The teacher always gets full batches."""
-    start = time.monotonic()
-    done = store.finished(lambda files: tqdm(files, desc="checking shards", leave=False))
-    before = set(done)
-    if not (isinstance(utterances, UtteranceStream) and store.complete() and done):
-        waiting = pending(utterances, config.shard_size, done)
+    """Make every shard of `store` that is not there yet. The teacher always gets full batches.
+
+    Any number of processes may do so at once: each makes the shards that it can claim, and all
+    return when the last one is there.
+    """
+    begun, ours = time.monotonic(), set()
+    claims = Claims(store.folder / "claims", config.claim_patience)
+    done = store.finished(progress)
+    left = not (isinstance(utterances, UtteranceStream) and store.complete() and done)
+    while left:
         heard = in_order(
             lambda numbered: (numbered[0], _heard(numbered[1], config.store_audio)),
-            waiting,
+            pending(utterances, config.shard_size, store, done, claims),
             config.workers,
             ahead=2 * config.batch_size,
         )
         with AudioBar(utterances, done.values()) as bar:
             for number, clips in groupby(heard, lambda item: item[0] // config.shard_size):
-                labels, skipped = _label_shard(clips, teacher, config, bar)
+                labels, skipped = _label_shard(clips, teacher, config, bar, claims)
                 done[number] = store.write(number, labels, skipped)
+                ours.add(number)
+                claims.done(number)
                 store.write_index(done.values())
+        if left := claims.wait():
+            done = store.finished(progress)
+    claims.clear()
     store.write_index(done.values(), complete=True)
     shards = [shard for _, shard in sorted(done.items())]
     skipped = [clip for shard in shards for clip in shard.skipped]
@@ -172,24 +193,47 @@ def label(
         word_errors=sum(shard.word_errors for shard in shards),
         reference_words=sum(shard.reference_words for shard in shards),
         skipped=tuple(skipped),
-        labelled_now=sum(shard.seconds for shard in shards if shard.number not in before),
-        wall=time.monotonic() - start,
+        labelled_now=sum(shard.seconds for shard in shards if shard.number in ours),
+        wall=time.monotonic() - begun,
     )
 
 
+def progress(files: Iterable) -> Iterable:
+    """Shows how far the checking of shards has come."""
+    return tqdm(files, desc="checking shards", leave=False)
+
+
 def pending(
-    utterances: Utterances | UtteranceStream | Packed, shard_size: int, done: Iterable[int]
+    utterances: Utterances | UtteranceStream | Packed,
+    shard_size: int,
+    store: LabelStore,
+    done: Iterable[int],
+    claims: Claims,
 ) -> Iterator[tuple[int, Utterance]]:
-    """The utterances of shards that are not done, with their numbers."""
-    done, known = set(done), 0
+    """The utterances of shards that are not done and that no one else makes, with their numbers."""
+    done, there = set(done), store.numbers()
+
+    def ours(number: int) -> bool:
+        if number in done or not claims.take(number):
+            return False
+        if number in there or number not in store.numbers():  # there and not done: damaged
+            return True
+        claims.done(number)  # someone was faster
+        claims.refused.add(number)
+        return False
+
     if isinstance(utterances, UtteranceStream):
         known = max(done, default=-1) + 1
     else:
         known = -(-len(utterances) // shard_size)
-    for first in (number * shard_size for number in range(known) if number not in done):
+    for number in filter(ours, range(known)):
+        first = number * shard_size
         yield from enumerate(islice(utterances.since(first), shard_size), first)
     if isinstance(utterances, UtteranceStream):
-        yield from enumerate(utterances.since(known * shard_size), known * shard_size)
+        rest = enumerate(utterances.since(known * shard_size), known * shard_size)
+        for number, rows in groupby(rest, lambda numbered: numbered[0] // shard_size):
+            if ours(number):
+                yield from rows
 
 
 def _heard(utterance: Utterance, store_audio: str) -> Skipped | tuple[Clip, dict[str, Any]]:
@@ -213,6 +257,7 @@ def _label_shard(
     teacher: Teacher,
     config: PseudoLabelConfig,
     bar: "AudioBar",
+    claims: Claims,
 ) -> tuple[list[PseudoLabel], list[Skipped]]:
     """Labels of one shard, in order; batches hold one language, which the prompt names."""
     rows: dict[int, PseudoLabel] = {}
@@ -223,8 +268,9 @@ def _label_shard(
         batch = stack([clip for _, clip, _ in group], config.batch_size)
         hypotheses = teacher(batch.waveforms, language)
         for (number, clip, audio), hypothesis in zip(group, hypotheses, strict=False):
-            rows[number] = pseudo_label(number, clip, audio, hypothesis, config.task)
+            rows[number] = pseudo_label(clip, audio, hypothesis, config.task)
         bar.add(sum(clip.duration for _, clip, _ in group), len(group))
+        claims.touch()
         group.clear()
 
     for number, found in clips:
@@ -246,7 +292,7 @@ def _label_shard(
 
 
 def pseudo_label(
-    number: int, clip: Clip, audio: dict[str, Any], hypothesis: Hypothesis, task: str = "transcribe"
+    clip: Clip, audio: dict[str, Any], hypothesis: Hypothesis, task: str = "transcribe"
 ) -> PseudoLabel:
     """One row: the hypothesis beside the reference, both normalised to count the errors."""
     utterance, errors = clip.utterance, None
@@ -262,14 +308,13 @@ def pseudo_label(
         duration=clip.duration,
         language=hypothesis.language,
         speaker=utterance.speaker,
-        recording=utterance.recording,
-        utterance_number=number,
         mean_log_probability=hypothesis.mean_log_probability,
         compression_ratio=hypothesis.compression_ratio,
         no_speech_probability=hypothesis.no_speech_probability,
         wer=errors.rate if errors and errors.reference_words else None,
         word_errors=errors and errors.errors,
         reference_words=errors and errors.reference_words,
+        distributions=getattr(hypothesis, "distributions", None),
     )
 
 

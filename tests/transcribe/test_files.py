@@ -91,6 +91,33 @@ def test_a_wrong_waveform_is_refused(recognizer, audio, complaint):
         transcribe(audio, recognizer)
 
 
+@pytest.mark.parametrize("long_form", [SequentialOptions(), ChunkedOptions()])
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (dict(language="englisch"), 'did you mean "english"'),
+        (dict(language="de"), "English-only checkpoint cannot transcribe German"),
+        (dict(task="translate"), "English-only checkpoint cannot translate"),
+        (dict(options=DecodeOptions(beams=10**6)), "1000000 texts for each of 8 windows need"),
+        (dict(options=DecodeOptions(hotwords="word " * 300)), "hotwords have 300 tokens: .* 223"),
+        (dict(options=DecodeOptions(prefix="word " * 300)), "prefix has 300 tokens"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(
+    recognizer, long_form, arguments, complaint, monkeypatch
+):
+    for module in (chunked, fallback):
+        monkeypatch.setattr(module, "decode", lambda *_: pytest.fail("it begins"))
+    with pytest.raises(InputError, match=complaint):
+        transcribe(tone(1), recognizer, long_form=long_form, **arguments)
+
+
+def test_more_draws_than_memory_are_refused(recognizer):
+    options = DecodeOptions(best_of=10**6)
+    with pytest.raises(InputError, match="1000000 texts for each of 8 windows need"):
+        transcribe(tone(1), recognizer, options=options)
+
+
 def test_a_long_prompt_is_cut_and_said(recognizer, caplog):
     options = DecodeOptions(max_tokens=6, prompt="word " * 300)
     transcribe(tone(1), recognizer, options=options, long_form=SequentialOptions((0.0,)))

