@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flax_distil.plan.compiler import Compiled
+from flax_distil.plan.compiler import Compiled, program_hash
 from flax_distil.plan.hlo import Collective
 from flax_distil.plan.programs import Program
 from flax_distil.plan.topology import Chip, Slice
@@ -37,6 +37,16 @@ class Seconds(NamedTuple):
         return self._fields[self.index(self.bound)]
 
 
+class Tensor(NamedTuple):
+    """An array of a program that lies in HBM. where: the traced line; knob: what makes it less."""
+
+    bytes: float
+    dtype: str
+    shape: tuple[int, ...]
+    where: str
+    knob: str
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What one program takes on a chip of a slice.
@@ -44,6 +54,7 @@ class Estimate:
     clips: of one run, over all chips. rows: clips that a chip computes at a time.
     memory, capacity, temporaries and arguments are bytes, traffic is HBM bytes of one run.
     flops: useful ones of one run, over all chips. mfu: the share of the peak that the bound allows.
+    tensors: the largest. fingerprint: of the program, the same on every machine.
     """
 
     program: str
@@ -60,6 +71,8 @@ class Estimate:
     collectives: tuple[Collective, ...]
     host_transfers: tuple[str, ...]
     seconds: Seconds
+    tensors: tuple[Tensor, ...] = ()
+    fingerprint: str = ""
     largest_batch: int | None = None
 
     @property
@@ -70,16 +83,6 @@ class Estimate:
     def intensity(self) -> float:
         """Useful FLOPs for a byte of HBM traffic."""
         return self.flops / self.chips / self.traffic
-
-
-class Tensor(NamedTuple):
-    """An array of a program that lies in HBM. where: the traced line; knob: what makes it less."""
-
-    bytes: float
-    dtype: str
-    shape: tuple[int, ...]
-    where: str
-    knob: str
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,9 @@ class TooLarge:
     tensors: tuple[Tensor, ...]
 
 
-def estimate(program: Program, answer: Compiled, target: Slice, chips: int) -> Estimate:
+def estimate(
+    program: Program, answer: Compiled, target: Slice, chips: int, vocabulary: int
+) -> Estimate:
     """What a program that fits takes. chips: those of the slice that it runs on."""
     module, rounds = answer.module, program.loops
     collectives = tuple(module.collectives(rounds))
@@ -121,6 +126,8 @@ def estimate(program: Program, answer: Compiled, target: Slice, chips: int) -> E
         collectives=collectives,
         host_transfers=tuple(one.name for one in module.host_transfers()),
         seconds=roofline(program.flops / chips, traffic, collectives, target.chip, chips),
+        tensors=largest_tensors(program, answer, vocabulary),
+        fingerprint=program_hash(program.lowered, target),
     )
 
 

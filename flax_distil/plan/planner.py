@@ -143,7 +143,7 @@ def judged(
         return isinstance(compiled(program(rows).lowered, target), Compiled)
 
     if isinstance(answer, Compiled):
-        found = estimate(asked, answer, target, chips)
+        found = estimate(asked, answer, target, chips, dims.vocab)
         return replace(found, largest_batch=largest_fitting(fits, rows)) if auto else found
     most = largest_fitting(fits, rows // 2, rows, exact=auto)
     tensors = ()

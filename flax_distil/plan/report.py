@@ -74,6 +74,7 @@ def plan_record(plan: Plan, config: PlanConfig) -> dict[str, Any]:
 def program_record(one: Estimate | TooLarge) -> dict[str, Any]:
     """One program's figures, with those that follow from them."""
     record = dataclasses.asdict(one) | {"fits": isinstance(one, Estimate)}
+    record["tensors"] = [tensor._asdict() for tensor in one.tensors]
     if isinstance(one, Estimate):
         record["seconds"] = one.seconds._asdict() | {"bound": one.seconds.bound}
         record["collectives"] = [collective._asdict() for collective in one.collectives]
