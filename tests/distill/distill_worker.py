@@ -1,0 +1,88 @@
+"""One host of tests/distill/test_hosts.py: `python distill_worker.py FOLDER NOTICE KILL`.
+
+Trains on all hosts' devices and prints how it ended. NOTICE: the batch before which the last host
+is told to stop, as by a preemption. KILL: the step after whose checkpoint it dies instead.
+"""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import conftest
+import jax
+
+from flax_distil.config import (
+    ComputeConfig,
+    DistillConfig,
+    OptimizerConfig,
+    RunConfig,
+    ValidationConfig,
+)
+from flax_distil.data.utterances import Utterance
+from flax_distil.distill.checkpoints import LATEST, steps
+from flax_distil.distill.trainer import TrainSummary, train
+from flax_distil.distill.validation import Validation
+from flax_distil.model.student import init_student
+from flax_distil.parallel import multihost
+
+
+class Batches:
+    """This host's rows of one global batch for each position; `before` is told the position."""
+
+    utterances = tuple(Utterance(f"clip-{row}", b"") for row in range(16))
+
+    def __init__(self, before):
+        self.before = before
+
+    def batches(self, state):
+        rows = multihost.host_slice(16)
+        while True:
+            self.before(state.position)
+            batch = conftest.random_batch(16, seed=state.position)
+            state = replace(state, position=state.position + 1)
+            yield jax.tree.map(lambda leaf: leaf[rows], batch), state
+
+
+def run(folder: Path, before) -> TrainSummary:
+    """A checkpoint every second step, parameters cut over two devices."""
+    teacher = conftest.random_teacher()
+    config = DistillConfig(
+        teacher="teacher",
+        student="student",
+        labels=(),
+        output_dir=folder,
+        batch_size=16,
+        optimizer=OptimizerConfig(1000, warmup_steps=2, learning_rate=1e-3),
+        compute=ComputeConfig("float32", fsdp=2, fsdp_min_elements=64, peak_flops=1e9),
+        validation=ValidationConfig(every=4),
+        run=RunConfig(resume="auto", save_every=2, tensorboard=False),
+    )
+
+    def validate(params) -> Validation:
+        """Something that each host computes from the whole student, alone."""
+        total = sum(float(abs(leaf).sum()) for leaf in jax.tree.leaves(params))
+        return Validation({"sum": total})
+
+    return train(config, teacher, init_student(teacher, 2), Batches(before), validate)
+
+
+def main(folder: Path, notice: int, kill: int) -> None:
+    def before(position: int) -> None:
+        if jax.process_index() < jax.process_count() - 1:
+            return
+        if position == notice:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if kill in steps(folder / LATEST):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.2)  # so that the checkpoint is written before many more steps are made
+
+    summary = run(folder, before)
+    print(f"ended {summary.steps} {summary.finished} {summary.best_wer}", flush=True)
+
+
+if __name__ == "__main__":
+    multihost.start(heartbeat=10, connect=60)
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
