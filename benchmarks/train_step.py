@@ -152,7 +152,7 @@ def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
     teacher = load_checkpoint(fetch_weights(options.model))
     student = init_student(teacher, options.layers)
     compute = ComputeConfig(options.dtype, vocabulary_chunk=options.chunk)
-    config = DistillConfig("teacher", "student", (), folder, options.batch, compute=compute)
+    config = DistillConfig("teacher", "student", folder, batch_size=options.batch, compute=compute)
     batch = random_batch(options, teacher.dims.vocab)
     fused = make_plan(config, teacher.dims, student.dims)
     plain = replace(fused, vocabulary_chunk=0)

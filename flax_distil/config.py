@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Fixed, OmitArgPrefixes, Positional
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -47,8 +47,29 @@ class DataConfig:
     """Column of the utterance's name."""
     speaker_column: str | None = None
     """Column of the speaker."""
+    recording_column: str | None = None
+    """Column of the recording, chapter or session that the utterance is a part of."""
     language_column: str | None = None
     """Column of the language."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingDataConfig(DataConfig):
+    """One dataset of a mixture: where it is, what is learnt from it, how often it is drawn."""
+
+    weight: float | None = None
+    """Its share of the examples, relative to the others; its hours of speech where not given."""
+    target: Literal["label", "text"] | None = None
+    """Learn the pseudo-label or the reference; without it, the label where the source has one."""
+    task: Literal["transcribe", "translate"] = "transcribe"
+    """Task token of its prompts."""
+    pack_seconds: float | None = None
+    """Concatenate consecutive utterances of a speaker to windows of up to so many seconds, with
+    timestamps where they begin and end. Off where not given."""
+    pack_pause: float = 0.3
+    """Seconds of silence between the utterances of a window."""
+    shuffle_buffer: int = 2_000
+    """Utterances of a stream that are shuffled at a time, over all its lanes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +258,28 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Noise and SpecAugment in training; off, as in the paper."""
+
+    noise: Path | None = None
+    """Folder, manifest or Parquet of noise recordings that are added to clips."""
+    noise_probability: float = 0.5
+    """How often a clip gets noise, where there are recordings."""
+    snr_db: tuple[float, float] = (5.0, 40.0)
+    """Signal-to-noise ratios in dB, drawn uniformly between the two."""
+    time_masks: int = 0
+    """Stretches of time hidden in each clip's log-mel."""
+    time_mask_frames: int = 100
+    """Longest stretch in frames of 10 ms."""
+    time_mask_share: float = 0.2
+    """Longest stretch as a share of the clip."""
+    frequency_masks: int = 0
+    """Bands of frequency hidden in each clip's log-mel."""
+    frequency_mask_bins: int = 27
+    """Widest band in mel bins."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """Train a student on pseudo-labels and the teacher's distributions (paper section 3)."""
 
@@ -244,14 +287,23 @@ class DistillConfig:
     """Transformers folder, hub name or fetched name of the teacher."""
     student: str
     """Folder of the student to train, as init-student writes it."""
-    labels: tuple[Path, ...]
-    """Label stores to train on, as pseudo-label and filter write them."""
     output_dir: Path
     """The run's folder: checkpoints, metrics, recipe."""
+    labels: tuple[Path, ...] = ()
+    """Label stores to train on, as pseudo-label and filter write them: together one dataset."""
+    data: Fixed[tuple[TrainingDataConfig, ...]] = ()
+    """Datasets to mix, each with its own columns, language, task and weight: a [[distill.data]]
+    table each in the recipe."""
+    lanes: int = 1
+    """Parts that streams are read in, each by one host; a multiple of the hosts, for all of the
+    run."""
     batch_size: int = 256
     """Clips in one update, over all devices."""
     timestamp_probability: float = 0.5
     """How often a label that has timestamps keeps them (paper table 15)."""
+    prompt_probability: float = 0.2
+    """How often the utterance before, of the same speaker and recording, is the prompt (0.2 in the
+    later published recipes)."""
     language: str | None = None
     """Language spoken where the labels name none, such as en."""
     label_buckets: tuple[int, ...] = (32, 64, 128, 256, 448)
@@ -262,6 +314,8 @@ class DistillConfig:
     stored_teacher: bool = False
     """Take the teacher's distributions from the labels (pseudo-label --top-k) instead of running
     it: the KL is over the stored tokens and the rest, and no teacher is in memory."""
+    augment: AugmentConfig = AugmentConfig()
+    """Noise and SpecAugment."""
     train_encoder: bool = False
     """Train the encoder as well; it is then no longer shared with the teacher."""
     max_skipped: int = 10

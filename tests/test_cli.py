@@ -4,12 +4,14 @@ import subprocess
 import sys
 import time
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from flax_distil import cli
-from flax_distil.config import EvaluateConfig, TranscribeConfig
+from flax_distil.config import DistillConfig, EvaluateConfig, TranscribeConfig
 from flax_distil.errors import InputError, SomeFailed
+from flax_distil.recipe import load_recipe, save_recipe
 
 
 def help_of(capsys, *arguments: str) -> str:
@@ -68,6 +70,39 @@ def test_what_neither_recipe_nor_flags_give_is_asked_for(tmp_path, capsys):
         cli.main(["evaluate", "--recipe", str(recipe), "--models", "a"])
     assert stop.value.code == 2
     assert "--datasets" in capsys.readouterr().err
+
+
+def test_a_table_for_each_dataset_of_a_mixture(tmp_path):
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(
+        """[distill]
+teacher = "t"
+student = "s"
+output_dir = "r"
+
+[[distill.data]]
+source = "runs/labels"
+
+[[distill.data]]
+source = "mozilla-foundation/common_voice_17_0"
+config = "de"
+streaming = true
+language = "de"
+weight = 100
+"""
+    )
+    stage = cli.parse(["distill", "--recipe", str(recipe), "--labels", "a", "b", "--lanes", "4"])
+    labels, german = stage.data
+    assert (labels.source, labels.weight) == ("runs/labels", None)
+    assert (german.config, german.language, german.weight, german.streaming) == (
+        "de",
+        "de",
+        100.0,
+        True,
+    )
+    assert (stage.labels, stage.lanes) == ((Path("a"), Path("b")), 4)
+    save_recipe(stage, tmp_path / "saved.toml")
+    assert load_recipe(tmp_path / "saved.toml", DistillConfig) == stage
 
 
 def test_audio_files_are_positional():

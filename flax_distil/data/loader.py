@@ -1,29 +1,38 @@
 """Training batches without end, from a position that can be saved and gone back to."""
 
+import json
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Int, Int16
+from jaxtyping import Int16
 
 from flax_distil.audio.load import CLIP_SAMPLES
 from flax_distil.data.audio_states import AudioStates
+from flax_distil.data.augment import AddNoise
 from flax_distil.data.batches import (
+    PREVIOUS_TOKENS,
     Batch,
     Example,
-    TargetOptions,
     bucket_for,
+    coins,
     collate,
     example,
     longest_prompt,
 )
-from flax_distil.data.utterances import Skipped, Utterance
-from flax_distil.data.windows import hear
+from flax_distil.data.chance import Purpose, generator
+from flax_distil.data.mixing import STREAMED, Place, Source, places, rows_by_lane
+from flax_distil.data.streams import LanePlace, Streamed, check_lanes, read_lane
+from flax_distil.data.utterances import Joined, Skipped, Utterance
+from flax_distil.data.windows import hear, read_ahead
 from flax_distil.errors import InputError
+from flax_distil.parallel.multihost import host_slice
 from flax_distil.text.tokens import WhisperTokens
 
 logger = logging.getLogger(__name__)
@@ -31,125 +40,254 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoaderState:
-    """Where training is in its data: with the dataset, all that decides the batches to come.
+    """Where training is in its data: with the datasets, all that decides the batches to come.
 
-    `position` counts the epoch's examples that were used, over all hosts: neither the batch size
-    nor the number of hosts is part of it.
+    `position` counts the examples that were used, over all hosts: neither the batch size nor the
+    number of hosts is part of it.
     """
 
     seed: int = 0
-    epoch: int = 0
     position: int = 0
+    utterances: int = 0
+    """How many the datasets have, so that others are noticed; 0 before the first batch."""
+    streams: dict[str, Sequence[int]] = field(default_factory=dict)
+    """Where the lanes of streams stand, by "source/lane"; a host knows its own."""
+
+
+class Row(NamedTuple):
+    """What one row of a batch is made of; `utterance` and `before` are there of a stream only."""
+
+    place: Place
+    utterance: Utterance | None = None
+    before: Utterance | None = None
 
 
 @dataclass(frozen=True)
 class Loader:
     """What batches are made of; iterate with `batches(state)`.
 
-    `lengths` are the labels' token counts, `label_lengths()` of the dataset. Each of `hosts` gets
-    its rows of the same global batches, with the same L.
+    Each of `hosts` gets its rows of the same global batches, with the same L.
     """
 
-    utterances: Sequence[Utterance]
-    lengths: Int[np.ndarray, "n"]
+    sources: tuple[Source, ...]
     tokens: WhisperTokens
-    options: TargetOptions
     batch_size: int
     workers: int = 4
     ahead: int = 2
     """Batches decoded in advance."""
+    lanes: int = 1
+    """Parts that streams are read in, each by one host."""
     rank: int = 0
     hosts: int = 1
     states: AudioStates | None = None
     """The encoder's output of every utterance, read instead of hearing it."""
+    add_noise: AddNoise | None = None
+    masks: bool = False
+    """Whether batches have keys for SpecAugment."""
 
     def __post_init__(self):
         """Raises InputError for what would only fail later, in the middle of training."""
-        if not len(self.utterances):
+        sizes = [source.size for source in self.sources]
+        if not sizes or 0 in sizes:
             raise InputError("there is no label to train on")
-        if self.batch_size % self.hosts:
-            raise InputError(
-                f"batch {self.batch_size} does not divide over {self.hosts} hosts: use "
-                f"{self.batch_size // self.hosts * self.hosts or self.hosts}"
-            )
-        bucket_for(self._inputs(range(len(self.lengths))), self.options.buckets)
+        for name, among in (("hosts", self.hosts), ("lanes", self._lanes)):
+            if self.batch_size % among:
+                raise InputError(
+                    f"batch {self.batch_size} does not divide over {among} {name}: use "
+                    f"{self.batch_size // among * among or among}"
+                )
+        for source in self.sources:
+            if source.size is None:
+                check_lanes(source.utterances, self.lanes, self.hosts)  # type: ignore[arg-type]
+            else:
+                longest = int(source.lengths.max()) + longest_prompt(self.tokens)
+                bucket_for(longest, source.options.buckets)
+
+    @property
+    def utterances(self) -> Joined:
+        """The utterances that the row numbers of batches name: all but those of streams."""
+        return Joined([s.utterances for s in self.sources if s.size is not None])  # type: ignore[misc]
 
     def batches(self, state: LoaderState) -> Iterator[tuple[Batch, LoaderState]]:
         """Full batches, each with the state that continues after it.
 
-        An epoch passes over every utterance once, in an order of its own. Batches run on over its
-        end, so that none is left out. A clip that cannot be heard is silence of weight 0.
+        What cannot be heard or has nothing to learn is silence of weight 0.
         """
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
         running: deque = deque()
-        share = self.batch_size // self.hosts
+        share = host_slice(self.batch_size, self.rank, self.hosts)
         try:
-            for places, after in global_batches(len(self.utterances), self.batch_size, state):
-                length = bucket_for(self._inputs([n for _, n in places]), self.options.buckets)
-                mine = places[self.rank * share : (self.rank + 1) * share]
-                waveforms = np.zeros((share, 0 if self.states else CLIP_SAMPLES), np.int16)
-                rows = [
-                    pool.submit(self._prepare, (state.seed, epoch, number), waveform)
-                    for (epoch, number), waveform in zip(mine, waveforms, strict=True)
+            for rows, after in self._global_rows(state):
+                mine = rows[share]
+                waveforms = np.zeros((len(mine), 0 if self.states else CLIP_SAMPLES), np.int16)
+                prepared = [
+                    pool.submit(self._prepare, state.seed, row, waveform)
+                    for row, waveform in zip(mine, waveforms, strict=True)
                 ]
-                running.append((rows, mine, waveforms, length, after))
+                inputs = self._inputs(rows, state.seed)
+                running.append((prepared, mine, waveforms, inputs, after))
                 if len(running) > self.ahead:
                     yield self._collected(*running.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _inputs(self, numbers: Sequence[int]) -> int:
-        """Decoder inputs that the longest of these labels needs."""
-        return int(self.lengths[np.asarray(numbers)].max()) + longest_prompt(self.tokens)
+    def _global_rows(self, state: LoaderState) -> Iterator[tuple[list[Row], LoaderState]]:
+        """All rows of each batch, filled of streams for this host's lanes alone, and what is after.
+
+        Raises InputError for the state of a run on other datasets or lanes.
+        """
+        size, lanes, utterances = self.batch_size, self._lanes, len(self.utterances)
+        if state.position and state.utterances != utterances:
+            raise InputError(
+                f"the run began on {state.utterances} utterances and there are {utterances}: the "
+                "datasets are not those it began with"
+            )
+        if state.position % lanes:
+            raise InputError(
+                f"the run stopped after {state.position} examples, which {lanes} lanes do not "
+                "divide: go on with the lanes it began with"
+            )
+        standing = self._standing(state)
+        readers = {name: self._reader(state.seed, name, start) for name, start in standing.items()}
+
+        def row(place: Place) -> Row:
+            reader = readers.get(f"{place.source}/{place.lane}")
+            if place.number != STREAMED or reader is None:
+                return Row(place)
+            found = next(reader)
+            standing[f"{place.source}/{place.lane}"] = found.after
+            place = place._replace(passes=found.after.passes, number=found.number)
+            return Row(place, found.utterance, found.before)
+
+        come = places(self.sources, state.seed, state.position, lanes)
+        arrangement = rows_by_lane(size, lanes)
+        try:
+            for position in count(state.position + size, size):
+                rows = [row(place) for place in islice(come, size)]
+                after = LoaderState(state.seed, position, utterances, dict(standing))
+                yield [rows[number] for number in arrangement], after
+        finally:
+            for reader in readers.values():
+                reader.close()
+
+    def _standing(self, state: LoaderState) -> dict[str, LanePlace]:
+        """Where this host's lanes of streams stand, by "source/lane"."""
+        own = range(self.lanes)[host_slice(self.lanes, self.rank, self.hosts)]
+        streams = [number for number, source in enumerate(self.sources) if source.size is None]
+        names = [f"{number}/{lane}" for number in streams for lane in own]
+        if lacking := [name for name in names if state.position and name not in state.streams]:
+            raise InputError(
+                f"the run's state does not tell where stream/lane {', '.join(lacking)} stands: go "
+                "on with the sources and lanes it began with"
+            )
+        return {name: LanePlace(*state.streams.get(name, ())) for name in names}
+
+    def _reader(self, seed: int, name: str, start: LanePlace) -> Generator[Streamed]:
+        """One lane of a stream from there on, a block ahead."""
+        number, lane = map(int, name.split("/"))
+        source, block = self.sources[number], max(self.sources[number].buffer // self.lanes, 1)
+        stream: Any = source.utterances
+        return read_ahead(read_lane(stream, lane, self.lanes, block, (seed, number), start), block)
+
+    @property
+    def _lanes(self) -> int:
+        """1 without streams: any host can read any utterance of a dataset."""
+        return self.lanes if any(source.size is None for source in self.sources) else 1
+
+    def _inputs(self, rows: Sequence[Row], seed: int) -> int:
+        """Decoder inputs that the rows need at most, the same on every host.
+
+        Labels of streams are known to their host alone; on several hosts they get the longest
+        bucket, on one what they need.
+        """
+        needed = 0
+        for place in (row.place for row in rows):
+            source = self.sources[place.source]
+            if source.size is None:
+                needed = max(needed, max(source.options.buckets) if self.hosts > 1 else 0)
+                continue
+            inputs = int(source.lengths[place.number]) + longest_prompt(self.tokens)
+            if self._prompted(place, seed):
+                previous = int(source.lengths[place.number - 1])
+                inputs += 1 + min(previous, PREVIOUS_TOKENS)
+            needed = max(needed, min(inputs, max(source.options.buckets)))
+        return needed
+
+    def _prompted(self, place: Place, seed: int) -> bool:
+        """Whether the example is read with the utterance before it in its dataset."""
+        source = self.sources[place.source]
+        chosen = coins((seed, *place))[1] < source.options.prompt_probability
+        return chosen and bool(source.follows[place.number])
 
     def _prepare(
-        self, seed: tuple[int, int, int], waveform: Int16[np.ndarray, "N"]
+        self, seed: int, row: Row, waveform: Int16[np.ndarray, "N"]
     ) -> tuple[Example, float]:
-        """Fill one row's waveform; its tokens and its seconds."""
-        utterance = self.utterances[seed[-1]]
-        targets = example(utterance, self.tokens, self.options, seed)
+        """Fill one row's waveform; its tokens and its seconds, 0 where nothing is learnt."""
+        place, utterance, before = row
+        source = self.sources[place.source]
+        if utterance is None:
+            utterance = source.utterances[place.number]  # type: ignore[index]
+            if self._prompted(place, seed):
+                before = source.utterances[place.number - 1]  # type: ignore[index]
+        if source.options.target == "text" and not said(utterance):
+            return self._left_out(utterance, "it has no text")
+        if before is not None and source.options.target == "text" and not said(before):
+            before = None
+        targets = example(utterance, self.tokens, source.options, (seed, *place), before)
+        if len(targets.tokens) > max(source.options.buckets):
+            return self._left_out(utterance, f"its label has {len(targets.tokens)} tokens")
         if self.states:
-            return targets, float(self.states.seconds[seed[-1]])
+            return targets, float(self.states.seconds[self._number(place)])
         clip = hear(utterance)
         if isinstance(clip, Skipped):
-            logger.warning("%s has weight 0: %s", clip.id, clip.reason)
-            return targets, 0.0
-        waveform[: len(clip.samples)] = clip.samples
+            return targets, self._left_out(utterance, clip.reason)[1]
+        samples = clip.samples
+        if self.add_noise:
+            samples = self.add_noise(samples, (seed, *place))
+        waveform[: len(samples)] = samples
         return targets, clip.duration
 
-    def _collected(self, rows, places, waveforms, length, after) -> tuple[Batch, LoaderState]:
-        examples, seconds = zip(*(row.result() for row in rows), strict=True)
-        numbers = [number for _, number in places]
+    def _left_out(self, utterance: Utterance, reason: str) -> tuple[Example, float]:
+        logger.warning("%s has weight 0: %s", utterance.id, reason)
+        return Example([self.tokens.sot], [self.tokens.eot], 0), 0.0
+
+    def _number(self, place: Place) -> int:
+        """The utterance's number among those of all datasets, as `utterances` has them."""
+        if self.sources[place.source].size is None:
+            return STREAMED
+        return place.number + sum(source.size or 0 for source in self.sources[: place.source])
+
+    def _collected(self, prepared, rows, waveforms, inputs, after) -> tuple[Batch, LoaderState]:
+        examples, seconds = zip(*(one.result() for one in prepared), strict=True)
+        numbers = [self._number(row.place) for row in rows]
+        needed = max(inputs, *(len(one.tokens) for one in examples))
+        length = bucket_for(needed, self.sources[0].options.buckets)
         audio = self.states.states[numbers] if self.states else None
-        batch = collate(examples, waveforms, seconds, numbers, length, self.tokens.eot, audio)
-        return batch, after
+        keys = None
+        if self.masks:
+            random = [generator(Purpose.MASKS, after.seed, *row.place) for row in rows]
+            keys = np.stack([one.integers(1 << 32, size=2, dtype=np.uint32) for one in random])
+        eot = self.tokens.eot
+        return collate(examples, waveforms, seconds, numbers, length, eot, audio, keys), after
 
 
-def epoch_order(size: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
-    """The order of an epoch's examples: a permutation that seed and epoch alone decide."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(
-        size
-    )
+def said(utterance: Utterance) -> bool:
+    """Whether there is a text, of all parts of a window."""
+    parts = utterance.parts or (utterance,)
+    return all(part.text is not None for part in parts)
 
 
-def global_batches(
-    size: int, batch_size: int, state: LoaderState
-) -> Iterator[tuple[list[tuple[int, int]], LoaderState]]:
-    """`batch_size` pairs (epoch, utterance) at a time, over all hosts, and the state after them.
+def on_all_hosts(state: LoaderState) -> LoaderState:
+    """The state with the lanes of every host, for a checkpoint; all hosts call it at once."""
+    if jax.process_count() == 1 or not state.streams:
+        return state
+    from jax.experimental.multihost_utils import process_allgather
 
-    Raises InputError for a state that lies outside a dataset of `size` utterances.
-    """
-    if not 0 <= state.position <= size:
-        raise InputError(
-            f"the run stopped after {state.position} examples of an epoch, the dataset has {size}: "
-            "it is not the one the run began with"
-        )
-    batch: list[tuple[int, int]] = []
-    for epoch in count(state.epoch):
-        order = epoch_order(size, state.seed, epoch)
-        first = state.position if epoch == state.epoch else 0
-        for position in range(first, size):
-            batch.append((epoch, int(order[position])))
-            if len(batch) == batch_size:
-                yield batch, LoaderState(state.seed, epoch, position + 1)
-                batch = []
+    mine = np.frombuffer(json.dumps(state.streams).encode(), np.uint8)
+    sizes = process_allgather(np.array(len(mine)))
+    padded = np.pad(mine, (0, int(sizes.max()) - len(mine)))
+    found = process_allgather(padded)
+    streams = {}
+    for size, line in zip(sizes, found, strict=True):
+        streams |= json.loads(bytes(np.asarray(line, np.uint8)[: int(size)]))
+    return replace(state, streams=streams)

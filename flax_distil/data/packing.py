@@ -6,7 +6,10 @@ and language share one, as in the later published recipes (distil-large-v3).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
+
+import numpy as np
 
 from flax_distil.audio.load import AudioError, audio_duration
 from flax_distil.data.utterances import Utterance, Utterances
@@ -33,17 +36,25 @@ class Packed(Sequence[Utterance]):
         """The windows from `start` on."""
         return (self[number] for number in range(start, len(self)))
 
+    def follows(self) -> np.ndarray:
+        """bool[n]: whether each window goes on where the one before ends; see `Utterances`."""
+        rows = self.utterances.follows()
+        joints = pairwise(self.groups)
+        return np.array(
+            [False, *(rows[two[0]] and one[-1] == two[0] - 1 for one, two in joints)], bool
+        )
+
 
 def pack(utterances: Utterances, seconds: float, pause: float) -> Packed:
     """Windows of at most `seconds`, in the order of their first utterances.
 
-    Utterances of a speaker and language keep their order; a new window begins where the next one
-    does not fit. Those whose speaker is not known are taken for one speaker's.
+    Utterances of a speaker, recording and language keep their order; a new window begins where the
+    next one does not fit. Those whose speaker is not known are taken for one speaker's.
     """
     groups: list[list[int]] = []
-    open_groups: dict[tuple[str | None, str | None], tuple[list[int], float]] = {}
+    open_groups: dict[tuple[str | None, ...], tuple[list[int], float]] = {}
     for row, utterance in enumerate(utterances.since(0)):
-        key = (utterance.speaker, utterance.language)
+        key = (utterance.speaker, utterance.recording, utterance.language)
         duration = min(length(utterance, unknown=seconds), seconds)
         group, filled = open_groups.get(key, ([], seconds))
         if filled + pause + duration > seconds + 1e-6:
@@ -69,7 +80,14 @@ def join(parts: tuple[Utterance, ...], pause: float) -> Utterance:
         language=first.language,
         parts=parts,
         pause=pause,
+        recording=first.recording,
     )
+
+
+def beginnings(window: Utterance) -> list[float]:
+    """Second at which each part of a window begins."""
+    lengths = [length(part) + window.pause for part in window.parts]
+    return [0.0, *accumulate(lengths[:-1])]
 
 
 def length(utterance: Utterance, unknown: float = 0.0) -> float:

@@ -11,7 +11,7 @@ import re
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -206,13 +206,23 @@ class ParquetRows(Sequence[Row]):
         group = bisect_right(self._starts, index) - 1
         return self._read(group).slice(index - self._starts[group], 1).to_pylist()[0]
 
+    def column(self, name: str) -> Iterator[pa.Array]:
+        """One column, without reading any other; nulls where a file lacks it."""
+        for path in self.files:
+            if name in pq.read_schema(path).names:
+                yield from pq.read_table(path, columns=[name]).column(0).chunks
+            else:
+                yield pa.nulls(self._footer(path).num_rows)
+
     def list_lengths(self, column: str) -> np.ndarray:
         """Lengths of a list column, null counting 0, without reading any other."""
         found = [np.zeros(0, np.int32)]
-        for path in self.files:
-            for values in pq.read_table(path, columns=[column]).column(0).chunks:
-                lengths = values.value_lengths().fill_null(0)
-                found.append(lengths.to_numpy(zero_copy_only=False).astype(np.int32))
+        for values in self.column(column):
+            if pa.types.is_null(values.type):
+                found.append(np.zeros(len(values), np.int32))
+                continue
+            lengths = values.value_lengths().fill_null(0)
+            found.append(lengths.to_numpy(zero_copy_only=False).astype(np.int32))
         return np.concatenate(found)
 
     def _read(self, group: int) -> pa.Table:

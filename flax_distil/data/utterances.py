@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ TEXT = ("text", "sentence", "transcription", "transcript", "normalized_text", "r
 ID = ("id", "utterance_id", "segment_id", "file_name")
 SPEAKER = ("speaker", "speaker_id", "client_id")
 LANGUAGE = ("language", "lang", "locale")
+RECORDING = ("recording", "recording_id", "chapter_id", "session_id", "meeting_id")
+
+# Place of an utterance in the dataset that was labelled, in a label store.
+NUMBER = "utterance_number"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Utterance:
     """The teacher's label, where the source is a label store: no prompt, no end of text."""
     stored: StoredTeacher | None = field(default=None, repr=False)
     """The teacher's distributions at the label's tokens, where the label store holds them."""
+    recording: str | None = None
+    """The recording, chapter or session it is a part of; the file, where it has an `offset`."""
     parts: tuple["Utterance", ...] = field(default=(), repr=False)
     """What a packed window is made of; its audio is then theirs, `pause` seconds apart."""
     pause: float = 0.0
@@ -69,6 +75,9 @@ class Columns:
     id: str | None
     speaker: str | None
     language: str | None
+    recording: str | None
+    labelled: bool
+    """Whether there are pseudo-labels."""
 
 
 class Utterances(Sequence[Utterance]):
@@ -91,11 +100,43 @@ class Utterances(Sequence[Utterance]):
         """The utterances from `start` on."""
         return (self[number] for number in range(start, len(self)))
 
+    def column(self, name: str) -> list[Any]:
+        """One column, read without the others; None where a row lacks it."""
+        rows: Any = self.rows
+        if isinstance(rows, ParquetRows):
+            if name not in rows.columns:
+                return [None] * len(self)
+            return [value for part in rows.column(name) for value in part.to_pylist()][: len(self)]
+        if hasattr(rows, "select_columns"):  # of `datasets`
+            if name not in rows.column_names:
+                return [None] * len(self)
+            rows = rows.select_columns([name])
+        return [rows[number].get(name) for number in range(len(self))]
+
     def label_lengths(self) -> np.ndarray:
         """int32[n]: tokens of each label, read without the audio; 0 where there is none."""
-        if isinstance(self.rows, ParquetRows) and "token_ids" in self.rows.columns:
+        if isinstance(self.rows, ParquetRows) and self.columns.labelled:
             return self.rows.list_lengths("token_ids")[: len(self)]
-        return np.array([len(utterance.token_ids or ()) for utterance in self], np.int32)
+        return np.array([len(ids or ()) for ids in self.column("token_ids")], np.int32)
+
+    def follows(self) -> np.ndarray:
+        """bool[n]: whether the row before is the utterance before, of speaker and recording.
+
+        A label store numbers its utterances, so that a gap left by filtering is seen.
+        """
+        known = [name for name in (self.columns.speaker, self.columns.recording) if name]
+        offsets = self.column("offset")
+        if any(offset is not None for offset in offsets):  # several clips of one file
+            known.append(self.columns.audio)
+        if not known:
+            return np.zeros(len(self), bool)
+        whose = list(zip(*(self.column(name) for name in known), strict=True))
+        numbers = self.column(NUMBER)
+        same = [False]
+        for (one, two), (first, second) in zip(pairwise(whose), pairwise(numbers), strict=True):
+            adjacent = None in (first, second) or second == first + 1
+            same.append(adjacent and one == two and any(name is not None for name in two))
+        return np.array(same)
 
 
 class UtteranceStream:
@@ -114,6 +155,18 @@ class UtteranceStream:
         for number, row in enumerate(islice(rows, self._left(start)), start):
             yield to_utterance(row, number, self.columns, self.config)
 
+    @property
+    def shards(self) -> int:
+        """How many parts it can be read in, each by itself."""
+        return getattr(self.rows, "num_shards", 1)
+
+    def shard(self, index: int) -> Iterator[Utterance]:
+        """The utterances of one part."""
+        rows: Any = self.rows
+        part = rows.shard(self.shards, index) if self.shards > 1 else rows
+        for number, row in enumerate(part):
+            yield to_utterance(row, f"{index}-{number}", self.columns, self.config)
+
     def _left(self, start: int) -> int | None:
         return None if self.config.limit is None else max(self.config.limit - start, 0)
 
@@ -121,7 +174,7 @@ class UtteranceStream:
 class Joined(Sequence[Utterance]):
     """Several datasets one after the other."""
 
-    def __init__(self, parts: Sequence[Utterances]):
+    def __init__(self, parts: Sequence[Sequence[Utterance]]):
         self.parts = tuple(parts)
         self._places = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
 
@@ -134,10 +187,6 @@ class Joined(Sequence[Utterance]):
         number = range(len(self))[index]
         part = int(np.searchsorted(self._places, number, side="right")) - 1
         return self.parts[part][number - int(self._places[part])]
-
-    def label_lengths(self) -> np.ndarray:
-        """int32[n], as of `Utterances`."""
-        return np.concatenate([part.label_lengths() for part in self.parts])
 
 
 def read_dataset(source: DataConfig | str | Path) -> Utterances | UtteranceStream:
@@ -186,10 +235,12 @@ def find_columns(table: Table, config: DataConfig) -> Columns:
         id=find(config.id_column, ID, "id"),
         speaker=find(config.speaker_column, SPEAKER, "speaker"),
         language=find(config.language_column, LANGUAGE, "language"),
+        recording=find(config.recording_column, RECORDING, "recording"),
+        labelled="token_ids" in table.columns,
     )
 
 
-def to_utterance(row: Row, number: int, columns: Columns, config: DataConfig) -> Utterance:
+def to_utterance(row: Row, number: int | str, columns: Columns, config: DataConfig) -> Utterance:
     """One row as an utterance; `number` names it where nothing else does."""
 
     def text(column: str | None) -> str | None:
@@ -210,7 +261,17 @@ def to_utterance(row: Row, number: int, columns: Columns, config: DataConfig) ->
         format="g722" if suffix == "g722" else None,
         token_ids=None if tokens is None else tuple(tokens),
         stored=read_stored(row),
+        recording=text(columns.recording)
+        or (Path(path).name if path and offset is not None else None),
     )
+
+
+def follows(utterance: Utterance, before: Utterance | None) -> bool:
+    """Whether `before`, the one read before, is of the same known speaker or recording."""
+    if before is None:
+        return False
+    whose, theirs = ((one.speaker, one.recording) for one in (utterance, before))
+    return whose == theirs and whose != (None, None)
 
 
 def _audio(value: Any) -> tuple[str | bytes | np.ndarray, str | None]:

@@ -5,7 +5,7 @@ unlike processes they start at once and inside any program.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -65,6 +65,19 @@ def in_order(
         while running:
             yield running.popleft().result()
     finally:  # also when the consumer leaves early
+        pool.shutdown(cancel_futures=True)
+
+
+def read_ahead(items: Iterable[Item], count: int) -> Generator[Item]:
+    """The items in order, up to `count` of them read in advance by a thread."""
+    pool, end = ThreadPoolExecutor(1, thread_name_prefix="reader"), object()
+    source = iter(items)
+    running = deque(pool.submit(next, source, end) for _ in range(count))
+    try:
+        while (item := running.popleft().result()) is not end:
+            running.append(pool.submit(next, source, end))
+            yield item  # pyright: ignore[reportReturnType]
+    finally:
         pool.shutdown(cancel_futures=True)
 
 

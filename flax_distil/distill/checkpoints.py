@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flax_distil.data.loader import LoaderState
+from flax_distil.data.loader import LoaderState, on_all_hosts
 from flax_distil.distill.state import TrainState
 from flax_distil.errors import InputError
 
@@ -113,6 +113,7 @@ class Checkpoints:
     def _save(self, one: ocp.CheckpointManager, step: int, progress: Progress, **trees: Any):
         self.wait()  # for the one before, whose failure would otherwise be told as this one's
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        progress = replace(progress, loader=on_all_hosts(progress.loader))
         items["progress"] = ocp.args.JsonSave(asdict(progress))
         try:
             one.save(step, args=ocp.args.Composite(**items), force=True)

@@ -36,6 +36,7 @@ def make_plan(config: DistillConfig, teacher: WhisperDims, student: WhisperDims)
         layer_map=layer_map(student.decoder_layers, teacher.decoder_layers),
         accumulation=compute.accumulation,
         vocabulary_chunk=compute.vocabulary_chunk,
+        augment=config.augment,
     )
 
 

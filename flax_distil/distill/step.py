@@ -13,7 +13,8 @@ import optax
 from jaxtyping import Array, Float
 
 from flax_distil.audio.log_mel import log_mel
-from flax_distil.config import LossConfig, OptimizerConfig
+from flax_distil.audio.spec_augment import spec_augment
+from flax_distil.config import AugmentConfig, LossConfig, OptimizerConfig
 from flax_distil.data.batches import Batch
 from flax_distil.distill.losses import Losses, hidden_mse, objective
 from flax_distil.distill.state import TrainState, apply_gradients, learning_rate
@@ -41,6 +42,7 @@ class Plan:
     vocabulary_chunk: int = 0
     data_shards: int = 1
     stored: tuple[float, ...] | None = None
+    augment: AugmentConfig | None = None
 
 
 class Frozen(NamedTuple):
@@ -115,7 +117,7 @@ def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
     audio_BSD = batch.audio
     if audio_BSD is None:
         encoder = plan.teacher.encoder(frozen.teacher["encoder"])
-        audio_BSD = encoder(log_mel(batch.waveforms, plan.teacher.dims.mels))
+        audio_BSD = encoder(features(batch, plan))
     audio_BSD = jnp.asarray(audio_BSD, plan.teacher.dtype)
     if plan.stored is not None:
         return Guide(audio_BSD, remembered(batch, plan.stored, plan.loss.temperature), None)
@@ -132,13 +134,21 @@ def remembered(batch: Batch, stored: tuple[float, ...], temperature: float) -> S
     return Stored(tokens, top, tails[..., stored.index(temperature)])
 
 
+def features(batch: Batch, plan: Plan) -> Float[Array, "B T M"]:
+    """The log-mel that teacher and student hear, with SpecAugment's masks where it is on."""
+    mel_BTM = log_mel(batch.waveforms, plan.teacher.dims.mels)
+    if batch.keys is None or plan.augment is None:
+        return mel_BTM
+    return spec_augment(jnp.asarray(batch.keys), mel_BTM, jnp.asarray(batch.seconds), plan.augment)
+
+
 def student_losses(
     params: Params, frozen: Frozen, guide: Guide, batch: Batch, plan: Plan
 ) -> tuple[Float[Array, ""], Losses]:
     """The objective, which has the gradients, and its parts: sums over the batch's label tokens."""
     audio_BSD = guide.audio
     if own := frozen.student_encoder | params.get("encoder", {}):
-        audio_BSD = plan.student.encoder(own)(log_mel(batch.waveforms, plan.student.dims.mels))
+        audio_BSD = plan.student.encoder(own)(features(batch, plan))
     student = plan.student.decoder(params["decoder"])
     hidden_BLD, every_NBLD = student.hidden_states(jnp.asarray(batch.tokens), audio_BSD)
     weights_BL = jnp.asarray(batch.weights)

@@ -62,13 +62,7 @@ def check_stored_teacher(config: DistillConfig, teacher: Checkpoint) -> None:
             f"the loss asks for {config.loss.temperature}: take one of them, or label again with "
             "--top-k-temperatures"
         )
-    prompted = getattr(config, "prompt_probability", 0)
-    if prompted:
-        raise InputError(
-            f"stored_teacher read no previous text, and prompt_probability is {prompted}: set it "
-            "to 0"
-        )
-    if getattr(config, "data", ()):
+    if config.data:
         raise InputError(
             "stored_teacher needs labels as they were written (--labels), not a mixture of data"
         )

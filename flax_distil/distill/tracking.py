@@ -160,7 +160,7 @@ class Watch:
             log.info("%s", line(step, self.config.optimizer.steps, values))
 
     def _skipped(self, step: int, in_row: int, batch: Batch) -> None:
-        ids = ", ".join(self.names[int(row)].id for row in batch.rows)
+        ids = ", ".join("streamed" if row < 0 else self.names[int(row)].id for row in batch.rows)
         log.warning("step %d was not finite and is skipped; its clips: %s", step, ids)
         if in_row >= self.config.max_skipped:
             raise InputError(

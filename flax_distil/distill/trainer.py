@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 from flax_distil.config import DistillConfig
 from flax_distil.data.audio_states import AudioStates, audio_states
-from flax_distil.data.batches import Batch, TargetOptions
+from flax_distil.data.augment import masks_log_mel, open_noise
+from flax_distil.data.batches import Batch
 from flax_distil.data.loader import Loader, LoaderState
-from flax_distil.data.utterances import Joined, Utterance, Utterances, read_dataset
+from flax_distil.data.mixing import Source, training_sources
+from flax_distil.data.utterances import Joined, Utterance
 from flax_distil.decode.recognizer import listen
 from flax_distil.distill.checkpoints import Checkpoints, Progress, has_checkpoints
 from flax_distil.distill.flops import measured_peak, step_flops
@@ -105,29 +108,21 @@ def run(config: DistillConfig) -> TrainSummary:
     """
     start()
     check_folder(config)
-    parts = [read_dataset(path) for path in config.labels]
-    stores = [part for part in parts if isinstance(part, Utterances)]
-    if not stores or len(stores) < len(parts):
-        raise InputError("name at least one label store (--labels), as pseudo-label writes it")
     teacher, student = load_checkpoint(config.teacher), load_checkpoint(config.student)
-    utterances = Joined(stores)
     check_stored_teacher(config, teacher)
-    options = TargetOptions(
-        config.label_buckets,
-        config.timestamp_probability,
-        config.language,
-        stored=config.stored_teacher,
-    )
+    tokens = load_tokens(student.source)
+    sources = training_sources(config, tokens)
     loader = Loader(
-        utterances,
-        utterances.label_lengths(),
-        load_tokens(student.source),
-        options,
+        sources,
+        tokens,
         config.batch_size,
         config.run.workers,
+        lanes=config.lanes,
         rank=jax.process_index(),
         hosts=jax.process_count(),
-        states=kept_states(config, teacher, student, utterances),
+        states=kept_states(config, teacher, student, sources),
+        add_noise=open_noise(config.augment),
+        masks=masks_log_mel(config.augment),
     )
     return train(config, teacher, student, loader, make_validate(config, student))
 
@@ -186,7 +181,7 @@ def train(
 
 
 def kept_states(
-    config: DistillConfig, teacher: Checkpoint, student: Checkpoint, utterances: Joined
+    config: DistillConfig, teacher: Checkpoint, student: Checkpoint, sources: Sequence[Source]
 ) -> AudioStates | None:
     """The encoder's output of all clips from disk, where the run keeps it there.
 
@@ -202,16 +197,22 @@ def kept_states(
         )
     if jax.process_count() > 1:
         raise InputError("audio_states are kept by one host only: leave them out on several")
+    changing = config.augment.noise or masks_log_mel(config.augment)
+    if changing or any(source.size is None for source in sources):
+        raise InputError(
+            "audio_states hold one output for each clip of a dataset: leave them out with streams, "
+            "noise or SpecAugment"
+        )
     spec = Spec(teacher.dims, config.compute.dtype)
     params = jax.device_put(encoders[0])
     return audio_states(
         config.audio_states,
-        utterances,
+        Joined([source.utterances for source in sources]),  # type: ignore[misc]
         lambda waveforms_BN: listen(spec, params, waveforms_BN),
         (teacher.dims.audio_positions, teacher.dims.width),
         {
             "encoder": fingerprint(encoders[0]),
-            "labels": sha256(utterances.label_lengths().tobytes()).hexdigest(),
+            "labels": sha256(np.concatenate([s.lengths for s in sources]).tobytes()).hexdigest(),
             "dtype": config.compute.dtype,
         },
         config.validation.batch_size,

@@ -268,7 +268,7 @@ def _label_shard(
         batch = stack([clip for _, clip, _ in group], config.batch_size)
         hypotheses = teacher(batch.waveforms, language)
         for (number, clip, audio), hypothesis in zip(group, hypotheses, strict=False):
-            rows[number] = pseudo_label(clip, audio, hypothesis, config.task)
+            rows[number] = pseudo_label(number, clip, audio, hypothesis, config.task)
         bar.add(sum(clip.duration for _, clip, _ in group), len(group))
         claims.touch()
         group.clear()
@@ -292,7 +292,7 @@ def _label_shard(
 
 
 def pseudo_label(
-    clip: Clip, audio: dict[str, Any], hypothesis: Hypothesis, task: str = "transcribe"
+    number: int, clip: Clip, audio: dict[str, Any], hypothesis: Hypothesis, task: str = "transcribe"
 ) -> PseudoLabel:
     """One row: the hypothesis beside the reference, both normalised to count the errors."""
     utterance, errors = clip.utterance, None
@@ -308,6 +308,8 @@ def pseudo_label(
         duration=clip.duration,
         language=hypothesis.language,
         speaker=utterance.speaker,
+        recording=utterance.recording,
+        utterance_number=number,
         mean_log_probability=hypothesis.mean_log_probability,
         compression_ratio=hypothesis.compression_ratio,
         no_speech_probability=hypothesis.no_speech_probability,

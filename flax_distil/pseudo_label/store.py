@@ -25,10 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flax_distil.data.stored_teacher import COLUMNS, StoredTeacher
-from flax_distil.data.utterances import Skipped
+from flax_distil.data.utterances import NUMBER, Skipped
 from flax_distil.errors import InputError
 
-FORMAT = 1
+FORMAT = 2  # 1 had neither recording nor utterance_number
 ROW_GROUP = 4  # rows; training reads at random, and a whole row group at a time
 METADATA_KEY = b"flax_distil.shard"
 
@@ -42,6 +42,8 @@ SCHEMA = pa.schema(
         ("duration", pa.float64()),
         ("language", pa.string()),
         ("speaker", pa.string()),
+        ("recording", pa.string()),
+        (NUMBER, pa.int64()),
         ("mean_log_probability", pa.float32()),
         ("compression_ratio", pa.float32()),
         ("no_speech_probability", pa.float32()),
@@ -76,6 +78,10 @@ class PseudoLabel:
     """Seconds."""
     language: str | None
     speaker: str | None
+    recording: str | None
+    """The recording, chapter or session it is a part of."""
+    utterance_number: int
+    """Of the utterance or window in what was labelled: training finds the one before by it."""
     mean_log_probability: float
     compression_ratio: float
     no_speech_probability: float

@@ -123,6 +123,8 @@ ALIASES = {
     "Mandarin": "zh",
 }
 
+WITHOUT_SPACES = ("zh", "ja", "th", "lo", "my", "yue")  # between words
+
 CODES = {name.lower(): code for code, name in LANGUAGES.items()} | {
     name.lower(): code for name, code in ALIASES.items()
 }

@@ -16,13 +16,13 @@ from jaxtyping import Array, Float, Int
 from flax_distil.decode.recognizer import Recognizer
 from flax_distil.model.dims import CHUNK_FRAMES
 from flax_distil.model.spec import Params, Spec
+from flax_distil.text.languages import WITHOUT_SPACES
 from flax_distil.text.tokens import TIMESTAMP_STEP, WhisperTokens
 from flax_distil.transcribe.result import Word
 
 PREPENDED = "\"'“¿([{-"  # punctuation that belongs to the word behind it
 APPENDED = "\"'.。,，!！?？:：”)]}、"  # and that to the word before it
 SENTENCE_END = ".。!！?？"
-WITHOUT_SPACES = ("zh", "ja", "th", "lo", "my", "yue")  # languages
 FILTER = 7  # width of the median filter, in audio positions
 LONGEST_WORD = 0.7  # seconds that the median word may have, where long words are cut
 SLACK = 0.5  # seconds that a segment's own time has to differ by to be preferred

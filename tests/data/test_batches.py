@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, models
 from flax_distil.data.batches import (
     TargetOptions,
     bucket_for,
+    coins,
     collate,
     example,
-    keeps_timestamps,
     longest_prompt,
 )
 from flax_distil.data.utterances import Utterance
@@ -113,11 +113,41 @@ def test_targets_are_transformers_shifted_labels():
     assert np.array_equal(learnt, (labels[0].numpy() >= 0) & (np.arange(8) > 0))
 
 
-def test_the_coin_is_fair_and_seeded():
-    falls = [keeps_timestamps(0.5, (3, 1, number)) for number in range(2000)]
-    assert abs(np.mean(falls) - 0.5) < 0.04  # 3.6 standard deviations
-    assert falls[:50] == [keeps_timestamps(0.5, (3, 1, number)) for number in range(50)]
-    assert falls != [keeps_timestamps(0.5, (3, 2, number)) for number in range(2000)]
+def test_the_coins_are_fair_independent_and_seeded():
+    falls = np.array([coins((3, 1, number)) for number in range(2000)]) < 0.5
+    assert np.all(np.abs(falls.mean(axis=0) - 0.5) < 0.04)  # 3.6 standard deviations
+    assert abs((falls[:, 0] == falls[:, 1]).mean() - 0.5) < 0.04
+    assert coins((3, 1, 0)) == coins((3, 1, 0)) != coins((3, 1))  # zeros count
+    assert coins((3, 2, 0)) != coins((3, 1, 0))
+
+
+def test_the_text_before_is_read_and_not_learnt():
+    label = labelled(BEGIN, 7, 8, BEGIN + 50, language="en")
+    before = labelled(BEGIN, 5, 6, BEGIN + 9, language="en")
+    sure = {"prompt_probability": 1.0, "buckets": (16,)}
+    for timestamps, given in [(0.0, [5, 6]), (1.0, [BEGIN, 5, 6, BEGIN + 9])]:
+        options = TargetOptions(timestamp_probability=timestamps, **sure)
+        without = example(label, MULTILINGUAL, options, (1,))
+        row = example(label, MULTILINGUAL, options, (1,), before)
+        assert row.tokens == [50361, *given, *without.tokens]
+        learnt = slice(without.start, None)
+        assert row.targets[row.start :] == without.targets[learnt]
+        assert row.start == without.start + 1 + len(given)
+    never = TargetOptions(prompt_probability=0.0)
+    assert example(label, MULTILINGUAL, never, (1,), before).tokens[0] == MULTILINGUAL.sot
+
+
+def test_the_end_of_a_long_text_before_is_read():
+    before = labelled(*range(300), language="en")
+    options = TargetOptions(prompt_probability=1.0)
+    row = example(labelled(7, language="en"), MULTILINGUAL, options, (1,), before)
+    assert row.tokens[1:224] == list(range(77, 300))  # 223, as Whisper reads
+    long = labelled(*[7] * 400, language="en")
+    row = example(long, MULTILINGUAL, options, (1,), before)
+    assert len(row.tokens) == 448  # the context; 43 are left for the text before
+    assert row.tokens[1:44] == list(range(257, 300))
+    full = labelled(*[7] * 444, language="en")
+    assert example(full, MULTILINGUAL, options, (1,), before).tokens[0] == MULTILINGUAL.sot
 
 
 @pytest.mark.parametrize(("length", "bucket"), [(1, 32), (32, 32), (33, 64), (448, 448)])

@@ -8,7 +8,8 @@ import pytest
 from test_batches import BEGIN, MULTILINGUAL
 
 from flax_distil.data.batches import TargetOptions
-from flax_distil.data.loader import Loader, LoaderState, epoch_order, global_batches
+from flax_distil.data.loader import Loader, LoaderState
+from flax_distil.data.mixing import Source
 from flax_distil.data.utterances import Utterance
 from flax_distil.errors import InputError
 
@@ -27,9 +28,10 @@ def utterances(tone):
 
 
 def loader(utterances, batch_size=4, **changes) -> Loader:
-    lengths = np.array([len(utterance.token_ids) for utterance in utterances])
-    options = TargetOptions(buckets=(8, 12, 32))
-    return Loader(utterances, lengths, MULTILINGUAL, options, batch_size, **changes)
+    lengths = np.array([len(utterance.token_ids) for utterance in utterances], int)
+    options = TargetOptions(buckets=(8, 12, 32), prompt_probability=0.5)
+    source = Source(utterances, options, lengths, np.arange(len(utterances)) > 5)
+    return Loader((source,), MULTILINGUAL, batch_size, **changes)
 
 
 def facts(batch):
@@ -42,24 +44,6 @@ def facts(batch):
     )
 
 
-def test_every_utterance_once_an_epoch(utterances):
-    pairs = [
-        pair for batch, _ in islice(global_batches(SIZE, 4, LoaderState(5)), 11) for pair in batch
-    ]
-    assert len(pairs) == 44
-    for epoch in range(4):
-        rows = [row for of, row in pairs if of == epoch]
-        assert sorted(rows) == list(range(SIZE))
-        assert rows == epoch_order(SIZE, 5, epoch).tolist()
-    assert len({tuple(epoch_order(SIZE, 5, epoch)) for epoch in range(4)}) == 4
-    assert not np.array_equal(epoch_order(SIZE, 5, 0), epoch_order(SIZE, 6, 0))
-
-
-def test_the_order_is_pinned():
-    """A numpy whose Philox or permutation changed would change every run's data order."""
-    assert epoch_order(8, seed=0, epoch=0).tolist() == [3, 6, 4, 0, 7, 5, 2, 1]
-
-
 def test_resume_twice_is_the_run_that_never_stopped(utterances):
     whole = list(islice(loader(utterances).batches(LoaderState(1)), 9))
     resumed, state = [], LoaderState(1)
@@ -70,7 +54,7 @@ def test_resume_twice_is_the_run_that_never_stopped(utterances):
         state = part[-1][1]
     assert [facts(batch) for batch, _ in resumed] == [facts(batch) for batch, _ in whole]
     assert [state for _, state in resumed] == [state for _, state in whole]
-    assert state == LoaderState(1, epoch=3, position=3)
+    assert state == LoaderState(1, position=36, utterances=SIZE)
 
 
 def test_threads_and_batches_ahead_change_nothing(utterances):
@@ -107,10 +91,17 @@ def test_a_restart_on_other_hosts_and_batch_sizes_keeps_the_sequence(utterances)
     assert rest == expected[4:]
 
 
-def test_the_bucket_holds_the_longest_label(utterances):
+def test_the_bucket_holds_the_longest_row(utterances):
+    prompts = 0
     for batch, _ in islice(loader(utterances).batches(LoaderState()), 8):
-        needed = max(len(utterances[row].token_ids) for row in batch.rows) + 4
-        assert batch.tokens.shape[1] == next(size for size in (8, 12, 32) if size >= needed)
+        ends = [np.flatnonzero(weights)[-1] + 1 for weights in batch.weights]
+        assert all((batch.targets[row, end - 1] == 50257) for row, end in enumerate(ends))
+        bound = [(len(utterances[row].token_ids) + 4) for row in batch.rows]
+        prompted = batch.tokens[:, 0] == MULTILINGUAL.previous
+        prompts += prompted.sum()
+        bound += prompted * (1 + len(utterances[0].token_ids) + batch.rows - 1)
+        assert batch.tokens.shape[1] == next(size for size in (8, 12, 32) if size >= max(bound))
+    assert 3 < prompts < 15  # half of those that follow another: 5 of 11
 
 
 def test_timestamps_follow_seed_epoch_and_utterance(utterances):
@@ -141,5 +132,5 @@ def test_errors_before_the_first_batch(utterances):
     long = [replace(utterances[0], token_ids=(7,) * 40)]
     with pytest.raises(InputError, match="has 44 tokens, the longest bucket 32"):
         loader(utterances + long)
-    with pytest.raises(InputError, match=r"stopped after 12 examples .* has 11"):
-        next(loader(utterances).batches(LoaderState(0, 0, 12)))
+    with pytest.raises(InputError, match=r"began on 12 utterances and there are 11"):
+        next(loader(utterances).batches(LoaderState(0, 8, 12)))

@@ -1,11 +1,17 @@
 """Windows of several utterances: who shares one, what they say and how they sound."""
 
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
+from test_batches import BEGIN, MULTILINGUAL
 
 from flax_distil.audio.load import SAMPLE_RATE
+from flax_distil.config import TrainingDataConfig
+from flax_distil.data.batches import TargetOptions
+from flax_distil.data.loader import Loader, LoaderState
+from flax_distil.data.mixing import open_source
 from flax_distil.data.packing import pack
 from flax_distil.data.utterances import listen, read_dataset
 
@@ -48,3 +54,74 @@ def test_a_clip_that_cannot_be_read_stays_alone(manifest):
     (manifest.parent / "2.flac").write_bytes(b"no audio")
     windows = pack(read_dataset(manifest), seconds=30, pause=0.25)
     assert (2,) in windows.groups
+
+
+def test_a_window_keeps_to_its_recording(manifest):
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["recording"] = "early" if number < 3 else "late"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    windows = pack(read_dataset(manifest), seconds=30, pause=0.25)
+    assert list(windows.groups) == [(0, 2), (1,), (3, 5), (4,)]
+    assert [window.recording for window in windows] == ["early", "early", "late", "late"]
+
+
+SPOKEN = [  # seconds, pitch, label; 0.02 s a timestamp
+    (1.0, 400, [7]),
+    (0.7, 800, [BEGIN + 5, 8, BEGIN + 30]),
+    (1.3, 1600, [BEGIN, 9, BEGIN + 20, BEGIN + 40, 10, BEGIN + 65]),
+    (2.0, 600, [11]),
+    (1.0, 1200, [12]),
+]
+
+
+@pytest.fixture
+def spoken(tmp_path, flac):
+    """One speaker's clips of known length, pitch and label."""
+    lines = []
+    for number, (seconds, hertz, label) in enumerate(SPOKEN):
+        (tmp_path / f"{number}.flac").write_bytes(flac(seconds, hertz))
+        row = {"audio": f"{number}.flac", "speaker": "s", "language": "en", "token_ids": label}
+        lines.append(json.dumps(row) + "\n")
+    (tmp_path / "spoken.jsonl").write_text("".join(lines))
+    return TrainingDataConfig(str(tmp_path / "spoken.jsonl"), pack_seconds=4.0, pack_pause=0.5)
+
+
+def batch_of(config, size=32, **options):
+    options = TargetOptions(buckets=(32,), **options)
+    source = open_source(config, options, MULTILINGUAL, alone=True)
+    ((batch, _),) = islice(Loader((source,), MULTILINGUAL, size).batches(LoaderState(3)), 1)
+    return batch
+
+
+def test_windows_in_training_have_the_times_of_what_sounds(spoken):
+    """Two windows: 0–1, 1.5–2.2, 2.7–4 s, and 0–2, 2.5–3.5 s; the pitch between two timestamps is
+    that of the clip whose label stands there."""
+    batch = batch_of(spoken, timestamp_probability=1.0)
+    first = [BEGIN, 7, BEGIN + 50, BEGIN + 80, 8, BEGIN + 105]
+    first += [BEGIN + 135, 9, BEGIN + 155, BEGIN + 175, 10, BEGIN + 200]
+    second = [BEGIN, 11, BEGIN + 100, BEGIN + 125, 12, BEGIN + 175]
+    pitch = {label[-2] if label[-1] >= BEGIN else label[-1]: hertz for _, hertz, label in SPOKEN}
+    for row, tokens in zip(batch.rows, batch.tokens.tolist(), strict=True):
+        wanted = [first, second][row]
+        assert tokens[3 : 4 + len(wanted)] == [*wanted, MULTILINGUAL.eot]
+    for row, label in ((0, first), (1, second)):
+        samples = batch.waveforms[batch.rows.tolist().index(row)]
+        for start, word, end in zip(label[::3], label[1::3], label[2::3], strict=True):
+            seconds = [(time - BEGIN) * 0.02 for time in (start, end)]
+            piece = samples[slice(*(round(one * SAMPLE_RATE) for one in seconds))].astype(float)
+            heard = np.abs(np.fft.rfft(piece)).argmax() * SAMPLE_RATE / len(piece)
+            assert heard == pytest.approx(pitch.get(word, 1600), abs=3)
+
+
+def test_a_window_is_read_with_the_one_before(spoken):
+    options = {"timestamp_probability": 0.0, "prompt_probability": 0.2}
+    batch = batch_of(spoken, 400, **options)
+    prompted = batch.tokens[:, 0] == MULTILINGUAL.previous
+    assert not prompted[batch.rows == 0].any()
+    assert abs(prompted[batch.rows == 1].mean() - 0.2) < 0.1  # 200 throws, 3.5 deviations
+    tokens = batch.tokens[prompted][0].tolist()
+    assert tokens[:6] == [MULTILINGUAL.previous, 7, 8, 9, 10, MULTILINGUAL.sot]
+    assert not batch.weights[prompted][:, :8].any()
+    assert batch.targets[prompted][0, 8:11].tolist() == [11, 12, MULTILINGUAL.eot]
+    assert (batch.weights[prompted].sum(axis=1) == 3).all()

@@ -14,6 +14,7 @@ from flax_distil.data.utterances import (
     Utterance,
     Utterances,
     UtteranceStream,
+    follows,
     listen,
     read_dataset,
     to_language,
@@ -164,9 +165,33 @@ def test_joined(tmp_path, flac):
     two = read_dataset(parquet(tmp_path / "b.parquet", flac, 3, token_ids=[[], None, [4] * 9]))
     both = Joined([one, two])
     assert [utterance.text for utterance in both] == ["one", "two", *TEXTS]
-    assert both.label_lengths().tolist() == [1, 2, 0, 0, 9]
+    assert [p.label_lengths().tolist() for p in both.parts] == [[1, 2], [0, 0, 9]]
     assert both[-1].token_ids == (4,) * 9
     assert both[1].token_ids == (2, 3)
+
+
+def test_who_follows_whom(tmp_path, flac):
+    """Same speaker, same chapter, and in a label store numbers without a gap."""
+    known = {
+        "speaker": ["a", "a", "a", "b", "b", None],
+        "chapter_id": ["1", "1", "2", "2", "2", "2"],
+        "utterance_number": [0, 1, 2, 3, 5, 6],
+    }
+    audio = [{"bytes": flac(0.1), "path": None}] * 6
+    pq.write_table(pa.table({"audio": audio, **known}), tmp_path / "a.parquet")
+    expected = [False, True, False, False, False, False]
+    found = read_dataset(tmp_path / "a.parquet")
+    assert found.follows().tolist() == expected
+    in_turn = [follows(two, one) for one, two in zip([None, *found], found, strict=False)]
+    assert in_turn == [False, True, False, False, True, False]  # a stream does not see the gap
+    rows = [{"audio": b"", "speaker": None}] * 2
+    assert not Utterances(rows, read_columns(rows), DataConfig("rows")).follows().any()
+    rows = [{"audio": f, "offset": float(n)} for n, f in enumerate("xxy")]
+    assert Utterances(rows, read_columns(rows), DataConfig("rows")).follows().tolist() == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_label_lengths_without_parquet():

@@ -29,7 +29,9 @@ def save_and_wait(checkpoints, state):
 
 def test_everything_comes_back(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
-    progress = Progress(LoaderState(1, 2, 3), best_wer=12.3456789, best_step=2, since_best=1)
+    progress = Progress(
+        LoaderState(1, 2, 3, {"0/1": [1, 2, 3, 4]}), best_wer=12.3456789, best_step=2, since_best=1
+    )
     for step in (1, 2, 3):
         checkpoints.save(state_at(step), replace(progress, since_best=step))
     checkpoints.close()

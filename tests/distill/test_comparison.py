@@ -16,7 +16,7 @@ from flax_distil.recipe import save_recipe
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Two runs, the second better by WER; a line is cut off, and a recipe lies about."""
-    config = DistillConfig("t", "s", (), tmp_path / "a", optimizer=OptimizerConfig(steps=20))
+    config = DistillConfig("t", "s", tmp_path / "a", optimizer=OptimizerConfig(steps=20))
     lines = {
         "a": [{"step": n, "loss": 20.0 - n, "samples_per_second": float(n)} for n in range(1, 11)]
         + [{"step": 5, "validation/wer": 12.5}, {"step": 10, "validation/wer": 14.0}],

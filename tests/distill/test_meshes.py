@@ -55,7 +55,7 @@ def test_eight_devices_are_one(sizes, one_device, plan, teacher, student, make_b
 
 def test_parameters_are_cut_like_their_moments(plan, teacher, student, tmp_path):
     compute = ComputeConfig("float32", fsdp=4, fsdp_min_elements=64)
-    config = DistillConfig("t", "s", (), tmp_path, 8, compute=compute)
+    config = DistillConfig("t", "s", tmp_path, batch_size=8, compute=compute)
     _, state = prepare(replace(config, optimizer=plan.optimizer), teacher, student)
     cut = lambda tree: [leaf.sharding.spec for leaf in jax.tree.leaves(tree)]
     assert cut(state.params) == cut(state.optimizer[1].mu) == cut(state.optimizer[1].nu)

@@ -22,7 +22,7 @@ VALUES = {
 
 @pytest.fixture
 def config(tmp_path):
-    return DistillConfig("t", "s", (), tmp_path)
+    return DistillConfig("t", "s", tmp_path)
 
 
 def test_jsonl_and_tensorboard(config):

@@ -41,7 +41,9 @@ def store(folder, labels=LABELS):
             token_ids=tuple(range(tokens)),
             duration=seconds,
             language="en",
-            speaker=None,
+            speaker="s",
+            recording=None,
+            utterance_number=number,
             mean_log_probability=log_probability,
             compression_ratio=ratio,
             no_speech_probability=0.0,
@@ -49,7 +51,9 @@ def store(folder, labels=LABELS):
             word_errors=errors,
             reference_words=words,
         )
-        for name, (words, errors, seconds, tokens, log_probability, ratio) in labels.items()
+        for number, (name, (words, errors, seconds, tokens, log_probability, ratio)) in enumerate(
+            labels.items()
+        )
     ]
     shards = [
         made.write(n, rows[4 * n : 4 * n + 4], [Skipped("x", "damaged")])
@@ -85,6 +89,13 @@ def test_what_is_kept_and_why_the_rest_is_not(config):
     assert report.kept_hours == pytest.approx(48 / 3600)
     assert report.hours == pytest.approx(129.5 / 3600)
     assert report.kept_wer == pytest.approx(100 * 5 / 120)
+
+
+def test_a_label_that_was_dropped_is_nobody_s_text_before(config):
+    """All are one speaker's; "five" is behind "perfect", and "thirty seconds" behind a gap."""
+    run(config)
+    assert read_dataset(config.source).follows().tolist() == [False] + [True] * 9
+    assert read_dataset(config.output_dir).follows().tolist() == [False, True, False]
 
 
 def test_the_table(config):

@@ -94,6 +94,19 @@ def test_an_empty_reference_has_no_wer(config, speech):
     assert (row["reference"], row["wer"], row["reference_words"]) == ("(...)", None, 0)
 
 
+def test_where_each_utterance_stood_is_kept(config, speech):
+    listed = json_lines(speech / "manifest.jsonl")
+    for n, row in enumerate(listed):
+        row["chapter_id"] = n // 10
+    (speech / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    label_with(config)
+    found = rows(config.output_dir)
+    assert [row["utterance_number"] for row in found] == [n for n in range(23) if n not in (5, 13)]
+    assert [row["recording"] for row in found] == [
+        str(row["utterance_number"] // 10) for row in found
+    ]
+
+
 def test_the_teacher_gets_full_batches_of_one_language(config, speech):
     listed = json_lines(speech / "manifest.jsonl")
     for n, row in enumerate(listed):

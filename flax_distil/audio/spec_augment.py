@@ -1,0 +1,55 @@
+"""SpecAugment without time warping (Park et al. 2019, arXiv 1904.08779): bands and stretches of the
+log-mel are hidden, so that a model does not rely on any one of them.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped, UInt32
+
+from flax_distil.audio.load import SAMPLE_RATE
+from flax_distil.audio.log_mel import HOP
+from flax_distil.config import AugmentConfig
+
+
+def spec_augment(
+    keys_B: UInt32[Array, "B 2"],
+    mel_BTM: Float[Array, "B T M"],
+    seconds_B: Float[Array, "B"],
+    options: AugmentConfig,
+) -> Float[Array, "B T M"]:
+    """The log-mel with masks of each clip's mean; jit-able, `options` static.
+
+    A mask's length is uniform from 0 to its maximum and its place uniform where it fits. Stretches
+    of time fall where the clip sounds, not into its padding, and hide at most
+    `time_mask_share` of it each.
+
+    keys_B: key data (as `jax.random.key_data`) of each clip. seconds_B: lengths before padding.
+    """
+    frames_B = jnp.minimum(seconds_B * SAMPLE_RATE / HOP, mel_BTM.shape[1])
+    return jax.vmap(partial(_augmented, options=options))(keys_B, mel_BTM, frames_B)
+
+
+def _augmented(key: Any, mel_TM: Array, frames: Array, options: AugmentConfig) -> Array:
+    in_time, in_frequency = jax.random.split(jax.random.wrap_key_data(key))
+    longest = jnp.minimum(options.time_mask_frames, options.time_mask_share * frames)
+    hidden_T = masks(in_time, mel_TM.shape[0], frames, longest, options.time_masks)
+    bins = mel_TM.shape[1]
+    widest = jnp.minimum(options.frequency_mask_bins, bins)
+    hidden_M = masks(in_frequency, bins, bins, widest, options.frequency_masks)
+    sounds_T = jnp.arange(mel_TM.shape[0]) < frames
+    mean = jnp.mean(mel_TM, where=sounds_T[:, None])
+    return jnp.where(hidden_T[:, None] | hidden_M, mean, mel_TM)
+
+
+def masks(
+    key: Array, size: int, end: Shaped[Array, ""] | int, longest: Shaped[Array, ""], count: int
+) -> Bool[Array, "{size}"]:
+    """True under any of `count` masks of up to `longest` places, inside the first `end` of all."""
+    lengths, starts = jax.random.uniform(key, (2, count))
+    lengths = jnp.floor(lengths * (longest + 1))
+    starts = jnp.floor(starts * (end - lengths + 1))
+    place = jnp.arange(size)[:, None]
+    return jnp.any((starts <= place) & (place < starts + lengths), axis=1)

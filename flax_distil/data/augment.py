@@ -1,0 +1,73 @@
+"""What is done to clips in training and nowhere else; nothing is, unless it is asked for."""
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Int16
+
+from flax_distil.audio.load import AudioError, to_int16
+from flax_distil.audio.noise import mean_power, mix_at_snr, noise_excerpt
+from flax_distil.config import AugmentConfig, DataConfig
+from flax_distil.data.chance import Purpose, generator
+from flax_distil.data.utterances import Utterances, listen, read_dataset
+from flax_distil.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+RECORDINGS_KEPT = 32  # decoded
+
+# Samples and the seed of an example to samples of the same length.
+AddNoise = Callable[[Int16[np.ndarray, "n"], tuple[int, ...]], Int16[np.ndarray, "n"]]
+
+
+def masks_log_mel(config: AugmentConfig) -> bool:
+    """Whether SpecAugment is on."""
+    return config.time_masks + config.frequency_masks > 0
+
+
+def check_augmentation(config: AugmentConfig) -> None:
+    """Raises InputError for numbers out of their range."""
+    for name in ("noise_probability", "time_mask_share"):
+        if not 0 <= (value := getattr(config, name)) <= 1:
+            raise InputError(f"{name} {value:g} must be between 0 and 1")
+    for name in ("time_masks", "frequency_masks", "time_mask_frames", "frequency_mask_bins"):
+        if (value := getattr(config, name)) < 0:
+            raise InputError(f"{name} {value} must not be negative: 0 is none")
+    low, high = config.snr_db
+    if low > high:
+        raise InputError(f"snr_db goes from {low:g} to {high:g}: write the lower first")
+
+
+def open_noise(config: AugmentConfig) -> AddNoise | None:
+    """Additive noise from the recordings of `config.noise`; None where there is no such folder.
+
+    The seed alone decides whether a clip gets noise, of which recording, from where and how loud.
+    Raises InputError for recordings that cannot be read or numbers out of their range.
+    """
+    check_augmentation(config)
+    if config.noise is None:
+        return None
+    recordings = read_dataset(DataConfig(str(config.noise)))
+    if not isinstance(recordings, Utterances):
+        raise InputError(f"{config.noise} is a stream: noise is a folder or list of files")
+    hear = lru_cache(RECORDINGS_KEPT)(lambda number: listen(recordings[number]))
+
+    def add(samples: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+        random = generator(Purpose.NOISE, *seed)
+        if random.random() >= config.noise_probability:
+            return samples
+        snr_db = random.uniform(*config.snr_db)
+        try:
+            recording = hear(int(random.integers(len(recordings))))
+        except AudioError as error:
+            logger.warning("a clip is left without noise: %s", error)
+            return samples
+        noise = noise_excerpt(random, recording, len(samples))  # type: ignore[arg-type]
+        if not mean_power(noise):
+            return samples  # a silent stretch has no level
+        mixed = mix_at_snr(samples.astype(np.float32) / 32768, noise, snr_db)
+        return to_int16(mixed / max(1.0, float(np.abs(mixed).max())))
+
+    return add
