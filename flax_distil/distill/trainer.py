@@ -43,6 +43,7 @@ from flax_distil.parallel.mesh import (
     data_shards,
     make_mesh,
     replicated,
+    within,
 )
 from flax_distil.parallel.multihost import barrier, is_main_host, start
 from flax_distil.parallel.sharding import check_heads, place, shardings
@@ -246,8 +247,13 @@ def prepare(
 def compile_step(plan: Plan, mesh: jax.sharding.Mesh, placed: Any) -> Any:
     """`train_step` as it runs: jitted, its state donated and kept where `placed` says."""
     plan = replace(plan, data_shards=data_shards(mesh))
+
+    def step(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
+        with within(mesh):
+            return train_step(state, frozen, batch, plan)
+
     return jax.jit(
-        partial(train_step, plan=replace(plan, data_shards=data_shards(mesh))),
+        step,
         donate_argnums=0,
         out_shardings=(placed, replicated(mesh)),
     )

@@ -3,13 +3,20 @@
 Letters: see `flax_distil.model.whisper`. Q and S are query and key positions.
 """
 
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Bool, Float
 
+from flax_distil.parallel.mesh import in_mesh, on_each_device
+
 QUERY_BLOCK = 300  # queries at a time where they divide: 1500 audio positions are 5 blocks
+KERNEL_BLOCK = 512  # queries and keys at a time of the TPU kernel: what a v4's on-chip memory holds
 
 
 def attention(
@@ -22,7 +29,8 @@ def attention(
 
     Unmasked attention of many queries (the encoder's) runs in parts, so that its scores, the
     model's largest tensor, never exist whole: blocks of queries, or on CPUs, where a part has to
-    stay in cache, one head of one clip (docs/LOG.md).
+    stay in cache, one head of one clip, or in bfloat16 on a TPU mesh (`parallel.mesh.within`) a
+    kernel whose scores stay on the chip (docs/LOG.md).
 
     Unmasked, `q` may have n rows to each row of `k` and `v`: beams that look at one clip.
     """
@@ -34,15 +42,19 @@ def attention(
         return mixed.reshape(beams_BHNK.shape).swapaxes(1, 2).reshape(q_BHQK.shape)
     if mask_QS is not None or queries <= QUERY_BLOCK:
         return _attend(q_BHQK, k_BHSK, v_BHSK, mask_QS)
+    kernel = in_mesh() and q_BHQK.dtype == jnp.bfloat16
     return jax.lax.platform_dependent(
-        *(q_BHQK, k_BHSK, v_BHSK), cpu=_by_head, default=_by_query_block
+        *(q_BHQK, k_BHSK, v_BHSK),
+        cpu=_by_head,
+        tpu=_by_kernel_on_each_device if kernel else _by_query_block,
+        default=_by_query_block,
     )
 
 
 def _by_head(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
     """One head of one clip after the other."""
     heads = [x.reshape(-1, 1, 1, *x.shape[2:]) for x in (q_BHQK, k_BHSK, v_BHSK)]
-    attend = jax.checkpoint(lambda qkv: _attend(*qkv, None))
+    attend = jax.checkpoint(lambda qkv: _attend(qkv[0], qkv[1], qkv[2], None))
     return jax.lax.map(attend, tuple(heads)).reshape(q_BHQK.shape)
 
 
@@ -55,6 +67,37 @@ def _by_query_block(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
     attend = jax.checkpoint(lambda q_BHQK: _attend(q_BHQK, k_BHSK, v_BHSK, None))
     mixed = jax.lax.map(attend, jnp.moveaxis(blocks, 2, 0))
     return jnp.moveaxis(mixed, 0, 2).reshape(q_BHQK.shape)
+
+
+def _by_kernel_on_each_device(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
+    return on_each_device(_by_kernel, q_BHQK, k_BHSK, v_BHSK)
+
+
+def _by_kernel(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, interpret: bool = False) -> Array:
+    """Splash attention, positions filled up to whole blocks. interpret: compute it anywhere."""
+    queries, keys = q_BHQK.shape[2], k_BHSK.shape[2]
+    filled = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % KERNEL_BLOCK), (0, 0)))
+        for x in (q_BHQK, k_BHSK, v_BHSK)
+    )
+    kernel = _splash(q_BHQK.shape[1], queries, keys, interpret)
+    return jax.vmap(kernel)(*filled)[:, :, :queries]
+
+
+@cache
+def _splash(heads: int, queries: int, keys: int, interpret: bool) -> Any:
+    """The kernel for one clip; keys beyond the real ones are masked out."""
+    filled = [-(-length // KERNEL_BLOCK) * KERNEL_BLOCK for length in (queries, keys)]
+    mask_QS = splash_attention_mask.NumpyMask(np.broadcast_to(np.arange(filled[1]) < keys, filled))
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {f"block_{name}": KERNEL_BLOCK for name in names}
+    with jax.ensure_compile_time_eval():
+        kernel = splash.make_splash_mha_single_device(
+            splash_attention_mask.MultiHeadMask([mask_QS] * heads),
+            block_sizes=splash.BlockSizes(**sizes),
+            interpret=interpret,
+        )
+        return jax.tree.map(np.asarray, kernel)
 
 
 def _attend(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, mask_QS: Array | None) -> Array:

@@ -5,11 +5,12 @@ state are spread over it. tensor: heads, feed-forward channels and the vocabular
 it, and its members see the same clips.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_distil.errors import InputError
@@ -56,6 +57,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def within(mesh: Mesh) -> Any:
+    """A context in which functions are traced for this mesh."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def in_mesh() -> bool:
+    """Whether a function is traced `within` a mesh."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def on_each_device(function: Callable[..., Array], *arrays_BH: Array) -> Array:
+    """`function` on every device's own clips and heads: [B, H, …] arrays in and out.
+
+    For kernels, which XLA does not cut by itself. Only `within` a mesh.
+    """
+    part = PartitionSpec(("data", "fsdp"), "tensor")
+    return jax.shard_map(
+        function, in_specs=(part,) * len(arrays_BH), out_specs=part, check_vma=False
+    )(*arrays_BH)
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:

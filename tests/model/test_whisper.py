@@ -1,5 +1,7 @@
 """The model against PyTorch's in float64 (1e-6 tells a tanh GELU or a wrong ε; 1e-2 would not)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from flax_distil.model.attention import (
     QUERY_BLOCK,
     _attend,
     _by_head,
+    _by_kernel,
     _by_query_block,
     attention,
 )
@@ -106,6 +109,17 @@ def test_attention_in_parts_changes_nothing(parts):
     loss = lambda attend: jax.grad(lambda k: (attend(q, k, v) ** 2).sum())(k)
     plain = loss(lambda q, k, v: _attend(q, k, v, None))
     np.testing.assert_allclose(loss(parts), plain, atol=1e-5)
+
+
+def test_the_tpu_kernel_computes_attention():
+    """Interpreted, in float32; 600 positions fill up to two blocks of 512, the rest masked out."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 600, 64))
+    q *= 0.3
+    kernel = partial(_by_kernel, interpret=True)
+    np.testing.assert_allclose(kernel(q, k, v), _attend(q, k, v, None), atol=1e-5)
+    loss = lambda attend: jax.grad(lambda k: (attend(q, k, v) ** 2).sum())(k)
+    plain = loss(lambda q, k, v: _attend(q, k, v, None))
+    np.testing.assert_allclose(loss(kernel), plain, atol=1e-4)
 
 
 def test_bfloat16_keeps_parameters_and_logits_in_float32(twins, inputs):

@@ -1,12 +1,20 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_distil.errors import InputError
 from flax_distil.model.dims import PUBLISHED
 from flax_distil.model.spec import Spec
-from flax_distil.parallel.mesh import check_batch, data_shards, make_mesh
+from flax_distil.parallel.mesh import (
+    check_batch,
+    data_shards,
+    in_mesh,
+    make_mesh,
+    on_each_device,
+    within,
+)
 from flax_distil.parallel.sharding import check_heads, shardings
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (pretended) devices")
@@ -26,6 +34,29 @@ def test_mesh_takes_all_devices():
         make_mesh(-1, 3, 1)
     with pytest.raises(InputError, match="each size must be 1 or more"):
         make_mesh(0, 1, 1)
+
+
+def test_a_function_runs_on_each_device_s_clips_and_heads():
+    mesh = make_mesh(2, 2, 2)
+    x_BHK = jax.random.normal(jax.random.key(0), (8, 4, 3))
+    shapes = []
+
+    def part(x_BHK):
+        shapes.append(x_BHK.shape)
+        return 2 * x_BHK
+
+    def doubled(x_BHK):
+        assert in_mesh()
+        return on_each_device(part, x_BHK)
+
+    def traced(x_BHK):
+        with within(mesh):
+            return doubled(x_BHK)
+
+    assert not in_mesh()
+    placed = jax.device_put(x_BHK, NamedSharding(mesh, P(("data", "fsdp"), "tensor")))
+    np.testing.assert_array_equal(jax.jit(traced)(placed), 2 * x_BHK)
+    assert shapes == [(2, 2, 3)]
 
 
 def test_batch_has_to_divide():
