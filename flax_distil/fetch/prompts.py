@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 TELEPHONE = ("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en")
 AUDIOBOOK = "pocketsphinx-testdata"
+FOREIGN = ("es", "fr", "it", "ru")  # languages that have the same prompts
 NOT_WORDS = ("letters/", "phonetic/", "silence/")  # spelled signs, code words, nothing
 SHORTEST = 0.4  # seconds
 LICENCE = """\
@@ -60,6 +61,24 @@ def human_prompts(folder: str | Path) -> Path | None:
             ]
         (folder / "LICENCE").write_text(LICENCE)
         return write_manifest(manifest, clips)
+
+
+def foreign_prompts(language: str, folder: str | Path) -> list[Path] | None:
+    """Telephone prompts in one of `FOREIGN` as raw G.722 files, without texts; None without apt.
+
+    All but the spelled letters, code words and pauses. CC BY-SA 3.0; CC BY 3.0 for Russian.
+    """
+    home = Path(folder) / language
+    with lock(f"prompts-{language}"):
+        if not home.is_dir():
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                root = Path(temporary)
+                if not _unpack_debian(f"asterisk-core-sounds-{language}-g722", root):
+                    return None
+                next(root.rglob(f"{language}_*")).rename(home)
+    named = {path.relative_to(home).as_posix(): path for path in sorted(home.rglob("*.g722"))}
+    return [path for name, path in named.items() if not name.startswith(NOT_WORDS)]
 
 
 def _unpack_debian(package: str, root: Path) -> bool:

@@ -157,6 +157,29 @@ def test_prompts_without_words_are_left_out(tmp_path, monkeypatch):
     assert human_prompts(tmp_path / "human") == manifest
 
 
+def test_foreign_prompts(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLAX_DISTIL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(prompts, "_unpack_debian", lambda *_: False)
+    assert prompts.foreign_prompts("fr", tmp_path) is None
+
+    def unpack(package, root):
+        assert package == "asterisk-core-sounds-fr-g722"
+        for name in ("digits/1", "hello", "letters/a", "silence/2"):
+            path = root / "usr" / "fr_CA_f_June" / f"{name}.g722"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+        return True
+
+    monkeypatch.setattr(prompts, "_unpack_debian", unpack)
+    found = prompts.foreign_prompts("fr", tmp_path)
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == [
+        "fr/digits/1.g722",
+        "fr/hello.g722",
+    ]
+    monkeypatch.setattr(prompts, "_unpack_debian", lambda *_: pytest.fail("fetched again"))
+    assert prompts.foreign_prompts("fr", tmp_path) == found
+
+
 def test_human_clips_are_what_they_say(human_clips):
     assert len(human_clips) >= 20
     for waveform, text in human_clips:
