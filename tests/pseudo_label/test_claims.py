@@ -85,6 +85,6 @@ def test_a_claim_that_is_touched_stays(tmp_path):
     assert claims.take(3)
 
 
-@pytest.mark.parametrize(("process", "expected"), [(os.getppid(), True), (os.getpid(), False)])
-def test_who_is_alive(process, expected):
-    assert alive(process) == expected
+def test_who_is_alive():
+    assert alive(os.getppid())
+    assert not alive(os.getpid())  # an earlier life of this one, by chance of the same number
