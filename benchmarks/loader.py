@@ -107,9 +107,8 @@ def step_speed(config, size, batch, rounds):
     loss, optimizer = LossConfig(), OptimizerConfig()
     layers = layer_map(2, teacher.decoder_layers)
     plan = Plan(Spec(teacher), Spec(student), loss, optimizer, layers, vocabulary_chunk=256)
-    state = initial_state(
-        {"decoder": Spec(student).init(jax.random.key(0))["decoder"]}, optimizer, 0
-    )
+    trainable = {"decoder": Spec(student).init(jax.random.key(0))["decoder"]}
+    state = jax.jit(initial_state, static_argnums=(1, 2))(trainable, optimizer, 0)
     frozen = Frozen(Spec(teacher).init(jax.random.key(1)), {})
     step = jax.jit(train_step, static_argnames="plan", donate_argnums=0)
     batches = Loader(training_sources(config, ENGLISH), ENGLISH, batch).batches(LoaderState())

@@ -216,8 +216,8 @@ class Loader:
     def _prompted(self, place: Place, seed: int) -> bool:
         """Whether the example is read with the utterance before it in its dataset."""
         source = self.sources[place.source]
-        chosen = coins((seed, *place))[1] < source.options.prompt_probability
-        return chosen and bool(source.follows[place.number])
+        follows = bool(source.follows[place.number])
+        return follows and coins((seed, *place))[1] < source.options.prompt_probability
 
     def _prepare(
         self, seed: int, row: Row, waveform: Int16[np.ndarray, "N"]

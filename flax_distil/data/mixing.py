@@ -113,11 +113,11 @@ def open_source(
         )
     if target == "label" and not utterances.columns.labelled:
         raise InputError(f"{config.source} has no token_ids: label it with pseudo-label")
+    if config.weight is not None and config.weight <= 0:
+        raise InputError(f"{config.source} has weight {config.weight:g}: it must be positive")
     options = replace(options, task=config.task, target=target)
     if isinstance(utterances, UtteranceStream):
         return _stream_source(config, utterances, options, alone)
-    if config.weight is not None and config.weight <= 0:
-        raise InputError(f"{config.source} has weight {config.weight:g}: it must be positive")
     lengths = label_lengths(utterances, tokens, target)
     windows: Utterances | Packed = utterances
     if config.pack_seconds is not None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from flax_distil.audio.load import AudioError, audio_duration
+from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, AudioError, audio_duration
 from flax_distil.data.utterances import Utterance, Utterances
+from flax_distil.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ def pack(utterances: Utterances, seconds: float, pause: float) -> Packed:
 
     Utterances of a speaker, recording and language keep their order; a new window begins where the
     next one does not fit. Those whose speaker is not known are taken for one speaker's.
+    Raises InputError for windows that no encoder pass holds.
     """
+    if not 0 < seconds <= CLIP_SAMPLES / SAMPLE_RATE:
+        most = CLIP_SAMPLES // SAMPLE_RATE
+        raise InputError(f"pack_seconds is {seconds:g}: a window has at most {most} s")
     groups: list[list[int]] = []
     open_groups: dict[tuple[str | None, ...], tuple[list[int], float]] = {}
     for row, utterance in enumerate(utterances.since(0)):

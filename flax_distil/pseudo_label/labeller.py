@@ -33,7 +33,6 @@ from flax_distil.data.utterances import (
 from flax_distil.data.windows import Clip, hear, in_order, stack
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.errors import InputError
-from flax_distil.model.dims import CHUNK_SECONDS
 from flax_distil.parallel.multihost import is_main_host, start
 from flax_distil.pseudo_label.claims import Claims
 from flax_distil.pseudo_label.store import LabelStore, PseudoLabel, Shard, open_store, write_whole
@@ -117,8 +116,6 @@ def windows(config: PseudoLabelConfig) -> Utterances | UtteranceStream | Packed:
     utterances, seconds = read_dataset(config.data), config.pack_seconds
     if seconds is None:
         return utterances
-    if not 0 < seconds <= CHUNK_SECONDS:
-        raise InputError(f"pack_seconds is {seconds:g}: a window has at most {CHUNK_SECONDS} s")
     if isinstance(utterances, UtteranceStream):
         raise InputError("a stream cannot be packed: leave out --streaming or --pack-seconds")
     return pack(utterances, seconds, config.pack_pause)

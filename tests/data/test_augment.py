@@ -75,6 +75,8 @@ def test_the_loader_adds_noise_and_keys_that_are_each_example_s(recordings, tone
     again = batches(tone, add_noise=add, masks=True, workers=1)
     keys = np.concatenate([batch.keys for batch, _ in found])
     assert len(np.unique(keys, axis=0)) == 18  # another pass, other masks
+    sounds = {row.tobytes() for batch, _ in found for row in batch.waveforms}
+    assert len(sounds) == 18  # the six clips are one and the same; the noise is not
     for (one, _), (two, _), (clean, _) in zip(found, again, plain, strict=True):
         assert np.array_equal(one.keys, two.keys)
         assert np.array_equal(one.waveforms, two.waveforms)

@@ -71,6 +71,7 @@ def test_hosts_share_the_global_batches(utterances):
         for rank in range(2)
     ]
     for (whole, state), (first, one), (second, two) in zip(alone, *shares, strict=True):
+        assert whole.waveforms.dtype == np.int16
         assert whole.rows.tolist() == first.rows.tolist() + second.rows.tolist()
         assert np.array_equal(whole.tokens, np.concatenate([first.tokens, second.tokens]))
         assert state == one == two

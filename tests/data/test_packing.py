@@ -14,6 +14,7 @@ from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import open_source
 from flax_distil.data.packing import pack
 from flax_distil.data.utterances import listen, read_dataset
+from flax_distil.errors import InputError
 
 CLIPS = [("a", 1.0), ("b", 2.0), ("a", 1.5), ("a", 0.5), ("b", 1.0), ("a", 4.0)]
 
@@ -54,6 +55,11 @@ def test_a_clip_that_cannot_be_read_stays_alone(manifest):
     (manifest.parent / "2.flac").write_bytes(b"no audio")
     windows = pack(read_dataset(manifest), seconds=30, pause=0.25)
     assert (2,) in windows.groups
+
+
+def test_no_window_is_longer_than_the_encoder_s(manifest):
+    with pytest.raises(InputError, match="pack_seconds is 31: a window has at most 30 s"):
+        pack(read_dataset(manifest), seconds=31, pause=0.25)
 
 
 def test_a_window_keeps_to_its_recording(manifest):

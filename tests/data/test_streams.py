@@ -79,7 +79,7 @@ def test_the_one_before_is_of_the_same_speaker_and_shard(stream):
         assert one.speaker == before.speaker
 
 
-def loader(stream, tone, batch_size=4, lanes=4, **changes) -> Loader:
+def loader(stream, tone, batch_size=8, lanes=4, **changes) -> Loader:
     """A stream and a dataset of seven, which is drawn half as often."""
     options = TargetOptions(buckets=(16, 32), prompt_probability=0.5)
     none = np.zeros(0, int)
@@ -103,12 +103,12 @@ def labels(batches) -> list[int]:
 
 def test_hosts_come_and_go_and_the_batches_stay(stream, tone):
     """4 hosts, then 1, then 2: the global batches of one host that never stopped."""
-    whole = list(islice(loader(stream, tone).batches(LoaderState(5)), 24))
+    whole = list(islice(loader(stream, tone).batches(LoaderState(5)), 12))
     assert Counter(label >= 900 for label in labels(whole)) == pytest.approx(
         {False: 64, True: 32}, abs=16
     )
     state, found = LoaderState(5), []
-    for hosts, steps in [(4, 5), (1, 9), (2, 10)]:
+    for hosts, steps in [(4, 3), (1, 5), (2, 4)]:
         shares = [
             list(islice(loader(stream, tone, rank=rank, hosts=hosts).batches(state), steps))
             for rank in range(hosts)
@@ -124,7 +124,7 @@ def test_hosts_come_and_go_and_the_batches_stay(stream, tone):
 
 def test_two_hosts_never_see_the_same_example_in_a_pass(stream, tone):
     of_host = [
-        labels(islice(loader(stream, tone, rank=rank, hosts=2).batches(LoaderState(1)), 60))
+        labels(islice(loader(stream, tone, rank=rank, hosts=2).batches(LoaderState(1)), 30))
         for rank in range(2)
     ]
     streamed = [{label for label in labels if label < 900} for labels in of_host]
@@ -139,7 +139,7 @@ def test_errors(stream, tone):
         loader(stream, tone, batch_size=8, lanes=8)
     with pytest.raises(InputError, match="batch 6 does not divide over 4 lanes: use 4"):
         loader(stream, tone, batch_size=6)
-    begun = LoaderState(0, 4, utterances=7)
+    begun = LoaderState(0, 8, utterances=7)
     with pytest.raises(InputError, match="where stream/lane 0/0, 0/1, 0/2, 0/3 stands"):
         next(loader(stream, tone).batches(begun))
     empty = UtteranceStream(

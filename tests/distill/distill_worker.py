@@ -30,7 +30,8 @@ from flax_distil.parallel import multihost
 
 
 class Batches:
-    """This host's rows of one global batch for each position; `before` is told the position."""
+    """This host's rows of one global batch for each position, and its lane of a stream; `before` is
+    told the position."""
 
     utterances = tuple(Utterance(f"clip-{row}", b"") for row in range(16))
 
@@ -42,7 +43,8 @@ class Batches:
         while True:
             self.before(state.position)
             batch = conftest.random_batch(16, seed=state.position)
-            state = replace(state, position=state.position + 1)
+            lane = {f"0/{jax.process_index()}": (0, 0, 0, state.position + 1)}
+            state = replace(state, position=state.position + 1, streams=lane)
             yield jax.tree.map(lambda leaf: leaf[rows], batch), state
 
 

@@ -70,6 +70,9 @@ def test_two_hosts_stop_die_and_go_on_as_one(tmp_path):
     assert survivor[0] != 0
     saved = steps(folder / LATEST)[-1]
     assert saved > stopped
+    progress = json.loads((folder / LATEST / str(saved) / "progress" / "metadata").read_text())
+    lanes = progress["loader"]["streams"]  # of both hosts
+    assert lanes == {"0/0": [0, 0, 0, saved], "0/1": [0, 0, 0, saved]}
 
     def stop(position: int) -> None:
         if position == saved + 3:
