@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 from fake_teacher import fake_teacher, label_with
 from test_labeller import contents
 
