@@ -101,7 +101,9 @@ def openai_whisper(checkpoint: Checkpoint, tokens: int) -> Engine:
     )
 
     def run(windows):
-        mel = whisper.log_mel_spectrogram(torch.from_numpy(windows), checkpoint.dims.mels)
+        # One at a time: the loudest frame of a batch would set the floor for all.
+        mels = [whisper.log_mel_spectrogram(window, checkpoint.dims.mels) for window in windows]
+        mel = torch.stack(mels)
         return [one.text for one in whisper.decode(model, mel, options)]
 
     return run
@@ -161,7 +163,8 @@ def long_transformers(checkpoint: Checkpoint) -> Engine:
 
     read = pipeline("automatic-speech-recognition", model=str(checkpoint.source), device="cpu")
     english = {"language": "en", "task": "transcribe"} if checkpoint.dims.multilingual else {}
-    options: dict = {"chunk_length_s": 30, "batch_size": 8, "generate_kwargs": english}
+    greedy = {"num_beams": 1, **english}  # the pipeline's own default are five beams
+    options: dict = {"chunk_length_s": 30, "batch_size": 8, "generate_kwargs": greedy}
     return lambda sounds: [read(sounds[0].copy(), **options)["text"].strip()]
 
 

@@ -1,0 +1,261 @@
+"""Do we write what the reference engines write, on real weights and real speech?
+
+    python benchmarks/parity.py [language] [search] [chunked] [--clips 8] [--minutes 2]
+        [--models whisper-tiny.en whisper-base] [--languages en es fr it ru] [--json FILE]
+
+language: whisper-base names the language of telephone prompts in five languages as openai-whisper
+does. search: the tokens of greedy search and of five beams are Transformers'. chunked: a recording
+read in chunks has the words that Transformers' pipeline finds in it. Each difference of the first
+two is listed with the log-probabilities that the reference gives to both answers: what is equal to
+within float32's rounding is a tie. --clips 0 takes all there are, some 400 a language.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import whisper
+from tqdm import tqdm
+
+from flax_distil.audio.load import load_audio, pad_or_trim
+from flax_distil.cache import cache_folder
+from flax_distil.decode.language import detect_language
+from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.recognizer import listen, make_recognizer, recognize
+from flax_distil.fetch.manifest import read_manifest
+from flax_distil.fetch.prompts import FOREIGN, foreign_prompts, human_prompts
+from flax_distil.fetch.weights import fetch_weights
+from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
+from flax_distil.model.openai import to_openai
+from flax_distil.model.weights import to_hf
+from flax_distil.text.normalize import normalizer
+from flax_distil.text.tokens import WhisperTokens
+from flax_distil.text.wer import word_errors
+from flax_distil.transcribe import ChunkedOptions, transcribe
+
+TOKENS = 128  # written at most for a clip
+
+
+def human_manifest() -> Path:
+    manifest = human_prompts(cache_folder() / "demo-speech" / "human")
+    if manifest is None:
+        raise SystemExit("this comparison needs apt-get: it reads Debian's telephone prompts")
+    return manifest
+
+
+def english(count: int) -> list[Path]:
+    """Files of human speech with known words: `count` of them, evenly chosen; 0 for all."""
+    manifest = human_manifest()
+    return chosen(
+        [manifest.parent / clip.audio_filepath for clip in read_manifest(manifest)], count
+    )
+
+
+def chosen(files: list[Path], count: int) -> list[Path]:
+    return files[:: max(len(files) // count, 1)][:count] if count else files
+
+
+def batches(files: list[Path], size: int, title: str) -> Iterator[tuple[list[Path], np.ndarray]]:
+    """Files with their sound in windows of 30 s."""
+    for start in tqdm(range(0, len(files), size), desc=title, leave=False):
+        batch = files[start : start + size]
+        sounds = [load_audio(p, format="g722" if p.suffix == ".g722" else None) for p in batch]
+        yield batch, np.stack([pad_or_trim(sound) for sound in sounds])
+
+
+def openai_model(checkpoint: Checkpoint) -> whisper.Whisper:
+    sizes, state = to_openai(checkpoint.dims, to_hf(checkpoint.dims, checkpoint.params))
+    model = whisper.model.Whisper(whisper.model.ModelDimensions(**sizes)).eval()
+    model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+    return model
+
+
+def languages(spoken_in: list[str], count: int, size: int) -> list[dict]:
+    """How often whisper-base names the same language as openai-whisper does, by language."""
+    checkpoint = load_checkpoint(fetch_weights("whisper-base"))
+    ours, theirs = make_recognizer(checkpoint), openai_model(checkpoint)
+    rows = []
+    for spoken in spoken_in:
+        files = (
+            english(0) if spoken == "en" else foreign_prompts(spoken, cache_folder() / "prompts")
+        )
+        row = {"language": spoken, "clips": 0, "as_openai": 0, "right": 0, "differences": []}
+        for batch, windows in batches(chosen(files or [], count), size, spoken):
+            audio = listen(ours.spec, ours.params["encoder"], windows)
+            found = detect_language(ours.spec, ours.params["decoder"], audio, ours.tokens)
+            # One at a time: the loudest frame of a batch would set the floor for all.
+            mel = torch.stack([whisper.log_mel_spectrogram(window) for window in windows])
+            _, expected = theirs.detect_language(mel)
+            for path, mine, other in zip(batch, found, expected, strict=True):
+                answer, reference = (max(one, key=one.__getitem__) for one in (mine, other))
+                row["clips"] += 1
+                row["right"] += answer == spoken
+                row["as_openai"] += answer == reference
+                if answer != reference:
+                    logs = {code: float(np.log(other[code])) for code in (answer, reference)}
+                    row["differences"].append({"file": path.name, "ours_theirs": logs})
+        print(row, flush=True)
+        rows.append(row)
+    return rows
+
+
+def searches(name: str, files: list[Path], size: int) -> list[dict]:
+    """How often greedy search and five beams write Transformers' tokens, with all differences."""
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it warns at every call that both kinds of options are given
+    checkpoint = load_checkpoint(fetch_weights(name))
+    ours = make_recognizer(checkpoint)
+    theirs = WhisperForConditionalGeneration.from_pretrained(checkpoint.source).eval()
+    extractor = WhisperFeatureExtractor.from_pretrained(checkpoint.source)
+    language = {"language": "en", "task": "transcribe"} if checkpoint.dims.multilingual else {}
+    prompt = ours.tokens.prompt("en" if language else None)
+    rows = []
+    for beams in (1, 5):
+        options = DecodeOptions("en", beams=beams, beam_search="transformers", max_tokens=TOKENS)
+        row = {"model": name, "beams": beams, "clips": 0, "equal": 0, "differences": []}
+        for batch, windows in batches(files, size, f"{name}, {beams} beams"):
+            found = recognize(ours, windows, options)
+            mel = extractor(list(windows), sampling_rate=16_000, return_tensors="pt").input_features
+            written = theirs.generate(
+                mel, num_beams=beams, do_sample=False, max_new_tokens=TOKENS, **language
+            )
+            for index, (path, one, ids) in enumerate(zip(batch, found, written, strict=True)):
+                other = text_of(ids.tolist(), ours.tokens)
+                row["clips"] += 1
+                row["equal"] += list(one.tokens) == other
+                if list(one.tokens) != other:
+                    texts = {"ours": list(one.tokens), "theirs": other}
+                    judge = partial(log_probability, theirs, mel[index : index + 1], prompt)
+                    row["differences"].append(
+                        {
+                            "file": path.name,
+                            **{who: ours.tokens.decode(text) for who, text in texts.items()},
+                            "log_probabilities": {who: judge(text) for who, text in texts.items()},
+                        }
+                    )
+        print(row, flush=True)
+        rows.append(row)
+    return rows
+
+
+def long_recording(minutes: float, seed: int = 0) -> tuple[np.ndarray, str]:
+    """Telephone prompts and audiobook clips in random order, with pauses of 0.2 to 1.5 s."""
+    rng = np.random.default_rng(seed)
+    manifest = human_manifest()
+    clips = read_manifest(manifest)
+    parts, texts, samples = [], [], 0
+    for index in rng.permutation(len(clips)):
+        sound = load_audio(manifest.parent / clips[index].audio_filepath)
+        pause = np.zeros(round(rng.uniform(0.2, 1.5) * 16_000), np.float32)
+        parts += [sound, pause]
+        texts.append(clips[index].text)
+        samples += sound.size + pause.size
+        if samples >= minutes * 60 * 16_000:
+            break
+    return np.concatenate(parts), " ".join(texts)
+
+
+def chunks(name: str, minutes: float, size: int) -> list[dict]:
+    """WER between our chunked transcript and that of Transformers' pipeline, with and without
+    timestamps, and of both against what is said."""
+    from transformers import pipeline
+
+    sound, said = long_recording(minutes)
+    checkpoint = load_checkpoint(fetch_weights(name))
+    ours = make_recognizer(checkpoint)
+    folder = str(checkpoint.source)
+    theirs = pipeline("automatic-speech-recognition", model=folder, device="cpu")
+    # Its defaults are five beams, and chunks with timestamps that are read in several steps.
+    once = {"max_new_tokens": 224, "num_beams": 1, "force_unique_generate_call": True}
+    if checkpoint.dims.multilingual:
+        once |= {"language": "en", "task": "transcribe"}
+    normalize = normalizer("en")
+    wer = lambda text, other: 100 * word_errors([normalize(text)], [normalize(other)]).rate
+    rows = []
+    for length in (30.0, 15.0):
+        for timestamps in (False, True):
+            found = transcribe(
+                sound,
+                ours,
+                language="en",
+                options=DecodeOptions(timestamps=timestamps),
+                long_form=ChunkedOptions(length),
+                batch_size=size,
+            )
+            other = theirs(
+                sound.copy(),
+                chunk_length_s=length,
+                batch_size=size,
+                return_timestamps=timestamps,
+                generate_kwargs=once,
+            )
+            row = {
+                "model": name,
+                "minutes": round(sound.size / 960_000, 1),
+                "chunk_length": length,
+                "timestamps": timestamps,
+                "wer_between": round(wer(other["text"], found.text), 2),
+                "wer_ours": round(wer(said, found.text), 2),
+                "wer_theirs": round(wer(said, other["text"]), 2),
+                "segments": [len(found.segments), len(other.get("chunks", ()))],
+            }
+            print(row, flush=True)
+            rows.append(row)
+    return rows
+
+
+def text_of(ids: list[int], tokens: WhisperTokens) -> list[int]:
+    """What was written, without prompt and end."""
+    if tokens.no_timestamps in ids:
+        ids = ids[ids.index(tokens.no_timestamps) + 1 :]
+    return ids[: ids.index(tokens.eot)] if tokens.eot in ids else ids
+
+
+@torch.no_grad()
+def log_probability(model, mel: torch.Tensor, prompt: list[int], text: list[int]) -> float:
+    """Transformers' log-probability of a text and its end, before any suppression."""
+    ids = [*prompt, *text, model.config.eos_token_id]
+    logits = model(mel, decoder_input_ids=torch.tensor([ids[:-1]])).logits[0, len(prompt) - 1 :]
+    return float(logits.double().log_softmax(-1)[range(len(text) + 1), ids[len(prompt) :]].sum())
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="*", default=["language", "search", "chunked"])
+    parser.add_argument("--models", nargs="+", default=["whisper-tiny.en", "whisper-base"])
+    parser.add_argument("--languages", nargs="+", default=["en", *FOREIGN])
+    parser.add_argument("--clips", type=int, default=8, help="of each kind; 0 for all")
+    parser.add_argument("--minutes", type=float, default=2, help="of the long recording")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    packages = ("jax", "torch", "transformers", "openai-whisper")
+    report: dict[str, Any] = {"versions": {name: version(name) for name in packages}}
+    print(report["versions"])
+    if "language" in options.what:
+        report["language"] = languages(options.languages, options.clips, options.batch)
+    if "search" in options.what:
+        files = english(options.clips)
+        report["search"] = [
+            row for name in options.models for row in searches(name, files, options.batch)
+        ]
+    if "chunked" in options.what:
+        report["chunked"] = [
+            row for name in options.models for row in chunks(name, options.minutes, options.batch)
+        ]
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
