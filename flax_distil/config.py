@@ -542,7 +542,7 @@ class DemoConfig:
     """Clips that are labelled alone as well; all are labelled in windows of up to 25 s."""
     clips: int | None = None
     """At most so many clips to train on; all that are there where not given."""
-    steps: int = 70
+    steps: int = 120
     """Updates of the student."""
     batch_size: int = 8
     """Clips in one update."""

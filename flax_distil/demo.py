@@ -123,11 +123,12 @@ def teach(
             output_dir=folder,
             batch_size=config.batch_size,
             language="en",
+            prompt_probability=0.0,  # clips are judged without a prompt
             label_buckets=(96, config.max_tokens + 2),
             audio_states=config.output_dir / "audio-states",
             seed=config.seed,
             optimizer=OptimizerConfig(config.steps, config.learning_rate, config.steps // 10),
-            compute=ComputeConfig(dtype="float32"),
+            compute=ComputeConfig(dtype="float32", vocabulary_chunk=128),
             validation=ValidationConfig(every=config.steps + 1),
             run=RunConfig(resume="auto", save_every=20, log_every=10),
         )
