@@ -43,12 +43,12 @@ send_secrets() {
 # Writes them to a file that only the user can read; whole or not at all. printf is the shell's own,
 # so that no process has a secret among its arguments.
 worker_keeps_secrets() {
-  local file=.flax-distil-secrets name
-  {
-    for name in "${@:2}"; do printf 'export %s=%q\n' "$name" "${!name}"; done
-    echo '# end'
-  } | worker_command "$1" \
-    "umask 077; cat >$file.part && tail -n 1 $file.part | grep -qx '# end' && mv $file.part $file"
+  local file=.flax-distil-secrets name lines='# end'
+  for name in "${@:2}"; do printf -v lines 'export %s=%q\n%s' "$name" "${!name}" "$lines"; done
+  # Not a pipe, which breaks where nobody reads it: a dry run does not.
+  worker_command "$1" \
+    "umask 077; cat >$file.part && tail -n 1 $file.part | grep -qx '# end' && mv $file.part $file" \
+    <<<"$lines"
 }
 
 main "$@"
