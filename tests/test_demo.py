@@ -12,7 +12,7 @@ import pytest
 
 from flax_distil.model.checkpoint import load_checkpoint
 
-SIZES = "--sentences 12 --heldout 2 --single 4 --clips 8 --steps 3 --batch-size 2"
+SIZES = "--sentences 12 --heldout 2 --single 4 --clips 8 --steps 3 --batch-size 2 --max-tokens 94"
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,11 @@ def theirs(base, base_folder):
 @pytest.fixture(scope="module")
 def spoken(human_clips):
     """(language, clip of that language): English, and four others where apt has them."""
-    clips = [("en", human_clips[0][0]), ("en", human_clips[-1][0])]
+    clips = [("en", human_clips[-1][0])]
     for language in FOREIGN:
         files = foreign_prompts(language, cache_folder() / "prompts") or []
         long = [path for path in files if path.stat().st_size > 3 * 8_000]  # G.722: 8 kB a second
-        clips += [(language, load_audio(path, format="g722")) for path in long[:20:10]]
+        clips += [(language, load_audio(path, format="g722")) for path in long[:1]]
     return clips
 
 
@@ -58,9 +58,9 @@ def test_languages_are_those_that_openai_hears(base, theirs, spoken):
     found = [max(row, key=row.get) for row in ours]
     right = np.mean([one == language for one, (language, _) in zip(found, spoken, strict=True)])
     assert right >= 0.8
-    assert len(set(found)) > 1 or len(spoken) == 2
-    heard = recognize(base, waveforms[:2], DecodeOptions(max_tokens=4))
-    assert [one.language for one in heard] == ["en", "en"]
+    assert len(set(found)) > 1 or len(spoken) == 1
+    (heard,) = recognize(base, waveforms[:1], DecodeOptions(max_tokens=4))
+    assert heard.language == "en"
 
 
 def test_it_sums_to_one_and_follows_the_audio(base):
