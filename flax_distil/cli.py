@@ -16,6 +16,7 @@ import tyro
 from flax_distil import config
 from flax_distil.cache import keep_programs
 from flax_distil.errors import InputError
+from flax_distil.parallel.platform import name_platform
 from flax_distil.recipe import recipe_values, stage_name
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -95,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("flax_distil").setLevel(logging.INFO)
     try:
         stage = parse(arguments)
+        name_platform()
         keep_programs()
         import_module(VERBS[stage_name(type(stage))].room).run(stage)
     except InputError as error:

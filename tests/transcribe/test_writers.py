@@ -4,6 +4,7 @@ import io
 import json
 
 import numpy as np
+import pysubs2
 import pytest
 import whisper.utils
 
@@ -66,3 +67,21 @@ def test_words_are_set_as_openai_sets_them(extension, layout):
 def test_the_clock_is_openai_s(seconds):
     assert clock(seconds) == whisper.utils.format_timestamp(seconds)
     assert clock(seconds, "{:02d}:", ",") == whisper.utils.format_timestamp(seconds, True, ",")
+
+
+@pytest.mark.parametrize("extension", ["srt", "vtt"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(max_line_width=14, max_line_count=2)])
+def test_a_subtitle_library_reads_what_is_written(extension, layout):
+    """pysubs2 finds every text, in segments at its time."""
+    made = transcript(words=layout != Layout())
+    read = pysubs2.SSAFile.from_string(WRITERS[extension](made, layout), format_=extension)
+    found = [(cue.start, cue.end, cue.plaintext) for cue in read if cue.plaintext]
+    at = lambda seconds: round(1000 * seconds)
+    if layout == Layout():
+        assert found == [
+            (at(one.start), at(one.end), one.text.strip().replace("-->", "->"))
+            for one in made.segments
+            if one.text
+        ]
+    words = " ".join(text for *_, text in found).replace("-->", "->").split()
+    assert words == made.text.replace("-->", "->").split()

@@ -1,0 +1,20 @@
+"""Which platforms JAX asks for devices, settled before it is imported."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+# Device files of TPUs (v2 to v4, later ones), of NVIDIA's GPUs (Windows' Linux too) and of AMD's.
+ACCELERATORS = ("accel*", "vfio/*", "nvidia*", "dxg", "kfd")
+
+
+def name_platform(devices: Path = Path("/dev")) -> None:
+    """Name the CPU where there is nothing else: libtpu, asked for chips, complains at length.
+
+    JAX chooses as ever where an accelerator may be there, where its own variable or one of TPUs' is
+    set, and without libtpu.
+    """
+    named = any(name.startswith(("JAX_PLATFORM", "JAX_FORCE_TPU", "TPU_")) for name in os.environ)
+    near = any(any(devices.glob(pattern)) for pattern in ACCELERATORS)
+    if not named and not near and find_spec("libtpu"):
+        os.environ["JAX_PLATFORMS"] = "cpu"
