@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Not model*.safetensors: large-v3 has a second copy in float32, model.fp32-*.safetensors, of 6 GB.
+HUB_FILES = ["*.json", "*.txt", WEIGHTS, "model-*-of-*.safetensors"]
 SAVE_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -170,9 +172,7 @@ def _by_name(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.txt", "model*.safetensors"])
-        )
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(

@@ -172,9 +172,21 @@ def test_names(tiny_en_folder, monkeypatch):
         load_checkpoint("someone/whisper")
 
 
-def test_a_hub_name_is_downloaded(teacher, random_folders, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: random_folders[0])
+def test_a_hub_name_is_downloaded_once_and_without_pickles(teacher, random_folders, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = []
+
+    def download(_, allow_patterns):
+        asked.extend(allow_patterns)
+        return random_folders[0]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert_same(load_checkpoint("someone/whisper"), teacher)
+    wanted = ["config.json", "merges.txt", "model.safetensors", "model-00001-of-00002.safetensors"]
+    # as in openai/whisper-large-v3
+    others = ["model.fp32-00001-of-00002.safetensors", "pytorch_model.bin", "flax_model.msgpack"]
+    assert list(filter_repo_objects(wanted + others, allow_patterns=asked)) == wanted
 
 
 def test_a_full_disk_leaves_the_old_model(teacher, tmp_path, monkeypatch):
