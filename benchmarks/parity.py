@@ -1,18 +1,23 @@
 """Do we write what the reference engines write, on real weights and real speech?
 
-    python benchmarks/parity.py [language] [search] [chunked] [--clips 8] [--minutes 2]
-        [--models whisper-tiny.en whisper-base] [--languages en es fr it ru] [--json FILE]
+    python benchmarks/parity.py [language] [search] [chunked] [sequential] [words]
+        [--models whisper-tiny.en whisper-base] [--clips 8] [--manifests FILE…] [--beams 1 5]
+        [--batch 8] [--minutes 2] [--languages en es fr it ru] [--students FOLDER…] [--json FILE]
 
 language: whisper-base names the language of telephone prompts in five languages as openai-whisper
-does. search: the tokens of greedy search and of five beams are Transformers'. chunked: a recording
-read in chunks has the words that Transformers' pipeline finds in it. Each difference of the first
-two is listed with the log-probabilities that the reference gives to both answers: what is equal to
-within float32's rounding is a tie. --clips 0 takes all there are, some 400 a language.
+does. search: the tokens of greedy search and of five beams are Transformers'; --manifests takes
+other clips than the prompts, such as those that the demo judges. chunked: a recording read in
+chunks has the words that Transformers' pipeline finds in it. sequential: one read with Whisper's
+algorithm has openai-whisper's words and segments. words: the times of its words, and those that
+students give to their teacher's words. Each difference of the first two is listed with the
+log-probabilities that the reference gives to both answers: what is equal to within float32's
+rounding is a tie. --clips 0 takes all there are, some 400 a language.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from difflib import SequenceMatcher
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,19 +32,23 @@ from flax_distil.audio.load import load_audio, pad_or_trim
 from flax_distil.cache import cache_folder
 from flax_distil.decode.language import detect_language
 from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import listen, make_recognizer, recognize
+from flax_distil.decode.recognizer import Recognizer, listen, make_recognizer, recognize
 from flax_distil.fetch.manifest import read_manifest
 from flax_distil.fetch.prompts import FOREIGN, foreign_prompts, human_prompts
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
+from flax_distil.model.dims import CHUNK_SAMPLES
 from flax_distil.model.openai import to_openai
+from flax_distil.model.student import init_student
 from flax_distil.model.weights import to_hf
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.tokens import WhisperTokens
 from flax_distil.text.wer import word_errors
-from flax_distil.transcribe import ChunkedOptions, transcribe
+from flax_distil.transcribe import ChunkedOptions, SequentialOptions, transcribe
+from flax_distil.transcribe.words import align
 
 TOKENS = 128  # written at most for a clip
+EVERYTHING = ["language", "search", "chunked", "sequential", "words"]
 
 
 def human_manifest() -> Path:
@@ -49,12 +58,14 @@ def human_manifest() -> Path:
     return manifest
 
 
-def english(count: int) -> list[Path]:
-    """Files of human speech with known words: `count` of them, evenly chosen; 0 for all."""
-    manifest = human_manifest()
-    return chosen(
-        [manifest.parent / clip.audio_filepath for clip in read_manifest(manifest)], count
-    )
+def english(count: int, manifests: Sequence[Path] = ()) -> list[Path]:
+    """Files of speech with known words: `count` of them, evenly chosen; 0 for all."""
+    files = [
+        manifest.parent / clip.audio_filepath
+        for manifest in manifests or [human_manifest()]
+        for clip in read_manifest(manifest)
+    ]
+    return chosen(files, count)
 
 
 def chosen(files: list[Path], count: int) -> list[Path]:
@@ -105,8 +116,8 @@ def languages(spoken_in: list[str], count: int, size: int) -> list[dict]:
     return rows
 
 
-def searches(name: str, files: list[Path], size: int) -> list[dict]:
-    """How often greedy search and five beams write Transformers' tokens, with all differences."""
+def searches(name: str, files: list[Path], size: int, widths: list[int]) -> list[dict]:
+    """How often greedy search and beams write Transformers' tokens, with all differences."""
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
     from transformers.utils import logging
 
@@ -118,9 +129,10 @@ def searches(name: str, files: list[Path], size: int) -> list[dict]:
     language = {"language": "en", "task": "transcribe"} if checkpoint.dims.multilingual else {}
     prompt = ours.tokens.prompt("en" if language else None)
     rows = []
-    for beams in (1, 5):
+    for beams in widths:
         options = DecodeOptions("en", beams=beams, beam_search="transformers", max_tokens=TOKENS)
-        row = {"model": name, "beams": beams, "clips": 0, "equal": 0, "differences": []}
+        row = {"model": name, "beams": beams, "batch": size, "clips": 0, "equal": 0}
+        row["differences"] = []
         for batch, windows in batches(files, size, f"{name}, {beams} beams"):
             found = recognize(ours, windows, options)
             mel = extractor(list(windows), sampling_rate=16_000, return_tensors="pt").input_features
@@ -173,12 +185,9 @@ def chunks(name: str, minutes: float, size: int) -> list[dict]:
     ours = make_recognizer(checkpoint)
     folder = str(checkpoint.source)
     theirs = pipeline("automatic-speech-recognition", model=folder, device="cpu")
-    # Its defaults are five beams, and chunks with timestamps that are read in several steps.
-    once = {"max_new_tokens": 224, "num_beams": 1, "force_unique_generate_call": True}
+    greedy = {"max_new_tokens": 224, "num_beams": 1}  # its default is five beams
     if checkpoint.dims.multilingual:
-        once |= {"language": "en", "task": "transcribe"}
-    normalize = normalizer("en")
-    wer = lambda text, other: 100 * word_errors([normalize(text)], [normalize(other)]).rate
+        greedy |= {"language": "en", "task": "transcribe"}
     rows = []
     for length in (30.0, 15.0):
         for timestamps in (False, True):
@@ -190,26 +199,109 @@ def chunks(name: str, minutes: float, size: int) -> list[dict]:
                 long_form=ChunkedOptions(length),
                 batch_size=size,
             )
-            other = theirs(
-                sound.copy(),
-                chunk_length_s=length,
-                batch_size=size,
-                return_timestamps=timestamps,
-                generate_kwargs=once,
-            )
-            row = {
-                "model": name,
-                "minutes": round(sound.size / 960_000, 1),
-                "chunk_length": length,
-                "timestamps": timestamps,
-                "wer_between": round(wer(other["text"], found.text), 2),
-                "wer_ours": round(wer(said, found.text), 2),
-                "wer_theirs": round(wer(said, other["text"]), 2),
-                "segments": [len(found.segments), len(other.get("chunks", ()))],
-            }
-            print(row, flush=True)
-            rows.append(row)
+            # With timestamps it reads a chunk on behind its last one, unless told not to.
+            for once in (False, True) if timestamps else (False,):
+                other = theirs(
+                    sound.copy(),
+                    chunk_length_s=length,
+                    batch_size=size,
+                    return_timestamps=timestamps,
+                    generate_kwargs=greedy | {"force_unique_generate_call": once},
+                )
+                row = {
+                    "model": name,
+                    "minutes": round(sound.size / 960_000, 1),
+                    "chunk_length": length,
+                    "timestamps": timestamps,
+                    "pipeline_reads_once": once,
+                    "wer_between": wer(other["text"], found.text),
+                    "wer_ours": wer(said, found.text),
+                    "wer_theirs": wer(said, other["text"]),
+                    "segments": [len(found.segments), len(other.get("chunks", ()))],
+                }
+                print(row, flush=True)
+                rows.append(row)
     return rows
+
+
+def wer(reference: str, text: str) -> float:
+    """Word errors in percent, both texts normalised."""
+    normalize = normalizer("en")
+    return round(100 * word_errors([normalize(reference)], [normalize(text)]).rate, 2)
+
+
+def long_form(name: str, minutes: float, words: bool) -> dict:
+    """Our sequential transcript beside openai-whisper's at temperature 0, with words or without."""
+    sound, said = long_recording(minutes)
+    checkpoint = load_checkpoint(fetch_weights(name))
+    reference = openai_model(checkpoint)
+    reference.set_alignment_heads(whisper._ALIGNMENT_HEADS[name.removeprefix("whisper-")])
+    theirs = whisper.transcribe(
+        reference, sound, language="en", temperature=0.0, word_timestamps=words, fp16=False
+    )
+    ours = transcribe(
+        sound,
+        make_recognizer(checkpoint),
+        language="en",
+        long_form=SequentialOptions((0.0,), word_timestamps=words),
+    )
+    times = lambda one: (one["start"], one["end"])
+    segments = (ours.as_dict()["segments"], theirs["segments"])
+    row = {
+        "model": name,
+        "minutes": round(sound.size / 960_000, 1),
+        "wer_between": wer(theirs["text"], ours.text),
+        "wer_ours": wer(said, ours.text),
+        "segments": [*map(len, segments)],
+        "boundaries": apart(*([(one["text"], times(one)) for one in side] for side in segments)),
+    }
+    if words:
+        sides = ([word for one in side for word in one["words"]] for side in segments)
+        row["words"] = apart(*([(word["word"], times(word)) for word in side] for side in sides))
+    print(row, flush=True)
+    return row
+
+
+def students_words(name: str, folders: list[str], minutes: float) -> list[dict]:
+    """How far the times that students give to their teacher's words are from the teacher's."""
+    sound, _ = long_recording(minutes)
+    checkpoint = load_checkpoint(fetch_weights(name))
+    teacher = make_recognizer(checkpoint)
+    windows = np.stack([pad_or_trim(sound[at:]) for at in range(0, sound.size, CHUNK_SAMPLES)])
+    texts = [one.tokens for one in recognize(teacher, windows, DecodeOptions("en"))]
+
+    def aligned(recognizer: Recognizer) -> list[tuple[str, tuple[float, float]]]:
+        audio = listen(recognizer.spec, recognizer.params["encoder"], windows)
+        rows = align(recognizer, audio, texts, ["en"] * len(texts))
+        return [(word.word, (word.start, word.end)) for row in rows for word in row]
+
+    students = {f"untrained, {n} layers": init_student(checkpoint, n) for n in (2, 3)}
+    students |= {folder: load_checkpoint(folder) for folder in folders}
+    rows = []
+    for title, student in students.items():
+        words = apart(aligned(make_recognizer(student)), aligned(teacher))
+        rows.append({"teacher": name, "student": title, "words": words})
+        print(rows[-1], flush=True)
+    return rows
+
+
+Timed = tuple[str, tuple[float, float]]
+
+
+def apart(ours: list[Timed], theirs: list[Timed]) -> dict:
+    """Differences of starts and ends in seconds, where both have the same texts in turn."""
+    blocks = SequenceMatcher(
+        None, [text for text, _ in ours], [text for text, _ in theirs], autojunk=False
+    ).get_matching_blocks()
+    pairs = [(ours[a + i][1], theirs[b + i][1]) for a, b, size in blocks for i in range(size)]
+    differences = np.abs([np.subtract(mine, other) for mine, other in pairs])
+    return {
+        "theirs": len(theirs),
+        "in_both": len(pairs),
+        "median": round(float(np.median(differences)), 3),
+        "p95": round(float(np.percentile(differences, 95)), 3),
+        "within_0.2": round(float((differences <= 0.2).sum() / (2 * len(theirs))), 4),
+    }
 
 
 def text_of(ids: list[int], tokens: WhisperTokens) -> list[int]:
@@ -231,10 +323,13 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="*", default=["language", "search", "chunked"])
+    parser.add_argument("what", nargs="*", default=EVERYTHING)
     parser.add_argument("--models", nargs="+", default=["whisper-tiny.en", "whisper-base"])
     parser.add_argument("--languages", nargs="+", default=["en", *FOREIGN])
     parser.add_argument("--clips", type=int, default=8, help="of each kind; 0 for all")
+    parser.add_argument("--manifests", nargs="+", type=Path, default=[], help="of clips to search")
+    parser.add_argument("--beams", nargs="+", type=int, default=[1, 5])
+    parser.add_argument("--students", nargs="+", default=[], help="of the first model, trained")
     parser.add_argument("--minutes", type=float, default=2, help="of the long recording")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--json", type=Path)
@@ -245,14 +340,23 @@ def main():
     if "language" in options.what:
         report["language"] = languages(options.languages, options.clips, options.batch)
     if "search" in options.what:
-        files = english(options.clips)
+        files = english(options.clips, options.manifests)
         report["search"] = [
-            row for name in options.models for row in searches(name, files, options.batch)
+            row
+            for name in options.models
+            for row in searches(name, files, options.batch, options.beams)
         ]
     if "chunked" in options.what:
         report["chunked"] = [
             row for name in options.models for row in chunks(name, options.minutes, options.batch)
         ]
+    for what in {"sequential", "words"}.intersection(options.what):
+        report[what] = [
+            long_form(name, options.minutes, what == "words") for name in options.models
+        ]
+    if "words" in options.what:
+        students = (options.models[0], options.students, options.minutes)
+        report["students_words"] = students_words(*students)
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

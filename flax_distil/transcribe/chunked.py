@@ -1,10 +1,12 @@
 """Long audio in overlapping chunks, all of them decoded in batches, merged where they overlap.
 
-The paper's algorithm (section 6.2): as fast as the batch is large, and no timestamps are needed;
-where the model was taught some, they cut the text into segments.
+The paper's algorithm (section 6.2): as fast as the batch is large, and no timestamps are needed.
+Where the model was taught some, they cut the text into segments, and a chunk is read on from its
+last one: what a first pass leaves out is found by the next.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from flax_distil.audio.load import SAMPLE_RATE, pad_or_trim
+from flax_distil.audio.log_mel import HOP
 from flax_distil.decode.drafters import Assistant
 from flax_distil.decode.options import DecodeOptions, Hypothesis, total
 from flax_distil.decode.recognizer import (
@@ -24,33 +27,81 @@ from flax_distil.decode.recognizer import (
     listen,
     prepare,
 )
-from flax_distil.text.tokens import TIMESTAMP_STEP
+from flax_distil.text.wer import compression_ratio
+from flax_distil.transcribe.features import clip_mel, listen_to_mel, window
+from flax_distil.transcribe.merging import Piece, Span, cut, flat, merge, merge_timed
 from flax_distil.transcribe.options import ChunkedOptions
 from flax_distil.transcribe.result import Segment, Transcript
-
-FRAME_RATE = 100  # in which openai-whisper counts `seek`
-LONGER_IS_BETTER = 10_000  # 1 / the weight of an overlap's length beside its share of matches
-
-
-class Span(NamedTuple):
-    """Part of the text: the chunk that ended it, seconds of start and end, tokens."""
-
-    chunk: int
-    start: float
-    end: float
-    tokens: tuple[int, ...]
+from flax_distil.transcribe.sequential import FRAMES_PER_STEP, split
 
 
 class Chunk(NamedTuple):
-    """A piece of a recording. start, stop: samples. first, last: what it alone is there for."""
+    """A piece of a recording that has `pieces` of them."""
 
     recording: int
-    start: int
-    first: int
-    last: int
+    pieces: int
+    piece: Piece
     samples: Float32[np.ndarray, "n"]
     language: str
-    final: bool
+
+
+@dataclass(eq=False)
+class Reading:
+    """How far a chunk has been read."""
+
+    chunk: Chunk
+    seek: int = 0  # frames
+    mel_TM: Float32[np.ndarray, "T M"] | None = None
+    tokens: list[int] = field(default_factory=list)  # timestamps are from the chunk's start
+    heard: list[Hypothesis] = field(default_factory=list)  # by window
+
+    @property
+    def frames(self) -> int:
+        """Of the chunk."""
+        return -(-self.chunk.samples.size // HOP)
+
+    def unread(self) -> bool:
+        """Whether any sound is left that no neighbour hears better.
+
+        Where there is none at all, no text would be believed.
+        """
+        piece = self.chunk.piece
+        return bool(self.chunk.samples[self.seek * HOP : piece.last - piece.start].any())
+
+    def take(self, found: Hypothesis, timestamp_begin: int | None) -> None:
+        """Adds what was heard in a window; without timestamps nothing is read on."""
+        self.heard.append(found)
+        if timestamp_begin is None:
+            self.tokens, self.seek = list(found.tokens), self.frames
+            return
+        spans, moved = split(found.tokens, timestamp_begin, self.frames - self.seek)
+        later, longest = self.seek // FRAMES_PER_STEP, self.frames // FRAMES_PER_STEP
+        self.seek += moved
+        # What is unfinished is heard again, or laid over what the next chunk hears of it.
+        ids = [token for *_, ids in spans for token in ids] if self.unread() else found.tokens
+        self.tokens += [
+            min(token + later, timestamp_begin + longest) if token >= timestamp_begin else token
+            for token in ids
+        ]
+
+    def hypothesis(self, recognizer: Recognizer) -> Hypothesis:
+        """All windows as one."""
+        if not self.heard:
+            return Hypothesis((), "", self.chunk.language, 0.0, 1.0, 1.0)
+        text = recognizer.tokens.decode(self.tokens).strip()
+        return replace(
+            self.heard[0],
+            tokens=tuple(self.tokens),
+            text=text,
+            mean_log_probability=float(
+                np.average(
+                    [one.mean_log_probability for one in self.heard],
+                    weights=[len(one.tokens) + 1 for one in self.heard],
+                )
+            ),
+            compression_ratio=compression_ratio(text),
+            tally=total(one.tally for one in self.heard),
+        )
 
 
 def transcribe_in_chunks(
@@ -71,41 +122,49 @@ def transcribe_in_chunks(
             cannot help this search.
     """
     known, previous = prepare(recognizer, options, batch_size, assistant)
-    chunks = cut_all(recognizer, waveforms, known, chunked)
-    heard: list[tuple[Chunk, Hypothesis]] = []  # of the recordings that are not complete
-    while batch := list(islice(chunks, batch_size)):
-        # Where there is no sound at all, no text would be believed.
-        sounding = [place for place, one in enumerate(batch) if one.samples.any()]
-        found = [Hypothesis((), "", one.language, 0.0, 1.0, 1.0) for one in batch]
-        if sounding:
-            some = [batch[place] for place in sounding]
-            texts = hear(recognizer, some, options, previous, assistant)
-            for place, hypothesis in zip(sounding, texts, strict=True):
-                found[place] = hypothesis
-        for chunk, hypothesis in zip(batch, found, strict=True):
-            heard.append((chunk, hypothesis))
-            transcript = None
-            if chunk.final:
-                transcript, heard = assemble(recognizer, heard, options.timestamps), []
-            yield chunk.recording, (chunk.last - chunk.first) / SAMPLE_RATE, transcript
+    chunks = map(Reading, cut_all(recognizer, waveforms, known, chunked))
+    unread: list[Reading] = []
+    heard: dict[int, list[tuple[Piece, Hypothesis]]] = {}  # of the recordings not complete
+    while reading := unread + list(islice(chunks, batch_size - len(unread))):
+        if unread := [one for one in reading if one.unread()]:
+            hear(recognizer, unread, options, previous, assistant)
+        unread = [one for one in unread if one.unread()]
+        for one in reading:
+            if one in unread:
+                continue
+            chunk, transcript = one.chunk, None
+            known_parts = heard.setdefault(chunk.recording, [])
+            known_parts.append((chunk.piece, one.hypothesis(recognizer)))
+            if len(known_parts) == chunk.pieces:
+                transcript = assemble(recognizer, heard.pop(chunk.recording), options.timestamps)
+            seconds = (chunk.piece.last - chunk.piece.first) / SAMPLE_RATE
+            yield chunk.recording, seconds, transcript
 
 
 def hear(
     recognizer: Recognizer,
-    batch: Sequence[Chunk],
+    reading: Sequence[Reading],
     options: DecodeOptions,
     previous: tuple[int, ...],
     assistant: Assistant | None,
-) -> list[Hypothesis]:
-    """What is said in each chunk."""
-    windows = [
-        Window(one.language, previous, options.temperature, options.seed + one.start)
-        for one in batch
-    ]
-    waveforms_BN = fill(np.stack([pad_or_trim(one.samples) for one in batch]))
-    audio_BSD = listen(recognizer.spec, recognizer.params["encoder"], waveforms_BN)
-    heard_BSE = drafter_hears(assistant, listen, waveforms_BN)
-    return decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
+) -> None:
+    """Reads the next window of each chunk."""
+    windows, mels = [], []
+    for one in reading:
+        chunk, begins = one.chunk, one.chunk.piece.start + one.seek * HOP
+        windows.append(Window(chunk.language, previous, options.temperature, options.seed + begins))
+        if one.mel_TM is None:
+            one.mel_TM = clip_mel(pad_or_trim(chunk.samples), recognizer.spec.dims.mels)
+        # Behind the chunk: silence in its first window, as in Transformers, nothing in the others.
+        size = one.frames - one.seek if one.seek else len(one.mel_TM)
+        mels.append(window(one.mel_TM, one.seek, size))
+    mel_BTM = fill(np.stack(mels))
+    audio_BSD = listen_to_mel(recognizer.spec, recognizer.params["encoder"], mel_BTM)
+    heard_BSE = drafter_hears(assistant, listen_to_mel, mel_BTM)
+    found = decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
+    begin = recognizer.tokens.timestamp_begin if options.timestamps else None
+    for one, hypothesis in zip(reading, found, strict=True):
+        one.take(hypothesis, begin)
 
 
 def cut_all(
@@ -118,10 +177,9 @@ def cut_all(
     for recording, waveform in enumerate(waveforms):
         language = known or language_of(recognizer, waveform)
         pieces = cut(waveform.size, chunked)
-        for number, (start, stop, first, last) in enumerate(pieces):
-            final = number == len(pieces) - 1
-            samples = waveform[start:stop]
-            yield Chunk(recording, start, first, last, samples, language, final)
+        for piece in pieces:
+            samples = waveform[piece.start : piece.stop]
+            yield Chunk(recording, len(pieces), piece, samples, language)
 
 
 def language_of(recognizer: Recognizer, waveform: Float32[np.ndarray, "n"]) -> str:
@@ -132,46 +190,29 @@ def language_of(recognizer: Recognizer, waveform: Float32[np.ndarray, "n"]) -> s
     return detect(recognizer, listen(recognizer.spec, recognizer.params["encoder"], first))[0]
 
 
-def cut(samples: int, chunked: ChunkedOptions) -> list[tuple[int, int, int, int]]:
-    """(start, stop, first, last) of each chunk in samples.
-
-    From first to last a chunk is heard alone or farther from its edges than its neighbours.
-    """
-    length = round(chunked.chunk_length * SAMPLE_RATE)
-    overlap = round(chunked.overlap * SAMPLE_RATE)
-    pieces = []
-    for start in range(0, max(samples, 1), length - 2 * overlap):
-        final = start + length >= samples
-        stop = min(start + length, samples)
-        first = start + overlap if start else 0
-        pieces.append((start, stop, first, stop if final else stop - overlap))
-        if final:
-            break
-    return pieces
-
-
 def assemble(
-    recognizer: Recognizer, heard: Sequence[tuple[Chunk, Hypothesis]], timestamps: bool
+    recognizer: Recognizer, heard: Sequence[tuple[Piece, Hypothesis]], timestamps: bool
 ) -> Transcript:
-    """The transcript of a recording's chunks."""
+    """The transcript of a recording's chunks, which may have been read in any order."""
     tokens = recognizer.tokens
-    chunks, texts = [chunk for chunk, _ in heard], [found.tokens for _, found in heard]
+    heard = sorted(heard, key=lambda one: one[0].start)
+    pieces, texts = [piece for piece, _ in heard], [found.tokens for _, found in heard]
     if timestamps:
-        spans = merge_timed(texts, chunks, tokens.timestamp_begin)
+        spans = merge_timed(texts, pieces, tokens.timestamp_begin)
     else:
-        parts = zip(chunks, merge(texts), strict=True)
+        parts = zip(pieces, merge(texts), strict=True)
         spans = [
-            Span(place, chunk.first / SAMPLE_RATE, chunk.last / SAMPLE_RATE, part)
-            for place, (chunk, part) in enumerate(parts)
-            if chunk.last > chunk.first
+            Span(place, piece.first / SAMPLE_RATE, piece.last / SAMPLE_RATE, part)
+            for place, (piece, part) in enumerate(parts)
+            if piece.last > piece.first
         ]
     segments = []
     for span in spans:
-        chunk, found = heard[span.chunk]
+        piece, found = heard[span.chunk]
         segments.append(
             Segment(
                 id=len(segments),
-                seek=chunk.start * FRAME_RATE // SAMPLE_RATE,
+                seek=piece.start // HOP,
                 start=span.start,
                 end=span.end,
                 text=tokens.decode(span.tokens),
@@ -184,94 +225,4 @@ def assemble(
         )
     text = tokens.decode(flat([span.tokens for span in spans]))
     tally = total(found.tally for _, found in heard)
-    return Transcript(text, tuple(segments), chunks[0].language, tally)
-
-
-def merge_timed(
-    texts: Sequence[Sequence[int]], chunks: Sequence[Chunk], timestamp_begin: int
-) -> list[Span]:
-    """Texts with timestamps as one, cut at the timestamps, as in Transformers' pipeline.
-
-    A timestamp in the overlap with a neighbour may split what the other heard whole, so it cuts
-    nothing; what the two heard between the cuts is laid over each other. The last timestamp of a
-    chunk is never believed where another one overlaps its end.
-    """
-    spans: list[Span] = []
-    waiting: list[Sequence[int]] = []  # texts since the last cut
-    start, twin = None, False  # where the segment began; whether the next timestamp is passed over
-    for place, (ids, chunk) in enumerate(zip(texts, chunks, strict=True)):
-        offset = chunk.start / SAMPLE_RATE
-        first, last = believed(ids, chunk, timestamp_begin)
-        text: list[int] = []
-        for token in ids:
-            if token < timestamp_begin:
-                text.append(token)
-                continue
-            time = round((token - timestamp_begin) * TIMESTAMP_STEP + offset, 2)
-            if token >= last:
-                twin = True
-            elif twin or (waiting and token < first):
-                twin = False
-            elif start is None:
-                start = time
-            elif time != start:
-                spans.append(Span(place, start, time, flat(merge([*waiting, text]))))
-                waiting, text, start = [], [], None
-        if text:
-            waiting.append(text)
-        elif not any(waiting):
-            waiting, start = [], None
-    if waiting:
-        before = spans[-1].end if spans else 0.0
-        end = chunks[-1].last / SAMPLE_RATE
-        spans.append(
-            Span(len(texts) - 1, start if start is not None else before, end, flat(merge(waiting)))
-        )
-    return spans
-
-
-def believed(ids: Sequence[int], chunk: Chunk, timestamp_begin: int) -> tuple[float, float]:
-    """The first timestamp that may cut a chunk's text, and the first one behind it that may not."""
-    left = (chunk.first - chunk.start) / SAMPLE_RATE
-    right = (chunk.last - chunk.start) / SAMPLE_RATE
-    first, last = timestamp_begin + left / TIMESTAMP_STEP, float("inf")
-    if chunk.start + chunk.samples.size > chunk.last:
-        for token in reversed([token for token in ids if token >= timestamp_begin]):
-            if last < float("inf") and (token - timestamp_begin) * TIMESTAMP_STEP < right:
-                break
-            last = token
-    return first, last
-
-
-def flat(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """All tokens in turn."""
-    return tuple(token for part in parts for token in part)
-
-
-def merge(texts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """What each text adds to those before it, where neighbours overlap.
-
-    As in Transformers' pipeline: the end of one and the beginning of the next are laid over each
-    other where most tokens agree, and the halves of that overlap come from the nearer one.
-    """
-    parts = []
-    left = np.array(texts[0] if texts else (), np.int64)
-    for text in texts[1:]:
-        right = np.array(text, np.int64)
-        end, begin = overlap(left, right)
-        parts.append(tuple(left[:end].tolist()))
-        left = right[begin:]
-    return [*parts, tuple(left.tolist())] if texts else []
-
-
-def overlap(left: np.ndarray, right: np.ndarray) -> tuple[int, int]:
-    """Where to leave `left` and where to enter `right`."""
-    best, place = 0.0, (left.size, 0)
-    for shift in range(1, left.size + right.size):  # how far `right` is pushed over `left`
-        start, stop = max(0, left.size - shift), min(left.size, left.size + right.size - shift)
-        other = max(0, shift - left.size)
-        matches = int((left[start:stop] == right[other : other + stop - start]).sum())
-        agreement = matches / shift + shift / LONGER_IS_BETTER
-        if matches > 1 and agreement > best:
-            best, place = agreement, ((start + stop) // 2, other + (stop - start) // 2)
-    return place
+    return Transcript(text, tuple(segments), heard[0][1].language, tally)

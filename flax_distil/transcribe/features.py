@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from flax_distil.audio.load import CLIP_SAMPLES
-from flax_distil.audio.log_mel import HOP, log_powers, scaled
+from flax_distil.audio.log_mel import HOP, log_mel, log_powers, scaled
 from flax_distil.model.dims import CHUNK_FRAMES
 from flax_distil.model.spec import Params, Spec
 
@@ -33,12 +33,24 @@ def window(mel_TM: Float32[np.ndarray, "T M"], start: int, size: int) -> Float32
     return np.pad(part, ((0, CHUNK_FRAMES - len(part)), (0, 0)))
 
 
+def clip_mel(waveform: Float32[np.ndarray, "n"], mels: int) -> Float32[np.ndarray, "T M"]:
+    """Log-mel of one clip on the host, as `recognize` hears it."""
+    return np.asarray(_log_mel(waveform[None], mels)[0])
+
+
 @partial(jax.jit, static_argnames="spec")
 def listen_to_mel(
     spec: Spec, params: Params, mel_BTM: Float[Array, "B T M"]
 ) -> Float[Array, "B S D"]:
-    """Log-mel windows to audio states. params: the encoder's."""
-    return spec.encoder(params)(mel_BTM)
+    """Log-mel windows to audio states; CPUs take one after the other, as in `listen`.
+
+    params: the encoder's.
+    """
+
+    def in_turn(mel_BTM: Array) -> Array:
+        return jax.lax.map(lambda mel_TM: spec.encoder(params)(mel_TM[None])[0], mel_BTM)
+
+    return jax.lax.platform_dependent(mel_BTM, cpu=in_turn, default=spec.encoder(params))
 
 
 def _piece(waveform: Float32[np.ndarray, "n"], start: int, mels: int) -> np.ndarray:
@@ -51,4 +63,5 @@ def _piece(waveform: Float32[np.ndarray, "n"], start: int, mels: int) -> np.ndar
     return np.asarray(_log_powers(part[None], mels)[0, edge:-edge])
 
 
+_log_mel = jax.jit(log_mel, static_argnames="mels")
 _log_powers = jax.jit(log_powers, static_argnames="mels")

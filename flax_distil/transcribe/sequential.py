@@ -88,6 +88,8 @@ class Reading:
             self.size = min(CHUNK_FRAMES, len(self.mel) - self.seek, end - self.seek)
             if self.size <= 0:
                 self.clips.pop(0)
+                # A timestamp may lie behind the clip, where nothing was heard.
+                self.seek = self.clips[0][0] if self.clips else self.seek
             elif np.ptp(self.mel[self.seek : self.seek + self.size]) == 0:
                 self.seek += self.size
             else:
@@ -153,7 +155,7 @@ def begin(
 ) -> Reading:
     """A recording of which nothing is read yet; its language is detected from the first 30 s."""
     mel_TM = recording_mel(waveform, recognizer.spec.dims.mels)
-    if language is None and len(mel_TM):
+    if language is None and len(mel_TM) and recognizer.tokens.multilingual:
         first_1TM = window(mel_TM, 0, CHUNK_FRAMES)[None]
         encoder = recognizer.params["encoder"]
         language = detect(recognizer, listen_to_mel(recognizer.spec, encoder, first_1TM))[0]

@@ -42,8 +42,7 @@ def test_what_is_asked_for_wins(unnamed, tmp_path, monkeypatch, variable):
 
 
 @pytest.mark.skipif(
-    find_spec("libtpu") is None
-    or any(any(Path("/dev").glob(pattern)) for pattern in ACCELERATORS),
+    find_spec("libtpu") is None or any(any(Path("/dev").glob(pattern)) for pattern in ACCELERATORS),
     reason="no libtpu, or an accelerator is here",
 )
 def test_libtpu_is_silent(unnamed):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from flax_distil.audio.load import pad_or_trim
-from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.decode.recognizer import make_recognizer, recognize
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.text.tokens import load_tokens
-from flax_distil.transcribe import ChunkedOptions, transcribe, transcribe_all
-from flax_distil.transcribe.chunked import Chunk, cut, merge, merge_timed
+from flax_distil.transcribe import ChunkedOptions, chunked, transcribe, transcribe_all
+from flax_distil.transcribe.merging import cut, merge, merge_timed
 
 
 def test_merging_equals_transformers():
@@ -48,16 +48,11 @@ def test_timed_merging_equals_transformers(tiny_en_folder, stride):
         silent = np.zeros(100, bool)
         for second in rng.choice(90, 2):
             silent[second : second + 9], pauses[second - 1] = True, True
-        chunks = [
-            Chunk(0, *places, waveform[places[0] : stop], "en", False)
-            for waveform in [np.zeros(round(seconds * 16_000), np.float32)]
-            for start, stop, first, last in cut(waveform.size, ChunkedOptions(20, stride))
-            for places in [(start, first, last)]
-        ]
+        pieces = cut(round(seconds * 16_000), ChunkedOptions(20, stride))
         texts = []
-        for chunk in chunks:
-            start, text = chunk.start / 16_000, [begin]
-            for second in range(int(start), int(start + chunk.samples.size / 16_000)):
+        for piece in pieces:
+            start, text = piece.start / 16_000, [begin]
+            for second in range(int(start), piece.stop // 16_000):
                 if silent[second]:
                     continue
                 text.append(99 if rng.random() < 0.1 else words[second])
@@ -66,7 +61,7 @@ def test_timed_merging_equals_transformers(tiny_en_folder, stride):
                     text += [time, time + int(rng.integers(0, 3))]
             texts.append([int(token) for token in (text if rng.random() < 0.5 else text[:-1])])
         strides = [
-            (c.samples.size, c.first - c.start, c.start + c.samples.size - c.last) for c in chunks
+            (stop - start, first - start, stop - last) for start, stop, first, last in pieces
         ]
         outputs = [
             {"tokens": torch.tensor([text]), "stride": tuple(n / 16_000 for n in sizes)}
@@ -75,7 +70,7 @@ def test_timed_merging_equals_transformers(tiny_en_folder, stride):
         whole, more = theirs._decode_asr(
             outputs, return_timestamps=True, return_language=False, time_precision=0.02
         )
-        spans = merge_timed(texts, chunks, begin)
+        spans = merge_timed(texts, pieces, begin)
         assert "".join(tokens.decode(span.tokens) for span in spans) == whole
         assert len(spans) == len(more["chunks"])
         for span, other in zip(spans, more["chunks"], strict=True):
@@ -83,7 +78,7 @@ def test_timed_merging_equals_transformers(tiny_en_folder, stride):
             assert tokens.decode(span.tokens) == other["text"]
             assert start is None or span.start == pytest.approx(start)
             assert end is None or span.end == pytest.approx(end)
-        cut_inside += len(spans) > len(chunks)
+        cut_inside += len(spans) > len(pieces)
     assert cut_inside > 50
 
 
@@ -130,6 +125,34 @@ def test_chunks_are_decoded_as_recognize_does(random_folders):
     assert [segment.tokens for segment in second.segments] == [heard[2].tokens]
     alone = transcribe(short, recognizer, options=options, long_form=chunked)
     assert (alone.text, len(alone.segments)) == (second.text, 1)
+
+
+def test_a_chunk_is_read_on_from_its_last_timestamp(random_folders, monkeypatch):
+    """What follows the last pair of timestamps is heard again, in a window that begins there."""
+    recognizer = make_recognizer(load_checkpoint(random_folders[0]))
+    at = lambda seconds: recognizer.tokens.timestamp_begin + round(seconds / 0.02)
+    script = {  # by the second at which a window begins
+        0: (at(0), 1, at(4), at(4), 99),  # ends early
+        4: (at(0), 2, 3, 4, 5, at(14.2), at(14.2)),  # from 18 s on the next chunk hears better
+        16: (at(0), 4, 5, at(2.2), at(2.2), 6, 7, at(6), at(6), 8, at(16), at(16), 9),
+    }
+    heard = []
+
+    def decode(_, __, ___, windows, *____):
+        heard.append([window.seed / 16_000 for window in windows])
+        texts = [script[second] for second in heard[-1]]
+        return [Hypothesis(ids, "", "en", -1.0 / len(heard), 0.1, 1.0) for ids in texts]
+
+    monkeypatch.setattr(chunked, "decode", decode)
+    sound = np.ones(50 * 16_000, np.float32)
+    sound[32 * 16_000 :] = 0  # what the third chunk begins with
+    options, long_form = DecodeOptions(timestamps=True), ChunkedOptions(20, 2)
+    found = transcribe(sound, recognizer, options=options, long_form=long_form, batch_size=2)
+    assert heard == [[0, 16], [4]]
+    expected = [(0, 4, (1,)), (4, 18.2, (2, 3, 4, 5)), (18.2, 22, (6, 7)), (22, 50, (8, 9))]
+    assert [(one.start, one.end, one.tokens) for one in found.segments] == expected
+    # Of the first chunk's two windows, five and seven tokens with the ends of their texts.
+    assert found.segments[0].avg_logprob == pytest.approx(-(6 * 1 + 8 / 2) / 14)
 
 
 def test_wrong_chunks_are_refused():
