@@ -4,23 +4,26 @@
     <run>/best/<step>/          params, progress
 
 Orbax writes them beside the run, asynchronously, and renames a complete one into place: a kill or a
-full disk leaves the one before as it was.
+full disk leaves the one before as it was. Whether a disk gives back what it was given, Orbax does
+not ask: `progress` holds a sum of the bits of every array, taken on the devices.
 """
 
-import logging
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from zlib import crc32
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from flax_distil.data.loader import LoaderState, on_all_hosts
+from flax_distil.distill.replicas import bit_sums
 from flax_distil.distill.state import TrainState
 from flax_distil.errors import InputError
-
-log = logging.getLogger(__name__)
 
 LATEST, BEST = "checkpoints", "best"
 
@@ -71,7 +74,7 @@ class Checkpoints:
         """The latest state, placed as the arrays or shapes of `like` say.
 
         Raises:
-            InputError: there is none, or it is of another model or optimizer.
+            InputError: there is none, it is damaged, or of another model or optimizer.
         """
         step = self.latest.latest_step()
         if step is None:
@@ -83,16 +86,15 @@ class Checkpoints:
             rest=ocp.args.StandardRestore(replace(like, params=None)),
             progress=ocp.args.JsonRestore(),
         )
-        try:
+        folder = self.folder / LATEST / str(step)
+        with readable(folder):
             found = self.latest.restore(step, args=arguments)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"the checkpoint of step {step} in {self.folder} is of another model or optimizer: "
-                f"{error}"
-            ) from error
-        saved = dict(found["progress"])
-        loader = LoaderState(**saved.pop("loader"))
-        return replace(found["rest"], params=found["params"]), Progress(loader, **saved)
+            saved = dict(found["progress"])
+            sums, loader = saved.pop("sums"), LoaderState(**saved.pop("loader"))
+            progress = Progress(loader, **saved)
+        arrays = {"params": found["params"], "rest": found["rest"]}
+        check_sums(bit_sums(arrays) | json_sum(progress), sums, folder)
+        return replace(found["rest"], params=found["params"]), progress
 
     def wait(self) -> None:
         """Until everything is on disk. Raises InputError when it could not be written."""
@@ -114,7 +116,8 @@ class Checkpoints:
         self.wait()  # for the one before, whose failure would otherwise be told as this one's
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         progress = replace(progress, loader=on_all_hosts(progress.loader))
-        items["progress"] = ocp.args.JsonSave(asdict(progress))
+        sums = bit_sums(trees) | json_sum(progress)
+        items["progress"] = ocp.args.JsonSave(asdict(progress) | {"sums": sums})
         try:
             one.save(step, args=ocp.args.Composite(**items), force=True)
         except OSError as error:
@@ -125,7 +128,7 @@ class Checkpoints:
         intact = f"that of step {whole[-1]} is intact" if whole else "there is none before it"
         return InputError(
             f"a checkpoint could not be written to {self.folder}; {intact}: make room and continue "
-            f"with --run.resume must ({str(error).strip().splitlines()[0][:300]})"
+            f"with --run.resume must ({str(error).strip().splitlines()[0][-160:]})"
         )
 
 
@@ -158,19 +161,43 @@ def read_params(
     "best" is the latest where no validation chose one.
 
     Raises:
-        InputError: the run has no such checkpoint, or its parameters are others than `like`.
+        InputError: the run has no such checkpoint, it is damaged, or its parameters are others
+            than `like`.
     """
     found = {name: steps(run / name) for name in (LATEST, BEST)}
     name, step = choose(run, found, which)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-    folder = (run / name / str(step) / "params").absolute()
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(folder, like)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run / name / str(step)} is of another model: {error}") from error
+    folder = (run / name / str(step)).absolute()
+    with readable(folder), ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(folder / "params", like)
+        sums = json.loads((folder / "progress" / "metadata").read_text())["sums"]
+    check_sums(bit_sums({"params": params}), sums, folder)
     return step, jax.tree.map(np.asarray, params)
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Tells in a sentence why the checkpoint of a step cannot be read."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{folder} is damaged or of another model: {error}") from error
+
+
+def json_sum(progress: Progress) -> dict[str, int]:
+    """As `bit_sums`, of what is written as JSON."""
+    return {"progress": crc32(json.dumps(asdict(progress), sort_keys=True).encode())}
+
+
+def check_sums(found: Mapping[str, int], saved: Mapping[str, int], folder: Path) -> None:
+    """Raises InputError where something that was read is not what was saved."""
+    damaged = [name for name, value in found.items() if value != saved.get(name)]
+    if damaged:
+        raise InputError(
+            f"{folder} is damaged: {', '.join(damaged[:3])} cannot be what was saved. Delete this "
+            "folder to go on from the checkpoint before it"
+        )
 
 
 def choose(

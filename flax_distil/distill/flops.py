@@ -31,7 +31,7 @@ def step_flops(
     """
     teacher, student, loss = plan.teacher.dims, plan.student.dims, plan.loss
     clip = encoder_flops(teacher) if encode else 0
-    if (loss.kl or loss.mse) and plan.stored is None:
+    if plan.asks_teacher:
         clip += decoder_flops(teacher, length) + cross_flops(teacher)
         clip += vocabulary_flops(teacher, length) if loss.kl else 0
     if own_encoder:

@@ -81,11 +81,11 @@ def split_parameters(
     The encoder is shared where it is frozen and the teacher's to the last bit; a truncated or
     otherwise different one is kept apart. Positions of a trained encoder stay fixed sinusoids.
     Frozen matrices are stored in the type they are multiplied in, which changes no result. Of a
-    teacher whose distributions come with the batches, only the encoder is needed.
+    teacher who is not asked, only the encoder is needed.
     """
     scanned = plan.student.scan_layers
     encoder = laid_out(student.params["encoder"], scanned)
-    halves = teacher.params if plan.stored is None else ["encoder"]
+    halves = teacher.params if plan.asks_teacher else ["encoder"]
     theirs = {half: narrow(laid_out(teacher.params[half], scanned), plan) for half in halves}
     trainable = trainable_part(student.params, train_encoder, scanned)
     if train_encoder:

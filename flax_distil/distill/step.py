@@ -44,11 +44,16 @@ class Plan:
     stored: tuple[float, ...] | None = None
     augment: AugmentConfig | None = None
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher's decoder runs: not for cross-entropy alone, nor where stored."""
+        return self.stored is None and bool(self.loss.kl or self.loss.mse)
+
 
 class Frozen(NamedTuple):
     """Parameters that are read and never written.
 
-    teacher: the whole teacher, or its encoder alone where batches hold its distributions.
+    teacher: the whole teacher, or its encoder alone where its decoder is not asked.
     student_encoder: the part of the student's encoder that is neither trained nor the teacher's:
         empty when the encoder is shared, all of a truncated one, the positions of a trained one.
     """
@@ -62,7 +67,7 @@ class Guide(NamedTuple):
     loss takes, and its hidden states after each layer."""
 
     audio: Array
-    teacher: Heard | Stored
+    teacher: Heard | Stored | None
     every: Any
 
 
@@ -121,6 +126,8 @@ def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
     audio_BSD = jnp.asarray(audio_BSD, plan.teacher.dtype)
     if plan.stored is not None:
         return Guide(audio_BSD, remembered(batch, plan.stored, plan.loss.temperature), None)
+    if not plan.asks_teacher:
+        return Guide(audio_BSD, None, None)
     params = frozen.teacher["decoder"]
     decoder = plan.teacher.decoder(params)
     hidden_BLD, every_NBLD = decoder.hidden_states(jnp.asarray(batch.tokens), audio_BSD)

@@ -99,9 +99,17 @@ def wandb_run(config: DistillConfig, project: str) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError("wandb is not installed: pip install flax-distil[wandb]") from None
-    name = config.output_dir.name
-    record = json.loads(json.dumps(asdict(config), default=str))
-    return wandb.init(project=project, name=name, id=name, resume="allow", config=record)
+    known = config.output_dir / "wandb-id"
+    if not known.exists():
+        known.write_text(wandb.util.generate_id(), encoding="utf-8")
+    return wandb.init(
+        project=project,
+        name="/".join(config.output_dir.parts[-2:]),
+        id=known.read_text(encoding="utf-8"),
+        resume="allow",
+        dir=config.output_dir,
+        config=json.loads(json.dumps(asdict(config), default=str)),
+    )
 
 
 class Done(NamedTuple):

@@ -94,9 +94,17 @@ def parameters(plan, teacher, student):
     return split_parameters(plan, teacher, student, train_encoder=False)
 
 
+@pytest.fixture(autouse=True)
+def _compile_quickly():
+    """Programs compile twice as fast and run slower: compiling is what these tests wait for."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def quick_jit():
-    """`jax.jit` that compiles twice as fast and runs slower: compiling is what tests wait for."""
+    """`jax.jit` that compiles so in fixtures as well, which no test has begun yet."""
     return partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 

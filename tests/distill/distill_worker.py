@@ -1,7 +1,6 @@
-"""One host of tests/distill/test_hosts.py: `python distill_worker.py FOLDER NOTICE KILL`.
+"""One host of tests/distill/test_hosts.py: `python distill_worker.py FOLDER KILL`.
 
-Trains on all hosts' devices and prints how it ended. NOTICE: the batch before which the last host
-is told to stop, as by a preemption. KILL: the step after whose checkpoint it dies instead.
+Trains on all hosts' devices. KILL: the step after whose checkpoint the last host dies.
 """
 
 import os
@@ -71,20 +70,17 @@ def run(folder: Path, before) -> TrainSummary:
     return train(config, teacher, init_student(teacher, 2), Batches(before), validate)
 
 
-def main(folder: Path, notice: int, kill: int) -> None:
-    def before(position: int) -> None:
-        if jax.process_index() < jax.process_count() - 1:
-            return
-        if position == notice:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if kill in steps(folder / LATEST):
+def main(folder: Path, kill: int) -> None:
+    last = jax.process_index() == jax.process_count() - 1
+
+    def before(_: int) -> None:
+        if last and kill in steps(folder / LATEST):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.2)  # so that the checkpoint is written before many more steps are made
 
-    summary = run(folder, before)
-    print(f"ended {summary.steps} {summary.finished} {summary.best_wer}", flush=True)
+    run(folder, before)
 
 
 if __name__ == "__main__":
     multihost.start(heartbeat=10, connect=60)
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

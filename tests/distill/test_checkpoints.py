@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_distil.config import OptimizerConfig
 from flax_distil.data.loader import LoaderState
-from flax_distil.distill.checkpoints import Checkpoints, Progress, has_checkpoints
+from flax_distil.distill.checkpoints import Checkpoints, Progress, has_checkpoints, read_params
 from flax_distil.distill.state import initial_state
 from flax_distil.errors import InputError
 from flax_distil.parallel.mesh import make_mesh
@@ -46,21 +46,50 @@ def test_everything_comes_back(tmp_path):
 
 
 def test_restores_on_another_mesh(tmp_path):
+    """From eight devices to four, which cut the kernel, and to one."""
     whole = NamedSharding(make_mesh(8, 1, 1), PartitionSpec())
     with_eight = jax.tree.map(lambda x: jax.device_put(x, whole), state_at(5))
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(with_eight, Progress(LoaderState()))
-    checkpoints.wait()
-    mesh = make_mesh(1, 4, 1, devices=jax.devices()[:4])
-    cut = lambda x: NamedSharding(mesh, PartitionSpec("fsdp") if x.ndim > 1 else PartitionSpec())
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut(x)), state_at(0)
-    )
-    state, _ = checkpoints.restore(like)
+    save_and_wait(checkpoints, with_eight)
+    for count in (4, 1):
+        mesh = make_mesh(1, count, 1, devices=jax.devices()[:count])
+        cut = lambda x, mesh=mesh: NamedSharding(
+            mesh, PartitionSpec("fsdp") if x.ndim > 1 else PartitionSpec()
+        )
+        like = jax.tree.map(
+            lambda x, cut=cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut(x)), state_at(0)
+        )
+        state, _ = checkpoints.restore(like)
+        kernel = state.params["decoder"]["layers"][0]["kernel"]
+        assert len(kernel.sharding.device_set) == count
+        assert kernel.addressable_shards[0].data.size * count == kernel.size
+        assert np.all(np.asarray(kernel) == 5)
     checkpoints.close()
-    kernel = state.params["decoder"]["layers"][0]["kernel"]
-    assert kernel.sharding.spec == PartitionSpec("fsdp")
-    assert np.all(np.asarray(kernel) == 5)
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [("params", "params.decoder.layers.0.kernel"), ("rest", "rest.optimizer"), ("progress", "pro")],
+)
+def test_a_flipped_bit_on_the_disk_is_noticed(tmp_path, part, named):
+    """In the middle of the numbers, which compression leaves as they are: they are random."""
+    noise = lambda x: jax.random.normal(jax.random.key(1), x.shape) if x.ndim == 2 else x
+    state = jax.tree.map(noise, state_at(1, 512))
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save_and_wait(checkpoints, state)
+    folder = tmp_path / "checkpoints" / "1"
+    files = [path for path in (folder / part).rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    place = content.index(b'"position": 0') + 12 if part == "progress" else len(content) // 2
+    content[place] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(InputError, match=f"1 is damaged: {named}.*cannot be what was saved"):
+        checkpoints.restore(state_at(0, 512))
+    if part == "params":
+        with pytest.raises(InputError, match=f"1 is damaged: {named}"):
+            read_params(tmp_path, state.params)
+    checkpoints.close()
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
@@ -72,7 +101,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # as a full disk: writes fail
     try:
-        with pytest.raises(InputError, match=r"could not be written .* step 1 is intact: make r"):
+        with pytest.raises(InputError, match=r"not be written .* step 1 is intact.*too large"):
             save_and_wait(checkpoints, replace(full, params=noise))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -98,7 +127,7 @@ def test_another_model_is_an_error(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(state_at(1), Progress(LoaderState()))
     checkpoints.wait()
-    with pytest.raises(InputError, match=r"of step 1 .* is of another model or optimizer"):
+    with pytest.raises(InputError, match=r"checkpoints/1 is damaged or of another model"):
         checkpoints.restore(state_at(0, size=32))
     checkpoints.close()
 

@@ -13,7 +13,7 @@ import pytest
 
 from flax_distil.distill.checkpoints import read_params
 
-KILLS = int(os.environ.get("FLAX_DISTIL_KILLS", "3"))  # twenty by hand: docs/LOG.md
+KILLS = int(os.environ.get("FLAX_DISTIL_KILLS", "2"))  # twenty by hand: docs/LOG.md
 STEPS = 8 * KILLS
 
 

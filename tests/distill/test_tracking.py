@@ -1,7 +1,9 @@
 import builtins
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,6 +77,29 @@ def test_wandb_is_asked_for_by_name(config, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InputError, match=r"pip install flax-distil\[wandb\]"):
         Tracker(replace(config, run=RunConfig(tensorboard=False, wandb="project")))
+
+
+def test_wandb_continues_a_run_and_mixes_no_two(config, monkeypatch):
+    """Two folders of the same name are two runs; a resumed folder is one."""
+    begun, logged = [], []
+
+    def init(**given):
+        begun.append(given)
+        return SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=list)
+
+    ids = iter(["first", "second"])
+    util = SimpleNamespace(generate_id=lambda: next(ids))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, util=util))
+    run = RunConfig(tensorboard=False, wandb="project")
+    for recipe, start in (("a", 0), ("b", 0), ("a", 1)):
+        folder = config.output_dir / recipe / "distill"
+        with Tracker(replace(config, output_dir=folder, run=run), start) as tracker:
+            tracker.scalars(start + 1, {"loss": 2.0})
+    assert [one["id"] for one in begun] == ["first", "second", "first"]
+    assert [one["name"] for one in begun] == ["a/distill", "b/distill", "a/distill"]
+    assert begun[0]["project"] == "project"
+    assert begun[0]["config"]["loss"]["temperature"] == 2.0
+    assert logged == [(1, {"loss": 2.0}), (1, {"loss": 2.0}), (2, {"loss": 2.0})]
 
 
 def test_speed_leaves_compilation_and_pauses_out(monkeypatch):

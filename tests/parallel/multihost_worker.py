@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_distil.distill.stopping import stop_signals
 from flax_distil.parallel import multihost
 
 
@@ -42,6 +43,18 @@ def wait_for_absent_host() -> None:
         multihost.barrier("later", timeout=1)
     except ValueError as error:
         print(error)
+
+
+def stop_together() -> None:
+    """The last host is told to stop, as by a preemption."""
+    step = 0
+    with stop_signals() as stop:
+        while not stop(step):
+            if step == 5 and not multihost.is_main_host():
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+            step += 1
+    print(f"stopped before step {step}")
 
 
 def lose_a_host() -> None:

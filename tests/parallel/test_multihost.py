@@ -66,6 +66,14 @@ def test_barrier_names_the_absent_host():
     assert "'later' was used before" in output_0
 
 
+def test_a_notice_to_one_host_stops_both_before_the_same_step():
+    (status_0, output_0), (status_1, output_1) = run_hosts("stop_together")
+    assert (status_0, status_1) == (0, 0), output_0 + output_1
+    before = [output.split("stopped before step ")[1].split()[0] for output in (output_0, output_1)]
+    assert before[0] == before[1]
+    assert 6 <= int(before[0]) < 200
+
+
 def test_killed_host_ends_the_others():
     begin = time.monotonic()
     (status_0, output_0), (status_1, _) = run_hosts("lose_a_host", HEARTBEAT="5")
