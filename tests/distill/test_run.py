@@ -1,6 +1,7 @@
 """From files to files: labels and two model folders in, a run's folder and its student out."""
 
 import json
+import logging
 import wave
 from dataclasses import replace
 
@@ -40,7 +41,7 @@ def labels(tmp_path_factory):
     return path
 
 
-def test_a_run_leaves_everything(random_folders, labels, tmp_path):
+def test_a_run_leaves_everything(random_folders, labels, tmp_path, caplog):
     teacher, student = random_folders
     config = DistillConfig(
         teacher=str(teacher),
@@ -53,7 +54,9 @@ def test_a_run_leaves_everything(random_folders, labels, tmp_path):
         validation=ValidationConfig((labels,), batch_size=4, max_clips=3, max_tokens=4),
         run=RunConfig(log_every=1),
     )
-    summary = run(config)
+    with caplog.at_level(logging.INFO, "flax_distil"):
+        summary = run(config)
+    assert "said   one two" in caplog.text  # a sample of what was judged
     assert (summary.steps, summary.finished, summary.best_step) == (2, True, 2)
     assert summary.best_wer >= 90  # noise into random weights
     folder = config.output_dir

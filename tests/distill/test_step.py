@@ -212,6 +212,7 @@ def test_every_objective_has_pytorchs_gradients(
     trainable, frozen = split_parameters(one, teacher, student, train_encoder)
     assert set(trainable) == ({"encoder", "decoder"} if train_encoder else {"decoder"})
     assert len(frozen.student_encoder.get("layers", ())) == (encoder_layers or 0)
+    assert ("decoder" in frozen.teacher) == bool(loss.kl or loss.mse)  # else nobody asks it
 
     def total(params):
         losses = student_losses(params, frozen, teach(frozen, batch, one), batch, one)
