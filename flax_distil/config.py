@@ -249,6 +249,9 @@ class RunConfig:
     """Latest checkpoints kept, beside the best."""
     workers: int = 4
     """Threads that decode audio."""
+    processes: int = 0
+    """Processes that decode audio in their place: for hosts whose accelerators take more than some
+    hundred clips a second, where threads wait for Python's lock."""
     log_every: int = 1
     """Updates between lines on the console and in metrics.jsonl."""
     tensorboard: bool = True

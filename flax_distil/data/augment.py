@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -52,15 +53,24 @@ def open_noise(config: AugmentConfig) -> AddNoise | None:
     recordings = read_dataset(DataConfig(str(config.noise)))
     if not isinstance(recordings, Utterances):
         raise InputError(f"{config.noise} is a stream: noise is a folder or list of files")
-    hear = lru_cache(RECORDINGS_KEPT)(lambda number: listen(recordings[number]))
+    return Noise(recordings, config)
 
-    def add(samples: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Adds noise of these recordings; it can be sent to another process."""
+
+    recordings: Utterances
+    config: AugmentConfig
+
+    def __call__(self, samples: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+        """The samples with noise, if the seed wants it, as loud as they were at most."""
         random = generator(Purpose.NOISE, *seed)
-        if random.random() >= config.noise_probability:
+        if random.random() >= self.config.noise_probability:
             return samples
-        snr_db = random.uniform(*config.snr_db)
+        snr_db = random.uniform(*self.config.snr_db)
         try:
-            recording = hear(int(random.integers(len(recordings))))
+            recording = _heard(self, int(random.integers(len(self.recordings))))
         except AudioError as error:
             logger.warning("a clip is left without noise: %s", error)
             return samples
@@ -70,4 +80,7 @@ def open_noise(config: AugmentConfig) -> AddNoise | None:
         mixed = mix_at_snr(samples.astype(np.float32) / 32768, noise, snr_db)
         return to_int16(mixed / max(1.0, float(np.abs(mixed).max())))
 
-    return add
+
+@lru_cache(RECORDINGS_KEPT)
+def _heard(noise: Noise, number: int) -> np.ndarray:
+    return listen(noise.recordings[number])

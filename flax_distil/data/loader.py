@@ -4,7 +4,6 @@ import json
 import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any, NamedTuple
@@ -31,11 +30,14 @@ from flax_distil.data.mixing import STREAMED, Place, Source, places, rows_by_lan
 from flax_distil.data.streams import LanePlace, Streamed, check_lanes, read_lane
 from flax_distil.data.utterances import Joined, Skipped, Utterance
 from flax_distil.data.windows import hear, read_ahead
+from flax_distil.data.workers import open_pool
 from flax_distil.errors import InputError
 from flax_distil.parallel.multihost import host_slice
 from flax_distil.text.tokens import WhisperTokens
 
 logger = logging.getLogger(__name__)
+
+NOTHING = np.zeros(0, np.int16)  # samples of what is not heard
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,14 @@ class LoaderState:
     """How many the datasets have, so that others are noticed; 0 before the first batch."""
     streams: dict[str, Sequence[int]] = field(default_factory=dict)
     """Where the lanes of streams stand, by "source/lane"; a host knows its own."""
+
+
+class Prepared(NamedTuple):
+    """One row before padding: its tokens, its sound, and its seconds: 0 where nothing is learnt."""
+
+    example: Example
+    samples: Int16[np.ndarray, "n"]
+    seconds: float
 
 
 class Row(NamedTuple):
@@ -73,6 +83,9 @@ class Loader:
     tokens: WhisperTokens
     batch_size: int
     workers: int = 4
+    """Threads that decode."""
+    processes: int = 0
+    """Processes that decode in their place."""
     ahead: int = 2
     """Batches decoded in advance."""
     lanes: int = 1
@@ -113,19 +126,15 @@ class Loader:
 
         What cannot be heard or has nothing to learn is silence of weight 0.
         """
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
+        processes = 0 if self.states else self.processes  # nothing is decoded then
+        pool, prepare = open_pool(self._prepare, self.workers, processes)
         running: deque = deque()
         share = host_slice(self.batch_size, self.rank, self.hosts)
         try:
             for rows, after in self._global_rows(state):
                 mine = rows[share]
-                waveforms = np.zeros((len(mine), 0 if self.states else CLIP_SAMPLES), np.int16)
-                prepared = [
-                    pool.submit(self._prepare, state.seed, row, waveform)
-                    for row, waveform in zip(mine, waveforms, strict=True)
-                ]
-                inputs = self._inputs(rows, state.seed)
-                running.append((prepared, mine, waveforms, inputs, after))
+                prepared = [pool.submit(prepare, state.seed, row) for row in mine]
+                running.append((prepared, mine, self._inputs(rows, state.seed), after))
                 if len(running) > self.ahead:
                     yield self._collected(*running.popleft())
         finally:
@@ -219,10 +228,7 @@ class Loader:
         follows = bool(source.follows[place.number])
         return follows and coins((seed, *place))[1] < source.options.prompt_probability
 
-    def _prepare(
-        self, seed: int, row: Row, waveform: Int16[np.ndarray, "N"]
-    ) -> tuple[Example, float]:
-        """Fill one row's waveform; its tokens and its seconds, 0 where nothing is learnt."""
+    def _prepare(self, seed: int, row: Row) -> Prepared:
         place, utterance, before = row
         source = self.sources[place.source]
         if utterance is None:
@@ -237,19 +243,18 @@ class Loader:
         if len(targets.tokens) > max(source.options.buckets):
             return self._left_out(utterance, f"its label has {len(targets.tokens)} tokens")
         if self.states:
-            return targets, float(self.states.seconds[self._number(place)])
+            return Prepared(targets, NOTHING, float(self.states.seconds[self._number(place)]))
         clip = hear(utterance)
         if isinstance(clip, Skipped):
-            return targets, self._left_out(utterance, clip.reason)[1]
+            return self._left_out(utterance, clip.reason)._replace(example=targets)
         samples = clip.samples
         if self.add_noise:
             samples = self.add_noise(samples, (seed, *place))
-        waveform[: len(samples)] = samples
-        return targets, clip.duration
+        return Prepared(targets, samples, clip.duration)
 
-    def _left_out(self, utterance: Utterance, reason: str) -> tuple[Example, float]:
+    def _left_out(self, utterance: Utterance, reason: str) -> Prepared:
         logger.warning("%s has weight 0: %s", utterance.id, reason)
-        return Example([self.tokens.sot], [self.tokens.eot], 0), 0.0
+        return Prepared(Example([self.tokens.sot], [self.tokens.eot], 0), NOTHING, 0.0)
 
     def _number(self, place: Place) -> int:
         """The utterance's number among those of all datasets, as `utterances` has them."""
@@ -257,8 +262,11 @@ class Loader:
             return STREAMED
         return place.number + sum(source.size or 0 for source in self.sources[: place.source])
 
-    def _collected(self, prepared, rows, waveforms, inputs, after) -> tuple[Batch, LoaderState]:
-        examples, seconds = zip(*(one.result() for one in prepared), strict=True)
+    def _collected(self, running, rows, inputs, after) -> tuple[Batch, LoaderState]:
+        examples, sounds, seconds = zip(*(one.result() for one in running), strict=True)
+        waveforms = np.zeros((len(rows), 0 if self.states else CLIP_SAMPLES), np.int16)
+        for waveform, samples in zip(waveforms, sounds, strict=True):
+            waveform[: len(samples)] = samples
         numbers = [self._number(row.place) for row in rows]
         needed = max(inputs, *(len(one.tokens) for one in examples))
         length = bucket_for(needed, self.sources[0].options.buckets)

@@ -196,6 +196,10 @@ class ParquetRows(Sequence[Row]):
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._footer = lru_cache(self.FOOTERS)(pq.read_metadata)
 
+    def __reduce__(self):
+        """Another process opens the files itself."""
+        return ParquetRows, (self.files,)
+
     def __len__(self) -> int:
         return self._starts[-1]
 

@@ -118,6 +118,7 @@ def run(config: DistillConfig) -> TrainSummary:
         tokens,
         config.batch_size,
         config.run.workers,
+        config.run.processes,
         lanes=config.lanes,
         rank=jax.process_index(),
         hosts=jax.process_count(),

@@ -4,16 +4,20 @@ from dataclasses import asdict, replace
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_batches import BEGIN, MULTILINGUAL
 
+from flax_distil.config import AugmentConfig
+from flax_distil.data.augment import open_noise
 from flax_distil.data.batches import TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import Source
-from flax_distil.data.utterances import Utterance
+from flax_distil.data.utterances import Utterance, read_dataset
 from flax_distil.errors import InputError
 
-SIZE = 11
+SIZE, START = 11, LoaderState(1)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,23 @@ def test_threads_and_batches_ahead_change_nothing(utterances):
     for workers, ahead in [(1, 0), (7, 5)]:
         other = loader(utterances, workers=workers, ahead=ahead).batches(LoaderState())
         assert [facts(b) for b, _ in islice(other, 5)] == [facts(b) for b, _ in expected]
+
+
+def test_processes_give_what_threads_give(tmp_path, flac):
+    """Rows of Parquet, and noise that each process opens for itself."""
+    audio = [{"bytes": flac(0.05 + 0.01 * n), "path": None} for n in range(6)]
+    table = {"id": list("abcdef"), "audio": audio, "token_ids": [[n] for n in range(6)]}
+    pq.write_table(pa.table(table), tmp_path / "labels.parquet")
+    rows = read_dataset(tmp_path / "labels.parquet")
+    noise = open_noise(AugmentConfig(tmp_path / "labels.parquet", noise_probability=0.5))
+    options = TargetOptions(language="en")
+    source = Source(rows, options, np.ones(6, int), np.zeros(6, bool))
+    found = [
+        list(islice(Loader((source,), MULTILINGUAL, 3, add_noise=noise, **who).batches(START), 4))
+        for who in ({"workers": 2}, {"processes": 1})
+    ]
+    threads, processes = ([facts(batch) for batch, _ in batches] for batches in found)
+    assert threads == processes
 
 
 def test_hosts_share_the_global_batches(utterances):

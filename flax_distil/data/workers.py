@@ -1,0 +1,47 @@
+"""Who decodes: threads, or processes where threads are too slow.
+
+FFmpeg works beside other threads, but what surrounds it holds Python's lock for half of a clip's
+time (docs/LOG.md): threads prepare about twice as many clips a second as one of them, however many
+cores there are. Processes have a lock each; they take seconds to start, and send what they decode.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context, parent_process
+from typing import Any
+
+
+def open_pool(function: Callable, threads: int, processes: int = 0) -> tuple[Executor, Callable]:
+    """An executor, and what to submit to it in place of `function`.
+
+    processes: take the place of threads where there are any; `function` is sent to each once.
+    """
+    if not processes:
+        return ThreadPoolExecutor(threads, thread_name_prefix="loader"), function
+    return ProcessPoolExecutor(processes, get_context("spawn"), _begin, (function,)), _call
+
+
+_function: Any = None  # of a worker process
+
+
+def _begin(function: Callable) -> None:
+    global _function
+    _function = function
+    for number in (signal.SIGINT, signal.SIGTERM):  # a run that is stopped still needs its batches
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed closes no pool."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _call(*arguments: Any) -> Any:
+    return _function(*arguments)
