@@ -189,10 +189,12 @@ def target_paths(sources: Sequence[Path], folder: Path) -> dict[Path, Path]:
     Files of a folder keep their place in it; `-` is stdin.
 
     Raises:
-        InputError: two sources would be written to one file, or there is none.
+        InputError: two sources would be written to one file, there is none, or `folder` is a file.
     """
     if not sources:
         raise InputError("no audio is given: flax-distil transcribe talk.mp3 --model whisper-base")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: give --output-dir a folder")
     targets: dict[Path, Path] = {}
     for source in dict.fromkeys(sources):
         for path, name in _files(source):

@@ -1,6 +1,11 @@
-"""Where overlapping chunks are cut and how their texts become one: as in Transformers' pipeline."""
+"""Where overlapping chunks are cut, and how their texts become one.
 
-from collections.abc import Sequence
+As in Transformers' pipeline, where it lays whole texts over each other. Its cuts at timestamps
+inside an overlap are not followed: they say a sentence twice that two chunks spell in two ways.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -51,60 +56,51 @@ def cut(samples: int, chunked: ChunkedOptions) -> list[Piece]:
 def merge_timed(
     texts: Sequence[Sequence[int]], pieces: Sequence[Piece], timestamp_begin: int
 ) -> list[Span]:
-    """Texts with timestamps as one, cut at the timestamps, as in Transformers' pipeline.
+    """Texts with timestamps as one list of segments, whose text is what `merge` makes of it.
 
-    A timestamp in the overlap with a neighbour may split what the other heard whole, so it cuts
-    nothing; what the two heard between the cuts is laid over each other. The last timestamp of a
-    chunk is never believed where another one overlaps its end.
+    A segment that neighbours share has the start of the one and the end of the other.
     """
+    heard = [
+        spans_of(ids, piece, place, timestamp_begin)
+        for place, (ids, piece) in enumerate(zip(texts, pieces, strict=True))
+    ]
+    bounds = kept([flat([one.tokens for one in spans]) for spans in heard])
+    merged: list[Span] = []
+    unfinished = False  # whether the last segment goes on in the next chunk
+    for spans, (begin, end) in zip(heard, bounds, strict=True):
+        at = 0
+        for one in spans:
+            inside = one.tokens[max(begin - at, 0) : max(end - at, 0)]
+            if inside and unfinished and at < begin:
+                last = merged.pop()
+                merged.append(Span(one.chunk, last.start, one.end, (*last.tokens, *inside)))
+            elif inside:
+                before = merged[-1].end if merged else 0.0
+                merged.append(
+                    one._replace(start=min(max(one.start, before), one.end), tokens=inside)
+                )
+            at += len(one.tokens)
+            unfinished = at > end if inside else unfinished
+    return merged
+
+
+def spans_of(ids: Sequence[int], piece: Piece, place: int, timestamp_begin: int) -> list[Span]:
+    """A chunk's segments; text that no timestamp closes goes on to the chunk's end."""
     spans: list[Span] = []
-    waiting: list[Sequence[int]] = []  # texts since the last cut
-    start, twin = None, False  # where the segment began; whether the next timestamp is passed over
-    for place, (ids, piece) in enumerate(zip(texts, pieces, strict=True)):
-        offset = piece.start / SAMPLE_RATE
-        first, last = believed(ids, piece, timestamp_begin)
-        text: list[int] = []
-        for token in ids:
-            if token < timestamp_begin:
-                text.append(token)
-                continue
-            time = round((token - timestamp_begin) * TIMESTAMP_STEP + offset, 2)
-            if token >= last:
-                twin = True
-            elif twin or (waiting and token < first):
-                twin = False
-            elif start is None:
-                start = time
-            elif time != start:
-                spans.append(Span(place, start, time, flat(merge([*waiting, text]))))
-                waiting, text, start = [], [], None
+    offset, end = piece.start / SAMPLE_RATE, piece.stop / SAMPLE_RATE
+    start, text = offset, []
+    for token in ids:
+        if token < timestamp_begin:
+            text.append(token)
+            continue
+        time = round((token - timestamp_begin) * TIMESTAMP_STEP + offset, 2)
         if text:
-            waiting.append(text)
-        elif not any(waiting):
-            waiting, start = [], None
-    if waiting:
-        before = spans[-1].end if spans else 0.0
-        end = pieces[-1].last / SAMPLE_RATE
-        spans.append(
-            Span(len(texts) - 1, start if start is not None else before, end, flat(merge(waiting)))
-        )
-    return spans
+            spans.append(Span(place, start, time, tuple(text)))
+        start, text = time, []
+    return [*spans, Span(place, start, end, tuple(text))] if text else spans
 
 
-def believed(ids: Sequence[int], piece: Piece, timestamp_begin: int) -> tuple[float, float]:
-    """The first timestamp that may cut a chunk's text, and the first one behind it that may not."""
-    left = (piece.first - piece.start) / SAMPLE_RATE
-    right = (piece.last - piece.start) / SAMPLE_RATE
-    first, last = timestamp_begin + left / TIMESTAMP_STEP, float("inf")
-    if piece.stop > piece.last:
-        for token in reversed([token for token in ids if token >= timestamp_begin]):
-            if last < float("inf") and (token - timestamp_begin) * TIMESTAMP_STEP < right:
-                break
-            last = token
-    return first, last
-
-
-def flat(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def flat(parts: Iterable[Sequence[int]]) -> tuple[int, ...]:
     """All tokens in turn."""
     return tuple(token for part in parts for token in part)
 
@@ -115,14 +111,18 @@ def merge(texts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     As in Transformers' pipeline: the end of one and the beginning of the next are laid over each
     other where most tokens agree, and the halves of that overlap come from the nearer one.
     """
-    parts = []
-    left = np.array(texts[0] if texts else (), np.int64)
-    for text in texts[1:]:
-        right = np.array(text, np.int64)
-        end, begin = overlap(left, right)
-        parts.append(tuple(left[:end].tolist()))
-        left = right[begin:]
-    return [*parts, tuple(left.tolist())] if texts else []
+    return [tuple(text[begin:end]) for text, (begin, end) in zip(texts, kept(texts), strict=True)]
+
+
+def kept(texts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Where the part of each text that is kept begins and ends."""
+    begins, ends = [0], []
+    for text, following in pairwise(texts):
+        left = np.array(text[begins[-1] :], np.int64)
+        end, begin = overlap(left, np.array(following, np.int64))
+        ends.append(begins[-1] + end)
+        begins.append(begin)
+    return list(zip(begins, [*ends, *map(len, texts[-1:])], strict=False))
 
 
 def overlap(left: np.ndarray, right: np.ndarray) -> tuple[int, int]:

@@ -177,6 +177,9 @@ def test_two_files_of_one_name_are_refused(tmp_path):
         target_paths([], tmp_path)
     with pytest.raises(InputError, match="holds no audio"):
         target_paths([tmp_path], tmp_path)
+    (tmp_path / "texts").touch()
+    with pytest.raises(InputError, match="texts is a file: give --output-dir a folder"):
+        target_paths([tmp_path / "a.wav"], tmp_path / "texts")
 
 
 def test_options_that_do_not_fit_are_refused(tmp_path):
