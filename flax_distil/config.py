@@ -91,6 +91,9 @@ class PseudoLabelConfig:
     so that distilling needs no teacher (distill --stored-teacher); 0 stores none."""
     top_k_temperatures: tuple[float, ...] = (1.0, 2.0)
     """Temperatures that can be distilled at with them."""
+    audio_states: Path | None = None
+    """Folder for the encoder's output of every clip (S x width x 2 bytes each): with the same
+    folder, distill --audio-states runs no encoder."""
     max_tokens: int = 224
     """Longest label in tokens."""
     pack_seconds: float | None = None
@@ -312,8 +315,9 @@ class DistillConfig:
     label_buckets: tuple[int, ...] = (32, 64, 128, 256, 448)
     """Label lengths in tokens that programs are compiled for; a batch takes the first that fits."""
     audio_states: Path | None = None
-    """Folder for the frozen encoder's output of every clip (S x width x 2 bytes each), made before
-    training where it is missing: the encoder then runs once a clip, not once an epoch."""
+    """Folder of the frozen encoder's output of every clip (S x width x 2 bytes each), where
+    pseudo-label --audio-states kept it; what is missing is made before training. So the encoder
+    runs once a clip, not once an epoch."""
     stored_teacher: bool = False
     """Take the teacher's distributions from the labels (pseudo-label --top-k) instead of running
     it: the KL is over the stored tokens and the rest, and no teacher is in memory."""
@@ -553,5 +557,7 @@ class DemoConfig:
     """Peak of the schedule; higher than the paper's, for so short a run."""
     max_tokens: int = 128
     """Longest label and transcript in tokens."""
+    top_k: int = 32
+    """Tokens that are kept of the teacher's distribution at each token of a label."""
     seed: int = 0
     """Of the split, the voices and the training order."""

@@ -98,6 +98,8 @@ def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -
             max_tokens=config.max_tokens,
             batch_size=config.batch_size,
             shard_size=64,
+            top_k=config.top_k,
+            audio_states=config.output_dir / "audio-states",
         )
     )
     return folder
@@ -126,6 +128,7 @@ def teach(
             prompt_probability=0.0,  # clips are judged without a prompt
             label_buckets=(96, config.max_tokens + 2),
             audio_states=config.output_dir / "audio-states",
+            stored_teacher=True,
             seed=config.seed,
             optimizer=OptimizerConfig(config.steps, config.learning_rate, config.steps // 10),
             compute=ComputeConfig(dtype="float32", vocabulary_chunk=128),

@@ -1,23 +1,30 @@
 """What the frozen encoder says of every clip, kept on disk: it never changes, so it runs once.
 
-    states.bf16    [clips, S, D] bfloat16, in the order of the dataset
-    seconds.f32    [clips] length of each clip; 0 where it could not be heard
-    states.json    what made them, and how many are there
+A folder holds one dataset's, in files of any number of clips that appear whole or not at all:
 
-A clip takes S · D · 2 bytes: 1.1 MiB with tiny, 3.7 MiB with large.
+    *.safetensors    clips     uint64 [n]             whose they are (`clip_names`)
+                     seconds   float32 [n]            length of each; 0 where it was not heard
+                     states    bfloat16 [n, S, D]
+
+Who wrote a file does not matter: the labeller, which encodes every clip anyway, or training, for
+what is not there yet. Filtering labels leaves it as it is. A clip takes S · D · 2 bytes: 1.1 MiB
+with tiny, 3.7 MiB with large.
 """
 
-import json
+import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float, Int16
+from jaxtyping import Array, BFloat16, Float, Float32, Int, Int16, UInt64
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from flax_distil.audio.load import CLIP_SAMPLES
@@ -27,89 +34,149 @@ from flax_distil.errors import InputError
 
 log = logging.getLogger(__name__)
 
+FILE_CLIPS = 64  # that training writes at a time, and that a kill can cost
+
 # Waveforms of one static batch to audio states.
 Encode = Callable[[Int16[np.ndarray, "B N"]], Float[Array, "B S D"]]
 
 
 @dataclass(frozen=True)
-class AudioStates:
-    """States of all clips of a dataset, memory-mapped: [clips, S, D] and seconds [clips]."""
+class StateFolder:
+    """Where the states of one dataset are, and the names of its clips, in its order."""
 
-    states: np.ndarray
-    seconds: np.ndarray
+    path: Path
+    names: UInt64[np.ndarray, "n"]
+
+
+@dataclass(frozen=True)
+class AudioStates:
+    """States of all clips of a run's datasets; read from the files when they are asked for."""
+
+    files: tuple[Any, ...]
+    """The `states` of each file."""
+    places: Int[np.ndarray, "clips 2"]
+    """File of each clip, and its place in it."""
+    seconds: Float32[np.ndarray, "clips"]
+
+    def read(self, clips: Sequence[int]) -> BFloat16[np.ndarray, "B S D"]:
+        """The states of these clips."""
+        return np.stack([self.files[file][place] for file, place in self.places[list(clips)]])
+
+
+def clip_names(numbers: Iterable[int], ids: Iterable[str]) -> UInt64[np.ndarray, "n"]:
+    """A name for each clip of a dataset, of its number and its id there."""
+    digests = [
+        hashlib.blake2b(f"{number} {id}".encode(), digest_size=8).digest()
+        for number, id in zip(numbers, ids, strict=True)
+    ]
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
+def write_states(
+    path: Path,
+    names: UInt64[np.ndarray, "n"],
+    seconds: Sequence[float],
+    states: Sequence[BFloat16[np.ndarray, "S D"]],
+) -> None:
+    """Put a file in its place: there or not there, never half.
+
+    Raises InputError where the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    tensors = {"clips": names, "seconds": np.array(seconds, np.float32), "states": np.stack(states)}
+    try:
+        save_file(tensors, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(
+            f"{path.parent} cannot take {tensors['states'].nbytes / 2**20:.0f} MiB of audio states "
+            f"({error}): choose a larger disk, or do without audio_states"
+        ) from None
 
 
 def audio_states(
-    folder: Path,
+    folders: Sequence[StateFolder],
     utterances: Sequence[Utterance],
     encode: Encode,
-    shape: tuple[int, int],
-    made_by: dict[str, Any],
     batch_size: int = 16,
     workers: int = 4,
 ) -> AudioStates:
-    """The states in `folder`, after encoding what is not there yet; a killed run goes on.
+    """The states of all datasets, after encoding what is not there yet; a killed run goes on.
 
-    shape: (S, D) of one clip. made_by: what decides the states (JSON), such as hashes of encoder
-        and data; it must be the same every time.
+    utterances: those of the folders, one dataset after the other.
 
     Raises:
-        InputError: the folder holds the states of another encoder or dataset, or the disk is full.
+        InputError: a file is damaged, or the disk is full.
     """
-    facts, count = folder / "states.json", len(utterances)
-    done = _begin(facts, made_by | {"clips": count, "shape": list(shape)})
-    mode = "r+" if (folder / "states.bf16").exists() else "w+"
-    try:
-        raw = np.memmap(folder / "states.bf16", np.uint16, mode, shape=(count, *shape))
-        seconds = np.memmap(folder / "seconds.f32", np.float32, mode, shape=(count,))
-        states = raw.view(ml_dtypes.bfloat16)
-        with tqdm(total=count, initial=done, desc="encoding", unit="clip") as bar:
-            for start in range(done, count, batch_size):
-                rows = range(start, min(start + batch_size, count))
-                _encode(rows, utterances, encode, batch_size, workers, states, seconds)
-                raw.flush()
-                seconds.flush()
-                _write(facts, json.loads(facts.read_text()) | {"done": rows.stop})
-                bar.update(len(rows))
-    except OSError as error:
-        size = count * shape[0] * shape[1] * 2 / 2**30
-        raise InputError(
-            f"{folder} cannot take {size:.1f} GiB of audio states ({error.strerror}): choose a "
-            "larger disk, or train without audio_states"
-        ) from None
-    return AudioStates(states, seconds)
+    starts = np.cumsum([0, *(len(folder.names) for folder in folders)])
+    found = [find(folder) for folder in folders]
+    missing = [np.flatnonzero(places[:, 0] < 0) for _, places, _ in found]
+    total = sum(map(len, missing))
+    with tqdm(total=total, desc="encoding", unit="clip", disable=not total) as bar:
+        for folder, start, rows in zip(folders, starts, missing, strict=False):
+            for first in range(0, len(rows), FILE_CLIPS):
+                some = rows[first : first + FILE_CLIPS]
+                clips = (utterances[start + row] for row in some)
+                seconds, states = _encoded(clips, encode, batch_size, workers, bar)
+                names = folder.names[some]
+                digest = hashlib.blake2b(names.tobytes(), digest_size=8).hexdigest()
+                write_states(folder.path / f"{digest}.safetensors", names, seconds, states)
+    if total:
+        found = [find(folder) for folder in folders]
+    return _joined(found)
 
 
-def _begin(facts: Path, wanted: dict[str, Any]) -> int:
-    """How many clips are there already, by the same encoder and data."""
-    if not facts.exists():
-        facts.parent.mkdir(parents=True, exist_ok=True)
-        _write(facts, wanted | {"done": 0})
-        return 0
-    found = json.loads(facts.read_text())
-    if differing := [key for key in wanted if found.get(key) != wanted[key]]:
-        raise InputError(
-            f"{facts.parent} holds audio states of another run ({', '.join(differing)} differ): "
-            "name another folder or delete this one"
-        )
-    return found["done"]
+Found = tuple[list[Any], Int[np.ndarray, "n 2"], Float32[np.ndarray, "n"]]
 
 
-def _encode(rows, utterances, encode, batch_size, workers, states, seconds) -> None:
-    waveforms = np.zeros((batch_size, CLIP_SAMPLES), np.int16)
-    clips = in_order(hear, (utterances[row] for row in rows), workers, ahead=batch_size)
-    for place, (row, clip) in enumerate(zip(rows, clips, strict=True)):
-        if isinstance(clip, Skipped):
-            log.warning("%s is left out: %s", clip.id, clip.reason)
-            seconds[row] = 0
-            continue
-        waveforms[place, : len(clip.samples)] = clip.samples
-        seconds[row] = clip.duration
-    encoded = np.asarray(encode(waveforms)).astype(ml_dtypes.bfloat16)
-    states[rows.start : rows.stop] = encoded[: len(rows)]
+def find(folder: StateFolder) -> Found:
+    """The files of a dataset, where each clip is in them (file -1: nowhere), and its seconds."""
+    files, there = [], {}
+    for path in sorted(folder.path.glob("[!.]*.safetensors")):
+        try:
+            file = safe_open(path, framework="numpy")
+            names, seconds = file.get_tensor("clips"), file.get_tensor("seconds")
+            files.append(file.get_slice("states"))
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{path} is damaged ({error}): delete it, and its clips are encoded again"
+            ) from None
+        for place, name in enumerate(names.tolist()):
+            there[name] = len(files) - 1, place, seconds[place]
+    found = [there.get(name, (-1, 0, 0.0)) for name in folder.names.tolist()]
+    places = np.array([one[:2] for one in found], np.int64).reshape(-1, 2)
+    return files, places, np.array([one[2] for one in found], np.float32)
 
 
-def _write(path: Path, contents: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(contents, indent=1))
-    os.replace(part, path)
+def _joined(found: Sequence[Found]) -> AudioStates:
+    files, places, seconds = zip(*found, strict=True)
+    before = np.cumsum([0, *map(len, files)])
+    moved = [one + np.array([shift, 0]) for one, shift in zip(places, before, strict=False)]
+    every = tuple(file for some in files for file in some)
+    return AudioStates(every, np.concatenate(moved), np.concatenate(seconds))
+
+
+def _encoded(
+    utterances: Iterable[Utterance], encode: Encode, batch_size: int, workers: int, bar: tqdm
+) -> tuple[list[float], list[np.ndarray]]:
+    """Seconds and states of some clips; 0 and silence for one that cannot be heard."""
+    seconds: list[float] = []
+    states: list[np.ndarray] = []
+    clips = in_order(hear, utterances, workers, ahead=2 * batch_size)
+    while some := list(islice(clips, batch_size)):
+        waveforms = np.zeros((batch_size, CLIP_SAMPLES), np.int16)
+        for waveform, clip in zip(waveforms, some, strict=False):
+            if isinstance(clip, Skipped):
+                log.warning("%s is left out: %s", clip.id, clip.reason)
+                seconds.append(0.0)
+                continue
+            waveform[: len(clip.samples)] = clip.samples
+            seconds.append(clip.duration)
+        encoded = np.asarray(encode(waveforms)).astype(ml_dtypes.bfloat16)
+        states += list(encoded[: len(some)])
+        bar.update(len(some))
+    return seconds, states

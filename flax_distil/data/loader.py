@@ -270,7 +270,7 @@ class Loader:
         numbers = [self._number(row.place) for row in rows]
         needed = max(inputs, *(len(one.tokens) for one in examples))
         length = bucket_for(needed, self.sources[0].options.buckets)
-        audio = self.states.states[numbers] if self.states else None
+        audio = self.states.read(numbers) if self.states else None
         keys = None
         if self.masks:
             random = [generator(Purpose.MASKS, after.seed, *row.place) for row in rows]

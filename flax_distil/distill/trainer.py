@@ -7,22 +7,19 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import numpy as np
 
 from flax_distil.config import DistillConfig
-from flax_distil.data.audio_states import AudioStates, audio_states
 from flax_distil.data.augment import masks_log_mel, open_noise
 from flax_distil.data.batches import Batch
 from flax_distil.data.loader import Loader, LoaderState
-from flax_distil.data.mixing import Source, training_sources
-from flax_distil.data.utterances import Joined, Utterance
-from flax_distil.decode.recognizer import listen
+from flax_distil.data.mixing import training_sources
+from flax_distil.data.utterances import Utterance
 from flax_distil.distill.checkpoints import Checkpoints, Progress, has_checkpoints
+from flax_distil.distill.encode_once import kept_states
 from flax_distil.distill.flops import measured_peak, step_flops
 from flax_distil.distill.replicas import check_replicas
 from flax_distil.distill.runs import RECIPE
@@ -35,8 +32,7 @@ from flax_distil.distill.tracking import Done, Speed, Tracker, Watch, environmen
 from flax_distil.distill.validation import Validate, Validation, make_validate
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
-from flax_distil.model.spec import Spec, unstack_layers
-from flax_distil.model.student import same_arrays
+from flax_distil.model.spec import unstack_layers
 from flax_distil.parallel.mesh import (
     batch_sharding,
     check_batch,
@@ -47,7 +43,6 @@ from flax_distil.parallel.mesh import (
 )
 from flax_distil.parallel.multihost import barrier, is_main_host, start
 from flax_distil.parallel.sharding import check_heads, place, shardings
-from flax_distil.pseudo_label.labeller import fingerprint
 from flax_distil.recipe import load_recipe, save_recipe
 from flax_distil.text.tokens import load_tokens
 
@@ -179,46 +174,6 @@ def train(
         skipped=int(state.skipped),
         best_wer=progress.best_wer,
         best_step=progress.best_step,
-    )
-
-
-def kept_states(
-    config: DistillConfig, teacher: Checkpoint, student: Checkpoint, sources: Sequence[Source]
-) -> AudioStates | None:
-    """The encoder's output of all clips from disk, where the run keeps it there.
-
-    Raises InputError where the student does not share the teacher's frozen encoder.
-    """
-    if config.audio_states is None:
-        return None
-    encoders = teacher.params["encoder"], student.params["encoder"]
-    if config.train_encoder or not same_arrays(*encoders):
-        raise InputError(
-            "audio_states hold what the teacher's frozen encoder says, and this student has an "
-            "encoder of its own: leave audio_states out"
-        )
-    if jax.process_count() > 1:
-        raise InputError("audio_states are kept by one host only: leave them out on several")
-    changing = config.augment.noise or masks_log_mel(config.augment)
-    if changing or any(source.size is None for source in sources):
-        raise InputError(
-            "audio_states hold one output for each clip of a dataset: leave them out with streams, "
-            "noise or SpecAugment"
-        )
-    spec = Spec(teacher.dims, config.compute.dtype)
-    params = jax.device_put(encoders[0])
-    return audio_states(
-        config.audio_states,
-        Joined([source.utterances for source in sources]),  # type: ignore[misc]
-        lambda waveforms_BN: listen(spec, params, waveforms_BN),
-        (teacher.dims.audio_positions, teacher.dims.width),
-        {
-            "encoder": fingerprint(encoders[0]),
-            "labels": sha256(np.concatenate([s.lengths for s in sources]).tobytes()).hexdigest(),
-            "dtype": config.compute.dtype,
-        },
-        config.validation.batch_size,
-        config.run.workers,
     )
 
 

@@ -44,6 +44,8 @@ def demo_speech(
 ) -> DemoSpeech:
     """Make or find the demo's clips under `folder` (default: the cache) and split them.
 
+    Human prompts are a download, and stay in the cache.
+
     `spoken` sentences are synthesised, all where None; the numbers held out are clips. The split
     follows from `seed` alone.
 
@@ -58,7 +60,7 @@ def demo_speech(
             f"speak at least {heldout_spoken + 1}"
         )
     synthetic = seen_from(folder, synthesise(texts, folder / "synthetic", seed))
-    prompts = human_prompts(folder / "human")
+    prompts = human_prompts(cache_folder() / "demo-speech" / "human")
     human = seen_from(folder, prompts) if prompts else []
     train, heldout = split(shuffled(synthetic, seed), heldout_spoken)
     human_train, human_heldout = split(shuffled(human, seed), heldout_prompts)

@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int16
+from jaxtyping import Array, BFloat16, Float, Int, Int16
 
 from flax_distil.config import PseudoLabelConfig
 from flax_distil.data.stored_teacher import StoredTeacher
@@ -36,9 +36,12 @@ from flax_distil.model.spec import Params, Spec
 
 @dataclass(frozen=True)
 class Explained(Hypothesis):
-    """A hypothesis, and what else its teacher would have written, token by token."""
+    """A hypothesis, and what its teacher knew when it wrote it."""
 
     distributions: StoredTeacher | None = None
+    """What else it would have written, token by token."""
+    audio_SD: BFloat16[np.ndarray, "S D"] | None = None
+    """What its encoder said of the clip."""
 
 
 LENGTHS = (32, 64, 128, 256, 448)  # texts are padded to one of these, so that few programs compile
@@ -57,19 +60,23 @@ def explain(
     recognizer: Recognizer,
     waveforms_BN: Int16[np.ndarray, "B N"],
     options: DecodeOptions,
-    k: int,
-    temperatures: tuple[float, ...],
+    k: int = 0,
+    temperatures: tuple[float, ...] = (),
+    keep_audio: bool = False,
 ) -> list[Explained]:
-    """`recognize`, and the distributions at every token of what was written."""
+    """`recognize`, and for k > 0 the distributions at every token of what was written."""
     known, _ = prepare(recognizer, options, len(waveforms_BN), None)
     audio_BSD = listen(recognizer.spec, recognizer.params["encoder"], fill(waveforms_BN))
     languages = [known] * len(waveforms_BN) if known else detect(recognizer, audio_BSD)
     windows = [Window(language) for language in languages[: len(waveforms_BN)]]
     found = decode(recognizer, audio_BSD, options, windows)
-    stored = distributions(recognizer, audio_BSD, found, options, k, temperatures)
+    stored: Sequence[StoredTeacher | None] = [None] * len(found)
+    if k:
+        stored = distributions(recognizer, audio_BSD, found, options, k, temperatures)
+    kept = np.asarray(audio_BSD.astype(jnp.bfloat16)) if keep_audio else [None] * len(found)
     return [
-        Explained(**vars(hypothesis), distributions=one)
-        for hypothesis, one in zip(found, stored, strict=True)
+        Explained(**vars(hypothesis), distributions=one, audio_SD=audio_SD)
+        for hypothesis, one, audio_SD in zip(found, stored, kept, strict=False)
     ]
 
 

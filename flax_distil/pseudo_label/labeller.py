@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import PseudoLabelConfig
+from flax_distil.data.audio_states import clip_names, write_states
 from flax_distil.data.packing import Packed, pack
 from flax_distil.data.utterances import (
     Skipped,
@@ -38,6 +40,9 @@ from flax_distil.pseudo_label.claims import Claims
 from flax_distil.pseudo_label.store import LabelStore, PseudoLabel, Shard, open_store, write_whole
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.wer import word_errors
+
+# Settings that decide nothing about the labels.
+PLACE_AND_PACE = ("batch_size", "workers", "output_dir", "claim_patience", "audio_states")
 
 # (waveforms int16 [B, 480000], language or None to detect it) → one hypothesis a row
 Teacher = Callable[[Int16[np.ndarray, "B N"], str | None], Sequence[Hypothesis]]
@@ -77,7 +82,7 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     Raises InputError for a dataset or teacher that cannot be read, and for a store that was begun
     with other settings.
     """
-    from flax_distil.decode.recognizer import make_recognizer, recognize
+    from flax_distil.decode.recognizer import make_recognizer
     from flax_distil.model.checkpoint import load_checkpoint
     from flax_distil.pseudo_label.distributions import check_top_k, explain
 
@@ -95,13 +100,15 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
 
     def teacher(waveforms_BN: np.ndarray, language: str | None) -> Sequence[Hypothesis]:
         asked = dataclasses.replace(options, language=language)
-        if not config.top_k:
-            return recognize(recognizer, waveforms_BN, asked)
-        return explain(recognizer, waveforms_BN, asked, config.top_k, config.top_k_temperatures)
+        kept = config.top_k, config.top_k_temperatures, config.audio_states is not None
+        return explain(recognizer, waveforms_BN, asked, *kept)
 
     weights, vocabulary = fingerprint(checkpoint.params), recognizer.tokens.vocabulary
     store = open_store(config.output_dir, settings(config, utterances, weights, vocabulary))
-    summary = label(utterances, teacher, store, config)
+    states = config.audio_states and states_of(
+        config.audio_states, checkpoint.params["encoder"], store.settings
+    )
+    summary = label(utterances, teacher, store, config, states)
     if is_main_host():
         Console().print(summary_table(summary, f"{config.output_dir}"))
     return summary
@@ -127,7 +134,7 @@ def settings(
     """All that decides the labels. Batch size, threads and place are not among it."""
     chosen = dataclasses.asdict(config)
     of_distributions = () if config.top_k else ("top_k", "top_k_temperatures")
-    for name in ("batch_size", "workers", "output_dir", "claim_patience", *of_distributions):
+    for name in (*PLACE_AND_PACE, *of_distributions):
         del chosen[name]
     size = None if isinstance(utterances, UtteranceStream) else len(utterances)
     return {"weights": weights, "vocabulary": vocabulary, "utterances": size, **chosen}
@@ -147,13 +154,23 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def states_of(folder: Path, encoder: Any, settings: dict[str, Any]) -> Path:
+    """Where the states are that this encoder has of the clips of a label store, filtered or not."""
+    chosen = {name: value for name, value in settings.items() if name != "filter"}
+    contents = json.dumps(chosen, sort_keys=True).encode()
+    return folder / fingerprint(encoder) / hashlib.sha256(contents).hexdigest()[:16]
+
+
 def label(
     utterances: Utterances | UtteranceStream | Packed,
     teacher: Teacher,
     store: LabelStore,
     config: PseudoLabelConfig,
+    states: Path | None = None,
 ) -> LabelSummary:
     """Make every shard of `store` that is not there yet. The teacher always gets full batches.
+
+    states: receives what the teacher's encoder says, a file a shard, before the shard is there.
 
     Any number of processes may do so at once: each makes the shards that it can claim, and all
     return when the last one is there.
@@ -172,6 +189,8 @@ def label(
         with AudioBar(utterances, done.values()) as bar:
             for number, clips in groupby(heard, lambda item: item[0] // config.shard_size):
                 labels, skipped = _label_shard(clips, teacher, config, bar, claims)
+                if states and labels:
+                    keep_states(states / f"{number:05d}.safetensors", labels)
                 done[number] = store.write(number, labels, skipped)
                 ours.add(number)
                 claims.done(number)
@@ -288,6 +307,16 @@ def _label_shard(
     return [rows[number] for number in sorted(rows)], skipped
 
 
+def keep_states(path: Path, labels: Sequence[PseudoLabel]) -> None:
+    """What the encoder says of the clips of a shard; see `data.audio_states`."""
+    write_states(
+        path,
+        clip_names([label.utterance_number for label in labels], [label.id for label in labels]),
+        [label.duration for label in labels],
+        [label.audio_SD for label in labels if label.audio_SD is not None],
+    )
+
+
 def pseudo_label(
     number: int, clip: Clip, audio: dict[str, Any], hypothesis: Hypothesis, task: str = "transcribe"
 ) -> PseudoLabel:
@@ -314,6 +343,7 @@ def pseudo_label(
         word_errors=errors and errors.errors,
         reference_words=errors and errors.reference_words,
         distributions=getattr(hypothesis, "distributions", None),
+        audio_SD=getattr(hypothesis, "audio_SD", None),
     )
 
 

@@ -28,6 +28,7 @@ from flax_distil.data.stored_teacher import COLUMNS, StoredTeacher
 from flax_distil.data.utterances import NUMBER, Skipped
 from flax_distil.errors import InputError
 
+SETTINGS = "labels.json"
 FORMAT = 2  # 1 had neither recording nor utterance_number
 ROW_GROUP = 4  # rows; training reads at random, and a whole row group at a time
 METADATA_KEY = b"flax_distil.shard"
@@ -93,6 +94,8 @@ class PseudoLabel:
     """Words of the normalised reference; None without a reference."""
     distributions: StoredTeacher | None = dataclasses.field(default=None, repr=False)
     """The teacher at each token and at the end behind them, where the store keeps it."""
+    audio_SD: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    """What the encoder said of the clip, where that is kept, beside the store."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
     folder holds something else.
     """
     settings = json.loads(json.dumps({"format": FORMAT, **settings}))
-    if (folder / "labels.json").exists():
+    if (folder / SETTINGS).exists():
         begun, asked = _flat(read_settings(folder)), _flat(settings)
         differences = [
             f"{name} was {begun.get(name)!r} and is {asked.get(name)!r}"
@@ -212,9 +215,9 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         others = any(not path.name.startswith(".") for path in folder.iterdir())
-        if others and not (folder / "labels.json").exists():  # made by another process just now
+        if others and not (folder / SETTINGS).exists():  # made by another process just now
             raise InputError(f"{folder} is not empty and no label store: take another output_dir")
-        write_json(folder / "labels.json", settings)
+        write_json(folder / SETTINGS, settings)
     (folder / "data").mkdir(exist_ok=True)
     write_whole(folder / "README.md", CARD.encode())
     return LabelStore(folder, settings)
@@ -245,7 +248,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_settings(folder: Path) -> dict[str, Any]:
     """What made the labels in `folder`. Raises InputError where there is no label store."""
     try:
-        return json.loads((folder / "labels.json").read_bytes())
+        return json.loads((folder / SETTINGS).read_bytes())
     except FileNotFoundError:
         raise InputError(f"{folder} is no label store: it has no labels.json") from None
     except ValueError as error:

@@ -1,18 +1,29 @@
-"""Audio states on disk: made once, made further after a kill, never another encoder's."""
+"""Audio states on disk: made once, made further after a kill, found by the clips' names."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from flax_distil.data.audio_states import audio_states
+from flax_distil.data import audio_states as module
+from flax_distil.data.audio_states import StateFolder, audio_states, clip_names, write_states
 from flax_distil.data.utterances import Utterance
 from flax_distil.errors import InputError
 
 SHAPE = (3, 4)
+VALUES = np.arange(1, 6, dtype=np.float32) / 64
 
 
 def clips(count: int) -> list[Utterance]:
-    return [Utterance(str(n), np.full(1600, (n + 1) / 64, np.float32)) for n in range(count)]
+    return [Utterance(str(n), np.full(1600, VALUES[n], np.float32)) for n in range(count)]
+
+
+def names(count: int) -> np.ndarray:
+    return clip_names(range(count), map(str, range(count)))
+
+
+@pytest.fixture
+def folder(tmp_path) -> StateFolder:
+    return StateFolder(tmp_path / "states", names(5))
 
 
 class Encoder:
@@ -28,33 +39,49 @@ class Encoder:
         return np.broadcast_to(waveforms[:, :1, None] / 32768, (len(waveforms), *SHAPE))
 
 
-def test_every_clip_once_and_again_from_disk(tmp_path):
-    kept = audio_states(tmp_path, clips(5), Encoder(), SHAPE, {"encoder": "a"}, batch_size=2)
-    expected = np.arange(1, 6, dtype=np.float32) / 64
-    assert kept.states.dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(kept.states[:, 2, 3].astype(np.float32), expected)
-    np.testing.assert_allclose(kept.seconds, 0.1)
-    again = Encoder(breaks_after=0)
-    kept = audio_states(tmp_path, clips(5), again, SHAPE, {"encoder": "a"}, batch_size=2)
-    np.testing.assert_array_equal(kept.states[:, 0, 0].astype(np.float32), expected)
+def test_every_clip_once_and_again_from_disk(folder):
+    for encoder in (Encoder(), Encoder(breaks_after=0)):
+        kept = audio_states([folder], clips(5), encoder, batch_size=2)
+        found = kept.read([4, 0, 1])
+        assert found.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(found[:, 2, 3].astype(np.float32), VALUES[[4, 0, 1]])
+        np.testing.assert_allclose(kept.seconds, 0.1)
 
 
-def test_goes_on_after_a_kill(tmp_path):
+def test_goes_on_after_a_kill(folder, monkeypatch):
+    monkeypatch.setattr(module, "FILE_CLIPS", 2)
     with pytest.raises(KeyboardInterrupt):
-        audio_states(tmp_path, clips(5), Encoder(2), SHAPE, {"encoder": "a"}, batch_size=2)
+        audio_states([folder], clips(5), Encoder(2), batch_size=1)
+    (folder.path / ".half.safetensors.1.partial").write_bytes(b"{")
     rest = Encoder()
-    kept = audio_states(tmp_path, clips(5), rest, SHAPE, {"encoder": "a"}, batch_size=2)
-    assert rest.calls == 1
-    np.testing.assert_array_equal(kept.states[:, 0, 0].astype(np.float32), np.arange(1, 6) / 64)
+    kept = audio_states([folder], clips(5), rest, batch_size=1)
+    assert rest.calls == 3
+    np.testing.assert_array_equal(kept.read(range(5))[:, 0, 0].astype(np.float32), VALUES)
 
 
-def test_another_encoder_is_refused(tmp_path):
-    audio_states(tmp_path, clips(2), Encoder(), SHAPE, {"encoder": "a"})
-    with pytest.raises(InputError, match="encoder differ"):
-        audio_states(tmp_path, clips(2), Encoder(), SHAPE, {"encoder": "b"})
+def test_clips_that_were_dropped_change_nothing_and_new_ones_are_added(folder):
+    """Someone wrote 0, 2 and 4; of these 2 and 4 are wanted, and 0 and 1 of another dataset."""
+    states = [np.full(SHAPE, value, ml_dtypes.bfloat16) for value in VALUES[[0, 2, 4]]]
+    write_states(folder.path / "00000.safetensors", folder.names[[0, 2, 4]], [1, 2, 3], states)
+    chosen = StateFolder(folder.path, folder.names[[2, 4]])
+    other = StateFolder(folder.path.with_name("other"), names(2))
+    encoder = Encoder()
+    kept = audio_states([chosen, other], [*clips(5)[2::2], *clips(2)], encoder, batch_size=2)
+    assert encoder.calls == 1
+    expected = VALUES[[2, 4, 0, 1]]
+    np.testing.assert_array_equal(kept.read(range(4))[:, 0, 0].astype(np.float32), expected)
+    np.testing.assert_allclose(kept.seconds, [2, 3, 0.1, 0.1])
+
+
+def test_a_damaged_file_is_named(folder):
+    audio_states([folder], clips(5), Encoder())
+    (file,) = folder.path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"{file.name} is damaged .*delete it"):
+        audio_states([folder], clips(5), Encoder())
 
 
 def test_a_clip_that_cannot_be_heard_has_no_seconds(tmp_path):
     utterances = [*clips(1), Utterance("bad", b"nothing")]
-    kept = audio_states(tmp_path, utterances, Encoder(), SHAPE, {})
+    kept = audio_states([StateFolder(tmp_path, names(2))], utterances, Encoder())
     np.testing.assert_allclose(kept.seconds, [0.1, 0])

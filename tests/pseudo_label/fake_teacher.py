@@ -49,11 +49,11 @@ def fake_teacher(waveforms_BN: np.ndarray, language: str | None) -> list[Hypothe
     ]
 
 
-def label_with(config: PseudoLabelConfig, teacher=fake_teacher) -> LabelSummary:
+def label_with(config: PseudoLabelConfig, teacher=fake_teacher, states=None) -> LabelSummary:
     """`run` with this teacher in place of a Whisper."""
     utterances = read_dataset(config.data)
     store = open_store(config.output_dir, settings(config, utterances, "fake", 51864))
-    return label(utterances, teacher, store, config)
+    return label(utterances, teacher, store, config, states)
 
 
 def label_telling(manifest: str, output: str, began: int) -> None:

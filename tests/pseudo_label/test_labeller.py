@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jiwer
+import ml_dtypes
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -14,10 +15,12 @@ from fake_teacher import clip, fake_teacher, label_with
 
 from flax_distil.audio.load import load_audio, to_int16
 from flax_distil.config import DataConfig
+from flax_distil.data.audio_states import StateFolder, audio_states, clip_names
 from flax_distil.data.utterances import UtteranceStream, read_dataset
 from flax_distil.errors import InputError
+from flax_distil.pseudo_label.distributions import Explained
 from flax_distil.pseudo_label.labeller import label, settings, summary_table
-from flax_distil.pseudo_label.store import open_store
+from flax_distil.pseudo_label.store import LabelStore, open_store
 
 
 def rows(folder: Path) -> list[dict]:
@@ -176,6 +179,35 @@ def test_a_damaged_shard_is_made_again(config, damage):
     assert summary.labels == 21
     assert summary.wer == 0.0
     assert contents(config.output_dir) == whole
+
+
+def test_states_are_there_before_their_shard(config, monkeypatch, tmp_path):
+    """Stopped between the two, the shard is made again and its states are not written twice."""
+    states = tmp_path / "states"
+
+    def hearing(waveforms, language):
+        for hypothesis in fake_teacher(waveforms, language):
+            audio = np.full((1, 2), hypothesis.tokens[2], ml_dtypes.bfloat16)
+            yield Explained(**vars(hypothesis), audio_SD=audio)
+
+    def killed(self, number, *_):
+        assert len(list(states.iterdir())) == number + 1
+        if number == 2:
+            raise KeyboardInterrupt
+        return write(self, number, *_)
+
+    write = LabelStore.write
+    monkeypatch.setattr(LabelStore, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        label_with(config, hearing, states)
+    monkeypatch.undo()
+    label_with(config, hearing, states)
+    labels = read_dataset(config.output_dir)
+    names = clip_names(labels.column("utterance_number"), labels.column("id"))
+    kept = audio_states([StateFolder(states, names)], labels, encode=None)
+    expected = [n for n in range(23) if n not in (5, 13)]
+    assert kept.read(range(21))[:, 0, 1].tolist() == expected
+    np.testing.assert_allclose(kept.seconds, 0.1)
 
 
 def test_a_finished_run_does_nothing(config):

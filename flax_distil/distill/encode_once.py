@@ -1,0 +1,79 @@
+"""Audio states of a run's clips: which there are, whose they are, and what is still to encode."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from flax_distil.config import DistillConfig
+from flax_distil.data.audio_states import AudioStates, StateFolder, audio_states, clip_names
+from flax_distil.data.augment import masks_log_mel
+from flax_distil.data.mixing import Source
+from flax_distil.data.utterances import NUMBER, Joined, Utterances
+from flax_distil.decode.recognizer import listen
+from flax_distil.errors import InputError
+from flax_distil.model.checkpoint import Checkpoint
+from flax_distil.model.spec import Spec
+from flax_distil.model.student import same_arrays
+from flax_distil.pseudo_label.labeller import fingerprint, states_of
+from flax_distil.pseudo_label.store import SETTINGS, read_settings
+
+
+def kept_states(
+    config: DistillConfig, teacher: Checkpoint, student: Checkpoint, sources: Sequence[Source]
+) -> AudioStates | None:
+    """The encoder's output of all clips from disk, where the run keeps it there.
+
+    Raises InputError where the student does not share the teacher's frozen encoder.
+    """
+    if config.audio_states is None:
+        return None
+    encoders = teacher.params["encoder"], student.params["encoder"]
+    if config.train_encoder or not same_arrays(*encoders):
+        raise InputError(
+            "audio_states hold what the teacher's frozen encoder says, and this student has an "
+            "encoder of its own: leave audio_states out"
+        )
+    if jax.process_count() > 1:
+        raise InputError("audio_states are kept by one host only: leave them out on several")
+    changing = config.augment.noise or masks_log_mel(config.augment)
+    if changing or any(source.size is None for source in sources):
+        raise InputError(
+            "audio_states hold one output for each clip of a dataset: leave them out with streams, "
+            "noise or SpecAugment"
+        )
+    spec = Spec(teacher.dims, config.compute.dtype)
+    params = jax.device_put(encoders[0])
+    return audio_states(
+        [one for source in sources for one in folders(config.audio_states, encoders[0], source)],
+        Joined([source.utterances for source in sources]),  # type: ignore[misc]
+        lambda waveforms_BN: listen(spec, params, waveforms_BN),
+        config.validation.batch_size,
+        config.run.workers,
+    )
+
+
+def folders(root: Path, encoder: dict, source: Source) -> list[StateFolder]:
+    """Where the states of a source are, dataset by dataset."""
+    utterances = source.utterances
+    if isinstance(utterances, Joined):
+        parts = utterances.parts
+        lengths = np.split(source.lengths, np.cumsum([len(part) for part in parts])[:-1])
+    else:
+        parts, lengths = (utterances,), [source.lengths]
+    return [state_folder(root, encoder, *one) for one in zip(parts, lengths, strict=True)]
+
+
+def state_folder(root: Path, encoder: dict, utterances: Sequence, lengths: np.ndarray):
+    """That of one dataset: of a label store, where the labeller keeps them too."""
+    if isinstance(utterances, Utterances):
+        store = Path(utterances.config.source)
+        if (store / SETTINGS).is_file():
+            names = clip_names(utterances.column(NUMBER), utterances.column("id"))
+            return StateFolder(states_of(root, encoder, read_settings(store)), names)
+    # Any other dataset is told by the lengths of its texts.
+    digest = hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
+    names = clip_names(range(len(lengths)), [""] * len(lengths))
+    return StateFolder(root / fingerprint(encoder) / digest, names)
