@@ -94,6 +94,8 @@ class PseudoLabelConfig:
     audio_states: Path | None = None
     """Folder for the encoder's output of every clip (S x width x 2 bytes each): with the same
     folder, distill --audio-states runs no encoder."""
+    audio_states_dtype: Literal["bfloat16", "int8"] = "bfloat16"
+    """How it is written: int8 takes half the room."""
     max_tokens: int = 224
     """Longest label in tokens."""
     pack_seconds: float | None = None
@@ -317,7 +319,9 @@ class DistillConfig:
     audio_states: Path | None = None
     """Folder of the frozen encoder's output of every clip (S x width x 2 bytes each), where
     pseudo-label --audio-states kept it; what is missing is made before training. So the encoder
-    runs once a clip, not once an epoch."""
+    runs once a clip, not once an epoch. Several hosts need a disk that they share."""
+    audio_states_dtype: Literal["bfloat16", "int8"] = "bfloat16"
+    """How what is missing is written: int8 takes half the room."""
     stored_teacher: bool = False
     """Take the teacher's distributions from the labels (pseudo-label --top-k) instead of running
     it: the KL is over the stored tokens and the rest, and no teacher is in memory."""

@@ -4,11 +4,12 @@ A folder holds one dataset's, in files of any number of clips that appear whole 
 
     *.safetensors    clips     uint64 [n]             whose they are (`clip_names`)
                      seconds   float32 [n]            length of each; 0 where it was not heard
-                     states    bfloat16 [n, S, D]
+                     states    bfloat16 [n, S, D]; or int8 with
+                     steps     float32 [n, 1, D]      what 1 stands for, by clip and channel
 
 Who wrote a file does not matter: the labeller, which encodes every clip anyway, or training, for
-what is not there yet. Filtering labels leaves it as it is. A clip takes S · D · 2 bytes: 1.1 MiB
-with tiny, 3.7 MiB with large.
+what is not there yet, each host a part of it. Filtering labels leaves it as it is. A clip takes
+S · D · 2 bytes, 1.1 MiB with tiny and 3.7 MiB with large; in int8 half of that.
 """
 
 import hashlib
@@ -18,11 +19,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, BFloat16, Float, Float32, Int, Int16, UInt64
+from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Int16, UInt64
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -31,10 +33,14 @@ from flax_distil.audio.load import CLIP_SAMPLES
 from flax_distil.data.utterances import Skipped, Utterance
 from flax_distil.data.windows import hear, in_order
 from flax_distil.errors import InputError
+from flax_distil.parallel.multihost import barrier
 
 log = logging.getLogger(__name__)
 
 FILE_CLIPS = 64  # that training writes at a time, and that a kill can cost
+ENCODING_SECONDS = 30 * 24 * 3600.0  # hosts wait for each other as long as they live
+
+Stored = Literal["bfloat16", "int8"]
 
 # Waveforms of one static batch to audio states.
 Encode = Callable[[Int16[np.ndarray, "B N"]], Float[Array, "B S D"]]
@@ -48,19 +54,32 @@ class StateFolder:
     names: UInt64[np.ndarray, "n"]
 
 
+class StateFile(NamedTuple):
+    """One file, whose states are read when they are asked for."""
+
+    states: Any
+    steps: Float32[np.ndarray, "n 1 D"] | None
+
+    def read(self, place: int) -> BFloat16[np.ndarray, "S D"]:
+        """The states of one clip."""
+        states_SD = self.states[int(place)]
+        if self.steps is None:
+            return states_SD
+        return (states_SD * self.steps[place]).astype(ml_dtypes.bfloat16)
+
+
 @dataclass(frozen=True)
 class AudioStates:
-    """States of all clips of a run's datasets; read from the files when they are asked for."""
+    """States of all clips of a run's datasets."""
 
-    files: tuple[Any, ...]
-    """The `states` of each file."""
+    files: tuple[StateFile, ...]
     places: Int[np.ndarray, "clips 2"]
     """File of each clip, and its place in it."""
     seconds: Float32[np.ndarray, "clips"]
 
     def read(self, clips: Sequence[int]) -> BFloat16[np.ndarray, "B S D"]:
         """The states of these clips."""
-        return np.stack([self.files[file][place] for file, place in self.places[list(clips)]])
+        return np.stack([self.files[file].read(at) for file, at in self.places[list(clips)]])
 
 
 def clip_names(numbers: Iterable[int], ids: Iterable[str]) -> UInt64[np.ndarray, "n"]:
@@ -77,6 +96,7 @@ def write_states(
     names: UInt64[np.ndarray, "n"],
     seconds: Sequence[float],
     states: Sequence[BFloat16[np.ndarray, "S D"]],
+    stored: Stored = "bfloat16",
 ) -> None:
     """Put a file in its place: there or not there, never half.
 
@@ -85,6 +105,8 @@ def write_states(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     tensors = {"clips": names, "seconds": np.array(seconds, np.float32), "states": np.stack(states)}
+    if stored == "int8":
+        tensors["states"], tensors["steps"] = in_steps(tensors["states"])
     try:
         save_file(tensors, partial)
         with partial.open("rb") as file:
@@ -98,36 +120,64 @@ def write_states(
         ) from None
 
 
+def in_steps(
+    states_NSD: BFloat16[np.ndarray, "n S D"],
+) -> tuple[Int8[np.ndarray, "n S D"], Float32[np.ndarray, "n 1 D"]]:
+    """States as multiples of a step, which each channel of a clip has: a few channels of Whisper's
+    encoder are far louder than all others."""
+    wide_NSD = states_NSD.astype(np.float32)
+    steps = np.maximum(np.abs(wide_NSD).max(axis=1, keepdims=True), 1e-6) / 127
+    return np.round(wide_NSD / steps).astype(np.int8), steps
+
+
 def audio_states(
     folders: Sequence[StateFolder],
     utterances: Sequence[Utterance],
     encode: Encode,
     batch_size: int = 16,
     workers: int = 4,
+    stored: Stored = "bfloat16",
 ) -> AudioStates:
     """The states of all datasets, after encoding what is not there yet; a killed run goes on.
 
-    utterances: those of the folders, one dataset after the other.
+    utterances: those of the folders, one dataset after the other. Several hosts encode a part each,
+        and each can read all.
 
     Raises:
-        InputError: a file is damaged, or the disk is full.
+        InputError: a file is damaged, the disk is full, or not shared by all hosts.
     """
     starts = np.cumsum([0, *(len(folder.names) for folder in folders)])
     found = [find(folder) for folder in folders]
-    missing = [np.flatnonzero(places[:, 0] < 0) for _, places, _ in found]
-    total = sum(map(len, missing))
+    barrier(f"{folders[0].path} looked through")  # before anyone writes
+    work = [
+        (folder, start, rows)
+        for folder, start, (_, places, _) in zip(folders, starts, found, strict=False)
+        for rows in in_files(np.flatnonzero(places[:, 0] < 0))
+    ]
+    mine = work[jax.process_index() :: jax.process_count()]
+    total = sum(len(rows) for _, _, rows in mine)
     with tqdm(total=total, desc="encoding", unit="clip", disable=not total) as bar:
-        for folder, start, rows in zip(folders, starts, missing, strict=False):
-            for first in range(0, len(rows), FILE_CLIPS):
-                some = rows[first : first + FILE_CLIPS]
-                clips = (utterances[start + row] for row in some)
-                seconds, states = _encoded(clips, encode, batch_size, workers, bar)
-                names = folder.names[some]
-                digest = hashlib.blake2b(names.tobytes(), digest_size=8).hexdigest()
-                write_states(folder.path / f"{digest}.safetensors", names, seconds, states)
-    if total:
+        for folder, start, rows in mine:
+            clips = (utterances[start + row] for row in rows)
+            seconds, states = _encoded(clips, encode, batch_size, workers, bar)
+            names = folder.names[rows]
+            digest = hashlib.blake2b(names.tobytes(), digest_size=8).hexdigest()
+            write_states(folder.path / f"{digest}.safetensors", names, seconds, states, stored)
+    barrier(f"{folders[0].path} written", ENCODING_SECONDS)
+    if work:
         found = [find(folder) for folder in folders]
+    for folder, (_, places, _) in zip(folders, found, strict=True):
+        if lacking := int((places[:, 0] < 0).sum()):
+            raise InputError(
+                f"{folder.path} lacks {lacking} of {len(places)} clips that another host encoded: "
+                "name a folder on a disk that all hosts share"
+            )
     return _joined(found)
+
+
+def in_files(rows: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "m"]]:
+    """Clips by the file that they are written to."""
+    return [rows[first : first + FILE_CLIPS] for first in range(0, len(rows), FILE_CLIPS)]
 
 
 Found = tuple[list[Any], Int[np.ndarray, "n 2"], Float32[np.ndarray, "n"]]
@@ -140,7 +190,8 @@ def find(folder: StateFolder) -> Found:
         try:
             file = safe_open(path, framework="numpy")
             names, seconds = file.get_tensor("clips"), file.get_tensor("seconds")
-            files.append(file.get_slice("states"))
+            steps = file.get_tensor("steps") if "steps" in file.keys() else None  # noqa: SIM118
+            files.append(StateFile(file.get_slice("states"), steps))
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"{path} is damaged ({error}): delete it, and its clips are encoded again"

@@ -36,8 +36,6 @@ def kept_states(
             "audio_states hold what the teacher's frozen encoder says, and this student has an "
             "encoder of its own: leave audio_states out"
         )
-    if jax.process_count() > 1:
-        raise InputError("audio_states are kept by one host only: leave them out on several")
     changing = config.augment.noise or masks_log_mel(config.augment)
     if changing or any(source.size is None for source in sources):
         raise InputError(
@@ -45,13 +43,14 @@ def kept_states(
             "noise or SpecAugment"
         )
     spec = Spec(teacher.dims, config.compute.dtype)
-    params = jax.device_put(encoders[0])
+    params = jax.device_put(encoders[0], jax.local_devices()[0])
     return audio_states(
         [one for source in sources for one in folders(config.audio_states, encoders[0], source)],
         Joined([source.utterances for source in sources]),  # type: ignore[misc]
         lambda waveforms_BN: listen(spec, params, waveforms_BN),
         config.validation.batch_size,
         config.run.workers,
+        config.audio_states_dtype,
     )
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import PseudoLabelConfig
-from flax_distil.data.audio_states import clip_names, write_states
+from flax_distil.data.audio_states import Stored, clip_names, write_states
 from flax_distil.data.packing import Packed, pack
 from flax_distil.data.utterances import (
     Skipped,
@@ -42,7 +42,8 @@ from flax_distil.text.normalize import normalizer
 from flax_distil.text.wer import word_errors
 
 # Settings that decide nothing about the labels.
-PLACE_AND_PACE = ("batch_size", "workers", "output_dir", "claim_patience", "audio_states")
+PLACE_AND_PACE = ("batch_size", "workers", "output_dir", "claim_patience")
+PLACE_AND_PACE += ("audio_states", "audio_states_dtype")
 
 # (waveforms int16 [B, 480000], language or None to detect it) → one hypothesis a row
 Teacher = Callable[[Int16[np.ndarray, "B N"], str | None], Sequence[Hypothesis]]
@@ -190,7 +191,7 @@ def label(
             for number, clips in groupby(heard, lambda item: item[0] // config.shard_size):
                 labels, skipped = _label_shard(clips, teacher, config, bar, claims)
                 if states and labels:
-                    keep_states(states / f"{number:05d}.safetensors", labels)
+                    keep_states(states, number, labels, config.audio_states_dtype)
                 done[number] = store.write(number, labels, skipped)
                 ours.add(number)
                 claims.done(number)
@@ -307,14 +308,12 @@ def _label_shard(
     return [rows[number] for number in sorted(rows)], skipped
 
 
-def keep_states(path: Path, labels: Sequence[PseudoLabel]) -> None:
+def keep_states(folder: Path, number: int, labels: Sequence[PseudoLabel], stored: Stored) -> None:
     """What the encoder says of the clips of a shard; see `data.audio_states`."""
-    write_states(
-        path,
-        clip_names([label.utterance_number for label in labels], [label.id for label in labels]),
-        [label.duration for label in labels],
-        [label.audio_SD for label in labels if label.audio_SD is not None],
-    )
+    path = folder / f"{number:05d}.safetensors"
+    names = clip_names([one.utterance_number for one in labels], [one.id for one in labels])
+    states = [label.audio_SD for label in labels if label.audio_SD is not None]
+    write_states(path, names, [label.duration for label in labels], states, stored)
 
 
 def pseudo_label(

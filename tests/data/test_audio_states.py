@@ -73,6 +73,23 @@ def test_clips_that_were_dropped_change_nothing_and_new_ones_are_added(folder):
     np.testing.assert_allclose(kept.seconds, [2, 3, 0.1, 0.1])
 
 
+def test_int8_is_half_as_large_and_near_in_every_channel(folder):
+    """Half a step of 127 of its loudest, and bfloat16 before and behind, 1/256 each."""
+    random = np.random.default_rng(0)
+    states_NSD = (random.normal(size=(5, 50, 8)) * 10.0 ** np.arange(-4, 4)).astype(np.float32)
+    narrow = list(states_NSD.astype(ml_dtypes.bfloat16))
+    sizes = {}
+    for stored in ("bfloat16", "int8"):
+        there = StateFolder(folder.path / stored, folder.names)
+        write_states(there.path / "0.safetensors", there.names, [0.1] * 5, narrow, stored)
+        kept = audio_states([there], clips(5), Encoder(0))
+        sizes[stored] = (there.path / "0.safetensors").stat().st_size
+        away = np.abs(kept.read(range(5)).astype(np.float32) - states_NSD)
+        loudest = np.abs(states_NSD).max(axis=1, keepdims=True)
+        assert (away <= loudest / (84 if stored == "int8" else 256)).all()
+    assert sizes["int8"] < 0.7 * sizes["bfloat16"]  # of small clips: steps and names count
+
+
 def test_a_damaged_file_is_named(folder):
     audio_states([folder], clips(5), Encoder())
     (file,) = folder.path.iterdir()

@@ -19,7 +19,7 @@ def one_device(step, plan, parameters, make_batch):
     return step(state, parameters[1], make_batch())
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2)])
 def test_eight_devices_are_one(sizes, one_device, plan, teacher, student, make_batch, tmp_path):
     """Sums are taken in another order: 1e-6."""
     data, fsdp, tensor = sizes

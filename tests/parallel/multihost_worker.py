@@ -1,16 +1,20 @@
-"""One host of tests/parallel/test_multihost.py: `python multihost_worker.py SCENARIO`."""
+"""One host of tests/parallel/test_multihost.py: `python multihost_worker.py SCENARIO [FOLDER]`."""
 
 import logging
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_distil.data import audio_states
+from flax_distil.data.utterances import Utterance
 from flax_distil.distill.stopping import stop_signals
+from flax_distil.errors import InputError
 from flax_distil.parallel import multihost
 
 
@@ -45,6 +49,37 @@ def wait_for_absent_host() -> None:
         print(error)
 
 
+def encode_together(folder: Path) -> None:
+    """Seven clips in files of two: each host encodes a part and reads all of them."""
+    audio_states.FILE_CLIPS = 2
+    clips = [Utterance(str(number), np.full(160, number / 64, np.float32)) for number in range(7)]
+    names = audio_states.clip_names(range(7), map(str, range(7)))
+    encoded = []
+
+    def encode(waveforms):
+        encoded.append(int(waveforms[0, 0]) // 512)
+        return waveforms[:, :2, None] / 32768
+
+    there = audio_states.StateFolder(folder / "shared", names)
+    kept = audio_states.audio_states([there], clips, encode, batch_size=2)
+    print(f"encoded {encoded} read {(64 * kept.read(range(7))[:, 0, 0].astype(float)).tolist()}")
+    disk = folder / f"disk-{jax.process_index()}"
+    disk.mkdir()
+    os.chdir(disk)  # a path that is another place on each host
+    own = audio_states.StateFolder(Path("own"), names)
+    try:
+        audio_states.audio_states([own], clips, encode, batch_size=2)
+    except InputError as error:
+        print(error)
+
+
+def together(folder: Path) -> None:
+    """What needs two hosts and ends well, in one start of them."""
+    add_over_hosts()
+    encode_together(folder)
+    stop_together()
+
+
 def stop_together() -> None:
     """The last host is told to stop, as by a preemption."""
     step = 0
@@ -66,4 +101,4 @@ def lose_a_host() -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     multihost.start(heartbeat=int(os.environ.get("HEARTBEAT", "30")), connect=60)
-    globals()[sys.argv[1]]()
+    globals()[sys.argv[1]](*map(Path, sys.argv[2:]))

@@ -24,8 +24,9 @@ def _alone(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def run_hosts(scenario: str, hosts: int = 2, **variables: str) -> list[tuple[int, str]]:
-    """Exit status and output of each host of a scenario."""
+def run_hosts(scenario: str, *arguments: Path, **variables: str) -> list[tuple[int, str]]:
+    """Exit status and output of each of two hosts of a scenario."""
+    hosts = 2
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -35,7 +36,7 @@ def run_hosts(scenario: str, hosts: int = 2, **variables: str) -> list[tuple[int
         own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(WORKER.parents[2])}
         processes.append(
             subprocess.Popen(
-                [sys.executable, WORKER, scenario],
+                [sys.executable, WORKER, scenario, *arguments],
                 env=os.environ | own | place | variables,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -50,12 +51,32 @@ def run_hosts(scenario: str, hosts: int = 2, **variables: str) -> list[tuple[int
             process.stdout.close()
 
 
-def test_two_hosts_add_up():
-    (status_0, output_0), (status_1, output_1) = run_hosts("add_over_hosts")
-    assert (status_0, status_1) == (0, 0), output_0 + output_1
-    assert "sum 15.0 mine [0.0, 1.0, 2.0] main True" in output_0
-    assert "sum 15.0 mine [3.0, 4.0, 5.0] main False" in output_1
-    assert "host 0 of 2" in output_0
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> list[str]:
+    """The output of two hosts that add, encode and stop."""
+    endings = run_hosts("together", tmp_path_factory.mktemp("hosts"))
+    assert [status for status, _ in endings] == [0, 0], endings
+    return [output for _, output in endings]
+
+
+def test_two_hosts_add_up(together):
+    assert "sum 15.0 mine [0.0, 1.0, 2.0] main True" in together[0]
+    assert "sum 15.0 mine [3.0, 4.0, 5.0] main False" in together[1]
+    assert "host 0 of 2" in together[0]
+
+
+def test_each_host_encodes_a_part_of_the_clips_and_reads_all(together):
+    every = "read [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]"
+    assert f"encoded [0, 4] {every}" in together[0]
+    assert f"encoded [2, 6] {every}" in together[1]
+    assert "own lacks 3 of 7 clips that another host encoded: name a folder on" in together[0]
+    assert "own lacks 4 of 7 clips" in together[1]
+
+
+def test_a_notice_to_one_host_stops_both_before_the_same_step(together):
+    before = [output.split("stopped before step ")[1].split()[0] for output in together]
+    assert before[0] == before[1]
+    assert 6 <= int(before[0]) < 200
 
 
 def test_barrier_names_the_absent_host():
@@ -64,14 +85,6 @@ def test_barrier_names_the_absent_host():
     assert f"'save-7': host 1 ({socket.gethostname()}) did not come within 2 s; 1 of 2" in output_0
     assert "this host came after the others" in output_1
     assert "'later' was used before" in output_0
-
-
-def test_a_notice_to_one_host_stops_both_before_the_same_step():
-    (status_0, output_0), (status_1, output_1) = run_hosts("stop_together")
-    assert (status_0, status_1) == (0, 0), output_0 + output_1
-    before = [output.split("stopped before step ")[1].split()[0] for output in (output_0, output_1)]
-    assert before[0] == before[1]
-    assert 6 <= int(before[0]) < 200
 
 
 def test_killed_host_ends_the_others():
