@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,7 +57,7 @@ def kept_states(
 
 def folders(root: Path, encoder: dict, source: Source) -> list[StateFolder]:
     """Where the states of a source are, dataset by dataset."""
-    utterances = source.utterances
+    utterances: Any = source.utterances  # no stream: those are refused before
     if isinstance(utterances, Joined):
         parts = utterances.parts
         lengths = np.split(source.lengths, np.cumsum([len(part) for part in parts])[:-1])
@@ -65,7 +66,9 @@ def folders(root: Path, encoder: dict, source: Source) -> list[StateFolder]:
     return [state_folder(root, encoder, *one) for one in zip(parts, lengths, strict=True)]
 
 
-def state_folder(root: Path, encoder: dict, utterances: Sequence, lengths: np.ndarray):
+def state_folder(
+    root: Path, encoder: dict, utterances: Sequence, lengths: np.ndarray
+) -> StateFolder:
     """That of one dataset: of a label store, where the labeller keeps them too."""
     if isinstance(utterances, Utterances):
         store = Path(utterances.config.source)
