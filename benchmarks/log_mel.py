@@ -31,6 +31,7 @@ from flax_distil.audio.log_mel import (
     mel_by_matrices,
     mel_filters,
 )
+from flax_distil.parallel.platform import name_platform
 
 
 def by_matrices(waveform_BN, mels):
@@ -115,6 +116,7 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
+    name_platform()
 
     if options.audio:
         clips = np.stack([pad_or_trim(load_audio(path)) for path in options.audio])

@@ -41,6 +41,7 @@ from flax_distil.model.dims import CHUNK_SAMPLES
 from flax_distil.model.openai import to_openai
 from flax_distil.model.student import init_student
 from flax_distil.model.weights import to_hf
+from flax_distil.parallel.platform import name_platform
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.tokens import WhisperTokens
 from flax_distil.text.wer import word_errors
@@ -334,6 +335,7 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    name_platform()
     packages = ("jax", "torch", "transformers", "openai-whisper")
     report: dict[str, Any] = {"versions": {name: version(name) for name in packages}}
     print(report["versions"])

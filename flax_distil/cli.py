@@ -4,6 +4,7 @@ Nothing heavy is imported before the verb is known, so that `--help` answers at 
 """
 
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from importlib.metadata import version
 from typing import Annotated, Any, NamedTuple, Union
 
 import tyro
+from docstring_parser import parse_from_object
 
 from flax_distil import config
 from flax_distil.cache import keep_programs
@@ -94,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(format="%(levelname)s %(message)s")
     logging.getLogger("flax_distil").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
     try:
         stage = parse(arguments)
         name_platform()
@@ -114,6 +117,7 @@ def parse(arguments: Sequence[str]) -> Any:
     Raises:
         InputError: the recipe cannot be used.
     """
+    _explain_fields()
     arguments, recipe = _split_recipe(arguments)
     named = arguments[0] if arguments else None
     verbs = []
@@ -130,6 +134,16 @@ def parse(arguments: Sequence[str]) -> Any:
         description=DESCRIPTION,
         args=list(arguments),
     )
+
+
+@functools.cache
+def _explain_fields() -> None:
+    """Give tyro field docstrings in one line: it would keep the line breaks of the source."""
+    for stage in filter(dataclasses.is_dataclass, vars(config).values()):
+        for field in parse_from_object(stage).params:
+            text = " ".join((field.description or "").split())
+            types = stage.__annotations__
+            types[field.arg_name] = Annotated[types[field.arg_name], tyro.conf.arg(help=text)]
 
 
 def _split_recipe(arguments: Sequence[str]) -> tuple[list[str], str | None]:

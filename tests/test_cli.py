@@ -36,6 +36,11 @@ def test_help_names_every_verb_and_each_verb_shows_an_example(capsys):
         assert f"flax-distil {verb} " in help_of(capsys, verb)
 
 
+def test_help_does_not_keep_the_line_breaks_of_the_source(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "the mass of all others, so that distilling needs" in help_of(capsys, "pseudo-label")
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_field_is_explained(verb, capsys):
     from tyro._docstrings import get_field_docstring

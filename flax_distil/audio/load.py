@@ -108,6 +108,11 @@ def source_name(source: AudioSource) -> str:
     return str(getattr(source, "name", "audio stream"))
 
 
+def reason(error: Exception) -> str:
+    """FFmpeg's words, without the number and the name that its errors come with."""
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
 @contextmanager
 def open_audio(source: AudioSource, format: str | None = None) -> Iterator[InputContainer]:
     """A container with at least one audio stream; AudioError when there is none."""
@@ -123,7 +128,9 @@ def open_audio(source: AudioSource, format: str | None = None) -> Iterator[Input
         # A playlist among the files must not open connections.
         container = av.open(source, "r", format=format, options={"protocol_whitelist": "file"})
     except (av.error.FFmpegError, ValueError) as error:
-        raise AudioError(f"{name}: not an audio file that FFmpeg can read ({error})") from error
+        raise AudioError(
+            f"{name}: not an audio file that FFmpeg can read ({reason(error)})"
+        ) from error
     with container:
         if not container.streams.audio:
             raise AudioError(f"{name}: the file has no audio stream")
@@ -176,7 +183,7 @@ def clean_frames(container: InputContainer, name: str) -> Iterator[AudioFrame]:
         except StopIteration:
             break
         except av.error.FFmpegError as error:
-            logger.warning("%s: reading stopped early: %s", name, error)
+            logger.warning("%s: reading stopped early: %s", name, reason(error))
             break
         try:
             yield from packet.decode()

@@ -296,6 +296,11 @@ def _hub(config: DataConfig) -> Table:
         )
     except InputError:
         raise
+    except ConnectionError:
+        raise InputError(
+            f"{name} is no file or folder here, and the Hugging Face hub cannot be reached: "
+            "download it elsewhere (`save_to_disk`) and name the folder"
+        ) from None
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InputError(
             f"{name} is neither a file or folder here nor a dataset the hub gives "

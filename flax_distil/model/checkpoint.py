@@ -173,7 +173,12 @@ def _by_name(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except LocalEntryNotFoundError:
+        raise InputError(
+            f"{name!r} is no folder here, and the Hugging Face hub cannot be reached: "
+            "download it elsewhere and name the folder, or `flax-distil fetch whisper-tiny.en`"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"{name!r} is no folder here and the Hugging Face hub did not give it: {reason}"

@@ -291,12 +291,19 @@ def test_a_damaged_row_group_names_its_file(tmp_path):
         found[0]
 
 
-def test_unknown_hub_name(monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (FileNotFoundError("no such dataset"), "is neither .*FileNotFoundError"),
+        (ConnectionError("not known"), "is no file .*hub cannot be reached"),
+    ],
+)
+def test_unknown_hub_name(monkeypatch, raised, words):
     import datasets
 
     def absent(*_, **__):
-        raise FileNotFoundError("no such dataset")
+        raise raised
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", absent)
-    with pytest.raises(InputError, match=r"nobody/nothing is neither .*FileNotFoundError"):
+    with pytest.raises(InputError, match=f"nobody/nothing {words}"):
         read_dataset("nobody/nothing")

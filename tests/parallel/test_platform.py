@@ -45,9 +45,9 @@ def test_what_is_asked_for_wins(unnamed, tmp_path, monkeypatch, variable):
     find_spec("libtpu") is None or any(any(Path("/dev").glob(pattern)) for pattern in ACCELERATORS),
     reason="no libtpu, or an accelerator is here",
 )
-def test_libtpu_is_silent(unnamed):
-    code = "from flax_distil.parallel.platform import name_platform; name_platform(); "
-    code += "import jax; jax.devices()"
+@pytest.mark.parametrize("order", ["name_platform(); import jax", "import jax; name_platform()"])
+def test_libtpu_is_silent(unnamed, order):
+    code = f"from flax_distil.parallel.platform import name_platform; {order}; jax.devices()"
     alone = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # or else its lock would silence it
     done = subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, check=True)
     assert done.stderr == b""
