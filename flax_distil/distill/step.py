@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from flax_distil.audio.log_mel import log_mel
 from flax_distil.audio.spec_augment import spec_augment
@@ -20,6 +20,7 @@ from flax_distil.distill.losses import Losses, hidden_mse, objective
 from flax_distil.distill.state import TrainState, apply_gradients, learning_rate
 from flax_distil.distill.vocabulary import Heard, Stored, vocabulary_losses
 from flax_distil.model.spec import Params, Spec
+from flax_distil.parallel.mesh import for_each_shard
 
 
 @dataclass(frozen=True)
@@ -157,22 +158,33 @@ def student_losses(
     if own := frozen.student_encoder | params.get("encoder", {}):
         audio_BSD = plan.student.encoder(own)(features(batch, plan))
     student = plan.student.decoder(params["decoder"])
-    hidden_BLD, every_NBLD = student.hidden_states(jnp.asarray(batch.tokens), audio_BSD)
+    tokens_BL, embedding_VD = jnp.asarray(batch.tokens), params["decoder"]["tokens"]["embedding"]
+    embedding_GVD = for_each_shard(embedding_VD, plan.data_shards)
+    embedded_BLD = look_up(embedding_GVD, tokens_BL).astype(plan.student.dtype)
+    hidden_BLD, every_NBLD = student.hidden_states(tokens_BL, audio_BSD, embedded_BLD)
     weights_BL = jnp.asarray(batch.weights)
     parts = vocabulary_losses(
         hidden_BLD,
-        params["decoder"]["tokens"]["embedding"],
+        embedding_GVD,
         guide.teacher,
         jnp.asarray(batch.targets),
         weights_BL,
         plan.loss,
         plan.vocabulary_chunk,
-        plan.data_shards,
     )
     mse = jnp.zeros(())
     if plan.loss.mse:
         mse = hidden_mse(guide.every, every_NBLD, weights_BL, plan.layer_map)
     return parts.total + plan.loss.mse * mse, Losses(parts.kl, parts.ce, mse)
+
+
+def look_up(
+    embedding_GVD: Float[Array, "G V D"], tokens_BL: Int[Array, "B L"]
+) -> Float[Array, "B L D"]:
+    """The embeddings of tokens, each shard's of its own copy: see `for_each_shard`."""
+    tokens_GBL = tokens_BL.reshape(len(embedding_GVD), -1, tokens_BL.shape[1])
+    embedded_GBLD = jax.vmap(lambda x_VD, tokens: x_VD[tokens])(embedding_GVD, tokens_GBL)
+    return embedded_GBLD.reshape(*tokens_BL.shape, -1)
 
 
 def micro_batches(batch: Batch, plan: Plan) -> Batch:

@@ -56,21 +56,22 @@ class Parts(NamedTuple):
 
 def vocabulary_losses(
     hidden_BLD: Float[Array, "B L D"],
-    embedding_VD: Float[Array, "V D"],
+    embedding_GVD: Float[Array, "G V D"],
     teacher: Heard | Stored | None,
     targets_BL: Int[Array, "B L"],
     weights_BL: Float[Array, "B L"],
     config: LossConfig,
     chunk: int = 0,
-    shards: int = 1,
 ) -> Parts:
     """`config.kl · KL(teacher ‖ student) · T² + config.ce · CE(targets)`, summed over tokens.
 
+    embedding_GVD: the student's, for each of the G parts that the rows are cut into over devices
+        (`parallel.mesh.for_each_shard`). All sums are a part's own until the loop is over, so that
+        devices talk once and not in every turn.
     teacher: None where `config.kl` is 0.
     chunk: tokens of a shard whose logits exist at a time; 0 is all of them.
-    shards: into how many parts the rows are spread over devices. Each part has its own sum of the
-        embedding's gradient, so that devices talk once, behind the loop, and not in every turn.
     """
+    shards = len(embedding_GVD)
     count = weights_BL.size // shards
     chunk = min(chunk, count) or count
 
@@ -83,18 +84,18 @@ def vocabulary_losses(
         of_tokens, theirs = teacher
     rows: Rows = jax.tree.map(spread, Rows(targets_BL, weights_BL, of_tokens))
     hidden_GND = spread(hidden_BLD)
-    parts: Any = _fused(hidden_GND, embedding_VD, rows, theirs, config, chunk)
+    parts: Any = _fused(hidden_GND, embedding_GVD, rows, theirs, config, chunk)
     return parts
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _fused(hidden_GND, embedding_VD, rows: Rows, theirs, config: LossConfig, chunk: int):
-    return _sweep(hidden_GND, embedding_VD, rows, theirs, config, chunk)[0]
+def _fused(hidden_GND, embedding_GVD, rows: Rows, theirs, config: LossConfig, chunk: int):
+    return _sweep(hidden_GND, embedding_GVD, rows, theirs, config, chunk)[0]
 
 
-def _forward(hidden_GND, embedding_VD, rows: Rows, theirs, config: LossConfig, chunk: int):
-    sums, gradients = _sweep(hidden_GND, embedding_VD, rows, theirs, config, chunk)
-    return sums, (gradients, jnp.zeros((), hidden_GND.dtype), jnp.zeros((), embedding_VD.dtype))
+def _forward(hidden_GND, embedding_GVD, rows: Rows, theirs, config: LossConfig, chunk: int):
+    sums, gradients = _sweep(hidden_GND, embedding_GVD, rows, theirs, config, chunk)
+    return sums, (gradients, jnp.zeros((), hidden_GND.dtype), jnp.zeros((), embedding_GVD.dtype))
 
 
 def _backward(_config: LossConfig, _chunk: int, kept: Any, cotangents: Parts):
@@ -106,45 +107,46 @@ def _backward(_config: LossConfig, _chunk: int, kept: Any, cotangents: Parts):
 _fused.defvjp(_forward, _backward)
 
 
-def _sweep(hidden_GND, embedding_VD, rows: Rows, theirs, config: LossConfig, chunk: int):
+def _sweep(hidden_GND, embedding_GVD, rows: Rows, theirs, config: LossConfig, chunk: int):
     """The sums, and the gradients of the total, chunk by chunk of the tokens that count."""
     narrow, wide = hidden_GND.dtype, jnp.promote_types(hidden_GND.dtype, jnp.float32)
     product = partial(jnp.einsum, preferred_element_type=wide)
-    ours, theirs = jax.tree.map(lambda x: x.astype(narrow), (embedding_VD, theirs))
+    ours, theirs = jax.tree.map(lambda x: x.astype(narrow), (embedding_GVD, theirs))
     order_GN = jnp.argsort(rows.weights == 0, axis=1, stable=True)
     used = jnp.max(jnp.sum(rows.weights != 0, axis=1))
     pick = jax.vmap(lambda x_N, places_C: x_N[places_C])
 
     def turn(number: Array, carry: tuple) -> tuple:
-        sums, hidden_gradient_GND, embedding_gradient_GVD = carry
+        sums_2G, hidden_gradient_GND, embedding_gradient_GVD = carry
         places_GC = jax.lax.dynamic_slice_in_dim(order_GN, number * chunk, chunk, axis=1)
         here, hidden_GCD = jax.tree.map(lambda x_GN: pick(x_GN, places_GC), (rows, hidden_GND))
-        logits_GCV = product("gcd,vd->gcv", hidden_GCD, ours)
+        logits_GCV = product("gcd,gvd->gcv", hidden_GCD, ours)
         teacher = here.teacher
         if theirs is not None:
             teacher = product("gcd,vd->gcv", teacher, theirs)
         kl_GC, ce_GC, pull_GCV = token_losses(teacher, logits_GCV, here.targets, config)
-        sums += jnp.stack([jnp.sum(kl_GC * here.weights), jnp.sum(ce_GC * here.weights)])
+        sums_2G += jnp.stack([(part * here.weights).sum(axis=1) for part in (kl_GC, ce_GC)])
         pull_GCV = (here.weights[..., None] * pull_GCV).astype(narrow)
-        pull_GCD = product("gcv,vd->gcd", pull_GCV, ours)
+        pull_GCD = product("gcv,gvd->gcd", pull_GCV, ours)
         hidden_gradient_GND = jax.lax.dynamic_update_slice_in_dim(
             hidden_gradient_GND, pull_GCD, number * chunk, axis=1
         )
         embedding_gradient_GVD += product("gcv,gcd->gvd", pull_GCV, hidden_GCD)
-        return sums, hidden_gradient_GND, embedding_gradient_GVD
+        return sums_2G, hidden_gradient_GND, embedding_gradient_GVD
 
     start = (
-        jnp.zeros(2, wide),
+        jnp.zeros((2, len(hidden_GND)), wide),
         jnp.zeros(hidden_GND.shape, wide),
-        jnp.zeros((len(hidden_GND), *embedding_VD.shape), wide),
+        jnp.zeros(embedding_GVD.shape, wide),
     )
-    (kl, ce), sorted_GND, embedding_gradient_GVD = jax.lax.fori_loop(
+    sums_2G, sorted_GND, embedding_gradient_GVD = jax.lax.fori_loop(
         0, -(-used // chunk), turn, start
     )
     back_GN1 = jnp.argsort(order_GN, axis=1)[..., None]
     hidden_gradient_GND = jnp.take_along_axis(sorted_GND, back_GN1, axis=1)
+    kl, ce = sums_2G.sum(axis=1)
     total = config.kl * kl + config.ce * ce
-    return Parts(total, kl, ce), (hidden_gradient_GND, embedding_gradient_GVD.sum(axis=0))
+    return Parts(total, kl, ce), (hidden_gradient_GND, embedding_gradient_GVD)
 
 
 def token_losses(

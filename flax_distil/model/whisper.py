@@ -85,11 +85,18 @@ class Decoder(nnx.Module):
         return self.hidden_states(tokens_BL, audio_BSD)[0]
 
     def hidden_states(
-        self, tokens_BL: Int[Array, "B L"], audio_BSD: Float[Array, "B S D"]
+        self,
+        tokens_BL: Int[Array, "B L"],
+        audio_BSD: Float[Array, "B S D"],
+        embedded_BLD: Float[Array, "B L D"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Any]:
-        """The final hidden state and that after every layer (a tuple, or stacked when scanned)."""
+        """The final hidden state and that after every layer (a tuple, or stacked when scanned).
+
+        embedded_BLD: the tokens' embeddings, where the caller looked them up.
+        """
         length = tokens_BL.shape[1]
-        x_BLD = self.tokens(tokens_BL) + self.positions(jnp.arange(length))
+        x_BLD = self.tokens(tokens_BL) if embedded_BLD is None else embedded_BLD
+        x_BLD = x_BLD + self.positions(jnp.arange(length))
         mask_LL = jnp.tril(jnp.ones((length, length), bool))
 
         def forward(layer: DecoderLayer, x_BLD: Array, _: None):

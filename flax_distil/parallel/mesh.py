@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -78,6 +79,19 @@ def on_each_device(function: Callable[..., Array], *arrays_BH: Array) -> Array:
     return jax.shard_map(
         function, in_specs=(part,) * len(arrays_BH), out_specs=part, check_vma=False
     )(*arrays_BH)
+
+
+def for_each_shard(x: Array, shards: int) -> Array:
+    """`x` [G, …] for G parts of a batch, each on its own devices.
+
+    What is used of `x` by each part has its gradient summed there, over all uses, and over the
+    devices once.
+    """
+    x_G = jnp.broadcast_to(x, (shards, *x.shape))
+    if not in_mesh():
+        return x_G
+    free = (PartitionSpec.UNCONSTRAINED,) * x.ndim
+    return jax.lax.with_sharding_constraint(x_G, PartitionSpec(*BATCH, *free))
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:

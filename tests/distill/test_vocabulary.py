@@ -9,6 +9,7 @@ import pytest
 
 from flax_distil.config import LossConfig
 from flax_distil.distill.vocabulary import Heard, Stored, vocabulary_losses
+from flax_distil.parallel.mesh import for_each_shard
 
 B, L, D, V = 4, 6, 8, 50
 
@@ -42,10 +43,9 @@ def smoothed(targets, smoothing):
     return (1 - smoothing) * jax.nn.one_hot(targets, V) + smoothing / V
 
 
-def fused(hidden, embedding, wanted, theirs, targets, weights, config, **changes):
-    parts = vocabulary_losses(
-        hidden, embedding, Heard(wanted, theirs), targets, weights, config, **changes
-    )
+def fused(hidden, embedding, wanted, theirs, targets, weights, config, chunk=0, shards=1):
+    copies, teacher = for_each_shard(embedding, shards), Heard(wanted, theirs)
+    parts = vocabulary_losses(hidden, copies, teacher, targets, weights, config, chunk)
     return parts.total, (parts.kl, parts.ce)
 
 
@@ -131,10 +131,9 @@ def test_all_tokens_stored_are_the_teacher(arrays):
             (expected, _), whole = jax.value_and_grad(fused, argnums=(0, 1), has_aux=True)(
                 hidden, embedding, wanted, theirs, targets, weights, config
             )
-            loss = lambda h, e, teacher=teacher, config=config: (
-                vocabulary_losses(h, e, teacher, targets, weights, config, chunk=5, shards=2).total
-            )
-            total, gradients = jax.value_and_grad(loss, argnums=(0, 1))(hidden, embedding)
+            loss = lambda h, e, *rest: vocabulary_losses(h, for_each_shard(e, 2), *rest, 5).total
+            rest = (teacher, targets, weights, config)
+            total, gradients = jax.value_and_grad(loss, argnums=(0, 1))(hidden, embedding, *rest)
             np.testing.assert_allclose(total, expected, rtol=1e-12)
             for ours, full in zip(gradients, whole, strict=True):
                 np.testing.assert_allclose(ours, full, atol=1e-12)
@@ -149,7 +148,9 @@ def test_fewer_stored_tokens_never_say_more_than_all(arrays):
 
         def kl(k, hidden=hidden):
             teacher = stored(wanted, theirs, k, config.temperature)
-            return vocabulary_losses(hidden, embedding, teacher, targets, weights, config).total
+            return vocabulary_losses(
+                hidden, embedding[None], teacher, targets, weights, config
+            ).total
 
         full = fused(hidden, embedding, wanted, theirs, targets, weights, config)[0]
         values = [float(kl(k)) for k in (1, 4, 16, 48)]
@@ -168,7 +169,7 @@ def test_a_teacher_who_agrees_with_the_student_costs_nothing(arrays):
         config = LossConfig(kl=1.0, ce=0.0, temperature=temperature)
         teacher = stored(hidden, embedding, 3, temperature)
         loss = lambda h, t=teacher, c=config: (
-            vocabulary_losses(h, embedding, t, targets.astype(int), weights, c).total
+            vocabulary_losses(h, embedding[None], t, targets.astype(int), weights, c).total
         )
         value, gradient = jax.value_and_grad(loss)(hidden)
         np.testing.assert_allclose(value, 0, atol=1e-4)
