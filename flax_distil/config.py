@@ -533,6 +533,9 @@ class PlanConfig:
     roofline's, which no run goes below."""
     chip_hour_price: float | None = None
     """What an hour of one chip costs, in your currency."""
+    answers: Path | None = None
+    """Folder of answers that the compiler gave on another machine, such as tests/plan/golden; they
+    are taken only for the very same programs and versions."""
     json: bool = False
     """Print JSON instead of tables."""
     table: Path | None = None

@@ -12,6 +12,7 @@ from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import same_arrays
+from flax_distil.parallel.clips import spread
 
 GUESSES = 4  # a pass, where nobody says how many
 
@@ -56,10 +57,10 @@ def make_assistant(
             "same"
         )
     spec = Spec(checkpoint.dims, recognizer.spec.dtype)
-    put = lambda half: jax.tree.map(lambda leaf: jnp.asarray(leaf, spec.dtype), half)
+    put = lambda half: spread(jax.tree.map(lambda leaf: jnp.asarray(leaf, spec.dtype), half))
     ids = None
     if vocabulary is not None:
-        ids = jnp.asarray(frequent_ids(recognizer.tokens, vocabulary, texts))
+        ids = spread(jnp.asarray(frequent_ids(recognizer.tokens, vocabulary, texts)))
     drafter = ModelDrafter(spec, put(checkpoint.params["decoder"]), ids)
     encoder = put(checkpoint.params["encoder"])
     if same_arrays(encoder, recognizer.params["encoder"]):

@@ -25,6 +25,7 @@ from flax_distil.decode.greedy import Found, Prompt, multiply, prefill, score
 from flax_distil.decode.rules import Progress, RuleSet, advance, apply, begin
 from flax_distil.model.spec import Params, Spec
 from flax_distil.model.whisper import Cache
+from flax_distil.parallel.clips import by_clip
 
 NEVER = -1e9  # worse than any text
 
@@ -62,7 +63,7 @@ class _Loop(NamedTuple):
     progress: Progress  # rows are beams
 
 
-@partial(jax.jit, static_argnames=("spec", "rules", "max_tokens", "search"))
+@by_clip(static=("spec", "rules", "max_tokens", "search"))
 def beam(
     spec: Spec,
     params: Params,

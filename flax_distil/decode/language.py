@@ -1,12 +1,11 @@
 """Which language is spoken: Whisper's own answer, at the start of transcript."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flax_distil.model.spec import Params, Spec
+from flax_distil.parallel.clips import by_clip
 from flax_distil.text.tokens import WhisperTokens
 
 
@@ -22,7 +21,7 @@ def detect_language(
     return [dict(zip(codes, map(float, row), strict=True)) for row in probability_BL]
 
 
-@partial(jax.jit, static_argnames=("spec", "sot", "languages"))
+@by_clip(static=("spec", "sot", "languages"))
 def _detect(
     spec: Spec, params: Params, audio_BSD: Array, sot: int, languages: tuple[int, ...]
 ) -> Array:

@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import CHUNK_SAMPLES
 from flax_distil.model.spec import Params, Spec
+from flax_distil.parallel.clips import by_clip, chips_of, spread
 from flax_distil.text.languages import to_language_code
 from flax_distil.text.tokens import WhisperTokens, load_tokens
 from flax_distil.text.wer import compression_ratio
@@ -61,8 +61,8 @@ class Window:
 
 
 def make_recognizer(checkpoint: Checkpoint, dtype: str = "float32") -> Recognizer:
-    """A recogniser over a checkpoint, its parameters on the device in `dtype`."""
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.params)
+    """A recogniser over a checkpoint, its parameters in `dtype` on all chips of this process."""
+    params = spread(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.params))
     heads = checkpoint.generation.get("alignment_heads") or ()
     return Recognizer(
         Spec(checkpoint.dims, dtype),
@@ -121,7 +121,7 @@ def prepare(
             f"an assistant cannot help {options.beams} beams and the best of {drawn} texts: use "
             "one of each, or no assistant"
         )
-    check_memory(recognizer.spec, bucket(batch), options)
+    check_memory(recognizer, bucket(batch), options)
     known = checked_language(recognizer, options)
     previous = text_ids(recognizer.tokens, options.prompt)
     if len(previous) > (most := recognizer.spec.dims.text_positions // 2 - 1):
@@ -179,7 +179,7 @@ def sampling(windows: Sequence[Window], rows: int) -> Sampling | None:
     return Sampling(jnp.pad(temperature_B, fill_up), jnp.pad(seed_B, fill_up))
 
 
-@partial(jax.jit, static_argnames="spec")
+@by_clip(static=("spec",))
 def listen(spec: Spec, params: Params, waveforms_BN: Num[Array, "B N"]) -> Float[Array, "B S D"]:
     """Waveforms to audio states; log-mel runs on the device. params: the encoder's.
 
@@ -330,20 +330,20 @@ def read(
     return hypotheses
 
 
-def check_memory(spec: Spec, batch: int, options: DecodeOptions) -> None:
-    """Raises InputError where a search certainly needs more memory than the device has."""
-    dims = spec.dims
-    size = jnp.dtype(spec.dtype).itemsize
+def check_memory(recognizer: Recognizer, batch: int, options: DecodeOptions) -> None:
+    """Raises InputError where a search certainly needs more memory than the devices have."""
+    dims, chips = recognizer.spec.dims, chips_of(recognizer.params)
+    size = jnp.dtype(recognizer.spec.dtype).itemsize
     texts = max(options.beams, options.best_of if options.temperature else 1)
     of_token = 2 * dims.decoder_layers * dims.width * size  # keys and values
     of_text = of_token * options.max_tokens + 2 * dims.vocab * 4  # and two rows of logits
     needed = batch * (of_token * dims.audio_positions + texts * of_text)
-    there = device_memory()
+    there = chips * device_memory()
     if needed > there:
         fitting = max(int(texts * there / needed / 2), 1)
         raise InputError(
             f"{texts} texts for each of {batch} windows need {needed / GIBI:,.0f} GiB and the "
-            f"device has {there / GIBI:,.0f}: follow at most {fitting} or use a smaller batch"
+            f"devices have {there / GIBI:,.0f}: follow at most {fitting} or use a smaller batch"
         )
 
 

@@ -19,6 +19,7 @@ from flax_distil.decode.options import Tally
 from flax_distil.decode.rules import Progress, RuleSet, advance, apply, begin
 from flax_distil.model.spec import Params, Spec
 from flax_distil.model.whisper import Cache
+from flax_distil.parallel.clips import by_clip
 
 
 class _Loop(NamedTuple):
@@ -42,7 +43,7 @@ class _Verdict(NamedTuple):
     progress: Progress
 
 
-@partial(jax.jit, static_argnames=("spec", "rules", "max_tokens", "guesses"))
+@by_clip(static=("spec", "rules", "max_tokens", "guesses"), whole=("params", "drafter"))
 def speculative(
     spec: Spec,
     params: Params,

@@ -33,6 +33,7 @@ from flax_distil.distill.validation import Validate, Validation, make_validate
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.spec import unstack_layers
+from flax_distil.parallel.clips import spread
 from flax_distil.parallel.mesh import (
     batch_sharding,
     check_batch,
@@ -300,7 +301,7 @@ def whole(program: Program, state: TrainState) -> Any:
     params = whole_student(state.params, program.frozen)
     if jax.process_count() > 1:
         copied = jax.jit(lambda params: params, out_shardings=replicated(program.mesh))(params)
-        params = jax.tree.map(lambda leaf: leaf.addressable_data(0), copied)
+        params = spread(jax.tree.map(lambda leaf: leaf.addressable_data(0), copied))
     if not program.plan.student.scan_layers:
         return params
     return {half: unstack_layers(layers) for half, layers in params.items()}

@@ -23,6 +23,7 @@ from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
 from flax_distil.errors import InputError
 from flax_distil.evaluate.report import Entry, Judged, Report, Score
 from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.parallel.multihost import from_all_hosts, is_main_host, start
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.wer import character_errors, word_errors
 
@@ -57,7 +58,10 @@ def run(config: EvaluateConfig) -> Report:
 
     Raises what `compare` raises.
     """
+    start()
     report = compare(config)
+    if not is_main_host():
+        return report
     report.save(config.output_dir)
     Console().print(report.table())
     log.info("report.json, report.md and transcripts.jsonl are in %s", config.output_dir)
@@ -86,7 +90,7 @@ def compare(config: EvaluateConfig) -> Report:
     for name, utterances in sets.items():
         skipped[name] = []
         clips = _usable(tqdm(utterances, desc=name, unit="clip"), skipped[name])
-        heard[name] = list(hear(recognizers, batches(clips, config.batch_size), config))
+        heard[name] = hear_together(recognizers, batches(clips, config.batch_size), config)
         if not heard[name]:
             raise InputError(
                 f"{name}: none of its {len(skipped[name])} clips can be judged on; "
@@ -168,6 +172,21 @@ def hear(
         warm.add(len(batch))
         order = order[1:] + order[:1]
         yield Heard(batch, hypotheses, {name: median(taken) for name, taken in times.items()})
+
+
+def hear_together(
+    recognizers: Mapping[str, Recognizer], batches: Iterable[list[Clip]], config: EvaluateConfig
+) -> list[Heard]:
+    """`hear`, of which each host does every n-th batch; all are told the whole."""
+    host, hosts = jax.process_index(), jax.process_count()
+    if hosts == 1:
+        return list(hear(recognizers, batches, config))
+    every = list(batches)
+    ours = hear(recognizers, every[host::hosts], config)
+    told = from_all_hosts([(one.hypotheses, one.seconds) for one in ours])
+    return [
+        Heard(batch, *told[number % hosts][number // hosts]) for number, batch in enumerate(every)
+    ]
 
 
 def relative_speed(first: Iterable[float], other: Iterable[float]) -> float:

@@ -29,11 +29,22 @@ class KeyValues(NamedTuple):
     values: Array
 
 
+class TimeLast(NamedTuple):
+    """Keys and values as [B H K S]: what fills the memory of devices with wide tiles."""
+
+    keys: Array
+    values: Array
+
+    def seen(self) -> KeyValues:
+        """For attention."""
+        return KeyValues(self.keys.swapaxes(-1, -2), self.values.swapaxes(-1, -2))
+
+
 class Cache(NamedTuple):
     """All that decoding remembers.
 
     own: one `KeyValues` a layer over the decoder's tokens, of static length.
-    cross: one `KeyValues` a layer over the encoder's output, computed once.
+    cross: one `KeyValues` or `TimeLast` a layer over the encoder's output, computed once.
     length: tokens seen so far, a scalar, or [B] where rows advance on their own.
     """
 
@@ -170,8 +181,9 @@ class Decoder(nnx.Module):
         mask_QS = jnp.arange(room) <= position[..., None]
         mask_QS = mask_QS if mask_QS.ndim == 2 else mask_QS[:, None]  # [B 1 L room]
 
-        def forward(layer: DecoderLayer, x_BLD: Array, remembered: tuple[KeyValues, KeyValues]):
+        def forward(layer: DecoderLayer, x_BLD: Array, remembered: tuple[KeyValues, Any]):
             own, cross = remembered
+            cross = cross.seen() if isinstance(cross, TimeLast) else cross
             new = layer.self_attention.keys_values(layer.self_norm(x_BLD))
             own = KeyValues(*(append(o, n, cache.length) for o, n in zip(own, new, strict=True)))
             return layer(x_BLD, own, cross, mask_QS), own

@@ -13,11 +13,13 @@ service, the others say that the leader task is gone, at once.
 import faulthandler
 import logging
 import os
+import pickle
 import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.errors import JaxRuntimeError
 
 from flax_distil.errors import InputError
@@ -148,6 +150,18 @@ def host_slice(count: int, host: int | None = None, hosts: int | None = None) ->
     host = jax.process_index() if host is None else host
     hosts = jax.process_count() if hosts is None else hosts
     return slice(count * host // hosts, count * (host + 1) // hosts)
+
+
+def from_all_hosts(value: Any) -> list[Any]:
+    """What each host gives, in the hosts' order, told to all; all have to ask."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental.multihost_utils import process_allgather
+
+    ours = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = process_allgather(np.array([ours.size]))[:, 0]
+    every = process_allgather(np.pad(ours, (0, sizes.max() - ours.size)))
+    return [pickle.loads(one[:size].tobytes()) for one, size in zip(every, sizes, strict=True)]
 
 
 def barrier(name: str, timeout: float = 600.0) -> None:

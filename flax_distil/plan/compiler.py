@@ -1,16 +1,14 @@
 """Compiling for chips that are not here: what a program needs, or why the compiler refuses it.
 
-Answers are kept in the cache by the program's hash, so that the same question costs nothing twice.
+Answers are kept by the program's fingerprint, so that the same question costs nothing twice.
 """
 
-import gzip
 import hashlib
 import json
 import logging
 import re
 import time
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from typing import Any
 import jax
 
 from flax_distil.cache import cache_folder
-from flax_distil.plan.hlo import Module, parse
+from flax_distil.plan.hlo import Collective, Held, parse
+from flax_distil.plan.programs import Program
 from flax_distil.plan.topology import Slice, libtpu_version
 
 log = logging.getLogger(__name__)
@@ -36,73 +35,81 @@ class Refusal:
 
     needed: float
     available: float
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a program takes on one chip, in bytes, and its compiled text.
+    """What a program takes on one chip; bytes, of one run.
 
-    kept: of the results, those that do not overwrite an argument.
-    seconds: that compiling took, when it was compiled.
+    kept: of the results, those that do not overwrite an argument. traffic: through HBM.
+    host_transfers: names of instructions that wait for the host. tensors: the largest in HBM.
+    seconds: that compiling took. source: whence the answer is, where it was not compiled now.
     """
 
     arguments: int
     temporaries: int
     kept: int
     code: int
+    traffic: float
+    collectives: tuple[Collective, ...]
+    host_transfers: tuple[str, ...]
+    tensors: tuple[Held, ...]
     seconds: float
-    text: str = field(repr=False)
+    source: str = ""
 
     @property
     def memory(self) -> int:
         """Arguments, temporaries and results at once: cautious, for the peak may be lower."""
         return self.arguments + self.temporaries + self.kept
 
-    @cached_property
-    def module(self) -> Module:
-        """The program, instruction by instruction."""
-        return parse(self.text)
+
+def compiled(program: Program, target: Slice, answers: Path | None = None) -> Compiled | Refusal:
+    """The compiler's answer to a program, from `answers` or the cache where it was asked before."""
+    name = fingerprint(program, target)
+    kept = cache_folder() / "plans" / f"{name}.json"
+    for path in [*(sorted(answers.glob("*.json")) if answers else ()), kept]:
+        if path.is_file() and (found := json.loads(path.read_text()))["fingerprint"] == name:
+            source = "the cache" if path == kept else f"{answers}"
+            return replace(read_answer(found["answer"]), source=source)
+    log.info("compiling %s for %s", program.name, target.name)
+    answer = ask(program)
+    write_answer(answer, name, kept)
+    return answer
 
 
-def compiled(lowered: Any, target: Slice) -> Compiled | Refusal:
-    """The compiler's answer to a program, from the cache where it was asked before."""
-    path = cache_folder() / "plans" / f"{program_hash(lowered, target)}.json.gz"
-    if not path.is_file():
-        answer = ask(lowered)
-        keep(answer, path)
-    kept = json.loads(gzip.decompress(path.read_bytes()))
-    return Refusal(**kept) if "needed" in kept else Compiled(**kept)
-
-
-def program_hash(lowered: Any, target: Slice) -> str:
+def fingerprint(program: Program, target: Slice) -> str:
     """Of everything that decides the compiler's answer, and the same on every machine.
 
     The code of kernels is left out, which holds paths of the machine: JAX's version and the sizes
     of their blocks stand for it.
     """
-    compilers = (version("jax"), version("jaxlib"), libtpu_version(), target.name)
-    text = "\n".join(map(str, (*compilers, KERNEL.sub("", lowered.as_text()))))
+    compilers = (version("jax"), version("jaxlib"), libtpu_version(), target.name, program.loops)
+    text = "\n".join(map(str, (*compilers, KERNEL.sub("", program.lowered.as_text()))))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def ask(lowered: Any) -> Compiled | Refusal:
+def ask(program: Program) -> Compiled | Refusal:
     """Compiles. Only want of HBM is an answer; other errors of the compiler are raised."""
     start = time.monotonic()
     try:
-        program = lowered.compile()
+        executable = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         refused = refusal(str(error))
         if refused is None:
             raise
         return refused
-    memory = program.memory_analysis()
+    memory, module = executable.memory_analysis(), parse(executable.as_text())
     return Compiled(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         kept=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
+        traffic=module.traffic(program.loops),
+        collectives=tuple(module.collectives(program.loops)),
+        host_transfers=tuple(one.name for one in module.host_transfers()),
+        tensors=module.largest(8),
         seconds=round(time.monotonic() - start, 1),
-        text=program.as_text(),
     )
 
 
@@ -119,9 +126,23 @@ def refusal(message: str) -> Refusal | None:
     return None
 
 
-def keep(answer: Compiled | Refusal, path: Path) -> None:
-    """Writes an answer whole or not at all."""
+def write_answer(answer: Compiled | Refusal, name: str, path: Path, **more: Any) -> None:
+    """Writes an answer and its fingerprint, and `more` for readers, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{time.monotonic_ns()}")
-    part.write_bytes(gzip.compress(json.dumps(asdict(answer)).encode()))
+    contents = {**more, "fingerprint": name, "answer": asdict(answer)}
+    part.write_text(json.dumps(contents, indent=1) + "\n")
     part.replace(path)
+
+
+def read_answer(kept: dict[str, Any]) -> Compiled | Refusal:
+    """The answer that `write_answer` wrote."""
+    if "needed" in kept:
+        return Refusal(**kept)
+    collectives = tuple(Collective(*one) for one in kept["collectives"])
+    tensors = tuple(Held(size, kind, tuple(shape), where)
+                    for size, kind, shape, where in kept["tensors"])  # fmt: skip
+    waits = tuple(kept["host_transfers"])
+    return Compiled(
+        **kept | {"collectives": collectives, "tensors": tensors, "host_transfers": waits}
+    )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flax_distil.plan.compiler import Compiled, program_hash
+from flax_distil.plan.compiler import Compiled
 from flax_distil.plan.hlo import Collective
 from flax_distil.plan.programs import Program
 from flax_distil.plan.topology import Chip, Slice
@@ -54,7 +54,7 @@ class Estimate:
     clips: of one run, over all chips. rows: clips that a chip computes at a time.
     memory, capacity, temporaries and arguments are bytes, traffic is HBM bytes of one run.
     flops: useful ones of one run, over all chips. mfu: the share of the peak that the bound allows.
-    tensors: the largest. fingerprint: of the program, the same on every machine.
+    tensors: the largest. source: of the compiler's answer.
     """
 
     program: str
@@ -72,7 +72,7 @@ class Estimate:
     host_transfers: tuple[str, ...]
     seconds: Seconds
     tensors: tuple[Tensor, ...] = ()
-    fingerprint: str = ""
+    source: str = ""
     largest_batch: int | None = None
 
     @property
@@ -90,7 +90,7 @@ class TooLarge:
     """A program that does not fit: by how many bytes, and what would help.
 
     largest_batch: clips a chip at a time with which it fits; None where not even one does.
-    tensors: the largest of the program with that batch.
+    tensors: the largest of the program with that batch. source: of the compiler's refusal.
     """
 
     program: str
@@ -102,15 +102,13 @@ class TooLarge:
     available: float
     largest_batch: int | None
     tensors: tuple[Tensor, ...]
+    source: str = ""
 
 
 def estimate(
     program: Program, answer: Compiled, target: Slice, chips: int, vocabulary: int
 ) -> Estimate:
     """What a program that fits takes. chips: those of the slice that it runs on."""
-    module, rounds = answer.module, program.loops
-    collectives = tuple(module.collectives(rounds))
-    traffic = module.traffic(rounds)
     return Estimate(
         program=program.name,
         clips=program.clips,
@@ -122,27 +120,23 @@ def estimate(
         arguments=program.arguments,
         temporaries=answer.temporaries,
         flops=program.flops,
-        traffic=traffic,
-        collectives=collectives,
-        host_transfers=tuple(one.name for one in module.host_transfers()),
-        seconds=roofline(program.flops / chips, traffic, collectives, target.chip, chips),
+        traffic=answer.traffic,
+        collectives=answer.collectives,
+        host_transfers=answer.host_transfers,
+        seconds=roofline(
+            program.flops / chips, answer.traffic, answer.collectives, target.chip, chips
+        ),
         tensors=largest_tensors(program, answer, vocabulary),
-        fingerprint=program_hash(program.lowered, target),
+        source=answer.source or f"took {answer.seconds:.0f} s",
     )
 
 
-def largest_tensors(
-    program: Program, answer: Compiled, vocabulary: int, count: int = 5
-) -> tuple[Tensor, ...]:
-    """The largest arrays that a program makes in HBM, one of each shape."""
-    largest: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-    for one, array in answer.module.arrays():
-        key = (array.dtype, array.shape)
-        if array.on_chip or one.opcode in ("while", "tuple", "conditional") or key in largest:
-            continue
-        reason = knob(array.shape, one.where, program, vocabulary)
-        largest[key] = Tensor(array.bytes, *key, one.where, reason)
-    return tuple(sorted(largest.values(), key=lambda tensor: -tensor.bytes)[:count])
+def largest_tensors(program: Program, answer: Compiled, vocabulary: int) -> tuple[Tensor, ...]:
+    """The largest arrays that a program makes in HBM, and what makes each of them less."""
+    return tuple(
+        Tensor(*held, knob(held.shape, held.where, program, vocabulary))
+        for held in answer.tensors[:5]
+    )
 
 
 def roofline(

@@ -1,7 +1,8 @@
 """What a compiled TPU program does, read from its HLO text: HBM traffic, collectives, transfers.
 
 XLA's own cost analysis counts the body of a loop once; here every instruction counts as often as
-it runs. Buffers that the compiler placed in on-chip memory, `S(1)` in their layout, are no traffic.
+it runs. Buffers that the compiler placed in on-chip memory, such as `S(1)` in their layout, are no
+traffic.
 """
 
 import math
@@ -21,6 +22,8 @@ COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
+ON_CHIP = ("S(1)", "S(3)", "S(6)")  # vector memory, v4's common memory, scalar memory
+NAMES = r"AllocateBuffer|ConcatBitcast"  # custom calls that only name memory
 HOST = ("infeed", "outfeed", "send", "recv")
 # No work of their own: names for buffers, and loops and branches, whose bodies are counted.
 FREE = {
@@ -78,6 +81,15 @@ class Collective(NamedTuple):
     dtype: str
     times: float
     bytes: float
+
+
+class Held(NamedTuple):
+    """An array that a program has in HBM. where: the traced line."""
+
+    bytes: float
+    dtype: str
+    shape: tuple[int, ...]
+    where: str
 
 
 @dataclass(frozen=True)
@@ -175,6 +187,16 @@ class Module:
                 for array in one.result:
                     yield one, array
 
+    def largest(self, count: int) -> tuple[Held, ...]:
+        """The largest arrays in HBM, one of each type and shape."""
+        found: dict[tuple[str, tuple[int, ...]], Held] = {}
+        for one, array in self.arrays():
+            key = (array.dtype, array.shape)
+            if array.on_chip or one.opcode in ("while", "tuple", "conditional") or key in found:
+                continue
+            found[key] = Held(array.bytes, *key, one.where)
+        return tuple(sorted(found.values(), key=lambda held: -held.bytes)[:count])
+
     @cached_property
     def _callers(self) -> dict[str, list[str]]:
         """Computations that reach into each one, directly or through fusions."""
@@ -209,7 +231,7 @@ class Module:
             # A copy's result is (target, source, …), a slice's (source, target, …).
             target, source = one.result[:2] if "copy" in one.opcode else one.result[1::-1]
             return target.bytes * ((not target.on_chip) + (not source.on_chip))
-        if one.opcode == "custom-call" and "AllocateBuffer" in one.attributes:
+        if one.opcode == "custom-call" and re.search(NAMES, one.attributes):
             return 0
         return sum(held.in_hbm for held in operands) + one.in_hbm
 
@@ -292,7 +314,7 @@ def arrays_of(text: str) -> tuple[Array, ...]:
             dtype,
             shape := tuple(map(int, filter(None, sizes.split(",")))),
             padded(shape, layout) * BYTES[dtype],
-            "S(1)" in layout or "S(6)" in layout,
+            any(space in layout for space in ON_CHIP),
         )
         for dtype, sizes, layout in _ARRAY.findall(text)
         if dtype in BYTES

@@ -17,6 +17,7 @@ from flax_distil.config import (
 )
 from flax_distil.data.batches import bucket_for
 from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.recognizer import bucket
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import read_json
 from flax_distil.model.dims import PUBLISHED, WhisperDims, dims_from_hf
@@ -56,7 +57,7 @@ def plan(recipe: Path, topology: str, config: PlanConfig) -> Plan:
     chips = devices(target)
     programs: list[Estimate | TooLarge] = []
     if "train" in config.programs:
-        programs += train(config, distill, sizes, target, chips)
+        programs += train(config, recipe, distill, sizes, target, chips)
     if "label" in config.programs and "pseudo-label" in stages:
         label = load_recipe(recipe, PseudoLabelConfig)
         options = DecodeOptions(timestamps=label.timestamps, max_tokens=label.max_tokens)
@@ -73,7 +74,12 @@ def plan(recipe: Path, topology: str, config: PlanConfig) -> Plan:
 
 
 def train(
-    config: PlanConfig, distill: DistillConfig, sizes: Sizes, target: Slice, chips: list[Any]
+    config: PlanConfig,
+    recipe: Path,
+    distill: DistillConfig,
+    sizes: Sizes,
+    target: Slice,
+    chips: list[Any],
 ) -> list[Estimate | TooLarge]:
     """The train step at the longest label bucket, and at that of the usual label."""
     longest = usual = max(distill.label_buckets)
@@ -82,7 +88,10 @@ def train(
     if isinstance(config.batch, int):
         distill = replace(distill, batch_size=config.batch)
 
-    compute, auto = distill.compute, config.batch == "auto"
+    compute, stored = distill.compute, None
+    if distill.stored_teacher:
+        label = load_recipe(recipe, PseudoLabelConfig)
+        stored = (label.top_k, label.top_k_temperatures)
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, chips)
     check_batch(distill.batch_size, mesh, compute.accumulation)
     parts = data_shards(mesh) * compute.accumulation
@@ -90,10 +99,10 @@ def train(
 
     def step(rows: int, length: int) -> Program:
         asked = replace(distill, batch_size=rows * parts)
-        return train_program(asked, sizes.teacher, sizes.student, chips, length)
+        return train_program(asked, sizes.teacher, sizes.student, chips, length, stored)
 
     return [
-        judged(partial(step, length=length), rows, target, len(chips), sizes.teacher, auto)
+        judged(partial(step, length=length), rows, target, len(chips), sizes.teacher, config)
         for length in sorted({longest, usual}, reverse=True)
     ]
 
@@ -108,15 +117,21 @@ def decode(
     target: Slice,
     chips: list[Any],
 ) -> list[Estimate | TooLarge]:
-    """Encoder and search of a stage that recognises speech, on one chip."""
+    """Encoder and search of a stage that recognises speech, on the chips of one host.
+
+    batch: clips of a process. On a slice of several hosts each hears others.
+    """
+    ours = [chip for chip in chips if chip.process_index == chips[0].process_index]
     length = config.label_length or options.max_tokens
 
     def one(rows: int, index: int) -> Program:
-        program = decode_programs(dims, dtype, rows, options, chips[0], length)[index]
+        program = decode_programs(dims, dtype, rows, options, ours, length)[index]
         return replace(program, name=f"{stage}: {program.name}")
 
-    auto = config.batch == "auto"
-    return [judged(partial(one, index=index), batch, target, 1, dims, auto) for index in (0, 1)]
+    rows = -(-bucket(batch) // len(ours))
+    return [
+        judged(partial(one, index=index), rows, target, len(ours), dims, config) for index in (0, 1)
+    ]
 
 
 def judged(
@@ -125,22 +140,23 @@ def judged(
     target: Slice,
     chips: int,
     dims: WhisperDims,
-    auto: bool,
+    config: PlanConfig,
 ) -> Estimate | TooLarge:
     """The compiler's answer to a program of `rows` clips a chip, worked out.
 
-    auto: find the most that a chip holds. Where `rows` are too many, find less that it holds.
+    With `config.batch` auto, also the most that a chip holds. Where `rows` are too many, less that
+    it holds.
     """
-    asked = program(rows)
+    asked, auto = program(rows), config.batch == "auto"
     log.info(
         "%s on %s: %d clips, %d tokens",
         *(asked.name, target.name, asked.clips, asked.length),
     )
-    answer = compiled(asked.lowered, target)
+    answer = compiled(asked, target, config.answers)
 
     def fits(rows: int) -> bool:
         log.info("does %s fit with %d clips a chip at a time?", asked.name, rows)
-        return isinstance(compiled(program(rows).lowered, target), Compiled)
+        return isinstance(compiled(program(rows), target, config.answers), Compiled)
 
     if isinstance(answer, Compiled):
         found = estimate(asked, answer, target, chips, dims.vocab)
@@ -149,7 +165,7 @@ def judged(
     tensors = ()
     if most:
         smaller = program(most)
-        answer_there = compiled(smaller.lowered, target)
+        answer_there = compiled(smaller, target, config.answers)
         assert isinstance(answer_there, Compiled)
         tensors = largest_tensors(smaller, answer_there, dims.vocab)
     return TooLarge(
@@ -161,6 +177,7 @@ def judged(
         *(answer.needed, answer.available),
         most,
         tensors,
+        answer.source or "refused now",
     )
 
 

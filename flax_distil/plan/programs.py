@@ -1,6 +1,6 @@
 """The programs of a recipe as the stages compile them, over shapes alone: nothing is allocated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,10 +10,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from flax_distil.config import DistillConfig
+from flax_distil.data.augment import masks_log_mel
 from flax_distil.data.batches import Batch
+from flax_distil.data.stored_teacher import COLUMNS, StoredTeacher
 from flax_distil.decode.greedy import Prompt, greedy
 from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import bucket, listen
+from flax_distil.decode.recognizer import listen
 from flax_distil.decode.rules import RuleSet
 from flax_distil.distill.flops import (
     cross_flops,
@@ -29,7 +31,13 @@ from flax_distil.distill.trainer import compile_step
 from flax_distil.model.dims import CHUNK_SAMPLES, WhisperDims
 from flax_distil.model.generation import generation_config, special_ids
 from flax_distil.model.spec import Spec
-from flax_distil.parallel.mesh import batch_sharding, check_batch, data_shards, make_mesh
+from flax_distil.parallel.mesh import (
+    batch_sharding,
+    check_batch,
+    data_shards,
+    make_mesh,
+    replicated,
+)
 from flax_distil.parallel.sharding import check_heads, shardings
 
 
@@ -60,13 +68,17 @@ def train_program(
     student: WhisperDims,
     devices: list[Any],
     length: int,
+    stored: tuple[int, tuple[float, ...]] | None = None,
 ) -> Program:
     """The trainer's step on batches whose labels have `length` tokens.
+
+    stored: K and temperatures of the distributions that labels hold, for `config.stored_teacher`.
 
     Raises:
         InputError: recipe, models and number of chips do not fit.
     """
     plan, compute = make_plan(config, teacher, student), config.compute
+    plan = replace(plan, stored=stored and stored[1])
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, devices)
     check_batch(config.batch_size, mesh, compute.accumulation)
     check_heads({"encoder": teacher.encoder_heads, "decoder": teacher.decoder_heads}, mesh)
@@ -76,14 +88,15 @@ def train_program(
     if config.train_encoder:
         own = {"positions": ours["encoder"]["positions"]}
     elif teacher.encoder_layers != student.encoder_layers:
-        own = stored(ours["encoder"], plan)
-    frozen = Frozen(stored(theirs, plan), own)
+        own = in_kept_types(ours["encoder"], plan)
+    halves = theirs if plan.asks_teacher else {"encoder": theirs["encoder"]}
+    frozen = Frozen(in_kept_types(halves, plan), own)
     start = partial(initial_state, config=config.optimizer, seed=config.seed)
     state = jax.eval_shape(start, trainable)
     placed = shardings(state, mesh, compute.fsdp_min_elements)
     state = at(state, placed)
     frozen = at(frozen, shardings(frozen, mesh, compute.fsdp_min_elements))
-    batch = abstract_batch(config, teacher, length, batch_sharding(mesh))
+    batch = abstract_batch(config, teacher, length, batch_sharding(mesh), stored)
     step = compile_step(plan, mesh, placed)
     rows = config.batch_size // data_shards(mesh) // compute.accumulation
     encode = config.audio_states is None
@@ -105,38 +118,42 @@ def train_program(
 
 
 def decode_programs(
-    dims: WhisperDims, dtype: str, batch: int, options: DecodeOptions, device: Any, length: int
+    dims: WhisperDims,
+    dtype: str,
+    rows: int,
+    options: DecodeOptions,
+    devices: list[Any],
+    length: int,
 ) -> list[Program]:
     """What recognition runs: the encoder, then greedy search from the prompt to the last token.
 
-    Recognition runs on one chip. length: tokens of a text, for the work that is expected; memory is
-    that of `options.max_tokens`.
+    rows: clips of a chip, of those of one process. length: tokens of a text, for the work that is
+    expected; memory is that of `options.max_tokens`.
     """
-    mesh, rows = make_mesh(devices=[device]), bucket(batch)
-    spec, whole = Spec(dims, dtype), NamedSharding(mesh, jax.sharding.PartitionSpec())
+    mesh = make_mesh(devices=devices)
+    batch, spec, whole = rows * len(devices), Spec(dims, dtype), replicated(mesh)
     params = at(jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), spec.abstract()),
                 whole)  # fmt: skip
-    shape: Any = partial(jax.ShapeDtypeStruct, sharding=whole)
-    waveforms = shape((rows, CHUNK_SAMPLES), jnp.int16)
-    audio = shape((rows, dims.audio_positions, dims.width), jnp.dtype(dtype))
+    shape: Any = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+    number: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    waveforms = shape((batch, CHUNK_SAMPLES), jnp.int16)
+    audio = shape((batch, dims.audio_positions, dims.width), jnp.dtype(dtype))
     prompt_length = 4 if dims.multilingual else 2
-    prompt = Prompt(
-        shape((rows, prompt_length), jnp.int32), shape((), jnp.int32), shape((), jnp.int32)
-    )
+    prompt = Prompt(shape((batch, prompt_length), jnp.int32), number, number)
     room = min(options.max_tokens, dims.text_positions - prompt_length)
     steps = min(length, room)
     decoder = decoder_flops(dims, steps) + cross_flops(dims) + vocabulary_flops(dims, steps)
     return [
         Program(
-            "encode", rows, rows, 0, rows * encoder_flops(dims),
+            "encode", batch, rows, 0, batch * encoder_flops(dims),
             {"encoder": bytes_a_chip(params["encoder"]), "batch": bytes_a_chip(waveforms)},
             lower(listen, spec, params["encoder"], waveforms),
         ),
         Program(
-            "decode", rows, rows, steps, rows * decoder,
+            "decode", batch, rows, steps, batch * decoder,
             {"decoder": bytes_a_chip(params["decoder"]), "audio states": bytes_a_chip(audio)},
             lower(
-                greedy, spec, params["decoder"], audio, prompt, shape((rows,), jnp.bool_),
+                greedy, spec, params["decoder"], audio, prompt, shape((batch,), jnp.bool_),
                 rule_set(dims, options), room,
             ),
             loops=steps,
@@ -145,9 +162,13 @@ def decode_programs(
 
 
 def abstract_batch(
-    config: DistillConfig, dims: WhisperDims, length: int, sharding: NamedSharding
+    config: DistillConfig,
+    dims: WhisperDims,
+    length: int,
+    sharding: NamedSharding,
+    stored: tuple[int, tuple[float, ...]] | None,
 ) -> Batch:
-    """Shapes of the loader's batches; the encoder's output instead of sound where it is kept."""
+    """Shapes of the loader's batches; what is kept of encoder or teacher instead of running it."""
     rows = config.batch_size
     shape = partial(jax.ShapeDtypeStruct, sharding=sharding)
     tokens, audio = shape((rows, length), jnp.int32), None
@@ -165,6 +186,13 @@ def abstract_batch(
         "rows": shape((rows,), jnp.int32),
         "audio": audio,
     }
+    if stored is not None:
+        k, temperatures = stored
+        sizes = zip((k, k, len(temperatures)), COLUMNS.values(), strict=True)
+        columns: Any = [shape((rows, length, n), kind) for n, kind in sizes]
+        fields["stored"] = StoredTeacher(*columns)
+    if masks_log_mel(config.augment):
+        fields["keys"] = shape((rows, 2), jnp.uint32)
     return Batch(**fields)
 
 
@@ -182,7 +210,7 @@ def rule_set(dims: WhisperDims, options: DecodeOptions) -> RuleSet:
     )
 
 
-def stored(tree: Any, plan: Any) -> Any:
+def in_kept_types(tree: Any, plan: Any) -> Any:
     """Shapes of frozen parameters in the types that they are kept in."""
     return jax.tree.map(
         lambda leaf, dtype: leaf.update(dtype=dtype), tree, stored_types(tree, plan)

@@ -101,7 +101,8 @@ def print_plan(plan: Plan, config: PlanConfig) -> None:
     )
     console.print(programs_table(plan))
     for one in plan.programs:
-        console.print(f"[bold]{one.program}[/], {one.length} tokens: {escape(details(one))}")
+        line = f"{one.length} tokens: {details(one)}. Compiler's answer: {one.source}"
+        console.print(f"[bold]{one.program}[/], {escape(line)}")
     hours = plan.hours(config.mfu)
     if hours is not None:
         basis = "at the roofline, at least" if config.mfu is None else f"at {config.mfu:.0%} MFU"

@@ -1,14 +1,13 @@
-"""Who makes which shard, where several processes label into one store on a shared folder.
+"""Who makes which shard, where several processes label into one store.
 
-    claims/00003        made by whoever makes shard 3; gone when the shard is there
+    claims/00003.0      made by whoever makes shard 3; gone when the shard is there
+    claims/00003.1      made by who found that one dead
 
-A claim is a file that only one process can create. Its owner touches it while it works; one that
-was not touched for `patience` seconds belongs to a process that died, and is taken over. Nobody's
-clock is compared with another's: each waits by its own. Should an owner only have been slow, both
-make the same shard, byte for byte, and the second puts it over the first.
-
-It needs a file system with atomic links and renames, as NFS and Filestore have them; a bucket has
-no links.
+A claim is a file that one process alone can create, which disks and buckets both promise. Its owner
+writes it anew while it works; one that stayed the same for `patience` seconds belongs to a process
+that died, and whoever creates the next number has its shard. Nobody's clock is compared with
+another's: each waits by its own. Should an owner only have been slow, both make the same shard,
+byte for byte, and the second puts it over the first.
 """
 
 import json
@@ -17,94 +16,95 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from flax_distil.pseudo_label.folder import Folder
 
 
 @dataclass
 class Claims:
-    """The claims of one process. patience: seconds without a touch after which an owner is dead."""
+    """The claims of one process. patience: seconds without a sign after which an owner is dead."""
 
-    folder: Path
+    folder: Folder
     patience: float = 300.0
-    held: set[int] = field(default_factory=set)
-    seen: dict[int, tuple[int, float]] = field(default_factory=dict)
-    """Others' claims: when they were touched last, and since when, by our clock, they are so."""
+    held: dict[int, str] = field(default_factory=dict)
+    """The file of each shard that is ours."""
+    seen: dict[str, tuple[bytes, float]] = field(default_factory=dict)
+    """Others' claims: what they said last, and since when, by our clock, they say so."""
     refused: set[int] = field(default_factory=set)
     """Shards that others had when we asked, since we last waited."""
+    beats: int = 0
+    last_beat: float = -1e9
 
     def take(self, shard: int) -> bool:
         """Whether this process may make the shard now."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self._create(shard):
-            return True
-        if not self._dead(shard):
-            self.refused.add(shard)
-            return False
-        # Of those that see the claim die, one can move it away, and only then is there room.
-        aside = self._path(shard).with_name(f".{shard:05d}.{socket.gethostname()}.{os.getpid()}")
-        with suppress(FileNotFoundError):
-            self._path(shard).rename(aside)
-            aside.unlink()
-        if self._create(shard):
-            return True
+        newest = self._newest(shard)
+        if newest is None or self._dead(newest):
+            number = 0 if newest is None else int(newest.partition(".")[2]) + 1
+            name = f"claims/{shard:05d}.{number}"
+            if self.folder.create(name, self._sign()):
+                self.held[shard] = name
+                return True
         self.refused.add(shard)
         return False
 
     def touch(self) -> None:
-        """Say that this process is alive."""
-        for shard in self.held:
-            with suppress(FileNotFoundError):
-                os.utime(self._path(shard))
+        """Say that this process is alive, at most ten times within `patience`: buckets count."""
+        if time.monotonic() - self.last_beat < self.patience / 10:
+            return
+        self.last_beat, self.beats = time.monotonic(), self.beats + 1
+        for name in self.held.values():
+            self.folder.write(name, self._sign())
 
     def done(self, shard: int) -> None:
-        """Give a claim back: the shard is there."""
-        self.held.discard(shard)
-        self._path(shard).unlink(missing_ok=True)
+        """Give a claim back: the shard is there. Those of dead owners before us go with it."""
+        self.held.pop(shard, None)
+        for name in self._of(shard):
+            self.folder.remove(f"claims/{name}")
 
     def wait(self) -> bool:
         """Until one of the shards that were refused is free; False where none was, at once."""
         refused, self.refused = self.refused, set()
-        while refused and not any(self._dead(shard) for shard in refused):
+        while refused and not any(self._free(shard) for shard in refused):
             time.sleep(min(2.0, self.patience / 4))
         return bool(refused)
 
     def clear(self) -> None:
         """Remove the folder once nothing is claimed, and what killed processes left in it."""
+        if not self.folder.local:
+            return
+        claims = self.folder.path / "claims"
         with suppress(OSError):
-            for left in self.folder.glob(".*"):
+            for left in claims.glob(".*"):
                 left.unlink(missing_ok=True)
-            self.folder.rmdir()
+            claims.rmdir()
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:05d}"
+    def _of(self, shard: int) -> list[str]:
+        return [name for name in self.folder.names("claims") if name.startswith(f"{shard:05d}.")]
 
-    def _create(self, shard: int) -> bool:
-        """Whether there was no claim; a new one names its owner from the first moment."""
-        named = self.folder / f".{socket.gethostname()}.{os.getpid()}"
-        owner = {"host": socket.gethostname(), "process": os.getpid()}
-        named.write_text(json.dumps(owner), encoding="utf-8")
-        try:
-            os.link(named, self._path(shard))
-        except FileExistsError:
-            return False
-        finally:
-            named.unlink()
-        self.held.add(shard)
-        self.seen.pop(shard, None)
-        return True
+    def _newest(self, shard: int) -> str | None:
+        return max(self._of(shard), key=lambda name: int(name.partition(".")[2]), default=None)
 
-    def _dead(self, shard: int) -> bool:
+    def _free(self, shard: int) -> bool:
+        newest = self._newest(shard)
+        return newest is None or self._dead(newest)
+
+    def _sign(self) -> bytes:
+        owner = {"host": socket.gethostname(), "process": os.getpid(), "beat": self.beats}
+        return json.dumps(owner).encode()
+
+    def _dead(self, name: str) -> bool:
         """Whether the owner of a claim is known or presumed to be dead."""
         try:
-            touched = self._path(shard).stat().st_mtime_ns
-            owner = json.loads(self._path(shard).read_bytes())
+            said = self.folder.read(f"claims/{name}")
         except FileNotFoundError:
             return True  # given back just now
-        if owner["host"] == socket.gethostname() and not alive(owner["process"]):
-            return True
-        if self.seen.get(shard, (None,))[0] != touched:
-            self.seen[shard] = (touched, time.monotonic())
-        return time.monotonic() - self.seen[shard][1] > self.patience
+        with suppress(ValueError):  # read while it was written
+            owner = json.loads(said)
+            if owner["host"] == socket.gethostname() and not alive(owner["process"]):
+                return True
+        if self.seen.get(name, (None,))[0] != said:
+            self.seen[name] = (said, time.monotonic())
+        return time.monotonic() - self.seen[name][1] > self.patience
 
 
 def alive(process: int) -> bool:

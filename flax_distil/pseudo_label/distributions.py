@@ -11,7 +11,6 @@ by at most 1/2048 of the teacher's entropy. Tokens are uint16, tails float32.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +31,7 @@ from flax_distil.decode.recognizer import (
 )
 from flax_distil.errors import InputError
 from flax_distil.model.spec import Params, Spec
+from flax_distil.parallel.clips import by_clip
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def distributions(
     ]
 
 
-@partial(jax.jit, static_argnames=("spec", "k", "temperatures"))
+@by_clip(static=("spec", "k", "temperatures"))
 def top_k(
     spec: Spec,
     params: Params,

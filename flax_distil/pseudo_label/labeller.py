@@ -37,7 +37,7 @@ from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.errors import InputError
 from flax_distil.parallel.multihost import is_main_host, start
 from flax_distil.pseudo_label.claims import Claims
-from flax_distil.pseudo_label.store import LabelStore, PseudoLabel, Shard, open_store, write_whole
+from flax_distil.pseudo_label.store import LabelStore, PseudoLabel, Shard, open_store
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.wer import word_errors
 
@@ -177,7 +177,7 @@ def label(
     return when the last one is there.
     """
     begun, ours = time.monotonic(), set()
-    claims = Claims(store.folder / "claims", config.claim_patience)
+    claims = Claims(store.files, config.claim_patience)
     done = store.finished(progress)
     left = not (isinstance(utterances, UtteranceStream) and store.complete() and done)
     while left:
@@ -203,7 +203,7 @@ def label(
     shards = [shard for _, shard in sorted(done.items())]
     skipped = [clip for shard in shards for clip in shard.skipped]
     lines = [json.dumps(dataclasses.asdict(clip), ensure_ascii=False) + "\n" for clip in skipped]
-    write_whole(store.folder / "skipped.jsonl", "".join(lines).encode())
+    store.files.write("skipped.jsonl", "".join(lines).encode())
     return LabelSummary(
         labels=sum(shard.rows for shard in shards),
         seconds=sum(shard.seconds for shard in shards),

@@ -13,8 +13,6 @@ under its name only when it is whole and on disk. So any process may make any sh
 import dataclasses
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ import pyarrow.parquet as pq
 from flax_distil.data.stored_teacher import COLUMNS, StoredTeacher
 from flax_distil.data.utterances import NUMBER, Skipped
 from flax_distil.errors import InputError
+from flax_distil.pseudo_label.folder import Folder, write_whole
 
 SETTINGS = "labels.json"
 FORMAT = 2  # 1 had neither recording nor utterance_number
@@ -123,9 +122,10 @@ class LabelStore:
     folder: Path
     settings: dict[str, Any]
 
-    def path(self, number: int) -> Path:
-        """The file of a shard."""
-        return self.folder / "data" / f"{number:05d}.parquet"
+    @property
+    def files(self) -> Folder:
+        """The folder, on a disk or in a bucket."""
+        return Folder(self.folder)
 
     def write(
         self, number: int, labels: Sequence[PseudoLabel], skipped: Sequence[Skipped]
@@ -143,12 +143,12 @@ class LabelStore:
         """Put a whole shard in its place: there or not there, never half."""
         facts = {"shard": number, "skipped": [dataclasses.asdict(clip) for clip in skipped]}
         contents = parquet_bytes(table.replace_schema_metadata({METADATA_KEY: json.dumps(facts)}))
-        write_whole(self.path(number), contents)
-        return _shard(contents, self.path(number))
+        self.files.write(name := f"data/{number:05d}.parquet", contents)
+        return _shard(contents, name)
 
     def numbers(self) -> set[int]:
         """The shards that are there, whole or not."""
-        return {int(path.stem) for path in (self.folder / "data").glob("[0-9]*.parquet")}
+        return {int(name.partition(".")[0]) for name in self._shards()}
 
     def finished(self, progress: Any = iter) -> dict[int, Shard]:
         """The shards that are there and whole, by number; others are made again.
@@ -158,12 +158,12 @@ class LabelStore:
         """
         known = {shard.number: shard for shard in self._index()}
         found = {}
-        for path in progress(sorted((self.folder / "data").glob("[0-9]*.parquet"))):
-            number = int(path.stem)
-            contents = path.read_bytes()
+        for name in progress(self._shards()):
+            number = int(name.partition(".")[0])
+            contents = self.files.read(f"data/{name}")
             if number not in known:
                 try:
-                    found[number] = _shard(contents, path)
+                    found[number] = _shard(contents, name)
                 except InputError:
                     continue
             elif hashlib.sha256(contents).hexdigest() == known[number].sha256:
@@ -173,11 +173,15 @@ class LabelStore:
     def write_index(self, shards: Iterable[Shard], complete: bool = False) -> None:
         """Keep what `finished` would find; `complete` once no utterance is left."""
         entries = [dataclasses.asdict(shard) for shard in sorted(shards, key=lambda s: s.number)]
-        write_json(self.folder / "shards.json", {"complete": complete, "shards": entries})
+        self.files.write("shards.json", as_json({"complete": complete, "shards": entries}))
+
+    def _shards(self) -> list[str]:
+        names = self.files.names("data")
+        return [name for name in names if name[0].isdigit() and name.endswith(".parquet")]
 
     def _index(self) -> list[Shard]:
         try:
-            entries = json.loads((self.folder / "shards.json").read_bytes())["shards"]
+            entries = json.loads(self.files.read("shards.json"))["shards"]
             return [
                 Shard(**entry | {"skipped": tuple(Skipped(**one) for one in entry["skipped"])})
                 for entry in entries
@@ -188,7 +192,7 @@ class LabelStore:
     def complete(self) -> bool:
         """Whether the index says that no utterance is left."""
         try:
-            return json.loads((self.folder / "shards.json").read_bytes())["complete"]
+            return json.loads(self.files.read("shards.json"))["complete"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -199,8 +203,8 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
     Raises InputError when it was begun with others, naming each with both values, or when the
     folder holds something else.
     """
-    settings = json.loads(json.dumps({"format": FORMAT, **settings}))
-    if (folder / SETTINGS).exists():
+    settings, files = json.loads(json.dumps({"format": FORMAT, **settings})), Folder(folder)
+    if files.has(SETTINGS):
         begun, asked = _flat(read_settings(folder)), _flat(settings)
         differences = [
             f"{name} was {begun.get(name)!r} and is {asked.get(name)!r}"
@@ -213,13 +217,11 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
                 "the old ones, or take another output_dir"
             )
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        others = any(not path.name.startswith(".") for path in folder.iterdir())
-        if others and not (folder / SETTINGS).exists():  # made by another process just now
+        others = any(not name.startswith(".") for name in files.names())
+        if others and not files.has(SETTINGS):  # made by another process just now
             raise InputError(f"{folder} is not empty and no label store: take another output_dir")
-        write_json(folder / SETTINGS, settings)
-    (folder / "data").mkdir(exist_ok=True)
-    write_whole(folder / "README.md", CARD.encode())
+        files.write(SETTINGS, as_json(settings))
+    files.write("README.md", CARD.encode())
     return LabelStore(folder, settings)
 
 
@@ -248,7 +250,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_settings(folder: Path) -> dict[str, Any]:
     """What made the labels in `folder`. Raises InputError where there is no label store."""
     try:
-        return json.loads((folder / SETTINGS).read_bytes())
+        return json.loads(Folder(folder).read(SETTINGS))
     except FileNotFoundError:
         raise InputError(f"{folder} is no label store: it has no labels.json") from None
     except ValueError as error:
@@ -256,7 +258,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def shard_files(folder: Path) -> dict[int, Path]:
-    """The Parquet files of a label store by number. Raises InputError where there are none."""
+    """The Parquet files of a label store by number, on a disk or a mounted bucket.
+
+    Raises InputError where there are none.
+    """
+    if not (files := Folder(folder)).local:
+        raise InputError(f"{files.address} is read where it is mounted, or copied to a disk")
     read_settings(folder)
     files = sorted((folder / "data").glob("[0-9]*.parquet"))
     if not files:
@@ -273,27 +280,17 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def write_whole(path: Path, contents: bytes) -> None:
-    """Write, reach the disk, then rename: a kill leaves the old file, or none, or the whole one."""
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def as_json(value: Any) -> bytes:
+    """A JSON file's contents."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as a whole JSON file."""
-    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(path, as_json(value))
 
 
-def _shard(contents: bytes, path: Path) -> Shard:
+def _shard(contents: bytes, path: str) -> Shard:
     """A shard's facts out of its bytes. Raises InputError when a page is damaged."""
     try:
         table = pq.read_table(pa.BufferReader(contents), page_checksum_verification=True)

@@ -1,7 +1,5 @@
 """The log-mel of a whole recording, computed piece by piece with one compiled program."""
 
-from functools import partial
-
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Float32
@@ -10,6 +8,7 @@ from flax_distil.audio.load import CLIP_SAMPLES
 from flax_distil.audio.log_mel import HOP, log_mel, log_powers, scaled
 from flax_distil.model.dims import CHUNK_FRAMES
 from flax_distil.model.spec import Params, Spec
+from flax_distil.parallel.clips import by_clip
 
 EDGE = 2 * HOP  # samples on both sides of a piece that its first and last frames see
 
@@ -38,7 +37,7 @@ def clip_mel(waveform: Float32[np.ndarray, "n"], mels: int) -> Float32[np.ndarra
     return np.asarray(_log_mel(waveform[None], mels)[0])
 
 
-@partial(jax.jit, static_argnames="spec")
+@by_clip(static=("spec",))
 def listen_to_mel(
     spec: Spec, params: Params, mel_BTM: Float[Array, "B T M"]
 ) -> Float[Array, "B S D"]:

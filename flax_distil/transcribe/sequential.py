@@ -125,7 +125,7 @@ def transcribe_sequentially(
             cannot help this search.
     """
     options = replace(options, timestamps=True, temperature=max(sequential.temperatures))
-    check_memory(recognizer.spec, bucket(batch_size), options)
+    check_memory(recognizer, bucket(batch_size), options)
     options = replace(options, temperature=0)
     known, prompt = prepare(recognizer, options, batch_size, assistant)
     waiting = enumerate(waveforms)

@@ -5,7 +5,6 @@
 import string
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from flax_distil.decode.recognizer import Recognizer
 from flax_distil.model.dims import CHUNK_FRAMES
 from flax_distil.model.spec import Params, Spec
+from flax_distil.parallel.clips import by_clip
 from flax_distil.text.languages import WITHOUT_SPACES
 from flax_distil.text.tokens import TIMESTAMP_STEP, WhisperTokens
 from flax_distil.transcribe.result import Word
@@ -127,7 +127,7 @@ def upper_half(spec: Spec) -> tuple[tuple[int, int], ...]:
     return tuple((layer, head) for layer in range(layers // 2, layers) for head in range(heads))
 
 
-@partial(jax.jit, static_argnames=("spec", "heads"))
+@by_clip(static=("spec", "heads"))
 def attend(
     spec: Spec,
     params: Params,

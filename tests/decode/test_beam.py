@@ -5,7 +5,7 @@ import pytest
 import whisper
 
 from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import check_memory, make_recognizer, recognize
+from flax_distil.decode.recognizer import Recognizer, check_memory, make_recognizer, recognize
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.dims import PUBLISHED
@@ -93,10 +93,12 @@ def test_real_speech_is_searched_as_openai_does(tiny_en, openai_tiny_en, windows
 
 def test_a_search_that_no_memory_holds_is_refused(monkeypatch):
     monkeypatch.setattr("flax_distil.decode.recognizer.device_memory", lambda: 16 * 2**30)
-    spec = Spec(PUBLISHED["large-v2"])
-    check_memory(spec, 8, DecodeOptions(beams=5))
-    with pytest.raises(InputError, match=r"100 texts for each of 32 .* has 16: follow at most \d+"):
-        check_memory(spec, 32, DecodeOptions(beams=100))
+    large = Recognizer(Spec(PUBLISHED["large-v2"]), {"any": np.zeros(1)}, None)
+    check_memory(large, 8, DecodeOptions(beams=5))
+    with pytest.raises(
+        InputError, match=r"100 texts for each of 32 .* have 16: follow at most \d+"
+    ):
+        check_memory(large, 32, DecodeOptions(beams=100))
     with pytest.raises(InputError, match=r"patience of at least 0\.5"):
         DecodeOptions(beams=2, patience=0.1)
     with pytest.raises(InputError, match="takes 0 to 1"):

@@ -8,17 +8,35 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from fake_teacher import fake_teacher, label_with
 from test_labeller import contents
 
+from flax_distil.errors import InputError
 from flax_distil.pseudo_label.claims import Claims, alive
+from flax_distil.pseudo_label.folder import Folder
+from flax_distil.pseudo_label.store import shard_files
 
 PROGRAM = str(Path(__file__).with_name("fake_teacher.py"))
 
 
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, tmp_path):
+    """Where labels go: a disk, or fsspec's memory in the place of a bucket."""
+    return tmp_path / "labels" if request.param == "disk" else Path(f"memory://{tmp_path.name}")
+
+
 def claim_of(folder: Path, shard: int, host: str, process: int) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / f"{shard:05d}").write_text(json.dumps({"host": host, "process": process}))
+    owner = json.dumps({"host": host, "process": process, "beat": 0})
+    assert Folder(folder).create(f"claims/{shard:05d}.0", owner.encode())
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """What labelling leaves; the order in which shards are listed is that of their numbers."""
+    files = Folder(folder)
+    assert not files.names("claims")
+    names = [*files.names(), *(f"data/{name}" for name in files.names("data"))]
+    return {name: files.read(name) for name in names if "." in name}
 
 
 def test_two_processes_share_the_shards(config, speech, tmp_path):
@@ -44,44 +62,98 @@ def test_two_processes_share_the_shards(config, speech, tmp_path):
     assert contents(config.output_dir) == contents(tmp_path / "whole")
 
 
-def test_a_claim_of_a_dead_process_is_taken_over_at_once(config, tmp_path):
+def test_a_bucket_has_what_a_disk_has(config, tmp_path):
+    bucket = Path(f"memory://{tmp_path.name}")
+    label_with(dataclasses.replace(config, output_dir=tmp_path / "whole"))
+    label_with(dataclasses.replace(config, output_dir=bucket))
+    assert len(everything(bucket)) > 6
+    assert everything(bucket) == everything(tmp_path / "whole")
+    assert label_with(dataclasses.replace(config, output_dir=bucket)).labelled_now == 0
+    with pytest.raises(InputError, match=r"memory://.* is read where it is mounted"):
+        shard_files(bucket)
+
+
+def test_a_claim_of_a_dead_process_is_taken_over_at_once(config, tmp_path, place):
     whole = label_with(dataclasses.replace(config, output_dir=tmp_path / "whole"))
+    config = dataclasses.replace(config, output_dir=place)
     label_with(config)
-    (config.output_dir / "data" / "00001.parquet").unlink()
+    Folder(place).remove("data/00001.parquet")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    claim_of(config.output_dir / "claims", 1, os.uname().nodename, ended.pid)
+    claim_of(place, 1, os.uname().nodename, ended.pid)
     begun = time.monotonic()
     assert label_with(config).labels == whole.labels
     assert time.monotonic() - begun < config.claim_patience / 10
-    assert contents(config.output_dir) == contents(tmp_path / "whole")
+    assert everything(place) == everything(tmp_path / "whole")
 
 
-def test_a_silent_claim_of_another_host_is_taken_over_in_the_end(config):
-    config = dataclasses.replace(config, claim_patience=0.5)
+def test_a_silent_claim_of_another_host_is_taken_over_in_the_end(config, place):
+    config = dataclasses.replace(config, claim_patience=0.5, output_dir=place)
     label_with(config)
-    (config.output_dir / "data" / "00001.parquet").unlink()
-    claim_of(config.output_dir / "claims", 1, "elsewhere", 1)
+    Folder(place).remove("data/00001.parquet")
+    claim_of(place, 1, "elsewhere", 1)
     begun = time.monotonic()
     assert label_with(config).labels == 21
     assert time.monotonic() - begun > 0.5
 
 
-def test_a_claim_that_is_touched_stays(tmp_path):
-    claim_of(tmp_path, 3, "elsewhere", 1)
-    claims = Claims(tmp_path, patience=0.2)
-    for _ in range(5):
+def test_a_claim_that_is_written_anew_stays(place):
+    claim_of(place, 3, "elsewhere", 1)
+    folder = Folder(place)
+    claims = Claims(folder, patience=0.2)
+    for beat in range(5):
         assert not claims.take(3)
         time.sleep(0.1)
-        os.utime(tmp_path / "00003")
+        folder.write("claims/00003.0", f"beat {beat}".encode())
     assert claims.refused == {3}
     assert claims.take(4)
-    assert claims.held == {4}
+    assert claims.held == {4: "claims/00004.0"}
+    before = folder.read("claims/00004.0")
+    claims.touch()
+    assert folder.read("claims/00004.0") != before
     claims.done(4)
-    assert [path.name for path in tmp_path.iterdir()] == ["00003"]
-    (tmp_path / "00003").unlink()
+    assert folder.names("claims") == ["00003.0"]
+    folder.remove("claims/00003.0")
     assert claims.wait()
     assert claims.take(3)
+
+
+def test_one_of_those_who_see_an_owner_dead_takes_over(place, monkeypatch):
+    """Both saw the same silent claim; the slower one finds the next number taken."""
+    monkeypatch.setattr("flax_distil.pseudo_label.claims.alive", lambda process: True)
+    claim_of(place, 3, "elsewhere", 1)
+    first, second = (Claims(Folder(place), patience=0.05) for _ in range(2))
+    assert not first.take(3)
+    assert not second.take(3)
+    time.sleep(0.1)
+    assert second._dead("00003.0")
+    assert first.take(3)
+    assert first.held == {3: "claims/00003.1"}
+    assert not Folder(place).create("claims/00003.1", b"")
+    assert not second.take(3)
+    first.done(3)
+    assert not Folder(place).names("claims")
+
+
+RACER = """
+import sys, time
+from pathlib import Path
+from flax_distil.pseudo_label.folder import Folder
+folder = Folder(Path(sys.argv[1]))
+while time.time() < float(sys.argv[2]):
+    pass
+print(sum(folder.create(f"claims/{n:05d}.0", sys.argv[3].encode()) for n in range(200)))
+"""
+
+
+def test_two_processes_that_create_at_once_never_both_succeed(tmp_path):
+    begin = str(time.time() + 3)
+    command = [sys.executable, "-c", RACER, str(tmp_path), begin]
+    racers = [
+        subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in "ab"
+    ]
+    won = [int(racer.communicate(timeout=60)[0]) for racer in racers]
+    assert sum(won) == 200
 
 
 def test_who_is_alive():

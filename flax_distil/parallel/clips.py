@@ -1,0 +1,100 @@
+"""Recognition on every chip of a process: parameters whole on each, the clips dealt out.
+
+A search ends when the last of its clips has ended. So each chip searches for its own clips, in a
+loop of its own, and the chips say nothing to each other.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_distil.parallel.mesh import BATCH, data_shards, in_mesh, make_mesh, replicated, within
+
+
+def spread(tree: Any, devices: Sequence[Any] | None = None) -> Any:
+    """Parameters on every one of `devices`, where functions `by_clip` then divide their work.
+
+    devices: all of this process's. CPU devices share one memory and its cores: there, unless asked
+        for, the parameters stay as they are.
+    """
+    if devices is None:
+        devices = jax.local_devices()
+        if devices[0].platform == "cpu":
+            return tree
+    return jax.device_put(tree, replicated(make_mesh(devices=devices)))
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that parameters are `spread` on; None where they are on one device."""
+    placed = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    return placed.mesh if isinstance(placed, NamedSharding) else None  # pyright: ignore
+
+
+def chips_of(tree: Any) -> int:
+    """Among how many chips clips are divided."""
+    mesh = mesh_of(tree)
+    return 1 if mesh is None else data_shards(mesh)
+
+
+def by_clip(static: tuple[str, ...], whole: tuple[str, ...] = ("params",)) -> Any:
+    """Compiles a function whose clips do not know of each other; decides by where `params` are.
+
+    Each array but those in `whole` has a row a clip, or is a number that all share; each result has
+    a row a clip. Clips that do not divide over the chips are filled up with copies of the last one.
+
+    static: names of arguments that decide the program, as of `jax.jit`.
+    """
+
+    def compile(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+
+        @wraps(function)
+        def divided(*args: Any, **kwargs: Any) -> Any:
+            if not in_mesh():
+                return function(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            fixed = {name: value for name, value in given.items() if name in static}
+            shared = {name: given[name] for name in whole if name in given}
+            arrays = {n: x for n, x in given.items() if n not in fixed and n not in shared}
+            rows = next(len(leaf) for leaf in jax.tree.leaves(arrays) if leaf.ndim)
+            missing = -rows % data_shards(jax.sharding.get_abstract_mesh())  # pyright: ignore
+            arrays = jax.tree.map(lambda leaf: fill_up(leaf, missing), arrays)
+            places = jax.tree.map(lambda leaf: BATCH if leaf.ndim else PartitionSpec(), arrays)
+            alone = jax.shard_map(
+                lambda shared, arrays: function(**fixed, **shared, **arrays),
+                in_specs=(PartitionSpec(), places),
+                out_specs=BATCH,
+                check_vma=False,
+            )
+            return jax.tree.map(lambda leaf: leaf[:rows], alone(shared, arrays))
+
+        program = jax.jit(divided, static_argnames=static)
+
+        def placed(call: Callable) -> Callable:
+            def called(*args: Any, **kwargs: Any) -> Any:
+                mesh = mesh_of(signature.bind(*args, **kwargs).arguments["params"])
+                if mesh is None:
+                    return call(*args, **kwargs)
+                with within(mesh):
+                    return call(*args, **kwargs)
+
+            return wraps(function)(called)
+
+        called: Any = placed(program)
+        called.trace = placed(program.trace)
+        return called
+
+    return compile
+
+
+def fill_up(leaf: Array, missing: int) -> Array:
+    """More rows like the last one; numbers stay."""
+    if not missing or not leaf.ndim:
+        return leaf
+    return jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")

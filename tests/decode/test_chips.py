@@ -1,0 +1,82 @@
+"""Recognition over several chips, pretended ones here: what one chip would have written."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_speculative import DIMS, RULES, SPEC, TIMES
+
+from flax_distil.decode.beam import BeamSearch, beam
+from flax_distil.decode.drafters import ModelDrafter
+from flax_distil.decode.greedy import Prompt, Sampling, greedy
+from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.recognizer import recognize
+from flax_distil.decode.speculative import speculative
+from flax_distil.parallel.clips import chips_of, spread
+from flax_distil.plan.hlo import COLLECTIVES
+
+PROMPTS = Prompt(jnp.array([[7, 8, 9, 1]] * 3), jnp.array([4, 4, 1]), jnp.array([1, 1, 0]))
+ONE_PROMPT = Prompt(jnp.array([[7, 8, 9]] * 3), jnp.int32(3), jnp.int32(1))
+DRAWN = Sampling(jnp.array([0.0, 1.0, 0.7]), jnp.array([1, 2, 3]))
+
+
+@pytest.fixture(scope="module")
+def model():
+    params = jax.tree.map(lambda leaf: 4 * leaf, SPEC.init(jax.random.key(0)))
+    mel = jax.random.normal(jax.random.key(2), (3, 40, DIMS.mels))
+    return params["decoder"], SPEC.encoder(params["encoder"])(mel)
+
+
+SEARCHES = {
+    "greedy": lambda *a: greedy(*a, 30),
+    "sampling": lambda *a: greedy(*a, 30, DRAWN, copies=2),
+    "beams": lambda *a: beam(*a, 30, search=BeamSearch(3, 3, None, False)),
+    "speculative": lambda spec, params, audio, *a: speculative(
+        spec, params, audio, *a, 30, ModelDrafter(spec, params), audio, 2
+    ),
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize(("rules", "prompt"), [(RULES, ONE_PROMPT), (TIMES, PROMPTS)])
+def test_every_search_finds_the_same_on_eight_chips(model, search, rules, prompt):
+    """Three clips on eight chips, one of them not active."""
+    params, audio = model
+    active = jnp.array([True, False, True])
+    everywhere = spread(params, jax.devices())
+    assert (chips_of(params), chips_of(everywhere)) == (1, 8)
+    found, expected = (
+        SEARCHES[search](SPEC, place, audio, prompt, active, rules)
+        for place in (params, everywhere)
+    )
+    for ours, one in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, one, atol=1e-3)
+
+
+def test_chips_search_alone(model):
+    """Nothing crosses between them while they search."""
+    params, audio = model
+    everywhere, audio = spread((params, audio), jax.devices()[:3])
+    active = jnp.ones(3, bool)
+    lowered = greedy.trace(SPEC, everywhere, audio, ONE_PROMPT, active, RULES, 30).lower()
+    text = lowered.compile().as_text()
+    assert "while" in text
+    assert not [kind for kind in COLLECTIVES if kind in text]
+
+
+def test_real_speech_on_four_chips(tiny_en, windows):
+    """One clip too, of which three chips have copies."""
+    everywhere = dataclasses.replace(tiny_en, params=spread(tiny_en.params, jax.devices()[:4]))
+    options = DecodeOptions(max_tokens=24)
+    expected = recognize(tiny_en, windows, options)
+    assert [one.tokens for one in recognize(everywhere, windows, options)] == [
+        one.tokens for one in expected
+    ]
+    assert recognize(everywhere, windows[:1], options)[0].tokens == expected[0].tokens
+
+
+def test_cpus_keep_their_parameters_on_one_device(tiny_en):
+    assert chips_of(tiny_en.params) == 1
+    assert spread(tiny_en.params) is tiny_en.params

@@ -1,0 +1,63 @@
+"""Small programs that hear 30 s as large-v2 does, compiled for a v4-8 once a session."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from flax_distil.plan.topology import WITHOUT_TPU, libtpu_version, tpu_slice
+
+for name, value in WITHOUT_TPU.items():
+    os.environ.setdefault(name, value)
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "large-v2-32-2.toml"
+
+
+class Chosen(NamedTuple):
+    """What the small programs are made of."""
+
+    config: object
+    teacher: object
+    student: object
+    chips: list
+
+
+@pytest.fixture(scope="session")
+def chosen() -> Chosen:
+    if not libtpu_version():
+        pytest.skip("libtpu has wheels for x86-64 Linux alone")
+    from flax_distil.config import DistillConfig
+    from flax_distil.model.dims import PUBLISHED
+    from flax_distil.plan.topology import devices
+    from flax_distil.recipe import load_recipe
+
+    config = replace(load_recipe(RECIPE, DistillConfig), batch_size=8)
+    config = replace(config, compute=replace(config.compute, vocabulary_chunk=64))
+    sizes = {"encoder_layers": 2, "vocab": 2048, "width": 256, "encoder_ffn": 1024}
+    sizes |= {"encoder_heads": 4, "decoder_heads": 4, "decoder_ffn": 1024}
+    teacher = replace(PUBLISHED["large-v2"], decoder_layers=3, **sizes)
+    student = replace(teacher, decoder_layers=2)
+    return Chosen(config, teacher, student, devices(tpu_slice("v4-8")))
+
+
+@pytest.fixture(scope="session")
+def train_text(chosen) -> str:
+    """The train step, 2 clips a chip with labels of 128 tokens."""
+    from flax_distil.plan.programs import train_program
+
+    program = train_program(chosen.config, chosen.teacher, chosen.student, chosen.chips, 128)
+    return program.lowered.compile().as_text()
+
+
+@pytest.fixture(scope="session")
+def recognition_texts(chosen) -> tuple[str, str]:
+    """Encoder and greedy search of the teacher, 4 clips a chip."""
+    from flax_distil.decode.options import DecodeOptions
+    from flax_distil.plan.programs import decode_programs
+
+    options = DecodeOptions(max_tokens=64)
+    programs = decode_programs(chosen.teacher, "bfloat16", 4, options, chosen.chips, 64)
+    encode, decode = (program.lowered.compile().as_text() for program in programs)
+    return encode, decode

@@ -1,0 +1,107 @@
+"""What the compiled TPU programs do and do not do, read from their text.
+
+Nothing here runs on a TPU. Each claim was seen to fail on a program that breaks it (docs/LOG.md).
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from flax_distil.plan.hlo import parse
+from flax_distil.plan.programs import train_program
+
+POSITIONS = (1500, 1536)  # of the audio, and filled up to whole blocks
+
+
+def scores(text: str) -> list:
+    """Arrays in HBM that have audio positions twice: the encoder's attention, unrolled."""
+    return [
+        array
+        for _, array in parse(text).arrays()
+        if sum(size in POSITIONS for size in array.shape) > 1 and not array.on_chip
+    ]
+
+
+def test_no_attention_scores_of_the_encoder_in_memory(train_text, recognition_texts):
+    assert not scores(train_text)
+    assert not scores(recognition_texts[0])
+
+
+def test_nothing_waits_for_the_host(train_text, recognition_texts):
+    for text in (train_text, *recognition_texts):
+        assert not parse(text).host_transfers()
+
+
+def test_gradients_cross_the_links_once_and_nothing_else_does(train_text, chosen):
+    """One reduction of what is trained: the embedding, used twice, in float32, once; the layers in
+    bfloat16. Teacher and state are on each chip already: nothing is gathered."""
+    collectives = parse(train_text).collectives(unknown=4)
+    assert {one.kind for one in collectives} == {"all-reduce"}
+    moved = {one.dtype: one.bytes for one in collectives}
+    embedding = chosen.student.vocab * chosen.student.width
+    positions = chosen.student.text_positions * chosen.student.width
+    assert moved["f32"] == pytest.approx(4 * embedding, rel=0.1)
+    layers = 2 * (8 * chosen.student.width**2 + 2 * chosen.student.width * 1024)
+    assert moved["bf16"] == pytest.approx(2 * (layers + positions), rel=0.1)
+
+
+def test_the_loop_over_the_vocabulary_is_silent(train_text):
+    """Its rounds are the same chips' own: more of them are no more collectives."""
+    counts = [
+        sum(one.times for one in parse(train_text).collectives(unknown=rounds))
+        for rounds in (1, 100)
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_chips_recognise_alone(recognition_texts):
+    for text in recognition_texts:
+        assert not parse(text).collectives()
+
+
+def test_a_token_moves_no_cache(recognition_texts):
+    """In the loop nothing as large as a layer's cache is made anew: it is written in place."""
+    module = parse(recognition_texts[1])
+    own = 4 * 4 * (64 + 4) * 64  # clips, heads, tokens, head size
+    loops = [one for one in module.instructions() if one.opcode == "while"]
+    bodies = {loop.called("body") for loop in loops if module.rounds(loop) is None}
+    assert bodies
+    for body in bodies:
+        for one in module.computations[body].values():
+            for array in one.result:
+                size = 1
+                for side in array.shape:
+                    size *= side
+                if one.opcode in ("copy", "transpose", "concatenate") and not array.on_chip:
+                    assert size < own, f"{one.name} makes {array.dtype}{list(array.shape)}"
+
+
+def test_audio_keys_and_values_fill_their_tiles(recognition_texts):
+    """Time last: heads of 64 would take twice their room (`decode.greedy.filling_tiles`)."""
+    heads = [
+        array
+        for one, array in parse(recognition_texts[1]).arrays()
+        if array.shape[-2:] in [(1500, 64), (64, 1500)] and not array.on_chip
+    ]
+    assert heads
+    for array in heads:
+        size = 2
+        for side in array.shape:
+            size *= side
+        assert array.bytes < 1.1 * size
+
+
+def test_what_is_kept_is_not_computed(chosen):
+    """With stored distributions no teacher decoder is there, with audio states no sound."""
+    whole = train_program(*chosen, 128)
+    stored = train_program(
+        replace(chosen.config, stored_teacher=True), *chosen[1:], 128, (32, (1.0, 2.0))
+    )
+    kept = train_program(replace(chosen.config, audio_states="states"), *chosen[1:], 128)
+    assert stored.arguments["teacher"] < 0.6 * whole.arguments["teacher"]
+    assert stored.flops < whole.flops
+    distributions = 2 * 128 * (32 * (2 + 2) + 2 * 4)
+    assert stored.arguments["batch"] - whole.arguments["batch"] == distributions
+    assert kept.flops < stored.flops
+    states, sound = 2 * 1500 * chosen.teacher.width * 2, 2 * 480_000 * 2
+    assert kept.arguments["batch"] - whole.arguments["batch"] == states - sound
