@@ -33,7 +33,7 @@ bench: setup
 # Two recipes on two TPU slices, compiled without a TPU; what was compiled once is kept.
 plan: setup
 	$(BIN)/flax-distil plan recipes/small-12-4.toml recipes/large-v2-32-2.toml \
-	  --topology v4-8 v5e-8 --programs train
+	  --topology v4-8 v5e-8 --programs train --answers tests/plan/golden
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

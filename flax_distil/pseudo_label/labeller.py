@@ -111,7 +111,7 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     )
     summary = label(utterances, teacher, store, config, states)
     if is_main_host():
-        Console().print(summary_table(summary, f"{config.output_dir}"))
+        Console().print(summary_table(summary, store.files.address))
     return summary
 
 
