@@ -147,7 +147,7 @@ print(sum(folder.create(f"claims/{n:05d}.0", sys.argv[3].encode()) for n in rang
 
 
 def test_two_processes_that_create_at_once_never_both_succeed(tmp_path):
-    begin = str(time.time() + 3)
+    begin = str(time.time() + 2)
     command = [sys.executable, "-c", RACER, str(tmp_path), begin]
     racers = [
         subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in "ab"
