@@ -32,7 +32,7 @@ def spread(tree: Any, devices: Sequence[Any] | None = None) -> Any:
 
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh that parameters are `spread` on; None where they are on one device."""
-    placed = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    placed = getattr(next(iter(jax.tree.leaves(tree)), None), "sharding", None)
     return placed.mesh if isinstance(placed, NamedSharding) else None  # pyright: ignore
 
 

@@ -6,6 +6,7 @@ Answers are kept by the program's fingerprint, so that the same question costs n
 import hashlib
 import json
 import logging
+import math
 import re
 import time
 from dataclasses import asdict, dataclass, replace
@@ -93,7 +94,7 @@ def ask(program: Program) -> Compiled | Refusal:
     """Compiles. Only want of HBM is an answer; other errors of the compiler are raised."""
     start = time.monotonic()
     try:
-        executable = program.lowered.compile()
+        executable = compile_aside(program.lowered)
     except jax.errors.JaxRuntimeError as error:
         refused = refusal(str(error))
         if refused is None:
@@ -111,6 +112,17 @@ def ask(program: Program) -> Compiled | Refusal:
         tensors=module.largest(8),
         seconds=round(time.monotonic() - start, 1),
     )
+
+
+def compile_aside(lowered: Any) -> Any:
+    """Compiles. JAX is not to keep programs for chips that are not here: it cannot read them."""
+    kept = "jax_persistent_cache_min_compile_time_secs"
+    seconds = getattr(jax.config, kept)
+    jax.config.update(kept, math.inf)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(kept, seconds)
 
 
 def refusal(message: str) -> Refusal | None:

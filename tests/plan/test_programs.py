@@ -62,7 +62,7 @@ def test_chips_recognise_alone(recognition_texts):
 def test_a_token_moves_no_cache(recognition_texts):
     """In the loop nothing as large as a layer's cache is made anew: it is written in place."""
     module = parse(recognition_texts[1])
-    own = 4 * 4 * (64 + 4) * 64  # clips, heads, tokens, head size
+    own = 64 * 4 * (64 + 4) * 64  # clips, heads, tokens, head size
     loops = [one for one in module.instructions() if one.opcode == "while"]
     bodies = {loop.called("body") for loop in loops if module.rounds(loop) is None}
     assert bodies
