@@ -2,7 +2,7 @@
 
     python benchmarks/parity.py [language] [search] [chunked] [sequential] [words]
         [--models whisper-tiny.en whisper-base] [--clips 8] [--manifests FILE…] [--beams 1 5]
-        [--batch 8] [--minutes 2] [--languages en es fr it ru] [--students FOLDER…] [--json FILE]
+        [--batch 1 8] [--minutes 2] [--languages en es fr it ru] [--students FOLDER…] [--json FILE]
 
 language: whisper-base names the language of telephone prompts in five languages as openai-whisper
 does. search: the tokens of greedy search and of five beams are Transformers'; --manifests takes
@@ -117,8 +117,11 @@ def languages(spoken_in: list[str], count: int, size: int) -> list[dict]:
     return rows
 
 
-def searches(name: str, files: list[Path], size: int, widths: list[int]) -> list[dict]:
-    """How often greedy search and beams write Transformers' tokens, with all differences."""
+def searches(
+    name: str, files: list[Path], sizes: Sequence[int], widths: Sequence[int]
+) -> list[dict]:
+    """How often greedy search and beams, over so many clips at a time, write Transformers' tokens,
+    with all differences. Transformers has the largest batch."""
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
     from transformers.utils import logging
 
@@ -132,30 +135,34 @@ def searches(name: str, files: list[Path], size: int, widths: list[int]) -> list
     rows = []
     for beams in widths:
         options = DecodeOptions("en", beams=beams, beam_search="transformers", max_tokens=TOKENS)
-        row = {"model": name, "beams": beams, "batch": size, "clips": 0, "equal": 0}
-        row["differences"] = []
-        for batch, windows in batches(files, size, f"{name}, {beams} beams"):
-            found = recognize(ours, windows, options)
+        found: dict[int, list] = {
+            size: [{"model": name, "beams": beams, "batch": size, "clips": 0, "equal": 0}, []]
+            for size in sizes
+        }
+        for batch, windows in batches(files, max(sizes), f"{name}, {beams} beams"):
             mel = extractor(list(windows), sampling_rate=16_000, return_tensors="pt").input_features
             written = theirs.generate(
                 mel, num_beams=beams, do_sample=False, max_new_tokens=TOKENS, **language
             )
-            for index, (path, one, ids) in enumerate(zip(batch, found, written, strict=True)):
-                other = text_of(ids.tolist(), ours.tokens)
-                row["clips"] += 1
-                row["equal"] += list(one.tokens) == other
-                if list(one.tokens) != other:
-                    texts = {"ours": list(one.tokens), "theirs": other}
-                    judge = partial(log_probability, theirs, mel[index : index + 1], prompt)
-                    row["differences"].append(
-                        {
-                            "file": path.name,
-                            **{who: ours.tokens.decode(text) for who, text in texts.items()},
-                            "log_probabilities": {who: judge(text) for who, text in texts.items()},
-                        }
-                    )
-        print(row, flush=True)
-        rows.append(row)
+            for size, (row, differences) in found.items():
+                parts = (windows[at : at + size] for at in range(0, len(windows), size))
+                heard = [one for part in parts for one in recognize(ours, part, options)]
+                for index, (path, one, ids) in enumerate(zip(batch, heard, written, strict=True)):
+                    texts = list(one.tokens), text_of(ids.tolist(), ours.tokens)
+                    row["clips"] += 1
+                    row["equal"] += texts[0] == texts[1]
+                    if texts[0] != texts[1]:
+                        judge = partial(log_probability, theirs, mel[index : index + 1], prompt)
+                        sides = {"ours": texts[0], "theirs": texts[1]}
+                        differences.append(
+                            {
+                                "file": path.name,
+                                **{who: ours.tokens.decode(text) for who, text in sides.items()},
+                                "log_probabilities": {w: judge(text) for w, text in sides.items()},
+                            }
+                        )
+        rows += [row | {"differences": differences} for row, differences in found.values()]
+        print(*rows[-len(found) :], sep="\n", flush=True)
     return rows
 
 
@@ -332,15 +339,16 @@ def main():
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 5])
     parser.add_argument("--students", nargs="+", default=[], help="of the first model, trained")
     parser.add_argument("--minutes", type=float, default=2, help="of the long recording")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     name_platform()
+    batch = max(options.batch)
     packages = ("jax", "torch", "transformers", "openai-whisper")
     report: dict[str, Any] = {"versions": {name: version(name) for name in packages}}
     print(report["versions"])
     if "language" in options.what:
-        report["language"] = languages(options.languages, options.clips, options.batch)
+        report["language"] = languages(options.languages, options.clips, batch)
     if "search" in options.what:
         files = english(options.clips, options.manifests)
         report["search"] = [
@@ -350,7 +358,7 @@ def main():
         ]
     if "chunked" in options.what:
         report["chunked"] = [
-            row for name in options.models for row in chunks(name, options.minutes, options.batch)
+            row for name in options.models for row in chunks(name, options.minutes, batch)
         ]
     for what in {"sequential", "words"}.intersection(options.what):
         report[what] = [
