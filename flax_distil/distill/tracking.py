@@ -5,12 +5,14 @@ import logging
 import math
 import os
 import platform
+import secrets
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,15 +95,22 @@ def tensorboard_writer(folder: Path) -> Any:
     return Writer(str(folder / "tensorboard"))
 
 
+def check_wandb(config: DistillConfig) -> None:
+    """Raises InputError where W&B is asked for and not there."""
+    if config.run.wandb and not find_spec("wandb"):
+        raise InputError(
+            f"--run.wandb {config.run.wandb} needs wandb, which is not installed: pip install "
+            "flax-distil[wandb]"
+        )
+
+
 def wandb_run(config: DistillConfig, project: str) -> Any:
-    """A Weights & Biases run, which a resumed one continues. Raises InputError without wandb."""
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise InputError("wandb is not installed: pip install flax-distil[wandb]") from None
+    """A Weights & Biases run, which a resumed one continues."""
+    import wandb  # pyright: ignore[reportMissingImports]
+
     known = config.output_dir / "wandb-id"
     if not known.exists():
-        known.write_text(wandb.util.generate_id(), encoding="utf-8")
+        known.write_text(secrets.token_hex(4), encoding="utf-8")
     return wandb.init(
         project=project,
         name="/".join(config.output_dir.parts[-2:]),

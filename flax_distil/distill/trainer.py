@@ -28,7 +28,7 @@ from flax_distil.distill.state import TrainState, initial_state
 from flax_distil.distill.step import Frozen, Plan, train_step
 from flax_distil.distill.stopping import stop_signals
 from flax_distil.distill.stored import check_stored_teacher, stored_temperatures
-from flax_distil.distill.tracking import Done, Speed, Tracker, Watch, environment
+from flax_distil.distill.tracking import Done, Speed, Tracker, Watch, check_wandb, environment
 from flax_distil.distill.validation import Validate, Validation, make_validate
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
@@ -105,6 +105,7 @@ def run(config: DistillConfig) -> TrainSummary:
     """
     start()
     check_folder(config)
+    check_wandb(config)
     teacher, student = load_checkpoint(config.teacher), load_checkpoint(config.student)
     check_stored_teacher(config, teacher)
     tokens = load_tokens(student.source)

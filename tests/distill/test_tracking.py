@@ -1,4 +1,3 @@
-import builtins
 import json
 import sys
 from dataclasses import replace
@@ -10,6 +9,7 @@ import pytest
 from flax_distil.config import DistillConfig, RunConfig
 from flax_distil.distill import tracking
 from flax_distil.distill.tracking import METRICS, Speed, Tracker, clock, environment, line
+from flax_distil.distill.trainer import run
 from flax_distil.errors import InputError
 
 VALUES = {
@@ -66,17 +66,10 @@ def test_a_resumed_run_writes_no_step_twice(config):
     assert json.loads(lines[-1])["loss"] == 1.0
 
 
-def test_wandb_is_asked_for_by_name(config, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "wandb":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_wandb_is_missed_before_any_work(config, monkeypatch):
+    monkeypatch.setattr(tracking, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pip install flax-distil\[wandb\]"):
-        Tracker(replace(config, run=RunConfig(tensorboard=False, wandb="project")))
+        run(replace(config, run=RunConfig(wandb="project")))  # neither teacher nor student exist
 
 
 def test_wandb_continues_a_run_and_mixes_no_two(config, monkeypatch):
@@ -87,15 +80,15 @@ def test_wandb_continues_a_run_and_mixes_no_two(config, monkeypatch):
         begun.append(given)
         return SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=list)
 
-    ids = iter(["first", "second"])
-    util = SimpleNamespace(generate_id=lambda: next(ids))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, util=util))
-    run = RunConfig(tensorboard=False, wandb="project")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    options = RunConfig(tensorboard=False, wandb="project")
     for recipe, start in (("a", 0), ("b", 0), ("a", 1)):
         folder = config.output_dir / recipe / "distill"
-        with Tracker(replace(config, output_dir=folder, run=run), start) as tracker:
+        with Tracker(replace(config, output_dir=folder, run=options), start) as tracker:
             tracker.scalars(start + 1, {"loss": 2.0})
-    assert [one["id"] for one in begun] == ["first", "second", "first"]
+    first, second, again = (one["id"] for one in begun)
+    assert first == again != second
+    assert len(first) == 8
     assert [one["name"] for one in begun] == ["a/distill", "b/distill", "a/distill"]
     assert begun[0]["project"] == "project"
     assert begun[0]["config"]["loss"]["temperature"] == 2.0
