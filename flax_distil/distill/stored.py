@@ -5,14 +5,23 @@ the tokens before a place (timestamps dropped, a previous text as prompt, clips 
 another task) would hold the student against a teacher who read something else, and is refused.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
+
 from flax_distil.config import DistillConfig
+from flax_distil.data.stored_teacher import COLUMNS, read_stored
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.pseudo_label.labeller import fingerprint
-from flax_distil.pseudo_label.store import read_settings
+from flax_distil.pseudo_label.store import read_settings, shard_files
+
+log = logging.getLogger(__name__)
+
+TAIL_SHARE = 0.1  # of the teacher's probability, above which a run is warned
 
 
 def stored_temperatures(config: DistillConfig) -> tuple[float, ...] | None:
@@ -69,6 +78,38 @@ def check_stored_teacher(config: DistillConfig, teacher: Checkpoint) -> None:
     weights = fingerprint(teacher.params)
     for path in config.labels:
         check_store(path, read_settings(path), weights, config)
+    warn_of_tails(config.labels[0], temperatures.index(config.loss.temperature), config)
+
+
+def warn_of_tails(labels: Path, temperature: int, config: DistillConfig) -> None:
+    """Say so where most of what the teacher knows is in no stored token (docs/LOG.md)."""
+    share = tail_share(labels, temperature)
+    if share > TAIL_SHARE:
+        log.warning(
+            "at temperature %g, %.0f %% of the teacher's probability is outside of the tokens that "
+            "%s holds, and students learn less of it than from a teacher in memory: see "
+            "--loss.temperature, or leave out stored_teacher",
+            config.loss.temperature,
+            100 * share,
+            labels,
+        )
+
+
+def tail_share(labels: Path, temperature: int) -> float:
+    """The tail's share of the teacher's softened probability: the mean over a store's first rows.
+
+    temperature: its place among the temperatures of the store.
+    """
+    first = min(shard_files(labels).items())[1]
+    rows = next(pq.ParquetFile(first).iter_batches(64, columns=list(COLUMNS))).to_pylist()
+    stored = [one for row in rows if (one := read_stored(row)) is not None]
+    at = read_settings(labels)["top_k_temperatures"][temperature]
+    tops, tails = (
+        np.concatenate([getattr(one, name) for one in stored]).astype(np.float64)
+        for name in ("top_log_probabilities", "tails")
+    )
+    tail = np.exp(tails[:, temperature])
+    return float(np.mean(tail / (tail + np.exp(tops / at).sum(axis=1))))
 
 
 def check_store(path: Path, settings: dict[str, Any], weights: str, config: DistillConfig) -> None:

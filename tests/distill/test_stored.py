@@ -6,6 +6,8 @@ import wave
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from flax_distil.config import (
@@ -17,6 +19,7 @@ from flax_distil.config import (
     PseudoLabelConfig,
     RunConfig,
 )
+from flax_distil.distill.stored import tail_share, warn_of_tails
 from flax_distil.distill.trainer import run
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label import run as label
@@ -103,3 +106,21 @@ def test_what_would_compare_other_contexts_is_refused(config, random_folders, la
         (other / "labels.json").write_text(json.dumps(settings | change))
         with pytest.raises(InputError, match=message):
             run(replace(config, labels=(other,)))
+
+
+def test_a_tail_that_knows_more_than_the_stored_tokens_is_said(config, tmp_path, caplog):
+    """One token of probability 1/2; at temperature 2 it has 1 part and the tail 9."""
+    (tmp_path / "data").mkdir()
+    settings = {"top_k": 1, "top_k_temperatures": [1.0, 2.0]}
+    (tmp_path / "labels.json").write_text(json.dumps(settings))
+    half = np.log(0.5)
+    row = {
+        "top_tokens": [[7]],
+        "top_log_probabilities": [[np.float16(half)]],
+        "tails": [[half, half / 2 + np.log(9)]],
+    }
+    pq.write_table(pa.Table.from_pylist([row, row]), tmp_path / "data/00000.parquet")
+    assert tail_share(tmp_path, 0) == pytest.approx(0.5, abs=1e-3)
+    assert tail_share(tmp_path, 1) == pytest.approx(0.9, abs=1e-3)
+    warn_of_tails(tmp_path, 1, config)
+    assert "at temperature 2, 90 % of the teacher's probability" in caplog.text
