@@ -5,9 +5,10 @@
 
 Without label stores the clips are noise under a slow tremolo in a label store of the usual layout:
 16 kHz FLAC in Parquet, in random order. The host's work a sample is decoding, int16, padding to
-30 s, tokens, the batch. Samples a core are samples a second of CPU time, which other programs on
-the machine change little; threads are timed by the clock. The step has random weights, a teacher of
-`--size` and a student of two decoder layers, in float32.
+30 s, tokens, the batch; or, with audio states (random ones), reading them. Samples a core are
+samples a second of CPU time, which other programs on the machine change little; threads are timed
+by the clock. The step has random weights, a teacher of `--size` and a student of two decoder
+layers, in float32; with audio states it runs no encoder, and takes more.
 """
 
 import argparse
@@ -17,10 +18,12 @@ import platform
 import statistics
 import tempfile
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +37,14 @@ from flax_distil.config import (
     OptimizerConfig,
     TrainingDataConfig,
 )
+from flax_distil.data.audio_states import (
+    AudioStates,
+    StateFolder,
+    audio_states,
+    clip_names,
+    in_files,
+    write_states,
+)
 from flax_distil.data.augment import open_noise
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import training_sources
@@ -46,6 +57,7 @@ from flax_distil.pseudo_label.store import PseudoLabel, open_store
 from flax_distil.text.tokens import WhisperTokens
 
 RATE = 16_000
+STATES = "4 threads, audio states"
 ENGLISH = WhisperTokens(  # no text is made or read here
     Tokenizer(models.BPE()), 50256, 50257, 50358, 50357, 50360, 50361, 50362, False, {}, (), ()
 )
@@ -83,6 +95,18 @@ def synthetic_store(folder: Path, clips: int, seconds: float) -> Path:
     return folder
 
 
+def random_states(folder: Path, utterances, width: int) -> AudioStates:
+    """Audio states of every clip, as training keeps them."""
+    clips = len(utterances)
+    names = clip_names(range(clips), [""] * clips)
+    states = np.random.default_rng(1).normal(size=(8, 1500, width)).astype(ml_dtypes.bfloat16)
+    for rows in in_files(np.arange(clips)):
+        some = [states[row % len(states)] for row in rows]
+        path = folder / f"{rows[0]}.safetensors"
+        write_states(path, names[rows], [12.0] * len(rows), some)
+    return audio_states([StateFolder(folder, names)], utterances, encode=lambda _: None)
+
+
 def load(config, batch, workers, batches, **changes):
     """Samples a second by the clock and by CPU time, from the second batch on."""
     sources = training_sources(config, ENGLISH)
@@ -100,7 +124,7 @@ def load(config, batch, workers, batches, **changes):
     }
 
 
-def step_speed(config, size, batch, rounds):
+def step_speed(config, size, batch, rounds, states=None):
     """Samples a second of the train step on the default device, median over rounds."""
     teacher = PUBLISHED[size]
     student = teacher.__class__(**vars(teacher) | {"decoder_layers": 2})
@@ -111,8 +135,8 @@ def step_speed(config, size, batch, rounds):
     state = jax.jit(initial_state, static_argnums=(1, 2))(trainable, optimizer, 0)
     frozen = Frozen(Spec(teacher).init(jax.random.key(1)), {})
     step = jax.jit(train_step, static_argnames="plan", donate_argnums=0)
-    batches = Loader(training_sources(config, ENGLISH), ENGLISH, batch).batches(LoaderState())
-    times = []
+    loader = Loader(training_sources(config, ENGLISH), ENGLISH, batch, states=states)
+    batches, times = loader.batches(LoaderState()), []
     read, _ = next(batches)  # one batch again and again: one program
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -142,6 +166,9 @@ def main():
         table = TrainingDataConfig(str(stores[0]), pack_seconds=30.0)
         plain = DistillConfig("", "", Path(folder), labels=tuple(stores))
         packed = DistillConfig("", "", Path(folder), data=(table,))
+        utterances = training_sources(plain, ENGLISH)[0].utterances
+        width = PUBLISHED[options.size].width
+        states = random_states(Path(folder) / "states", utterances, width)
         noisy = open_noise(AugmentConfig(noise=stores[0], noise_probability=1.0))
         ways = {
             "1 thread": (plain, 1, {}),
@@ -149,6 +176,7 @@ def main():
             "4 threads": (plain, 4, {}),
             "4 threads, noise added": (plain, 4, {"add_noise": noisy}),
             "4 threads, windows of 30 s": (packed, 4, {}),
+            STATES: (plain, 4, {"states": states}),
         }
         count = max(options.clips // options.batch, 4)
         rows = []
@@ -159,21 +187,29 @@ def main():
             ]
             medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
             rows.append({"name": name} | medians)
-        speed = None
+        speeds = {}
         if not options.no_step:
-            speed = step_speed(plain, options.size, options.batch, options.rounds)
+            take = partial(step_speed, plain, options.size, options.batch, options.rounds)
+            speeds = {False: take(), True: take(states)}
 
     machine = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}"
     shown = Table("", "samples/s", "samples/s a core", "audio h a core-hour", "× the step")
     for row in rows:
+        speed = speeds.get(row["name"] == STATES)
         times = "" if speed is None else f"{row['samples_a_second'] / speed:.0f}"
         figures = (row["samples_a_second"], row["samples_a_core"], row["audio_hours_a_core_hour"])
         shown.add_row(row["name"], *(f"{figure:.0f}" for figure in figures), times)
     Console().print(f"batch {options.batch}; {machine}", shown, sep="\n")
-    if speed is not None:
-        print(f"train step, {options.size}, 2 decoder layers: {speed:.2f} samples/s")
+    for from_states, speed in speeds.items():
+        how = "from audio states" if from_states else "with the encoder"
+        print(f"train step, {options.size}, 2 decoder layers, {how}: {speed:.2f} samples/s")
     if options.json:
-        report = {"machine": machine, "batch": options.batch, "rows": rows, "step": speed}
+        report = {
+            "machine": machine,
+            "batch": options.batch,
+            "rows": rows,
+            "step": list(speeds.values()),
+        }
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

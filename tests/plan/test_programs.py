@@ -1,6 +1,6 @@
 """What the compiled TPU programs do and do not do, read from their text.
 
-Nothing here runs on a TPU. Each claim was seen to fail on a program that breaks it (docs/LOG.md).
+Nothing here runs on a TPU.
 """
 
 from dataclasses import replace
