@@ -60,6 +60,19 @@ class Reading:
         """Of the chunk."""
         return -(-self.chunk.samples.size // HOP)
 
+    @property
+    def at(self) -> int:
+        """Samples from the recording's start to what is read next."""
+        return self.chunk.piece.start + self.seek * HOP
+
+    def mel_ahead(self, mels: int) -> Float32[np.ndarray, "T M"]:
+        """The log-mel window that is read next."""
+        if self.mel_TM is None:
+            self.mel_TM = clip_mel(pad_or_trim(self.chunk.samples), mels)
+        # Behind the chunk: silence in its first window, as in Transformers, nothing in the others.
+        size = self.frames - self.seek if self.seek else len(self.mel_TM)
+        return window(self.mel_TM, self.seek, size)
+
     def unread(self) -> bool:
         """Whether any sound is left that no neighbour hears better.
 
@@ -149,18 +162,18 @@ def hear(
     assistant: Assistant | None,
 ) -> None:
     """Reads the next window of each chunk."""
-    windows, mels = [], []
-    for one in reading:
-        chunk, begins = one.chunk, one.chunk.piece.start + one.seek * HOP
-        windows.append(Window(chunk.language, previous, options.temperature, options.seed + begins))
-        if one.mel_TM is None:
-            one.mel_TM = clip_mel(pad_or_trim(chunk.samples), recognizer.spec.dims.mels)
-        # Behind the chunk: silence in its first window, as in Transformers, nothing in the others.
-        size = one.frames - one.seek if one.seek else len(one.mel_TM)
-        mels.append(window(one.mel_TM, one.seek, size))
-    mel_BTM = fill(np.stack(mels))
-    audio_BSD = listen_to_mel(recognizer.spec, recognizer.params["encoder"], mel_BTM)
-    heard_BSE = drafter_hears(assistant, listen_to_mel, mel_BTM)
+    windows = [
+        Window(one.chunk.language, previous, options.temperature, options.seed + one.at)
+        for one in reading
+    ]
+    if options.timestamps:  # a chunk may be read on, from its log-mel
+        encode, mels = listen_to_mel, recognizer.spec.dims.mels
+        sounds = [one.mel_ahead(mels) for one in reading]
+    else:
+        encode, sounds = listen, [pad_or_trim(one.chunk.samples) for one in reading]
+    sound = fill(np.stack(sounds))
+    audio_BSD = encode(recognizer.spec, recognizer.params["encoder"], sound)
+    heard_BSE = drafter_hears(assistant, encode, sound)
     found = decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
     begin = recognizer.tokens.timestamp_begin if options.timestamps else None
     for one, hypothesis in zip(reading, found, strict=True):
