@@ -39,14 +39,16 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize("search", SEARCHES)
-@pytest.mark.parametrize(("rules", "prompt"), [(RULES, ONE_PROMPT), (TIMES, PROMPTS)])
-def test_every_search_finds_the_same_on_eight_chips(model, search, rules, prompt):
-    """Three clips on eight chips, one of them not active."""
+@pytest.mark.parametrize(
+    ("search", "rules", "prompt"),
+    [("greedy", RULES, ONE_PROMPT)] + [(search, TIMES, PROMPTS) for search in SEARCHES],
+)
+def test_every_search_finds_the_same_on_four_chips(model, search, rules, prompt):
+    """Three clips on four chips, one of them not active."""
     params, audio = model
     active = jnp.array([True, False, True])
-    everywhere = spread(params, jax.devices())
-    assert (chips_of(params), chips_of(everywhere)) == (1, 8)
+    everywhere = spread(params, jax.devices()[:4])
+    assert (chips_of(params), chips_of(everywhere)) == (1, 4)
     found, expected = (
         SEARCHES[search](SPEC, place, audio, prompt, active, rules)
         for place in (params, everywhere)
