@@ -6,6 +6,7 @@ another task) would hold the student against a teacher who read something else, 
 """
 
 import logging
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,15 @@ def tail_share(labels: Path, temperature: int) -> float:
 
     temperature: its place among the temperatures of the store.
     """
-    first = min(shard_files(labels).items())[1]
-    rows = next(pq.ParquetFile(first).iter_batches(64, columns=list(COLUMNS))).to_pylist()
-    stored = [one for row in rows if (one := read_stored(row)) is not None]
+    rows = (
+        row
+        for _, path in sorted(shard_files(labels).items())
+        for batch in pq.ParquetFile(path).iter_batches(64, columns=list(COLUMNS))
+        for row in batch.to_pylist()
+    )
+    stored = [one for row in islice(rows, 64) if (one := read_stored(row)) is not None]
+    if not stored:
+        return 0.0
     at = read_settings(labels)["top_k_temperatures"][temperature]
     tops, tails = (
         np.concatenate([getattr(one, name) for one in stored]).astype(np.float64)

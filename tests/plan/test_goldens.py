@@ -26,5 +26,6 @@ def test_a_program_costs_what_it_did(golden):
             old, new = getattr(before, name), getattr(now, name)
             assert new <= LARGER * old, f"{name} of {golden} was {old:,.0f} and is {new:,.0f} bytes"
         moved = [sum(one.bytes for one in answer.collectives) for answer in (before, now)]
-        assert moved[1] <= LARGER * moved[0], f"links of {golden} carried {moved[0]:,.0f} bytes"
+        old, new = moved
+        assert new <= LARGER * old, f"links of {golden} carried {old:,.0f} and {new:,.0f} bytes"
         assert now.host_transfers == before.host_transfers
