@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from flax_distil.decode.drafters import Assistant, LookupDrafter, ModelDrafter, frequent_ids
+from flax_distil.decode.drafters import Assistant, LookupDrafter, frequent_ids, model_drafter
 from flax_distil.decode.recognizer import Recognizer
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
@@ -61,7 +61,7 @@ def make_assistant(
     ids = None
     if vocabulary is not None:
         ids = spread(jnp.asarray(frequent_ids(recognizer.tokens, vocabulary, texts)))
-    drafter = ModelDrafter(spec, put(checkpoint.params["decoder"]), ids)
+    drafter = model_drafter(spec, put(checkpoint.params["decoder"]), ids)
     encoder = put(checkpoint.params["encoder"])
     if same_arrays(encoder, recognizer.params["encoder"]):
         return Assistant(drafter, guesses)

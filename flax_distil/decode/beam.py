@@ -73,10 +73,11 @@ def beam(
     rules: RuleSet,
     max_tokens: int,
     search: BeamSearch,
+    head_DV: Float[Array, "D V"] | None = None,
 ) -> Found:
     """The best text that a beam search finds; the arguments are those of `greedy`."""
     decoder = spec.decoder(params)
-    project, allowed = decoder.projection(), rules.rules()
+    project, allowed = decoder.projection(head_DV), rules.rules()
     batch, beams = prompt.tokens.shape[0], search.beams
     hidden_B2D, cache = prefill(decoder, audio_BSD, prompt, max_tokens)
     logits_B2V = project(hidden_B2D)

@@ -66,20 +66,20 @@ class Assistant:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "vocabulary"],
+    data_fields=["params", "head_DU", "vocabulary"],
     meta_fields=["spec"],
 )
 @dataclass(frozen=True, eq=False)
 class ModelDrafter:
-    """A Whisper with the same tokenizer: the student, or a smaller one.
+    """A Whisper with the same tokenizer: the student, or a smaller one (`model_drafter`).
 
-    params: the decoder's. vocabulary: the ids it may guess, all where None. Half of a small
-    decoder's step is its projection on the whole vocabulary; a draft does without the rare part,
-    since the verifier has all of it.
+    params: the decoder's. head_DU: its embedding transposed, of the ids it may guess. vocabulary:
+    these ids, all where None.
     """
 
     spec: Spec
     params: Params
+    head_DU: Float[Array, "D U"]
     vocabulary: Int[Array, " U"] | None = None
 
     def start(self, audio_BSD: Float[Array, "B S D"], prompt: Prompt, room: int) -> Cache:
@@ -117,22 +117,32 @@ class ModelDrafter:
 
     def _projection(self):
         """Hidden states [B D] to logits over all ids, -inf on those it may not guess."""
-        embedding_VD = jnp.asarray(self.params["tokens"]["embedding"], self.spec.dtype)
-        kept_VD = embedding_VD if self.vocabulary is None else embedding_VD[self.vocabulary]
-        head_DV = jax.lax.optimization_barrier(kept_VD.T)
-        wide = jnp.promote_types(head_DV.dtype, jnp.float32)
-        product = partial(jnp.einsum, "bd,dv->bv", preferred_element_type=wide)
+        wide = jnp.promote_types(self.head_DU.dtype, jnp.float32)
+        product = partial(jnp.einsum, "bd,du->bu", preferred_element_type=wide)
         if self.vocabulary is None:
-            return lambda hidden_BD: product(hidden_BD, head_DV)
+            return lambda hidden_BD: product(hidden_BD, self.head_DU)
         size = len(self.vocabulary)
-        place_V = jnp.full(len(embedding_VD), size).at[self.vocabulary].set(jnp.arange(size))
+        place_V = jnp.full(self.spec.dims.vocab, size).at[self.vocabulary].set(jnp.arange(size))
 
         def project(hidden_BD: Array) -> Array:
-            logits_BU = product(hidden_BD, head_DV)
+            logits_BU = product(hidden_BD, self.head_DU)
             padded_BU = jnp.pad(logits_BU, ((0, 0), (0, 1)), constant_values=-jnp.inf)
             return padded_BU[:, place_V]
 
         return project
+
+
+def model_drafter(
+    spec: Spec, params: Params, vocabulary: Int[Array, " U"] | None = None
+) -> ModelDrafter:
+    """A decoder that may guess the ids of `vocabulary`, all where None.
+
+    Half of a small decoder's step is its projection on the whole vocabulary; a draft does without
+    the rare part, since the verifier has all of it.
+    """
+    embedding_VD = jnp.asarray(params["tokens"]["embedding"], spec.dtype)
+    kept_UD = embedding_VD if vocabulary is None else embedding_VD[vocabulary]
+    return ModelDrafter(spec, params, kept_UD.T, vocabulary)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["longest"])

@@ -113,14 +113,16 @@ def greedy(
     sampling: Sampling | None = None,
     copies: int = 1,
     length_penalty: float | None = None,
+    head_DV: Float[Array, "D V"] | None = None,
 ) -> Found:
     """The most probable next token, until every row has ended or `max_tokens` are written.
 
     params: the decoder's. active_B: False on rows that only fill up the batch; they write nothing.
     sampling: draws tokens instead; the best of `copies` texts is returned (`score` says which).
+    head_DV: the embedding transposed, where the caller keeps it (`Recognizer.head_DV`).
     """
     decoder = spec.decoder(params)
-    project, allowed = decoder.projection(), rules.rules()
+    project, allowed = decoder.projection(head_DV), rules.rules()
     hidden_B2D, cache = prefill(decoder, audio_BSD, prompt, max_tokens)
     logits_B2V = project(hidden_B2D)
     no_speech_B = jax.nn.softmax(logits_B2V[:, 0])[:, rules.no_speech]

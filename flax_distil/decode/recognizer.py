@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,18 @@ class Recognizer:
     params: Params
     tokens: WhisperTokens
     alignment_heads: tuple[tuple[int, int], ...] = ()
+
+    @cached_property
+    def head_DV(self) -> Float[Array, "D V"] | None:
+        """The embedding transposed, for searches to project on; made once, and on CPUs alone.
+
+        There making it takes as long as several steps (docs/LOG.md). It is V x D more numbers in
+        memory.
+        """
+        if jax.default_backend() != "cpu":
+            return None
+        embedding_VD = self.params["decoder"]["tokens"]["embedding"]
+        return jnp.asarray(embedding_VD, self.spec.dtype).T
 
 
 @dataclass(frozen=True)
@@ -159,13 +172,14 @@ def decode(
     if assistant:
         draft_audio = audio_BSD if heard_BSE is None else heard_BSE
         found, tally = speculative(
-            *arguments, assistant.drafter, draft_audio, assistant.guesses, drawn
+            *arguments, assistant.drafter, draft_audio, assistant.guesses, drawn, recognizer.head_DV
         )
     elif options.beams > 1 and drawn is None:
-        found = beam(*arguments, search=beam_search(options))
+        found = beam(*arguments, beam_search(options), recognizer.head_DV)
     else:
         copies = options.best_of if drawn else 1
-        found = greedy(*arguments, drawn, copies, options.length_penalty)
+        penalty = options.length_penalty
+        found = greedy(*arguments, drawn, copies, penalty, recognizer.head_DV)
     return read(jax.device_get(found), windows, tokens, jax.device_get(tally))
 
 

@@ -43,7 +43,7 @@ class _Verdict(NamedTuple):
     progress: Progress
 
 
-@by_clip(static=("spec", "rules", "max_tokens", "guesses"), whole=("params", "drafter"))
+@by_clip(static=("spec", "rules", "max_tokens", "guesses"), whole=("params", "drafter", "head_DV"))
 def speculative(
     spec: Spec,
     params: Params,
@@ -56,6 +56,7 @@ def speculative(
     draft_audio_BSD: Float[Array, "B S E"],
     guesses: int,
     sampling: Sampling | None = None,
+    head_DV: Float[Array, "D V"] | None = None,
 ) -> tuple[Found, Tally]:
     """What `greedy` finds, in fewer passes of the teacher; with `sampling`, a draw from it.
 
@@ -63,7 +64,7 @@ def speculative(
     shares the teacher's encoder. guesses: tokens drafted a pass, at least one.
     """
     decoder = spec.decoder(params)
-    project, room = decoder.projection(), max_tokens + guesses + 1
+    project, room = decoder.projection(head_DV), max_tokens + guesses + 1
 
     def write(loop: _Loop) -> _Loop:
         drafts, memory = drafter.propose(loop.memory, loop.text, guesses, rules, sampling)

@@ -143,12 +143,17 @@ class Decoder(nnx.Module):
         wide = jnp.promote_types(hidden_BLD.dtype, jnp.float32)
         return jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=wide)
 
-    def projection(self) -> Callable[[Float[Array, "B L D"]], Float[Array, "B L V"]]:
-        """`logits` over a transposed copy of the embedding: faster in a loop of few tokens."""
-        head_DV = jax.lax.optimization_barrier(
-            self.tokens.embedding[...].astype(self.tokens.dtype).T
-        )
-        wide = jnp.promote_types(head_DV.dtype, jnp.float32)
+    def projection(
+        self, head_DV: Float[Array, "D V"] | None = None
+    ) -> Callable[[Float[Array, "B L D"]], Float[Array, "B L V"]]:
+        """`logits` over the embedding transposed: faster in a loop of few tokens.
+
+        head_DV: that copy, where the caller keeps one; else it is made.
+        """
+        if head_DV is None:
+            embedding_VD = self.tokens.embedding[...].astype(self.tokens.dtype)
+            head_DV = jax.lax.optimization_barrier(embedding_VD.T)
+        wide = jnp.promote_types(self.tokens.dtype, jnp.float32)
         return lambda hidden_BLD: jnp.einsum(
             "bld,dv->blv", hidden_BLD, head_DV, preferred_element_type=wide
         )

@@ -42,7 +42,7 @@ def chips_of(tree: Any) -> int:
     return 1 if mesh is None else data_shards(mesh)
 
 
-def by_clip(static: tuple[str, ...], whole: tuple[str, ...] = ("params",)) -> Any:
+def by_clip(static: tuple[str, ...], whole: tuple[str, ...] = ("params", "head_DV")) -> Any:
     """Compiles a function whose clips do not know of each other; decides by where `params` are.
 
     Each array but those in `whole` has a row a clip, or is a number that all share; each result has

@@ -9,7 +9,7 @@ import pytest
 from test_speculative import DIMS, RULES, SPEC, TIMES
 
 from flax_distil.decode.beam import BeamSearch, beam
-from flax_distil.decode.drafters import ModelDrafter
+from flax_distil.decode.drafters import model_drafter
 from flax_distil.decode.greedy import Prompt, Sampling, greedy
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import recognize
@@ -30,11 +30,11 @@ def model():
 
 
 SEARCHES = {
-    "greedy": lambda *a: greedy(*a, 30),
-    "sampling": lambda *a: greedy(*a, 30, DRAWN, copies=2),
-    "beams": lambda *a: beam(*a, 30, search=BeamSearch(3, 3, None, False)),
-    "speculative": lambda spec, params, audio, *a: speculative(
-        spec, params, audio, *a, 30, ModelDrafter(spec, params), audio, 2
+    "greedy": lambda head, *a: greedy(*a, 30, head_DV=head),
+    "sampling": lambda head, *a: greedy(*a, 30, DRAWN, copies=2, head_DV=head),
+    "beams": lambda head, *a: beam(*a, 30, BeamSearch(3, 3, None, False), head),
+    "speculative": lambda head, spec, params, audio, *a: speculative(
+        spec, params, audio, *a, 30, model_drafter(spec, params), audio, 2, head_DV=head
     ),
 }
 
@@ -44,14 +44,15 @@ SEARCHES = {
     [("greedy", RULES, ONE_PROMPT)] + [(search, TIMES, PROMPTS) for search in SEARCHES],
 )
 def test_every_search_finds_the_same_on_four_chips(model, search, rules, prompt):
-    """Three clips on four chips, one of them not active."""
+    """Three clips on four chips, one of them not active; the head kept there, and made here."""
     params, audio = model
     active = jnp.array([True, False, True])
     everywhere = spread(params, jax.devices()[:4])
     assert (chips_of(params), chips_of(everywhere)) == (1, 4)
+    kept = everywhere["tokens"]["embedding"].T
     found, expected = (
-        SEARCHES[search](SPEC, place, audio, prompt, active, rules)
-        for place in (params, everywhere)
+        SEARCHES[search](head, SPEC, place, audio, prompt, active, rules)
+        for head, place in ((kept, everywhere), (None, params))
     )
     for ours, one in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, one, atol=1e-3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_distil.decode.assistant import make_assistant
-from flax_distil.decode.drafters import Drafts, LookupDrafter, ModelDrafter, Text, frequent_ids
+from flax_distil.decode.drafters import Drafts, LookupDrafter, Text, frequent_ids, model_drafter
 from flax_distil.decode.greedy import Prompt, Sampling, greedy
 from flax_distil.decode.options import DecodeOptions, total
 from flax_distil.decode.recognizer import recognize
@@ -47,8 +47,8 @@ def pair():
 def test_writes_what_greedy_writes_row_by_row(pair, rules, prompt, kind, guesses):
     params, blurred, audio = pair
     drafter = {
-        "model": ModelDrafter(SPEC, blurred),
-        "part of the vocabulary": ModelDrafter(SPEC, blurred, jnp.arange(20, 97)),
+        "model": model_drafter(SPEC, blurred),
+        "part of the vocabulary": model_drafter(SPEC, blurred, jnp.arange(20, 97)),
         "lookup": LookupDrafter(),
     }[kind]
     arguments = (SPEC, params, audio, prompt, ACTIVE, rules, 39)
@@ -68,7 +68,7 @@ def test_writes_what_greedy_writes_row_by_row(pair, rules, prompt, kind, guesses
 def test_the_teacher_itself_is_always_right(pair):
     params, _, audio = pair
     arguments = (SPEC, params, audio, ONE_PROMPT, ACTIVE, RULES, 36)
-    found, tally = speculative(*arguments, ModelDrafter(SPEC, params), audio, 3)
+    found, tally = speculative(*arguments, model_drafter(SPEC, params), audio, 3)
     np.testing.assert_array_equal(found.tokens, greedy(*arguments).tokens)
     # All but those behind the end, which nobody needs.
     written = np.asarray(tally.written)
@@ -115,7 +115,7 @@ def test_samples_are_the_teachers(certain):
 
 def test_at_temperature_0_a_row_is_greedy_and_seeds_are_its_own(pair):
     params, blurred, audio = pair
-    arguments = (SPEC, params, audio, ONE_PROMPT, ACTIVE, RULES, 36, ModelDrafter(SPEC, blurred))
+    arguments = (SPEC, params, audio, ONE_PROMPT, ACTIVE, RULES, 36, model_drafter(SPEC, blurred))
     sampling = Sampling(jnp.array([0.0, 1.0, 1.0, 1.0]), jnp.arange(4))
     mixed, _ = speculative(*arguments, audio, 3, sampling)
     warm, _ = speculative(*arguments, audio, 3, sampling._replace(temperature=jnp.ones(4)))
