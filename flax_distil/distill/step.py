@@ -77,25 +77,25 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update on a whole batch, in `plan.accumulation` micro-batches.
 
-    Losses and gradients are sums over micro-batches divided by the batch's number of label tokens,
-    so that the cut changes memory and nothing else. A non-finite loss or gradient leaves parameters
-    and moments untouched and is counted.
+    A token's weight is its share of the whole batch's label tokens, so that the cut changes memory
+    and nothing else. A non-finite loss or gradient leaves parameters and moments untouched and is
+    counted.
     """
     tokens = jnp.maximum(jnp.sum(batch.weights), 1)
+    shares = replace(batch, weights=batch.weights / tokens)
 
     def accumulate(sums: tuple[Losses, Params], micro: Batch) -> tuple[Any, None]:
         guide = teach(frozen, micro, plan)
 
         def loss(params: Params) -> tuple[Array, Losses]:
-            total, losses = student_losses(params, frozen, guide, micro, plan)
-            return total / tokens, jax.tree.map(lambda part: part / tokens, losses)
+            return student_losses(params, frozen, guide, micro, plan)
 
         gradients, losses = jax.grad(loss, has_aux=True)(state.params)
         return jax.tree.map(jnp.add, sums, (losses, gradients)), None
 
     zero = jnp.zeros((), jax.tree.leaves(state.params)[0].dtype)
     start = (Losses(zero, zero, zero), jax.tree.map(jnp.zeros_like, state.params))
-    (losses, gradients), _ = jax.lax.scan(accumulate, start, micro_batches(batch, plan))
+    (losses, gradients), _ = jax.lax.scan(accumulate, start, micro_batches(shares, plan))
     total, norm = objective(losses, plan.loss), optax.global_norm(gradients)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
     after = apply_gradients(state, gradients, finite, plan.optimizer)
