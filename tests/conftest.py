@@ -1,6 +1,7 @@
 """What every test may use: a quiet CPU platform, real weights, real speech, a small model."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from flax_distil.cache import cache_folder
@@ -18,6 +19,22 @@ import pytest
 
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.dims import WhisperDims
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """Names of the programs that are compiled, or taken from JAX's cache, as the test goes on."""
+    import jax
+
+    names: list[str] = []
+
+    def note(event: str, _seconds: float, **about: str) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(note)
 
 
 @pytest.fixture(scope="session")

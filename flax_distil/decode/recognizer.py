@@ -164,9 +164,9 @@ def decode(
     prompts = [prompt_ids(recognizer, options, window) for window in windows]
     prompts += [prompts[0]] * (rows - len(prompts))
     active_B = np.arange(rows) < len(windows)
-    positions = spec.dims.text_positions
     prompt = make_prompt(prompts, tokens.sot)
-    room = min(options.max_tokens, positions - (min(map(len, prompts)) if len(prompts) else 0))
+    # Of any prompt the same, for it decides the program: a search ends where the context is full.
+    room = min(options.max_tokens, spec.dims.text_positions)
     arguments = (spec, params, audio_BSD, prompt, active_B, rule_set(tokens, options), room)
     drawn, tally = sampling(windows, rows), None
     if assistant:
@@ -190,7 +190,8 @@ def sampling(windows: Sequence[Window], rows: int) -> Sampling | None:
     fill_up = (0, rows - len(windows))
     temperature_B = np.array([window.temperature for window in windows], np.float32)
     seed_B = np.array([window.seed for window in windows], np.int32)
-    return Sampling(jnp.pad(temperature_B, fill_up), jnp.pad(seed_B, fill_up))
+    filled = (np.pad(column_B, fill_up) for column_B in (temperature_B, seed_B))
+    return Sampling(*map(jnp.asarray, filled))
 
 
 @by_clip(static=("spec",))

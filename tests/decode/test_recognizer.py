@@ -1,10 +1,11 @@
-"""What a recogniser accepts and returns."""
+"""What a recogniser accepts and returns, and what it compiles."""
 
+import jax
 import numpy as np
 import pytest
 
 from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import make_recognizer, recognize
+from flax_distil.decode.recognizer import Window, decode, make_recognizer, recognize
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
 
@@ -46,3 +47,36 @@ def test_wrong_input_is_refused(random):
         recognize(random, noise(1), DecodeOptions(language="englisch"))
     with pytest.raises(InputError, match="English-only checkpoint cannot transcribe German"):
         recognize(random, noise(1), DecodeOptions(language="de"))
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"max_tokens": 300},  # more than the longest prompt leaves room for
+        {"max_tokens": 8, "timestamps": True},
+        {"max_tokens": 8, "beams": 2},
+        {"max_tokens": 8, "temperature": 0.5, "best_of": 2},
+    ],
+    ids=["greedy", "timestamps", "beams", "drawn"],
+)
+def test_other_clips_compile_nothing(random, compilations, search):
+    """Three clips or four, other sound, texts before of any length that one bucket holds."""
+    options = DecodeOptions(**search)
+    audio_BSD = jax.numpy.asarray(np.random.default_rng(0).normal(size=(4, 1500, 16)), "float32")
+
+    def read(rows: int, *lengths: int) -> None:
+        tokens = np.random.default_rng(rows).integers(300, 5000, max(lengths))
+        before = [tuple(map(int, tokens[:length])) for length in lengths]
+        windows = [Window("en", one, options.temperature, seed=rows) for one in before]
+        decode(random, audio_BSD * rows, options, windows)
+        recognize(random, noise(rows) * rows, options)
+
+    read(4, 70, 80, 90, 100)
+    assert compilations
+    compilations.clear()
+    read(3, 223, 150, 223)
+    read(4, 223, 223, 223, 223)
+    read(3, 81, 71, 200)
+    assert not compilations
+    recognize(random, noise(5), options)
+    assert compilations[-1] == ("jit(beam)" if "beams" in search else "jit(greedy)")

@@ -3,6 +3,7 @@
 import json
 import logging
 import wave
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -88,3 +89,29 @@ def test_a_run_leaves_everything(random_folders, labels, tmp_path, caplog):
     twice = replace(config.validation, labels=(labels, labels))
     with pytest.raises(InputError, match="two validation sets are called noise"):
         run(replace(config, output_dir=tmp_path / "other", validation=twice))
+
+
+def test_more_batches_compile_nothing_more(random_folders, labels, tmp_path, compilations):
+    """Labels of 5 to 14 tokens with their prompt: one program for each bucket, and no other."""
+    teacher, student = random_folders
+
+    def programs(steps: int, *buckets: int) -> Counter[str]:
+        compilations.clear()
+        config = DistillConfig(
+            teacher=str(teacher),
+            student=str(student),
+            labels=(labels,),
+            output_dir=tmp_path / f"{steps}",
+            batch_size=8,
+            label_buckets=buckets,
+            seed=steps,
+            optimizer=OptimizerConfig(steps, warmup_steps=1),
+            compute=ComputeConfig(dtype="float32", peak_flops=1e11),
+            run=RunConfig(save_every=100, tensorboard=False),
+        )
+        assert run(config).steps == steps
+        return Counter(compilations)
+
+    few, many = programs(2, 16), programs(7, 13, 16)
+    assert few["jit(step)"] == 1
+    assert many - few == {"jit(step)": 1}
