@@ -87,10 +87,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TooLarge:
-    """A program that does not fit: by how many bytes, and what would help.
+    """A program that does not fit: the bytes it needs, those that are there, and what would fit.
 
-    largest_batch: clips a chip at a time with which it fits; None where not even one does.
-    tensors: the largest of the program with that batch. source: of the compiler's refusal.
+    arguments: bytes a chip of each group. fitting: the same program with the most clips at a time
+    that fit; None where not even one does. source: of the compiler's refusal.
     """
 
     program: str
@@ -100,9 +100,14 @@ class TooLarge:
     chips: int
     needed: float
     available: float
-    largest_batch: int | None
-    tensors: tuple[Tensor, ...]
+    arguments: dict[str, float]
+    fitting: Estimate | None
     source: str = ""
+
+    @property
+    def largest_batch(self) -> int | None:
+        """Clips a chip at a time with which it fits."""
+        return self.fitting and self.fitting.rows
 
 
 def estimate(

@@ -29,7 +29,6 @@ from flax_distil.plan.estimate import (
     TooLarge,
     estimate,
     largest_fitting,
-    largest_tensors,
 )
 from flax_distil.plan.programs import Program, decode_programs, train_program
 from flax_distil.plan.report import Plan
@@ -162,12 +161,12 @@ def judged(
         found = estimate(asked, answer, target, chips, dims.vocab)
         return replace(found, largest_batch=largest_fitting(fits, rows)) if auto else found
     most = largest_fitting(fits, rows // 2, rows, exact=auto)
-    tensors = ()
+    fitting = None
     if most:
         smaller = program(most)
         answer_there = compiled(smaller, target, config.answers)
         assert isinstance(answer_there, Compiled)
-        tensors = largest_tensors(smaller, answer_there, dims.vocab)
+        fitting = estimate(smaller, answer_there, target, chips, dims.vocab)
     return TooLarge(
         asked.name,
         asked.clips,
@@ -175,8 +174,8 @@ def judged(
         asked.length,
         chips,
         *(answer.needed, answer.available),
-        most,
-        tensors,
+        asked.arguments,
+        fitting,
         answer.source or "refused now",
     )
 

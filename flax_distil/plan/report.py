@@ -74,12 +74,13 @@ def plan_record(plan: Plan, config: PlanConfig) -> dict[str, Any]:
 def program_record(one: Estimate | TooLarge) -> dict[str, Any]:
     """One program's figures, with those that follow from them."""
     record = dataclasses.asdict(one) | {"fits": isinstance(one, Estimate)}
+    if isinstance(one, TooLarge):
+        fitting = one.fitting and program_record(one.fitting)
+        return record | {"largest_batch": one.largest_batch, "fitting": fitting}
     record["tensors"] = [tensor._asdict() for tensor in one.tensors]
-    if isinstance(one, Estimate):
-        record["seconds"] = one.seconds._asdict() | {"bound": one.seconds.bound}
-        record["collectives"] = [collective._asdict() for collective in one.collectives]
-        record |= {"intensity": one.intensity, "mfu": one.mfu}
-    return record
+    record["seconds"] = one.seconds._asdict() | {"bound": one.seconds.bound}
+    record["collectives"] = [collective._asdict() for collective in one.collectives]
+    return record | {"intensity": one.intensity, "mfu": one.mfu}
 
 
 def price(plan: Plan, config: PlanConfig) -> float | None:
@@ -148,8 +149,6 @@ def details(one: Estimate | TooLarge) -> str:
     """What fills the memory and crosses the links; of what does not fit, what to turn."""
     if isinstance(one, TooLarge):
         return remedy(one)
-    filling = {**one.arguments, "temporaries": one.temporaries}
-    parts = ", ".join(f"{name} {bytes / GIB:.2f}" for name, bytes in filling.items())
     links = ", ".join(
         f"{collective.times:.0f} {collective.kind} of {collective.bytes / 1e6:,.1f} MB "
         f"{collective.dtype}"
@@ -157,26 +156,42 @@ def details(one: Estimate | TooLarge) -> str:
         if collective.bytes >= 1e5
     )
     host = f"; waits for the host: {', '.join(one.host_transfers)}" if one.host_transfers else ""
-    return f"{parts} GiB; {links or 'nothing crosses the links'}{host}"
+    return f"{filling(one)}; {links or 'nothing crosses the links'}{host}"
+
+
+def filling(one: Estimate) -> str:
+    """What fills a chip's memory, in GiB."""
+    parts = {**one.arguments, "temporaries": one.temporaries}
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items()) + " GiB"
 
 
 def remedy(one: TooLarge) -> str:
-    """What to turn so that a program fits."""
-    if one.largest_batch is None:
-        return "does not fit even with one clip a chip: spread parameters with compute.fsdp"
-    needed = -(-one.rows // one.largest_batch)
-    cure = "a smaller batch_size"
-    if one.program == "train":
-        cure = f"compute.accumulation {needed} times as large"
+    """What to turn so that a program fits, and what fills the memory then."""
+    train, fitting = one.program == "train", one.fitting
+    if fitting is None:
+        held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in one.arguments.items())
+        cure = "spread them with compute.fsdp" if train else "choose chips with more memory"
+        return f"does not fit even with one clip a chip, beside {held} GiB: {cure}"
+    if train:
+        times = next(n for n in divisors(one.rows) if one.rows // n <= fitting.rows)
+        cure = f"compute.accumulation {times} times as large ({one.rows // times} at a time)"
+    else:  # batches are filled up to a power of two
+        most = 1 << (fitting.rows * fitting.chips).bit_length() - 1
+        cure = f"a batch_size of at most {most}"
     tensors = "\n".join(
         f"  {tensor.bytes / GIB:5.2f} GiB {tensor.dtype}{list(tensor.shape)} {tensor.where}\n"
         f"            less by {tensor.knob}"
-        for tensor in one.tensors
+        for tensor in fitting.tensors
     )
     return (
-        f"fits with {one.largest_batch} clips a chip at a time: {cure}. Its largest tensors there\n"
-        f"{tensors}"
+        f"fits with {fitting.rows} clips a chip at a time: {cure}. That takes "
+        f"{fitting.memory / GIB:.1f} GiB: {filling(fitting)}. The largest tensors:\n{tensors}"
     )
+
+
+def divisors(number: int) -> list[int]:
+    """From 1 upwards."""
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def write_table(path: Path, plans: list[Plan]) -> None:

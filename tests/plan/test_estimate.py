@@ -87,13 +87,41 @@ def test_the_compiler_s_two_complaints_are_read():
     assert refusal("Ran out of memory in memory space vmem. Used 16.47M of 16.00M vmem.") is None
 
 
+def too_large(fitting=None, **changes):
+    values = {
+        "program": "train", "clips": 512, "rows": 64, "length": 256, "chips": 8,
+        "needed": 25 * GIB, "available": 16 * GIB, "arguments": {"teacher": 3 * GIB},
+        "fitting": fitting,
+    }  # fmt: skip
+    return TooLarge(**(values | changes))
+
+
 def test_what_does_not_fit_names_tensor_and_knob():
-    tensor = (2.5 * GIB, "f32", (16, 256, 51865), "jit(train_step)/sub", "vocabulary_chunk")
-    large = TooLarge("train", 512, 64, 256, 8, 25 * GIB, 16 * GIB, 24, (Tensor(*tensor),))
-    said = remedy(large)
-    assert "fits with 24 clips a chip at a time: compute.accumulation 3 times as large" in said
+    tensor = Tensor(2.5 * GIB, "f32", (16, 256, 51865), "jit(train_step)/sub", "vocabulary_chunk")
+    sizes = {"memory": 14 * GIB, "arguments": {"teacher": 3 * GIB}, "temporaries": 11 * GIB}
+    there = made_up(tpu_slice("v5e-8"), rows=24, chips=8, tensors=(tensor,), **sizes)
+    said = remedy(too_large(there))
+    # 3 would do, but 64 clips are not divided by it
+    assert "fits with 24 clips a chip at a time: compute.accumulation 4 times as large (16" in said
+    assert "takes 14.0 GiB: teacher 3.00, temporaries 11.00 GiB" in said
     assert "2.50 GiB f32[16, 256, 51865] jit(train_step)/sub" in said
     assert "less by vocabulary_chunk" in said
+    # 24 clips on each of 8 chips are 192: filled up to 256 they would not fit
+    assert "a batch_size of at most 128" in remedy(too_large(there, program="label: decode"))
+
+
+def test_what_never_fits_says_what_is_too_large():
+    assert "beside teacher 3.00 GiB: spread them with compute.fsdp" in remedy(too_large())
+    assert "choose chips with more memory" in remedy(too_large(program="label: decode"))
+
+
+def test_json_of_what_does_not_fit_tells_what_does():
+    target = tpu_slice("v5e-8")
+    plan = Plan(Path("x.toml"), target, 9, (too_large(made_up(target, rows=24)), too_large()))
+    (record,) = json.loads(as_json([plan], CONFIG))
+    large, never = record["programs"]
+    assert (large["fits"], large["largest_batch"], large["fitting"]["memory"]) == (False, 24, 9e9)
+    assert (never["largest_batch"], never["fitting"]) == (None, None)
 
 
 def test_hours_and_price_follow_from_the_updates(capsys):
@@ -117,7 +145,7 @@ def test_a_table_keeps_what_it_had(tmp_path):
     for name in ("v4-8", "v5e-8", "v4-8"):
         target = tpu_slice(name)
         decode = made_up(target, program="label: decode")
-        large = TooLarge("train", 512, 64, 128, 8, 25 * GIB, 16 * GIB, 24, ())
+        large = too_large(made_up(target, rows=24), length=128)
         write_table(path, [Plan(Path("recipes/x.toml"), target, 7200, (made_up(target), decode))])
         write_table(path, [Plan(Path("recipes/x.toml"), target, 7200, (large,))])
     text = path.read_text()
