@@ -17,7 +17,10 @@ exec 3>&1 # what a dry run prints must not end in $(…)
 SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
 
-say() { printf '%s\n' "$*" >&2; }
+say() {
+  [[ $DRY_RUN == no ]] || set -- "(dry run)" "$@"
+  printf '%s\n' "$*" >&2
+}
 die() {
   say "${0##*/}: $*"
   exit 1
@@ -88,6 +91,16 @@ queue_state() {
 node_state() {
   run gcloud compute tpus tpu-vm list "${PLACE[@]}" \
     --filter="name~/nodes/$TPU_NAME\$" --format='value(state)'
+}
+
+# Sets COMMAND to the words that launch.sh was given; a dry run needs none.
+find_command() {
+  COMMAND=(COMMAND)
+  if [[ -f $STATE/$TPU_RUN.command ]]; then
+    mapfile -d '' -t COMMAND <"$STATE/$TPU_RUN.command"
+  elif [[ $DRY_RUN == no ]]; then
+    die "$TPU_RUN was never launched on $TPU_NAME: run launch.sh"
+  fi
 }
 
 # Sets WORKERS to their numbers; a dry run, which asks nothing, says `all`.

@@ -5,12 +5,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 main() {
   read_arguments "$@"
   read_settings
-  local command flags=()
-  [[ -f $STATE/$TPU_RUN.command ]] || die "$TPU_RUN was never launched on $TPU_NAME: run launch.sh"
+  find_command
+  local flags=()
   [[ $DRY_RUN == no ]] || flags=(--dry-run)
-  mapfile -d '' -t command <"$STATE/$TPU_RUN.command"
   "$SCRIPTS/stop.sh" "${flags[@]}"
-  "$SCRIPTS/launch.sh" "${flags[@]}" "${command[@]}"
+  "$SCRIPTS/launch.sh" "${flags[@]}" "${COMMAND[@]}"
 }
 
 main "$@"

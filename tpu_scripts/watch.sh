@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 main() {
   read_arguments "$@"
   read_settings
-  [[ -f $STATE/$TPU_RUN.command ]] || die "$TPU_RUN was never launched on $TPU_NAME: run launch.sh"
+  find_command
   local state verdict='' before unreachable=0
   while true; do
     state=$(node_state) || state=unknown

@@ -15,7 +15,6 @@ import logging
 import os
 import pickle
 import socket
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -219,12 +218,3 @@ def _client() -> Any:
     if global_state.client is None:
         raise RuntimeError("several hosts and no coordinator: call multihost.start() first")
     return global_state.client
-
-
-def keep_compiled(folder: str | Path) -> None:
-    """Keep compiled programs in `folder` and take them from there in the next run.
-
-    Host 0 alone writes, all read: several hosts need a folder that they share (a bucket's `gs://`
-    address will do), or the others compile again at each start.
-    """
-    jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -133,12 +133,3 @@ def test_place_from_arguments_and_environment(monkeypatch):
 def test_contradictions_are_explained(arguments, complaint):
     with pytest.raises(InputError, match=complaint):
         find_place(*arguments)
-
-
-def test_compiled_programs_are_kept(tmp_path):
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        multihost.keep_compiled(tmp_path)
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)

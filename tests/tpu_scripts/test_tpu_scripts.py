@@ -210,6 +210,21 @@ def test_setup_brings_the_commit_and_its_environment(pod):
     assert pod.run("setup.sh").returncode == 0  # again is fine
 
 
+def test_recipes_paths_lie_in_the_bucket(pod):
+    pod.state(queue="ACTIVE", node="READY")
+    pod.program("gcsfuse", 'mkdir -p "${*: -1}"')
+    for _ in range(2):
+        assert pod.run("setup.sh", TPU_BUCKET="speech").returncode == 0
+    for worker in range(2):
+        bucket, project = pod.home(worker) / "bucket", pod.home(worker) / "flax-distil"
+        for name in ("runs", "data"):
+            (project / name / "file").write_text("kept")
+            assert (bucket / name / "file").read_text() == "kept"
+        assert not (bucket / "runs" / "runs").exists()
+    pod.run("launch.sh", "bash", "-c", 'echo "to $JAX_COMPILATION_CACHE_DIR."')
+    pod.wait_for("flax-distil-runs/run/log", "/bucket/programs.")
+
+
 def test_secrets_come_by_stdin_only(pod):
     pod.state(queue="ACTIVE", node="READY")
     outputs = []
@@ -365,14 +380,12 @@ def test_collect_attach_teardown(pod):
     ],
 )
 def test_dry_run_prints_and_does_nothing(pod, script, arguments, printed):
-    command = pod.folder / "here" / "runs" / "tpu" / "pod" / "run.command"
-    command.parent.mkdir(parents=True)
-    command.write_bytes(b"sleep\x0030\x00")
     before = sorted(pod.folder.rglob("*"))
     result = pod.run(script, "--dry-run", *arguments)
     assert result.returncode == 0, result.stderr
     assert printed in result.stdout
     assert all(line.startswith(("+ ", "# ")) for line in result.stdout.splitlines())
+    assert all(line.startswith("(dry run)") for line in result.stderr.splitlines())
     assert pod.calls() == []
     assert sorted(pod.folder.rglob("*")) == before
 

@@ -38,6 +38,8 @@ start() {
   setsid bash -c '
     trap : TERM
     [[ ! -f $HOME/.flax-distil-secrets ]] || source "$HOME/.flax-distil-secrets"
+    # Worker 0 writes compiled programs, all read them; a new TPU finds them as well.
+    [[ ! -d $HOME/bucket ]] || export JAX_COMPILATION_CACHE_DIR=$HOME/bucket/programs
     PATH=$HOME/flax-distil/.venv/bin:$PATH PYTHONUNBUFFERED=1 "$@"
     echo $? >"$0/status"' "$folder" "${@:2}" >>"$folder/log" 2>&1 </dev/null &
   echo "$! $(boot)" >"$folder/process"

@@ -17,7 +17,11 @@ main() {
   uv venv --quiet --allow-existing --python "$python" "$project/.venv"
   uv pip install --quiet --python "$project/.venv/bin/python" --editable "${project}[$extras]"
 
-  [[ -z $bucket ]] || mount_bucket "$bucket"
+  if [[ -n $bucket ]]; then
+    mount_bucket "$bucket"
+    keep_in_bucket "$project/runs"
+    keep_in_bucket "$project/data"
+  fi
   echo "ready at ${commit:0:12}"
 }
 
@@ -34,6 +38,14 @@ mount_bucket() {
     "${apt[@]}" install gcsfuse
   fi
   gcsfuse --implicit-dirs "$1" "$folder"
+}
+
+# What recipes name by relative paths is then the same on every worker, and outlives the TPU.
+keep_in_bucket() {
+  local kept=$HOME/bucket/${1##*/}
+  [[ ! -e $1 ]] || return 0
+  mkdir -p "$kept"
+  ln -s "$kept" "$1"
 }
 
 main "$@"
