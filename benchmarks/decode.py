@@ -46,6 +46,7 @@ from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.openai import to_openai
 from flax_distil.model.weights import to_hf
+from flax_distil.parallel.platform import name_platform
 from flax_distil.text.wer import word_errors
 from flax_distil.transcribe import ChunkedOptions, SequentialOptions, transcribe
 from flax_distil.transcribe.recordings import LongForm
@@ -342,6 +343,7 @@ def arguments() -> argparse.Namespace:
 
 def main():
     options = arguments()
+    name_platform()
     clips = speech(options.audio)
     report = {
         "machine": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",

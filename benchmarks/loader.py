@@ -53,6 +53,7 @@ from flax_distil.distill.step import Frozen, Plan, train_step
 from flax_distil.model.dims import PUBLISHED
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import layer_map
+from flax_distil.parallel.platform import name_platform
 from flax_distil.pseudo_label.store import PseudoLabel, open_store
 from flax_distil.text.tokens import WhisperTokens
 
@@ -158,6 +159,7 @@ def main():
     parser.add_argument("--size", default="tiny.en")
     parser.add_argument("--no-step", action="store_true")
     options = parser.parse_args()
+    name_platform()
 
     with tempfile.TemporaryDirectory() as folder:
         stores = options.labels or [

@@ -52,6 +52,7 @@ from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from flax_distil.model.student import init_student
 from flax_distil.parallel.mesh import make_mesh
+from flax_distil.parallel.platform import name_platform
 from flax_distil.parallel.sharding import shardings
 from flax_distil.pseudo_label.distributions import top_k
 
@@ -220,6 +221,7 @@ def arguments() -> argparse.Namespace:
 
 def main():
     options, console = arguments(), Console()
+    name_platform()
     report = {
         "machine": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
         "load": round(os.getloadavg()[0], 1),
