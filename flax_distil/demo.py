@@ -27,19 +27,23 @@ from flax_distil.config import (
 )
 from flax_distil.data.utterances import listen, read_dataset
 from flax_distil.distill import trainer
+from flax_distil.distill.flops import measured_peak
 from flax_distil.evaluate import Report
 from flax_distil.evaluate.judge import compare
 from flax_distil.export.verify import differing_texts
 from flax_distil.fetch.speech import DemoSpeech, demo_speech
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model import student
+from flax_distil.parallel.mesh import make_mesh
 from flax_distil.pseudo_label import filter as choosing
 from flax_distil.pseudo_label import labeller
+from flax_distil.recipe import load_recipe, save_recipe
 from flax_distil.transcribe import ChunkedOptions, transcribe
 
 log = logging.getLogger(__name__)
 
 TEACHER = "whisper-tiny.en"
+FULL_SPEED = 3e11  # FLOP/s in float32 matrix products at which the whole demo is done in time
 
 
 def run(config: DemoConfig) -> Report:
@@ -47,7 +51,7 @@ def run(config: DemoConfig) -> Report:
 
     Stopped at any point and started again, it goes on: speech, labels and training are kept.
     """
-    start, folder = time.monotonic(), config.output_dir
+    start, config, folder = time.monotonic(), fitted(config), config.output_dir
     step("1. A teacher and speech")
     teacher = fetch_weights(TEACHER)
     speech = demo_speech(
@@ -84,6 +88,29 @@ def run(config: DemoConfig) -> Report:
     return report
 
 
+def fitted(config: DemoConfig) -> DemoConfig:
+    """The demo cut to what this machine can do in a quarter of an hour.
+
+    What was decided once stands in recipe.toml, so that a second start goes on with the same.
+    """
+    kept, share = config.output_dir / "recipe.toml", config.share
+    if share is None and kept.is_file():
+        share = load_recipe(kept, DemoConfig).share
+    if share is None:
+        share = min(1.0, round(measured_peak(make_mesh(), "float32") / FULL_SPEED, 2))
+    if share < 1:
+        log.info("%.0f %% of the demo's speech and updates, to be done in time", 100 * share)
+    whole = dataclasses.replace(config, share=share)
+    save_recipe(whole, kept)
+    return dataclasses.replace(
+        whole,
+        **{
+            name: max(1, round(share * getattr(config, name)))
+            for name in ("sentences", "clips", "single", "steps")
+        },
+    )
+
+
 def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -> Path:
     """A label store of windows full of speech, or of single clips: students meet both."""
     folder = config.output_dir / "labels" / ("packed" if packed else "single")
@@ -96,9 +123,8 @@ def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -
             output_dir=folder,
             pack_seconds=25.0 if packed else None,
             max_tokens=config.max_tokens,
-            batch_size=config.batch_size,
+            batch_size=8,
             shard_size=64,
-            top_k=config.top_k,
             audio_states=config.output_dir / "audio-states",
         )
     )
@@ -128,7 +154,6 @@ def teach(
             prompt_probability=0.0,  # clips are judged without a prompt
             label_buckets=(96, config.max_tokens + 2),
             audio_states=config.output_dir / "audio-states",
-            stored_teacher=True,
             seed=config.seed,
             optimizer=OptimizerConfig(config.steps, config.learning_rate, config.steps // 10),
             compute=ComputeConfig(dtype="float32", vocabulary_chunk=128),

@@ -10,9 +10,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from flax_distil import demo
+from flax_distil.config import DemoConfig
 from flax_distil.model.checkpoint import load_checkpoint
 
 SIZES = "--sentences 12 --heldout 2 --single 4 --clips 8 --steps 3 --batch-size 2 --max-tokens 94"
+SIZES += " --share 1"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,18 @@ def test_training_moved_the_decoder_and_nothing_else(folder):
     after = load_checkpoint(folder / "student").params
     assert all(map(same, jax.tree.leaves(before["encoder"]), jax.tree.leaves(after["encoder"])))
     assert not any(map(same, jax.tree.leaves(before["decoder"]), jax.tree.leaves(after["decoder"])))
+
+
+def test_a_slow_machine_does_less_and_goes_on_with_the_same(tmp_path, monkeypatch):
+    config = DemoConfig(tmp_path)
+    for speed, share in ((demo.FULL_SPEED / 4, 0.25), (demo.FULL_SPEED, 0.25)):
+        monkeypatch.setattr(demo, "measured_peak", lambda *_, speed=speed: speed)
+        fitted = demo.fitted(config)
+        assert fitted.share == share
+        assert fitted.steps == config.steps // 4
+        assert fitted.heldout == config.heldout
+    (tmp_path / "recipe.toml").unlink()
+    assert demo.fitted(config).steps == config.steps
 
 
 def same(one, other) -> bool:
