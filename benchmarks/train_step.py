@@ -1,4 +1,4 @@
-"""One update of distillation, four ways, against the same update in PyTorch.
+"""One update of distillation, five ways, against the same update in PyTorch.
 
     python benchmarks/train_step.py [--model whisper-base] [--batch 8] [--tokens 128] [--layers 2]
         [--rounds 5] [--dtype float32] [--chunk 128] [--top-k 32] [--json FILE]
@@ -7,7 +7,8 @@
   feature extractor in PyTorch, KL + CE, clipping, torch.optim.AdamW.
 - plain: our step with the logits of the whole batch; fused: with those of `--chunk` tokens.
 - encode once: the audio states come with the batch, as `--audio-states` keeps them.
-- teacher-free: and the teacher's top K and tails, as `--stored-teacher` reads them.
+- stored states, stored top K: and the teacher's final states, or its top K and tails, as
+  `--stored-teacher` reads them.
 
 All get the same noise and labels (random lengths up to `--tokens`) and the same weights. A round
 runs every way in turn, so that a busy machine is unfair to none; figures are medians over rounds,
@@ -41,7 +42,7 @@ from rich.table import Table
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE
 from flax_distil.config import ComputeConfig, DistillConfig
 from flax_distil.data.batches import Batch
-from flax_distil.data.stored_teacher import StoredTeacher
+from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.decode.recognizer import listen
 from flax_distil.distill.flops import measured_peak, step_flops
 from flax_distil.distill.setup import make_plan, split_parameters
@@ -54,7 +55,7 @@ from flax_distil.model.student import init_student
 from flax_distil.parallel.mesh import make_mesh
 from flax_distil.parallel.platform import name_platform
 from flax_distil.parallel.sharding import shardings
-from flax_distil.pseudo_label.distributions import top_k
+from flax_distil.pseudo_label.distributions import final_states, top_k
 
 PYTORCH = "Transformers"
 TEMPERATURES = (1.0, 2.0)
@@ -159,20 +160,29 @@ def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
     plain = replace(fused, vocabulary_chunk=0)
 
     encoder, decoder = (jax.tree.map(jnp.asarray, teacher.params[half]) for half in teacher.params)
-    states = np.asarray(listen(fused.teacher, encoder, batch.waveforms))
-    states = states.astype(ml_dtypes.bfloat16)  # as they lie on disk
-    encoded = replace(batch, audio=states, waveforms=batch.waveforms[:, :0])
-    audio_BSD = jnp.asarray(states, fused.teacher.dtype)
-    found = top_k(fused.teacher, decoder, audio_BSD, batch.tokens, options.top_k, TEMPERATURES)
-    stored = replace(encoded, stored=StoredTeacher(*map(np.asarray, found)))
+    audio = np.asarray(listen(fused.teacher, encoder, batch.waveforms))
+    audio = audio.astype(ml_dtypes.bfloat16)  # as it lies on disk
+    encoded = replace(batch, audio=audio, waveforms=batch.waveforms[:, :0])
+    audio_BSD = jnp.asarray(audio, fused.teacher.dtype)
+    heard = fused.teacher, decoder, audio_BSD, batch.tokens
+    states, likeliest = (
+        StoredForm(width=teacher.dims.width),
+        StoredForm(options.top_k, TEMPERATURES),
+    )
+    held = {
+        states: [np.asarray(final_states(*heard))],
+        likeliest: list(map(np.asarray, top_k(*heard, *likeliest[:2]))),
+    }
 
     make = partial(ours, config)
     made: dict[str, Any] = {
         "plain": make(plain, teacher, student, batch),
         "fused": make(fused, teacher, student, batch),
         "encode once": make(fused, teacher, student, encoded),
-        "teacher-free": make(replace(fused, stored=TEMPERATURES), teacher, student, stored),
     }
+    for name, form in (("stored states", states), ("stored top K", likeliest)):
+        stored = replace(encoded, stored=form.make(held[form]))
+        made[name] = make(replace(fused, stored=form), teacher, student, stored)
     theirs = Way(pytorch(config, folder, teacher, student, batch), made["plain"].flops)
     return {PYTORCH: theirs} | made
 

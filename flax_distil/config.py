@@ -86,9 +86,12 @@ class PseudoLabelConfig:
     """Write in the language spoken, or in English."""
     timestamps: bool = False
     """Let the teacher write timestamps, so that the student can learn them."""
+    teacher_states: bool = False
+    """Store what the teacher's decoder makes its logits of at each token (width x 2 bytes), so that
+    distilling runs no teacher (distill --stored-teacher): exact at every temperature."""
     top_k: int = 0
-    """Store so many of the teacher's likeliest tokens at each token, and the mass of all others,
-    so that distilling needs no teacher (distill --stored-teacher); 0 stores none."""
+    """Or store so many of its likeliest tokens at each token, and the mass of all others: less
+    room, and at temperature 2 much less of what it knows; 0 stores none."""
     top_k_temperatures: tuple[float, ...] = (1.0, 2.0)
     """Temperatures that can be distilled at with them."""
     audio_states: Path | None = None
@@ -323,8 +326,9 @@ class DistillConfig:
     audio_states_dtype: Literal["bfloat16", "int8"] = "bfloat16"
     """How what is missing is written: int8 takes half the room."""
     stored_teacher: bool = False
-    """Take the teacher's distributions from the labels (pseudo-label --top-k) instead of running
-    it: the KL is over the stored tokens and the rest, and no teacher is in memory."""
+    """Take the teacher's distributions from the labels (pseudo-label --teacher-states or --top-k)
+    instead of running it: of the teacher only the embedding is in memory, or nothing with
+    --top-k, whose KL is over the stored tokens and the rest."""
     augment: AugmentConfig = AugmentConfig()
     """Noise and SpecAugment."""
     train_encoder: bool = False

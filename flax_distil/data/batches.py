@@ -22,7 +22,7 @@ from jaxtyping import Float, Int, Int16, Shaped, UInt32
 
 from flax_distil.data.chance import Purpose, generator
 from flax_distil.data.packing import beginnings, length
-from flax_distil.data.stored_teacher import StoredTeacher, collate_stored
+from flax_distil.data.stored_teacher import StoredTeacher, collate_stored, places
 from flax_distil.data.utterances import Utterance, to_language
 from flax_distil.errors import InputError
 from flax_distil.text.languages import WITHOUT_SPACES
@@ -122,11 +122,12 @@ def example(
 
 def distributions(utterance: Utterance, count: int) -> StoredTeacher:
     """The teacher at each of `count` targets. Raises InputError where the label holds others."""
-    there = 0 if utterance.stored is None else len(utterance.stored.tails)
+    there = 0 if utterance.stored is None else places(utterance.stored)
     if utterance.stored is None or there != count:
         raise InputError(
-            f"{utterance.id} holds distributions of {there} tokens and its label is learnt as "
-            f"{count}: label it with --top-k, and train without stored_teacher where labels change"
+            f"{utterance.id} holds its teacher at {there} tokens and its label is learnt as "
+            f"{count}: label it with --teacher-states, and train without stored_teacher where "
+            "labels change"
         )
     return utterance.stored
 

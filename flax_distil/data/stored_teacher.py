@@ -1,20 +1,21 @@
-"""What a label store can hold of the teacher's distributions, beside the labels."""
+"""What a label store can hold of its teacher, beside the labels, in one of two forms.
 
-from collections.abc import Sequence
+Final states are exact at every temperature, and need the teacher's embedding to make logits of
+them. The likeliest tokens take less room, need nothing, and lose what they leave out.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Shaped
-
-# Columns of a label store, in the order of the fields below.
-COLUMNS = {"top_tokens": np.uint16, "top_log_probabilities": np.float16, "tails": np.float32}
+from jaxtyping import Float16, Shaped
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class StoredTeacher:
+class LikeliestTokens:
     """The teacher at each token of a label and at its end: n places, or [B, L] in a batch."""
 
     top_tokens: Shaped[np.ndarray, "... K"]
@@ -25,11 +26,60 @@ class StoredTeacher:
     """float32: log Σ p^(1/T) of all other tokens, for each temperature of the store."""
 
 
-def read_stored(row: dict[str, Any]) -> StoredTeacher | None:
-    """A row's columns, None where it has none."""
-    if any(row.get(name) is None for name in COLUMNS):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FinalStates:
+    """What the teacher's decoder makes its logits of, at the same places."""
+
+    teacher_states: Float16[np.ndarray, "... D"]
+
+
+StoredTeacher = LikeliestTokens | FinalStates
+
+
+class StoredForm(NamedTuple):
+    """How a label store holds its teacher: as final states where `width` is given."""
+
+    top_k: int = 0
+    temperatures: tuple[float, ...] = ()
+    width: int = 0
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "StoredForm | None":
+        """That of a store with these settings; None where it holds none."""
+        if width := settings.get("teacher_states"):
+            return cls(width=width)
+        if top_k := settings.get("top_k"):
+            return cls(top_k, tuple(settings["top_k_temperatures"]))
         return None
-    return StoredTeacher(*(np.asarray(row[name], dtype) for name, dtype in COLUMNS.items()))
+
+    def columns(self) -> dict[str, tuple[int, Any]]:
+        """Numbers at each place and their type, by column: the fields of `make`, in order."""
+        if self.width:
+            return {"teacher_states": (self.width, np.float16)}
+        return {
+            "top_tokens": (self.top_k, np.uint16),
+            "top_log_probabilities": (self.top_k, np.float16),
+            "tails": (len(self.temperatures), np.float32),
+        }
+
+    def make(self, columns: Sequence[Any]) -> StoredTeacher:
+        """What these arrays hold, in the order of `columns`."""
+        return FinalStates(*columns) if self.width else LikeliestTokens(*columns)
+
+
+def places(stored: StoredTeacher) -> int:
+    """Tokens it is there for."""
+    return len(jax.tree.leaves(stored)[0])
+
+
+def read_stored(row: Mapping[str, Any]) -> StoredTeacher | None:
+    """A row's columns, None where it has none."""
+    for form in (StoredForm(width=1), StoredForm(top_k=1)):
+        columns = form.columns()
+        if all(row.get(name) is not None for name in columns):
+            return form.make([np.asarray(row[name], kind) for name, (_, kind) in columns.items()])
+    return None
 
 
 def collate_stored(
@@ -48,7 +98,7 @@ def collate_stored(
         whole = np.zeros((len(rows), length, like.shape[-1]), like.dtype)
         for line, (start, stored) in zip(whole, rows, strict=True):
             if stored is not None:
-                line[start : start + len(stored.tails)] = getattr(stored, name)
+                line[start : start + places(stored)] = getattr(stored, name)
         return whole
 
-    return StoredTeacher(*map(padded, COLUMNS))
+    return type(there[0])(**{name: padded(name) for name in vars(there[0])})

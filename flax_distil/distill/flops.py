@@ -33,7 +33,8 @@ def step_flops(
     clip = encoder_flops(teacher) if encode else 0
     if plan.asks_teacher:
         clip += decoder_flops(teacher, length) + cross_flops(teacher)
-        clip += vocabulary_flops(teacher, length) if loss.kl else 0
+    if loss.kl and (plan.stored is None or plan.stored.width):
+        clip += vocabulary_flops(teacher, length)
     if own_encoder:
         clip += (3 if train_encoder else 1) * encoder_flops(student)
     clip += 3 * (decoder_flops(student, length) + vocabulary_flops(student, length))

@@ -80,13 +80,12 @@ def split_parameters(
 
     The encoder is shared where it is frozen and the teacher's to the last bit; a truncated or
     otherwise different one is kept apart. Positions of a trained encoder stay fixed sinusoids.
-    Frozen matrices are stored in the type they are multiplied in, which changes no result. Of a
-    teacher who is not asked, only the encoder is needed.
+    Frozen matrices are stored in the type they are multiplied in, which changes no result.
     """
     scanned = plan.student.scan_layers
     encoder = laid_out(student.params["encoder"], scanned)
-    halves = teacher.params if plan.asks_teacher else ["encoder"]
-    theirs = {half: narrow(laid_out(teacher.params[half], scanned), plan) for half in halves}
+    read = read_of_teacher(teacher.params, plan)
+    theirs = {half: narrow(laid_out(part, scanned), plan) for half, part in read.items()}
     trainable = trainable_part(student.params, train_encoder, scanned)
     if train_encoder:
         return trainable, Frozen(theirs, {"positions": encoder["positions"]})
@@ -94,6 +93,17 @@ def split_parameters(
         return trainable, Frozen(theirs, {})
     log.info("the student's encoder is not the teacher's: both run in each step")
     return trainable, Frozen(theirs, narrow(encoder, plan))
+
+
+def read_of_teacher(teacher: Params, plan: Plan) -> Params:
+    """What the step reads of a teacher: see `Frozen`."""
+    if plan.asks_teacher:
+        return teacher
+    read = {"encoder": teacher["encoder"]}
+    if plan.stored and plan.stored.width:
+        embedding = teacher["decoder"]["tokens"]["embedding"]
+        read["decoder"] = {"tokens": {"embedding": embedding}}
+    return read
 
 
 def trainable_part(student: Params, train_encoder: bool, scanned: bool) -> Params:
@@ -122,7 +132,7 @@ def trained_checkpoint(trainable: Params, student: Checkpoint, scanned: bool) ->
 
 def laid_out(half: Params, scanned: bool) -> Params:
     """Encoder or decoder parameters as they are, or stacked for a scan; on the host."""
-    if not scanned:
+    if not scanned or "layers" not in half:
         return half
     layers = [half["layers"][index] for index in range(len(half["layers"]))]
     return half | {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}

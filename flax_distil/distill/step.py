@@ -16,6 +16,7 @@ from flax_distil.audio.log_mel import log_mel
 from flax_distil.audio.spec_augment import spec_augment
 from flax_distil.config import AugmentConfig, LossConfig, OptimizerConfig
 from flax_distil.data.batches import Batch
+from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.distill.losses import Losses, hidden_mse, objective
 from flax_distil.distill.state import TrainState, apply_gradients, learning_rate
 from flax_distil.distill.vocabulary import Heard, Stored, vocabulary_losses
@@ -30,8 +31,7 @@ class Plan:
     layer_map: teacher layer for each student layer, for the MSE of hidden states.
     vocabulary_chunk: tokens of a device whose logits exist at a time; 0 is all of them.
     data_shards: into how many parts the mesh cuts a batch.
-    stored: temperatures of the tails that batches hold, where they hold the teacher's
-        distributions; None where the teacher is in memory.
+    stored: how batches hold the teacher's distributions; None where the teacher is in memory.
     """
 
     teacher: Spec
@@ -42,7 +42,7 @@ class Plan:
     accumulation: int = 1
     vocabulary_chunk: int = 0
     data_shards: int = 1
-    stored: tuple[float, ...] | None = None
+    stored: StoredForm | None = None
     augment: AugmentConfig | None = None
 
     @property
@@ -54,7 +54,8 @@ class Plan:
 class Frozen(NamedTuple):
     """Parameters that are read and never written.
 
-    teacher: the whole teacher, or its encoder alone where its decoder is not asked.
+    teacher: the whole teacher; where its decoder is not asked, its encoder alone, and its embedding
+        where batches hold its final states.
     student_encoder: the part of the student's encoder that is neither trained nor the teacher's:
         empty when the encoder is shared, all of a truncated one, the positions of a trained one.
     """
@@ -126,7 +127,7 @@ def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
         audio_BSD = encoder(features(batch, plan))
     audio_BSD = jnp.asarray(audio_BSD, plan.teacher.dtype)
     if plan.stored is not None:
-        return Guide(audio_BSD, remembered(batch, plan.stored, plan.loss.temperature), None)
+        return Guide(audio_BSD, remembered(frozen, batch, plan), None)
     if not plan.asks_teacher:
         return Guide(audio_BSD, None, None)
     params = frozen.teacher["decoder"]
@@ -135,11 +136,17 @@ def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
     return Guide(audio_BSD, Heard(hidden_BLD, params["tokens"]["embedding"]), every_NBLD)
 
 
-def remembered(batch: Batch, stored: tuple[float, ...], temperature: float) -> Stored:
-    """The teacher's distributions that came with the batch, with their tail at a temperature."""
+def remembered(frozen: Frozen, batch: Batch, plan: Plan) -> Heard | Stored:
+    """The teacher's distributions that came with the batch."""
     assert batch.stored is not None
-    tokens, top, tails = map(jnp.asarray, vars(batch.stored).values())
-    return Stored(tokens, top, tails[..., stored.index(temperature)])
+    assert plan.stored is not None
+    columns = map(jnp.asarray, vars(batch.stored).values())
+    if plan.stored.width:
+        (hidden_BLD,) = columns
+        embedding_VD = frozen.teacher["decoder"]["tokens"]["embedding"]
+        return Heard(hidden_BLD.astype(plan.teacher.dtype), embedding_VD)
+    tokens, top, tails = columns
+    return Stored(tokens, top, tails[..., plan.stored.temperatures.index(plan.loss.temperature)])
 
 
 def features(batch: Batch, plan: Plan) -> Float[Array, "B T M"]:

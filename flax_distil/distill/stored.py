@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from flax_distil.config import DistillConfig
-from flax_distil.data.stored_teacher import COLUMNS, read_stored
+from flax_distil.data.stored_teacher import StoredForm, read_stored
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.pseudo_label.labeller import fingerprint
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 TAIL_SHARE = 0.1  # of the teacher's probability, above which a run is warned
 
 
-def stored_temperatures(config: DistillConfig) -> tuple[float, ...] | None:
-    """The temperatures of the labels' tails; None where the run has its teacher in memory.
+def stored_form(config: DistillConfig) -> StoredForm | None:
+    """How the labels hold their teacher; None where the run has it in memory.
 
     Raises:
         InputError: the labels hold no distributions, or those of several stores differ in form.
@@ -42,35 +42,43 @@ def stored_temperatures(config: DistillConfig) -> tuple[float, ...] | None:
     for path in others:
         if forms[path] != forms[first]:
             raise InputError(
-                f"{first} holds top_k {forms[first][0]} at temperatures {forms[first][1]} and "
-                f"{path} {forms[path][0]} at {forms[path][1]}: label both alike"
+                f"{first} holds {described(forms[first])} and {path} {described(forms[path])}: "
+                "label both alike"
             )
-    return forms[first][1]
+    return forms[first]
 
 
-def form(labels: Path) -> tuple[int, tuple[float, ...]]:
-    """K and temperatures of a label store. Raises InputError where it has none."""
-    settings = read_settings(labels)
-    if not settings.get("top_k"):
+def form(labels: Path) -> StoredForm:
+    """How a label store holds its teacher. Raises InputError where it does not."""
+    found = StoredForm.of(read_settings(labels))
+    if found is None:
         raise InputError(
-            f"{labels} holds no distributions of its teacher: label with --top-k 32, or leave out "
-            "stored_teacher"
+            f"{labels} holds no distributions of its teacher: label with --teacher-states, or "
+            "leave out stored_teacher"
         )
-    return settings["top_k"], tuple(settings["top_k_temperatures"])
+    return found
+
+
+def described(form: StoredForm) -> str:
+    """A form, in an error."""
+    if form.width:
+        return f"final states of width {form.width}"
+    return f"top_k {form.top_k} at temperatures {', '.join(map(str, form.temperatures))}"
 
 
 def check_stored_teacher(config: DistillConfig, teacher: Checkpoint) -> None:
     """Raises InputError where the stored distributions are not what the student must be near to."""
-    temperatures = stored_temperatures(config)
-    if temperatures is None:
+    held = stored_form(config)
+    if held is None:
         return
     if config.loss.mse:
-        raise InputError("stored_teacher has no hidden states to be near to: set --loss.mse 0")
-    if config.loss.temperature not in temperatures:
         raise InputError(
-            f"the labels hold the teacher at temperatures {', '.join(map(str, temperatures))} and "
-            f"the loss asks for {config.loss.temperature}: take one of them, or label again with "
-            "--top-k-temperatures"
+            "stored_teacher has no layers' hidden states to be near to: set --loss.mse 0"
+        )
+    if not held.width and config.loss.temperature not in held.temperatures:
+        raise InputError(
+            f"the labels hold {described(held)} and the loss asks for {config.loss.temperature}: "
+            "take one of them, or label again with --teacher-states or --top-k-temperatures"
         )
     if config.data:
         raise InputError(
@@ -79,7 +87,8 @@ def check_stored_teacher(config: DistillConfig, teacher: Checkpoint) -> None:
     weights = fingerprint(teacher.params)
     for path in config.labels:
         check_store(path, read_settings(path), weights, config)
-    warn_of_tails(config.labels[0], temperatures.index(config.loss.temperature), config)
+    if not held.width:
+        warn_of_tails(config.labels[0], held.temperatures.index(config.loss.temperature), config)
 
 
 def warn_of_tails(labels: Path, temperature: int, config: DistillConfig) -> None:
@@ -88,8 +97,8 @@ def warn_of_tails(labels: Path, temperature: int, config: DistillConfig) -> None
     if share > TAIL_SHARE:
         log.warning(
             "at temperature %g, %.0f %% of the teacher's probability is outside of the tokens that "
-            "%s holds, and students learn less of it than from a teacher in memory: see "
-            "--loss.temperature, or leave out stored_teacher",
+            "%s holds, and students learn less of it than from a teacher in memory: label with "
+            "--teacher-states, see --loss.temperature, or leave out stored_teacher",
             config.loss.temperature,
             100 * share,
             labels,
@@ -101,16 +110,17 @@ def tail_share(labels: Path, temperature: int) -> float:
 
     temperature: its place among the temperatures of the store.
     """
+    held = form(labels)
     rows = (
         row
         for _, path in sorted(shard_files(labels).items())
-        for batch in pq.ParquetFile(path).iter_batches(64, columns=list(COLUMNS))
+        for batch in pq.ParquetFile(path).iter_batches(64, columns=list(held.columns()))
         for row in batch.to_pylist()
     )
     stored = [one for row in islice(rows, 64) if (one := read_stored(row)) is not None]
     if not stored:
         return 0.0
-    at = read_settings(labels)["top_k_temperatures"][temperature]
+    at = held.temperatures[temperature]
     tops, tails = (
         np.concatenate([getattr(one, name) for one in stored]).astype(np.float64)
         for name in ("top_log_probabilities", "tails")

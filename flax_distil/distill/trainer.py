@@ -27,7 +27,7 @@ from flax_distil.distill.setup import make_plan, split_parameters, whole_student
 from flax_distil.distill.state import TrainState, initial_state
 from flax_distil.distill.step import Frozen, Plan, train_step
 from flax_distil.distill.stopping import stop_signals
-from flax_distil.distill.stored import check_stored_teacher, stored_temperatures
+from flax_distil.distill.stored import check_stored_teacher, stored_form
 from flax_distil.distill.tracking import Done, Speed, Tracker, Watch, check_wandb, environment
 from flax_distil.distill.validation import Validate, Validation, make_validate
 from flax_distil.errors import InputError
@@ -188,7 +188,7 @@ def prepare(
         InputError: models, mesh, batch or numbers do not fit; nothing was allocated yet.
     """
     plan, compute = make_plan(config, teacher.dims, student.dims), config.compute
-    plan = replace(plan, stored=stored_temperatures(config))
+    plan = replace(plan, stored=stored_form(config))
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor)
     check_batch(config.batch_size, mesh, compute.accumulation)
     dims = teacher.dims

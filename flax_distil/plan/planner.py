@@ -16,6 +16,7 @@ from flax_distil.config import (
     PseudoLabelConfig,
 )
 from flax_distil.data.batches import bucket_for
+from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import bucket
 from flax_distil.errors import InputError
@@ -90,7 +91,9 @@ def train(
     compute, stored = distill.compute, None
     if distill.stored_teacher:
         label = load_recipe(recipe, PseudoLabelConfig)
-        stored = (label.top_k, label.top_k_temperatures)
+        stored = StoredForm(label.top_k, label.top_k_temperatures)
+        if label.teacher_states:
+            stored = StoredForm(width=sizes.teacher.width)
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, chips)
     check_batch(distill.batch_size, mesh, compute.accumulation)
     parts = data_shards(mesh) * compute.accumulation

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from flax_distil.config import DistillConfig
 from flax_distil.data.augment import masks_log_mel
 from flax_distil.data.batches import Batch
-from flax_distil.data.stored_teacher import COLUMNS, StoredTeacher
+from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.decode.greedy import Prompt, greedy
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import listen
@@ -24,7 +24,7 @@ from flax_distil.distill.flops import (
     step_flops,
     vocabulary_flops,
 )
-from flax_distil.distill.setup import make_plan, stored_types, trainable_part
+from flax_distil.distill.setup import make_plan, read_of_teacher, stored_types, trainable_part
 from flax_distil.distill.state import initial_state
 from flax_distil.distill.step import Frozen
 from flax_distil.distill.trainer import compile_step
@@ -68,17 +68,17 @@ def train_program(
     student: WhisperDims,
     devices: list[Any],
     length: int,
-    stored: tuple[int, tuple[float, ...]] | None = None,
+    stored: StoredForm | None = None,
 ) -> Program:
     """The trainer's step on batches whose labels have `length` tokens.
 
-    stored: K and temperatures of the distributions that labels hold, for `config.stored_teacher`.
+    stored: how labels hold their teacher, for `config.stored_teacher`.
 
     Raises:
         InputError: recipe, models and number of chips do not fit.
     """
     plan, compute = make_plan(config, teacher, student), config.compute
-    plan = replace(plan, stored=stored and stored[1])
+    plan = replace(plan, stored=stored)
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, devices)
     check_batch(config.batch_size, mesh, compute.accumulation)
     check_heads({"encoder": teacher.encoder_heads, "decoder": teacher.decoder_heads}, mesh)
@@ -89,8 +89,7 @@ def train_program(
         own = {"positions": ours["encoder"]["positions"]}
     elif teacher.encoder_layers != student.encoder_layers:
         own = in_kept_types(ours["encoder"], plan)
-    halves = theirs if plan.asks_teacher else {"encoder": theirs["encoder"]}
-    frozen = Frozen(in_kept_types(halves, plan), own)
+    frozen = Frozen(in_kept_types(read_of_teacher(theirs, plan), plan), own)
     start = partial(initial_state, config=config.optimizer, seed=config.seed)
     state = jax.eval_shape(start, trainable)
     placed = shardings(state, mesh, compute.fsdp_min_elements)
@@ -166,7 +165,7 @@ def abstract_batch(
     dims: WhisperDims,
     length: int,
     sharding: NamedSharding,
-    stored: tuple[int, tuple[float, ...]] | None,
+    stored: StoredForm | None,
 ) -> Batch:
     """Shapes of the loader's batches; what is kept of encoder or teacher instead of running it."""
     rows = config.batch_size
@@ -187,10 +186,8 @@ def abstract_batch(
         "audio": audio,
     }
     if stored is not None:
-        k, temperatures = stored
-        sizes = zip((k, k, len(temperatures)), COLUMNS.values(), strict=True)
-        columns: Any = [shape((rows, length, n), kind) for n, kind in sizes]
-        fields["stored"] = StoredTeacher(*columns)
+        sizes = stored.columns().values()
+        fields["stored"] = stored.make([shape((rows, length, n), kind) for n, kind in sizes])
     if masks_log_mel(config.augment):
         fields["keys"] = shape((rows, 2), jnp.uint32)
     return Batch(**fields)

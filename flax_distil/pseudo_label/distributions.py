@@ -1,9 +1,12 @@
 """The teacher's distribution at each token of a label: what distilling without a teacher needs.
 
-Kept are the K likeliest tokens with their log-probabilities, and of all others log Σ p^(1/T) for
-each temperature T that may be trained at. At T = 1 this is the tail's mass. At any other T it does
-not follow from that mass (it depends on how the tail divides it), so it is computed while the whole
-distribution is there, and training at a temperature that is not stored is refused.
+Final states are the decoder's output before the embedding makes logits of it, in float16: 11 bits
+of each number, which the decoder's last layer norm keeps far from float16's largest.
+
+Of the likeliest tokens, K are kept with their log-probabilities, and of all others log Σ p^(1/T)
+for each temperature T that may be trained at. At T = 1 this is the tail's mass. At any other T it
+does not follow from that mass (it depends on how the tail divides it), so it is computed while the
+whole distribution is there, and training at a temperature that is not stored is refused.
 
 Log-probabilities are float16: 11 bits change each by at most |log p| / 2048, and so the divergence
 by at most 1/2048 of the teacher's entropy. Tokens are uint16, tails float32.
@@ -15,10 +18,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, BFloat16, Float, Int, Int16
+from jaxtyping import Array, BFloat16, Float, Float16, Int, Int16
 
 from flax_distil.config import PseudoLabelConfig
-from flax_distil.data.stored_teacher import StoredTeacher
+from flax_distil.data.stored_teacher import StoredForm, StoredTeacher
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.decode.recognizer import (
     Recognizer,
@@ -47,8 +50,13 @@ class Explained(Hypothesis):
 LENGTHS = (32, 64, 128, 256, 448)  # texts are padded to one of these, so that few programs compile
 
 
-def check_top_k(config: PseudoLabelConfig, vocabulary: int) -> None:
-    """Raises InputError for numbers of tokens and temperatures that cannot be stored."""
+def check_form(config: PseudoLabelConfig, vocabulary: int) -> None:
+    """Raises InputError for two forms at once, and numbers of tokens or temperatures that cannot
+    be stored."""
+    if config.teacher_states and config.top_k:
+        raise InputError(
+            f"teacher_states and top_k {config.top_k}: the first holds all that the second does"
+        )
     if not 0 <= config.top_k < vocabulary:
         raise InputError(f"top_k {config.top_k} of {vocabulary} tokens: 0 stores none, 32 is usual")
     temperatures = config.top_k_temperatures
@@ -60,19 +68,18 @@ def explain(
     recognizer: Recognizer,
     waveforms_BN: Int16[np.ndarray, "B N"],
     options: DecodeOptions,
-    k: int = 0,
-    temperatures: tuple[float, ...] = (),
+    form: StoredForm | None = None,
     keep_audio: bool = False,
 ) -> list[Explained]:
-    """`recognize`, and for k > 0 the distributions at every token of what was written."""
+    """`recognize`, and with a form the distributions at every token of what was written."""
     known, _ = prepare(recognizer, options, len(waveforms_BN), None)
     audio_BSD = listen(recognizer.spec, recognizer.params["encoder"], fill(waveforms_BN))
     languages = [known] * len(waveforms_BN) if known else detect(recognizer, audio_BSD)
     windows = [Window(language) for language in languages[: len(waveforms_BN)]]
     found = decode(recognizer, audio_BSD, options, windows)
     stored: Sequence[StoredTeacher | None] = [None] * len(found)
-    if k:
-        stored = distributions(recognizer, audio_BSD, found, options, k, temperatures)
+    if form:
+        stored = distributions(recognizer, audio_BSD, found, options, form)
     kept = np.asarray(audio_BSD.astype(jnp.bfloat16)) if keep_audio else [None] * len(found)
     return [
         Explained(**vars(hypothesis), distributions=one, audio_SD=audio_SD)
@@ -85,8 +92,7 @@ def distributions(
     audio_BSD: Float[Array, "B S D"],
     hypotheses: Sequence[Hypothesis],
     options: DecodeOptions,
-    k: int,
-    temperatures: tuple[float, ...],
+    form: StoredForm,
 ) -> list[StoredTeacher]:
     """What the teacher says of each token of these hypotheses and of the end behind them.
 
@@ -106,11 +112,23 @@ def distributions(
     for row, line in zip(tokens_BL, lines, strict=False):
         row[: len(line)] = line
     spec, params = recognizer.spec, recognizer.params["decoder"]
-    found = jax.device_get(top_k(spec, params, audio_BSD, tokens_BL, k, temperatures))
+    if form.width:
+        found = (final_states(spec, params, audio_BSD, tokens_BL),)
+    else:
+        found = top_k(spec, params, audio_BSD, tokens_BL, form.top_k, form.temperatures)
+    found = jax.device_get(found)
     return [
-        StoredTeacher(*(leaf[row, start : len(line)] for leaf in found))
+        form.make([leaf[row, start : len(line)] for leaf in found])
         for row, (line, start) in enumerate(zip(lines, starts, strict=True))
     ]
+
+
+@by_clip(static=("spec",))
+def final_states(
+    spec: Spec, params: Params, audio_BSD: Float[Array, "B S D"], tokens_BL: Int[Array, "B L"]
+) -> Float16[Array, "B L D"]:
+    """What logits are made of. params: the decoder's."""
+    return spec.decoder(params)(tokens_BL, audio_BSD).astype(jnp.float16)
 
 
 @by_clip(static=("spec", "k", "temperatures"))

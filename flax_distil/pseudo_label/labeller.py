@@ -24,6 +24,7 @@ from flax_distil.audio.load import encode_flac
 from flax_distil.config import PseudoLabelConfig
 from flax_distil.data.audio_states import Stored, clip_names, write_states
 from flax_distil.data.packing import Packed, pack
+from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.data.utterances import (
     Skipped,
     Utterance,
@@ -85,7 +86,7 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     """
     from flax_distil.decode.recognizer import make_recognizer
     from flax_distil.model.checkpoint import load_checkpoint
-    from flax_distil.pseudo_label.distributions import check_top_k, explain
+    from flax_distil.pseudo_label.distributions import check_form, explain
 
     start()
     for name in ("batch_size", "shard_size", "workers", "max_tokens"):
@@ -93,19 +94,20 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
             raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
     utterances = windows(config)
     checkpoint = load_checkpoint(config.model)
-    check_top_k(config, checkpoint.dims.vocab)
+    check_form(config, checkpoint.dims.vocab)
     recognizer = make_recognizer(checkpoint, config.dtype)
     options = DecodeOptions(
         task=config.task, timestamps=config.timestamps, max_tokens=config.max_tokens
     )
+    weights, vocabulary = fingerprint(checkpoint.params), recognizer.tokens.vocabulary
+    chosen = settings(config, utterances, weights, vocabulary, checkpoint.dims.width)
+    form, keep_audio = StoredForm.of(chosen), config.audio_states is not None
 
     def teacher(waveforms_BN: np.ndarray, language: str | None) -> Sequence[Hypothesis]:
         asked = dataclasses.replace(options, language=language)
-        kept = config.top_k, config.top_k_temperatures, config.audio_states is not None
-        return explain(recognizer, waveforms_BN, asked, *kept)
+        return explain(recognizer, waveforms_BN, asked, form, keep_audio)
 
-    weights, vocabulary = fingerprint(checkpoint.params), recognizer.tokens.vocabulary
-    store = open_store(config.output_dir, settings(config, utterances, weights, vocabulary))
+    store = open_store(config.output_dir, chosen)
     states = config.audio_states and states_of(
         config.audio_states, checkpoint.params["encoder"], store.settings
     )
@@ -130,12 +132,17 @@ def windows(config: PseudoLabelConfig) -> Utterances | UtteranceStream | Packed:
 
 
 def settings(
-    config: PseudoLabelConfig, utterances: Sequence | UtteranceStream, weights: str, vocabulary: int
+    config: PseudoLabelConfig,
+    utterances: Sequence | UtteranceStream,
+    weights: str,
+    vocabulary: int,
+    width: int = 0,
 ) -> dict[str, Any]:
     """All that decides the labels. Batch size, threads and place are not among it."""
-    chosen = dataclasses.asdict(config)
+    chosen = dataclasses.asdict(config) | {"teacher_states": config.teacher_states and width}
     of_distributions = () if config.top_k else ("top_k", "top_k_temperatures")
-    for name in (*PLACE_AND_PACE, *of_distributions):
+    of_states = () if config.teacher_states else ("teacher_states",)
+    for name in (*PLACE_AND_PACE, *of_distributions, *of_states):
         del chosen[name]
     size = None if isinstance(utterances, UtteranceStream) else len(utterances)
     return {"weights": weights, "vocabulary": vocabulary, "utterances": size, **chosen}

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flax_distil.data.stored_teacher import COLUMNS, StoredTeacher
+from flax_distil.data.stored_teacher import StoredForm, StoredTeacher, places
 from flax_distil.data.utterances import NUMBER, Skipped
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label.folder import Folder, write_whole
@@ -133,9 +133,8 @@ class LabelStore:
         """Make a shard of labels."""
         rows = [{name: getattr(label, name) for name in SCHEMA.names} for label in labels]
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
-        k, temperatures = (self.settings.get(f"top_k{rest}") for rest in ("", "_temperatures"))
-        if k and temperatures:
-            for name, column in _distributions(labels, k, len(temperatures)).items():
+        if form := StoredForm.of(self.settings):
+            for name, column in _distributions(labels, form).items():
                 table = table.append_column(name, column)
         return self.put(number, table, skipped)
 
@@ -225,14 +224,14 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
     return LabelStore(folder, settings)
 
 
-def _distributions(labels: Sequence[PseudoLabel], k: int, temperatures: int) -> dict[str, pa.Array]:
+def _distributions(labels: Sequence[PseudoLabel], form: StoredForm) -> dict[str, pa.Array]:
     """The columns of the teacher's distributions: a list of lists of fixed size a row."""
     kept = [label.distributions for label in labels if label.distributions is not None]
-    starts = np.cumsum([0, *(len(one.tails) for one in kept)], dtype=np.int32)
+    starts = np.cumsum([0, *map(places, kept)], dtype=np.int32)
     columns = {}
-    for (name, dtype), size in zip(COLUMNS.items(), (k, k, temperatures), strict=True):
-        places = [getattr(one, name) for one in kept]
-        values = np.concatenate([np.zeros((0, size)), *places]).astype(dtype)
+    for name, (size, dtype) in form.columns().items():
+        rows = [getattr(one, name) for one in kept]
+        values = np.concatenate([np.zeros((0, size)), *rows]).astype(dtype)
         inner = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), size)
         columns[name] = pa.ListArray.from_arrays(starts, inner)
     return columns

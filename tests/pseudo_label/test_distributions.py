@@ -9,7 +9,7 @@ import torch
 from datasets import load_dataset
 
 from flax_distil.config import FilterConfig
-from flax_distil.data.stored_teacher import collate_stored
+from flax_distil.data.stored_teacher import LikeliestTokens, collate_stored
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label import filter as choosing
 from flax_distil.pseudo_label import run
@@ -61,10 +61,8 @@ def test_stored_are_the_teachers_own(config, random_folders, model, tmp_path):
 
 
 def test_a_batch_has_them_where_their_tokens_are_learnt():
-    from flax_distil.data.stored_teacher import StoredTeacher
-
     one, two = (
-        StoredTeacher(
+        LikeliestTokens(
             np.full((n, 3), n, np.uint16),
             np.full((n, 3), -n, np.float16),
             np.full((n, 2), -n, np.float32),
@@ -81,5 +79,7 @@ def test_numbers_that_cannot_be_stored(config, random_folders):
     config = dataclasses.replace(config, model=str(random_folders[0]))
     with pytest.raises(InputError, match="top_k 51864 of 51864 tokens"):
         run(dataclasses.replace(config, top_k=51_864))
+    with pytest.raises(InputError, match="teacher_states and top_k 3"):
+        run(dataclasses.replace(config, top_k=3, teacher_states=True))
     with pytest.raises(InputError, match="name at least one, all above 0"):
         run(dataclasses.replace(config, top_k=3, top_k_temperatures=(0.0,)))
