@@ -165,13 +165,9 @@ def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
     encoded = replace(batch, audio=audio, waveforms=batch.waveforms[:, :0])
     audio_BSD = jnp.asarray(audio, fused.teacher.dtype)
     heard = fused.teacher, decoder, audio_BSD, batch.tokens
-    states, likeliest = (
-        StoredForm(width=teacher.dims.width),
-        StoredForm(options.top_k, TEMPERATURES),
-    )
-    held = {
-        states: [np.asarray(final_states(*heard))],
-        likeliest: list(map(np.asarray, top_k(*heard, *likeliest[:2]))),
+    forms = {
+        "stored states": StoredForm(width=teacher.dims.width),
+        "stored top K": StoredForm(options.top_k, TEMPERATURES),
     }
 
     make = partial(ours, config)
@@ -180,8 +176,9 @@ def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
         "fused": make(fused, teacher, student, batch),
         "encode once": make(fused, teacher, student, encoded),
     }
-    for name, form in (("stored states", states), ("stored top K", likeliest)):
-        stored = replace(encoded, stored=form.make(held[form]))
+    for name, form in forms.items():
+        found = [final_states(*heard)] if form.width else top_k(*heard, *form[:2])
+        stored = replace(encoded, stored=form.make(list(map(np.asarray, found))))
         made[name] = make(replace(fused, stored=form), teacher, student, stored)
     theirs = Way(pytorch(config, folder, teacher, student, batch), made["plain"].flops)
     return {PYTORCH: theirs} | made

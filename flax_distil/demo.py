@@ -125,6 +125,7 @@ def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -
             max_tokens=config.max_tokens,
             batch_size=8,
             shard_size=64,
+            teacher_states=True,
             audio_states=config.output_dir / "audio-states",
         )
     )
@@ -154,6 +155,7 @@ def teach(
             prompt_probability=0.0,  # clips are judged without a prompt
             label_buckets=(96, config.max_tokens + 2),
             audio_states=config.output_dir / "audio-states",
+            stored_teacher=True,
             seed=config.seed,
             optimizer=OptimizerConfig(config.steps, config.learning_rate, config.steps // 10),
             compute=ComputeConfig(dtype="float32", vocabulary_chunk=128),

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 
 from flax_distil.pseudo_label.folder import Folder
 
+UNSIGNED = 5.0  # seconds that a claim may be without its owner's name
+
 
 @dataclass
 class Claims:
@@ -98,13 +100,17 @@ class Claims:
             said = self.folder.read(f"claims/{name}")
         except FileNotFoundError:
             return True  # given back just now
-        with suppress(ValueError):  # read while it was written
+        patience = self.patience
+        try:
             owner = json.loads(said)
+        except ValueError:  # read while it was written, or killed while it wrote
+            patience = min(patience, UNSIGNED)
+        else:
             if owner["host"] == socket.gethostname() and not alive(owner["process"]):
                 return True
         if self.seen.get(name, (None,))[0] != said:
             self.seen[name] = (said, time.monotonic())
-        return time.monotonic() - self.seen[name][1] > self.patience
+        return time.monotonic() - self.seen[name][1] > patience
 
 
 def alive(process: int) -> bool:

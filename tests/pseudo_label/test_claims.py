@@ -97,6 +97,15 @@ def test_a_silent_claim_of_another_host_is_taken_over_in_the_end(config, place):
     assert time.monotonic() - begun > 0.5
 
 
+def test_who_was_killed_while_claiming_is_not_waited_for(place, monkeypatch):
+    monkeypatch.setattr("flax_distil.pseudo_label.claims.UNSIGNED", 0.1)
+    assert Folder(place).create("claims/00003.0", b"")
+    claims = Claims(Folder(place), patience=60)
+    assert not claims.take(3)
+    time.sleep(0.2)
+    assert claims.take(3)
+
+
 def test_a_claim_that_is_written_anew_stays(place):
     claim_of(place, 3, "elsewhere", 1)
     folder = Folder(place)
@@ -104,7 +113,7 @@ def test_a_claim_that_is_written_anew_stays(place):
     for beat in range(5):
         assert not claims.take(3)
         time.sleep(0.1)
-        folder.write("claims/00003.0", f"beat {beat}".encode())
+        folder.write("claims/00003.0", json.dumps({"host": "elsewhere", "beat": beat}).encode())
     assert claims.refused == {3}
     assert claims.take(4)
     assert claims.held == {4: "claims/00004.0"}

@@ -27,37 +27,47 @@ def model(random_folders):
 
 def test_stored_are_the_teachers_own(config, random_folders, model, tmp_path):
     """float16 keeps 11 bits of a log-probability; tails are float32. The filter keeps them."""
-    from flax_distil.audio.load import load_audio, pad_or_trim, to_int16
-    from flax_distil.audio.log_mel import log_mel
-
-    folder = str(random_folders[0])
-    data = dataclasses.replace(config.data, limit=4)
-    config = dataclasses.replace(
-        config, data=data, model=folder, max_tokens=6, top_k=K, top_k_temperatures=TEMPERATURES
-    )
-    run(config)
-    chosen = tmp_path / "chosen"
-    choosing.run(FilterConfig(config.output_dir, chosen, max_wer=None))
-    found = pq.read_table(chosen / "data" / "00000.parquet").to_pylist()
-    tokens = load_tokens(folder)
-    prompt = tokens.prompt()
-    for row in found:
-        label = row["token_ids"]
-        heard = pad_or_trim(to_int16(load_audio(row["audio"]["bytes"])))
-        mel = torch.tensor(np.array(log_mel(heard[None], 80))).swapaxes(1, 2)
-        with torch.no_grad():
-            logits = model(
-                input_features=mel, decoder_input_ids=torch.tensor([[*prompt, *label]])
-            ).logits[0, len(prompt) - 1 :]
+    config = dataclasses.replace(config, top_k=K, top_k_temperatures=TEMPERATURES)
+    for row, logits in labelled(config, random_folders[0], model, tmp_path / "chosen"):
         log_p = torch.log_softmax(logits, -1)
         top, expected = torch.topk(log_p, K)
-        assert len(row["top_tokens"]) == len(label) + 1  # the end of text is learnt, too
+        assert len(row["top_tokens"]) == len(logits)
         np.testing.assert_array_equal(row["top_tokens"], expected)
         np.testing.assert_allclose(row["top_log_probabilities"], top, rtol=2**-11)
         for place, temperature in enumerate(TEMPERATURES):
             rest = (log_p / temperature).scatter(-1, expected, -torch.inf).logsumexp(-1)
             np.testing.assert_allclose(np.array(row["tails"])[:, place], rest, atol=1e-5)
-    assert load_dataset(str(chosen), split="train", cache_dir=str(tmp_path / "cache"))[0]["tails"]
+    chosen, cache = str(tmp_path / "chosen"), str(tmp_path / "cache")
+    assert load_dataset(chosen, split="train", cache_dir=cache)[0]["tails"]
+
+
+def test_final_states_make_the_teachers_logits(config, random_folders, model, tmp_path):
+    """float16 changes each number by at most 2^-11 of it: a logit, whose 384 products err either
+    way, by less than 1e-3 of the largest."""
+    config = dataclasses.replace(config, teacher_states=True)
+    embedding = model.proj_out.weight.detach()
+    for row, logits in labelled(config, random_folders[0], model, tmp_path / "chosen"):
+        found = torch.tensor(row["teacher_states"]) @ embedding.T
+        assert found.shape == logits.shape
+        assert (found - logits).abs().max() < 1e-3 * logits.abs().max()
+
+
+def labelled(config, folder, model, chosen):
+    """Rows that the filter kept, each with Transformers' logits at its label and at its end."""
+    from flax_distil.audio.load import load_audio, pad_or_trim, to_int16
+    from flax_distil.audio.log_mel import log_mel
+
+    data = dataclasses.replace(config.data, limit=4)
+    run(dataclasses.replace(config, data=data, model=str(folder), max_tokens=6))
+    choosing.run(FilterConfig(config.output_dir, chosen, max_wer=None))
+    prompt = load_tokens(str(folder)).prompt()
+    for row in pq.read_table(chosen / "data" / "00000.parquet").to_pylist():
+        heard = pad_or_trim(to_int16(load_audio(row["audio"]["bytes"])))
+        mel = torch.tensor(np.array(log_mel(heard[None], 80))).swapaxes(1, 2)
+        tokens = torch.tensor([[*prompt, *row["token_ids"]]])
+        with torch.no_grad():
+            logits = model(input_features=mel, decoder_input_ids=tokens).logits
+        yield row, logits[0, len(prompt) - 1 :]  # the end of text is learnt, too
 
 
 def test_a_batch_has_them_where_their_tokens_are_learnt():
