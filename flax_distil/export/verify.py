@@ -62,16 +62,17 @@ def differing_texts(folder: Path, clips: Sequence[np.ndarray], max_tokens: int =
     recognizer = make_recognizer(load_checkpoint(folder))
     extract = WhisperFeatureExtractor.from_pretrained(folder)
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    model.generation_config.max_length = None  # generate would warn that two limits are set
     spoken: dict[str, Any] = (
         {"language": "en", "task": "transcribe"} if recognizer.tokens.multilingual else {}
     )
     options = DecodeOptions(language="en", max_tokens=max_tokens)
+    # Not max_new_tokens: Transformers would warn of two limits, clip by clip.
+    longest = len(recognizer.tokens.prompt("en")) + max_tokens
+    limits: dict[str, Any] = {"max_length": longest, "num_beams": 1, "do_sample": False}
     differing = []
     for index, clip in enumerate(tqdm(clips, desc="PyTorch", unit="clip")):
         ours = recognize(recognizer, pad_or_trim(clip)[None], options)[0].tokens
         features = extract(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
-        limits: dict[str, Any] = {"max_new_tokens": max_tokens, "num_beams": 1, "do_sample": False}
         theirs = np.asarray(model.generate(features, **limits, **spoken))[0].tolist()
         if list(ours) != [token for token in theirs if token < recognizer.tokens.eot]:
             differing.append(index)
