@@ -340,7 +340,10 @@ def rescue(
     On several hosts nothing is saved: all would have to, and the others may know of no error.
     """
     if jax.process_count() > 1:
-        log.error("stopped by an error on this host; the last checkpoint stands")
+        log.error(
+            "stopped by an error on this host; where another one has died, its number follows "
+            "within a minute. The last checkpoint stands: run again with --run.resume auto"
+        )
         return
     try:
         save(checkpoints, state, progress, program)

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +104,9 @@ def print_plan(plan: Plan, config: PlanConfig) -> None:
     )
     console.print(programs_table(plan))
     for one in plan.programs:
-        line = f"{one.length} tokens: {details(one)}. Compiler's answer: {one.source}"
-        console.print(f"[bold]{one.program}[/], {escape(line)}")
+        tokens = f", {one.length} tokens" if one.length else ""
+        line = f"{tokens} (compiler's answer: {one.source}): {details(one)}"
+        console.print(f"[bold]{one.program}[/]{escape(line)}")
     hours = plan.hours(config.mfu)
     if hours is not None:
         basis = "at the roofline, at least" if config.mfu is None else f"at {config.mfu:.0%} MFU"
@@ -178,15 +181,20 @@ def remedy(one: TooLarge) -> str:
     else:  # batches are filled up to a power of two
         most = 1 << (fitting.rows * fitting.chips).bit_length() - 1
         cure = f"a batch_size of at most {most}"
-    tensors = "\n".join(
-        f"  {tensor.bytes / GIB:5.2f} GiB {tensor.dtype}{list(tensor.shape)} {tensor.where}\n"
-        f"            less by {tensor.knob}"
-        for tensor in fitting.tensors
-    )
-    return (
-        f"fits with {fitting.rows} clips a chip at a time: {cure}. That takes "
-        f"{fitting.memory / GIB:.1f} GiB: {filling(fitting)}. The largest tensors:\n{tensors}"
-    )
+    lines = [
+        f"needs {one.needed / GIB:.1f} of {one.available / GIB:.1f} GiB; fits with {fitting.rows} "
+        f"clips a chip at a time: {cure}. That takes {fitting.memory / GIB:.1f} GiB: "
+        f"{filling(fitting)}. Its largest tensors become less",
+    ]
+    for knob, tensors in groupby(
+        sorted(fitting.tensors, key=attrgetter("knob")), attrgetter("knob")
+    ):
+        lines.append(f"  by {knob}:")
+        lines += [
+            f"    {tensor.bytes / GIB:5.2f} GiB {tensor.dtype}{list(tensor.shape)} {tensor.where}"
+            for tensor in tensors
+        ]
+    return "\n".join(lines)
 
 
 def divisors(number: int) -> list[int]:

@@ -54,6 +54,16 @@ def train_text(chosen) -> str:
 
 
 @pytest.fixture(scope="session")
+def accumulated_text(chosen) -> str:
+    """The same step with four micro-batches of as many clips."""
+    from flax_distil.plan.programs import train_program
+
+    config = replace(chosen.config, batch_size=4 * chosen.config.batch_size)
+    config = replace(config, compute=replace(config.compute, accumulation=4))
+    return text_of(train_program(config, chosen.teacher, chosen.student, chosen.chips, 128))
+
+
+@pytest.fixture(scope="session")
 def recognition_texts(chosen) -> tuple[str, str]:
     """Encoder and greedy search of the teacher, 64 clips a chip."""
     from flax_distil.decode.options import DecodeOptions

@@ -99,13 +99,14 @@ def too_large(fitting=None, **changes):
 def test_what_does_not_fit_names_tensor_and_knob():
     tensor = Tensor(2.5 * GIB, "f32", (16, 256, 51865), "jit(train_step)/sub", "vocabulary_chunk")
     sizes = {"memory": 14 * GIB, "arguments": {"teacher": 3 * GIB}, "temporaries": 11 * GIB}
-    there = made_up(tpu_slice("v5e-8"), rows=24, chips=8, tensors=(tensor,), **sizes)
+    there = made_up(tpu_slice("v5e-8"), rows=24, chips=8, tensors=(tensor,) * 2, **sizes)
     said = remedy(too_large(there))
     # 3 would do, but 64 clips are not divided by it
     assert "fits with 24 clips a chip at a time: compute.accumulation 4 times as large (16" in said
     assert "takes 14.0 GiB: teacher 3.00, temporaries 11.00 GiB" in said
     assert "2.50 GiB f32[16, 256, 51865] jit(train_step)/sub" in said
-    assert "less by vocabulary_chunk" in said
+    assert "needs 25.0 of 16.0 GiB" in said
+    assert said.count("become less\n  by vocabulary_chunk:\n     2.50 GiB f32") == 1
     # 24 clips on each of 8 chips are 192: filled up to 256 they would not fit
     assert "a batch_size of at most 128" in remedy(too_large(there, program="label: decode"))
 

@@ -46,6 +46,16 @@ def test_gradients_cross_the_links_once_and_nothing_else_does(train_text, chosen
     assert moved["bf16"] == pytest.approx(2 * (layers + positions), rel=0.1)
 
 
+def test_accumulation_sums_the_embedding_s_gradient_before_it_crosses(train_text, accumulated_text):
+    """Once an update. Those of the layers cross once a micro-batch, at little cost (docs/LOG)."""
+    once, four = (
+        {one.dtype: one.bytes for one in parse(text).collectives()}
+        for text in (train_text, accumulated_text)
+    )
+    assert four["f32"] < 1.01 * once["f32"]
+    assert four["bf16"] < 4.01 * once["bf16"]
+
+
 def test_the_loop_over_the_vocabulary_is_silent(train_text):
     """Its rounds are the same chips' own: more of them are no more collectives."""
     counts = [
