@@ -4,6 +4,7 @@
 
 A file is an answer of `flax_distil.plan.compiler`, found by the program's fingerprint, so that
 `flax-distil plan --answers tests/plan/golden` needs no compiler for programs that did not change.
+Those of `GOLDENS` are tested; the others are those of the table in docs/tpu.md.
 """
 
 import json
