@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--models whisper-tiny.en whisper-base] [--batches 1 8]
         [--rounds 3] [--minutes 2] [--student FOLDER] [--smaller NAME] [--guesses 4]
-        [--vocabulary 8000] [--speculative-batches 1 4 16] [--json FILE] [AUDIO ...]
+        [--vocabulary 24000] [--speculative-batches 1 4 16] [--json FILE] [AUDIO ...]
 
 The figures that are published: --rounds 5 --minutes 10, on a machine that does nothing else.
 
@@ -336,7 +336,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--student", help="drafts for the models with its vocabulary")
     parser.add_argument("--smaller", help="a smaller Whisper, as the student")
     parser.add_argument("--guesses", type=int, default=4, help="tokens drafted a pass")
-    parser.add_argument("--vocabulary", type=int, default=8000, help="text tokens to guess from")
+    parser.add_argument("--vocabulary", type=int, default=24000, help="text tokens to guess from")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from flax_distil.decode.greedy import Prompt, Sampling, prefill
+from flax_distil.decode.greedy import Prompt, Sampling, likeliest, prefill
 from flax_distil.decode.rules import Progress, RuleSet, advance, apply
 from flax_distil.model.spec import Params, Spec
 from flax_distil.model.whisper import Cache
@@ -98,7 +98,7 @@ class ModelDrafter:
             hidden_BLD, cache = decoder.step(tokens_BL, cache)
             logits_BV = apply(allowed, project(hidden_BLD[:, -1]), progress)
             if sampling is None:
-                token_B, scores_BV = logits_BV.argmax(-1).astype(jnp.int32), None
+                token_B, scores_BV = likeliest(logits_BV), None
             else:
                 scores_BV = jax.nn.log_softmax(cool(logits_BV, sampling))
                 token_B = draw(scores_BV, keys(sampling, text.progress, turn))

@@ -170,7 +170,7 @@ def choose(
     logits_BV: Float[Array, "B V"], index: Int[Array, ""], sampling: Sampling | None
 ) -> Int[Array, " B"]:
     """The next token of each row: the most probable one, or one drawn."""
-    likeliest_B = logits_BV.argmax(-1)
+    likeliest_B = likeliest(logits_BV)
     if sampling is None:
         return likeliest_B
 
@@ -180,6 +180,22 @@ def choose(
 
     drawn_B = jax.vmap(draw)(logits_BV, *sampling)
     return jnp.where(sampling.temperature > 0, drawn_B, likeliest_B)
+
+
+def likeliest(logits: Float[Array, "... V"]) -> Int[Array, "..."]:
+    """`argmax`: the first of the largest.
+
+    XLA's own compares one number after the other on CPUs; the maximum and the first place that
+    equals it are found many numbers at a time, ten times as fast (docs/LOG.md).
+    """
+
+    def in_two(logits: Array) -> Array:
+        last = logits.shape[-1] - 1
+        equal = logits == logits.max(axis=-1, keepdims=True)
+        return jnp.where(equal, jnp.arange(last + 1, dtype=jnp.int32), last).min(axis=-1)
+
+    at_once = lambda logits: logits.argmax(axis=-1).astype(jnp.int32)
+    return jax.lax.platform_dependent(logits, cpu=in_two, default=at_once)
 
 
 def score(

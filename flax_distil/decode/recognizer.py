@@ -31,6 +31,7 @@ from flax_distil.text.wer import compression_ratio
 log = logging.getLogger(__name__)
 
 PROMPT_LENGTHS = (8, 64, 256)  # prompts are padded to one of these, so that few programs compile
+CPU_DRAFT_ROWS = 1  # with more, greedy search is faster than any assistant (docs/LOG.md)
 GIBI = 2**30
 
 
@@ -154,7 +155,8 @@ def decode(
     """One hypothesis for each of `windows`, whose sound the first rows of `audio_BSD` are.
 
     `prompt`, `language`, `temperature` and `seed` are the windows', not the options'. heard_BSE:
-    what the assistant hears, where it has an encoder of its own.
+    what the assistant hears, where it has an encoder of its own. It is not asked where it could
+    only lose time (`drafting_pays`); hypotheses then have no tally.
 
     Raises:
         InputError: hotwords or prefix are too long, or the model lacks the language or task.
@@ -169,7 +171,7 @@ def decode(
     room = min(options.max_tokens, spec.dims.text_positions)
     arguments = (spec, params, audio_BSD, prompt, active_B, rule_set(tokens, options), room)
     drawn, tally = sampling(windows, rows), None
-    if assistant:
+    if assistant and (drawn or drafting_pays(rows)):
         draft_audio = audio_BSD if heard_BSE is None else heard_BSE
         found, tally = speculative(
             *arguments, assistant.drafter, draft_audio, assistant.guesses, drawn, recognizer.head_DV
@@ -181,6 +183,14 @@ def decode(
         penalty = options.length_penalty
         found = greedy(*arguments, drawn, copies, penalty, recognizer.head_DV)
     return read(jax.device_get(found), windows, tokens, jax.device_get(tally))
+
+
+def drafting_pays(rows: int) -> bool:
+    """Whether an assistant can make greedy search of so many rows faster.
+
+    Where more rows keep a CPU busy, verifying some tokens costs as much as writing them.
+    """
+    return jax.default_backend() != "cpu" or rows <= CPU_DRAFT_ROWS
 
 
 def sampling(windows: Sequence[Window], rows: int) -> Sampling | None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from flax_distil.decode.drafters import Drafter, Drafts, Text, cool, draw, keys
-from flax_distil.decode.greedy import Found, Prompt, Sampling, prefill
+from flax_distil.decode.greedy import Found, Prompt, Sampling, likeliest, prefill
 from flax_distil.decode.options import Tally
 from flax_distil.decode.rules import Progress, RuleSet, advance, apply, begin
 from flax_distil.model.spec import Params, Spec
@@ -117,7 +117,7 @@ def judge(
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), every)
     logits_BKV = apply(rules.rules(), logits_BKV.reshape(-1, vocab), flat).reshape(logits_BKV.shape)
     if sampling is None:
-        own_BK = logits_BKV.argmax(axis=-1).astype(jnp.int32)
+        own_BK = likeliest(logits_BKV)
         right_BK = own_BK[:, :-1] == drafts.tokens
     else:
         own_BK, right_BK = _reject(logits_BKV, progress, drafts, sampling)

@@ -1,8 +1,10 @@
 """Greedy search against Transformers', token by token."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_distil.decode.greedy import likeliest
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import make_recognizer, recognize
 from flax_distil.model.checkpoint import load_checkpoint
@@ -29,3 +31,10 @@ def test_real_speech_is_written_as_transformers_writes_it(
     theirs = transformers_writes(tiny_en_folder, chosen)
     assert [list(one.tokens) for one in ours] == theirs
     assert len(set(map(tuple, theirs))) == batch
+
+
+def test_the_likeliest_is_the_first_of_equals():
+    logits = np.random.default_rng(0).integers(-3, 4, (2, 50, 7)).astype(np.float32)
+    logits[0, 0], logits[0, 1, 3:] = -np.inf, np.inf
+    assert ((logits == logits.max(-1, keepdims=True)).sum(-1) > 1).any()
+    np.testing.assert_array_equal(likeliest(jnp.array(logits)), logits.argmax(-1))

@@ -134,7 +134,8 @@ def test_looks_up_what_followed_the_last_time():
 
 
 @pytest.mark.parametrize("batch", [4])
-def test_real_speech_with_a_truncated_student(tiny_en, tiny_en_folder, windows, batch):
+def test_real_speech_with_a_truncated_student(monkeypatch, tiny_en, tiny_en_folder, windows, batch):
+    monkeypatch.setattr("flax_distil.decode.recognizer.CPU_DRAFT_ROWS", batch)
     teacher, chosen = load_checkpoint(tiny_en_folder), windows[:batch]
     options = DecodeOptions(max_tokens=60)
     expected = recognize(tiny_en, chosen, options)
@@ -149,6 +150,15 @@ def test_real_speech_with_a_truncated_student(tiny_en, tiny_en_folder, windows, 
         assert tally.written == sum(len(one.tokens) + 1 for one in found)
         if checkpoint:
             assert 0 < tally.acceptance_rate < 1
+
+
+def test_a_cpu_asks_no_assistant_for_many_rows(tiny_en, windows):
+    lookup = make_assistant(tiny_en, None)
+    found = recognize(tiny_en, windows, DecodeOptions(max_tokens=4), lookup)
+    assert [one.tally for one in found] == [None, None]
+    assert recognize(tiny_en, windows[:1], DecodeOptions(max_tokens=4), lookup)[0].tally
+    drawn = recognize(tiny_en, windows, DecodeOptions(max_tokens=4, temperature=0.5), lookup)
+    assert all(one.tally for one in drawn)  # a draw does not depend on how many others there are
 
 
 def test_frequent_ids(tiny_en):

@@ -144,7 +144,8 @@ def test_wrong_options_are_refused():
 
 
 @pytest.mark.parametrize("long_form", [PLAIN, ChunkedOptions(15)])
-def test_an_assistant_changes_no_text(tiny_en, tiny_en_folder, talk, long_form):
+def test_an_assistant_changes_no_text(monkeypatch, tiny_en, tiny_en_folder, talk, long_form):
+    monkeypatch.setattr("flax_distil.decode.recognizer.CPU_DRAFT_ROWS", 8)
     assistant = make_assistant(tiny_en, init_student(load_checkpoint(tiny_en_folder), [0, 1, 3]), 3)
     arguments = dict(audio=talk[: 20 * 16_000], model=tiny_en, long_form=long_form)
     plain, found = transcribe(**arguments), transcribe(**arguments, assistant=assistant)
@@ -161,8 +162,9 @@ def test_an_assistant_changes_no_text(tiny_en, tiny_en_folder, talk, long_form):
 
 
 @pytest.mark.parametrize("long_form", [SequentialOptions((0.0, 0.8)), ChunkedOptions(10)])
-def test_an_assistant_with_ears_of_its_own(random_folders, long_form):
+def test_an_assistant_with_ears_of_its_own(monkeypatch, random_folders, long_form):
     """Its encoder is not the model's, and what is drawn after a doubt is drawn without it."""
+    monkeypatch.setattr("flax_distil.decode.recognizer.CPU_DRAFT_ROWS", 8)
     teacher = load_checkpoint(random_folders[0])
     recognizer = make_recognizer(teacher)
     params = jax.device_get(Spec(teacher.dims).init(jax.random.key(1)))
