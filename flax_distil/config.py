@@ -560,7 +560,7 @@ class DemoConfig:
     """At most so many clips to train on, which are labelled in windows of up to 25 s."""
     single: int = 300
     """Clips that are labelled alone as well."""
-    steps: int = 600
+    steps: int = 720
     """Updates of the student."""
     share: float | None = None
     """Part of these sentences, clips and updates that is done; where not given, as much as this
