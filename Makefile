@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Where Linux gives huge pages to those who ask, searches on CPUs take a quarter less time with them
+# Where Linux gives huge pages to those who ask, recognition on CPUs takes an eighth less with them
 # (docs/LOG.md); other C libraries ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
