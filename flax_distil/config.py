@@ -564,7 +564,7 @@ class DemoConfig:
     """Updates of the student."""
     share: float | None = None
     """Part of these sentences, clips and updates that is done; where not given, as much as this
-    machine, whose speed is measured, does in a quarter of an hour."""
+    machine, whose speed is measured, should do in a quarter of an hour."""
     batch_size: int = 4
     """Clips in one update."""
     learning_rate: float = 1.5e-4

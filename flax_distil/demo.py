@@ -89,7 +89,7 @@ def run(config: DemoConfig) -> Report:
 
 
 def fitted(config: DemoConfig) -> DemoConfig:
-    """The demo cut to what this machine can do in a quarter of an hour.
+    """The demo cut to what this machine should do in a quarter of an hour.
 
     What was decided once stands in recipe.toml, so that a second start goes on with the same.
     """
