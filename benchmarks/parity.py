@@ -5,13 +5,13 @@
         [--batch 1 8] [--minutes 2] [--languages en es fr it ru] [--students FOLDER…] [--json FILE]
 
 language: whisper-base names the language of telephone prompts in five languages as openai-whisper
-does. search: the tokens of greedy search and of five beams are Transformers'; --manifests takes
-other clips than the prompts, such as those that the demo judges. chunked: a recording read in
-chunks has the words that Transformers' pipeline finds in it. sequential: one read with Whisper's
-algorithm has openai-whisper's words and segments. words: the times of its words, and those that
-students give to their teacher's words. Each difference of the first two is listed with the
-log-probabilities that the reference gives to both answers: what is equal to within float32's
-rounding is a tie. --clips 0 takes all there are, some 400 a language.
+does. search: the tokens of greedy search and of five beams are Transformers'; a model may be a
+folder, and --manifests takes other clips than the prompts: those that the demo judges, say.
+chunked: a recording read in chunks has the words that Transformers' pipeline finds in it.
+sequential: one read with Whisper's algorithm has openai-whisper's words and segments. words: the
+times of its words, and those that students give to their teacher's words. Each difference of the
+first two is listed with the log-probabilities that the reference gives to both answers: what is
+equal to within float32's rounding is a tie. --clips 0 takes all there are, some 400 a language.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def searches(
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # it warns at every call that both kinds of options are given
-    checkpoint = load_checkpoint(fetch_weights(name))
+    checkpoint = load_checkpoint(name if Path(name).is_dir() else fetch_weights(name))
     ours = make_recognizer(checkpoint)
     theirs = WhisperForConditionalGeneration.from_pretrained(checkpoint.source).eval()
     extractor = WhisperFeatureExtractor.from_pretrained(checkpoint.source)

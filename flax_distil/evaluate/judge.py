@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -31,17 +32,13 @@ log = logging.getLogger(__name__)
 
 
 class Clip(NamedTuple):
-    """What one utterance contributes."""
+    """What one utterance contributes; a clip that was heard has let go of its waveform."""
 
     id: str
     waveform: Float32[np.ndarray, "n"]
     reference: str
     language: str
-
-    @property
-    def seconds(self) -> float:
-        """Length of the audio."""
-        return self.waveform.size / SAMPLE_RATE
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -88,9 +85,7 @@ def compare(config: EvaluateConfig) -> Report:
     heard: dict[str, list[Heard]] = {}
     skipped: dict[str, list[str]] = {}
     for name, utterances in sets.items():
-        skipped[name] = []
-        clips = _usable(tqdm(utterances, desc=name, unit="clip"), skipped[name])
-        heard[name] = hear_together(recognizers, batches(clips, config.batch_size), config)
+        heard[name], skipped[name] = hear_together(recognizers, name, utterances, config)
         if not heard[name]:
             raise InputError(
                 f"{name}: none of its {len(skipped[name])} clips can be judged on; "
@@ -171,22 +166,28 @@ def hear(
                     times[name].append(time.perf_counter() - start)
         warm.add(len(batch))
         order = order[1:] + order[:1]
-        yield Heard(batch, hypotheses, {name: median(taken) for name, taken in times.items()})
+        heard = [clip._replace(waveform=np.empty(0, np.float32)) for clip in batch]
+        yield Heard(heard, hypotheses, {name: median(taken) for name, taken in times.items()})
 
 
 def hear_together(
-    recognizers: Mapping[str, Recognizer], batches: Iterable[list[Clip]], config: EvaluateConfig
-) -> list[Heard]:
-    """`hear`, of which each host does every n-th batch; all are told the whole."""
+    recognizers: Mapping[str, Recognizer],
+    name: str,
+    utterances: Iterable[Utterance],
+    config: EvaluateConfig,
+) -> tuple[list[Heard], list[str]]:
+    """A whole dataset heard, and which clips were not and why.
+
+    Each host decodes and hears every n-th clip; all are told the whole.
+    """
     host, hosts = jax.process_index(), jax.process_count()
-    if hosts == 1:
-        return list(hear(recognizers, batches, config))
-    every = list(batches)
-    ours = hear(recognizers, every[host::hosts], config)
-    told = from_all_hosts([(one.hypotheses, one.seconds) for one in ours])
-    return [
-        Heard(batch, *told[number % hosts][number // hosts]) for number, batch in enumerate(every)
-    ]
+    skipped: list[str] = []
+    total = len(range(host, len(utterances), hosts)) if isinstance(utterances, Sized) else None
+    ours = tqdm(islice(utterances, host, None, hosts), name, total, unit="clip")
+    clips = _usable(ours, skipped)
+    heard = list(hear(recognizers, batches(clips, config.batch_size), config))
+    told = from_all_hosts((heard, skipped))
+    return [one for part, _ in told for one in part], [why for _, part in told for why in part]
 
 
 def relative_speed(first: Iterable[float], other: Iterable[float]) -> float:
@@ -217,14 +218,15 @@ def _usable(utterances: Iterable[Utterance], skipped: list[str]) -> Iterator[Cli
             skipped.append(f"{utterance.id}: no reference")
             continue
         try:
-            clip = Clip(utterance.id, listen(utterance), utterance.text or "", language)
+            waveform = listen(utterance)
         except AudioError as error:
             skipped.append(f"{utterance.id}: {error}")
             continue
-        if clip.waveform.size > CLIP_SAMPLES:
-            skipped.append(f"{utterance.id}: {clip.seconds:.1f} s is over 30 s")
+        seconds = waveform.size / SAMPLE_RATE
+        if waveform.size > CLIP_SAMPLES:
+            skipped.append(f"{utterance.id}: {seconds:.1f} s is over 30 s")
             continue
-        yield clip
+        yield Clip(utterance.id, waveform, utterance.text or "", language, seconds)
 
 
 def _entry(

@@ -10,8 +10,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import conftest
 import jax
+from random_whisper import random_batch, random_teacher
 
 from flax_distil.config import (
     ComputeConfig,
@@ -41,7 +41,7 @@ class Batches:
         rows = multihost.host_slice(16)
         while True:
             self.before(state.position)
-            batch = conftest.random_batch(16, seed=state.position)
+            batch = random_batch(16, seed=state.position)
             lane = {f"0/{jax.process_index()}": (0, 0, 0, state.position + 1)}
             state = replace(state, position=state.position + 1, streams=lane)
             yield jax.tree.map(lambda leaf: leaf[rows], batch), state
@@ -49,7 +49,7 @@ class Batches:
 
 def run(folder: Path, before) -> TrainSummary:
     """A checkpoint every second step, parameters cut over two devices."""
-    teacher = conftest.random_teacher()
+    teacher = random_teacher()
     config = DistillConfig(
         teacher="teacher",
         student="student",

@@ -14,8 +14,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import conftest
 import orbax.checkpoint  # noqa: F401  what loads late is loaded once, and not by each child
+from random_whisper import random_batch, random_teacher
 
 from flax_distil.config import ComputeConfig, DistillConfig, OptimizerConfig, RunConfig
 from flax_distil.data.utterances import Utterance
@@ -35,14 +35,14 @@ class Batches:
     def batches(self, state):
         while True:
             os.write(self.began, b"1")
-            batch = conftest.random_batch(8, seed=state.position)
+            batch = random_batch(8, seed=state.position)
             state = replace(state, position=state.position + 1)
             yield batch, state
 
 
 def run(folder: Path, steps: int, began: int) -> None:
     """One device; a checkpoint after each update, so that most kills hit the saving of one."""
-    teacher = conftest.random_teacher()
+    teacher = random_teacher()
     config = DistillConfig(
         teacher="teacher",
         student="student",

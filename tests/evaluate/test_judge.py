@@ -1,4 +1,6 @@
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jiwer
 import numpy as np
@@ -32,7 +34,7 @@ def manifest(tmp_path):
 
 
 def clip(number: int, language: str = "en") -> Clip:
-    return Clip(str(number), np.zeros(SAMPLE_RATE, np.float32), TEXTS[0], language)
+    return Clip(str(number), np.zeros(SAMPLE_RATE, np.float32), TEXTS[0], language, 1.0)
 
 
 def hypothesis(text: str) -> Hypothesis:
@@ -90,6 +92,37 @@ def test_wer_equals_jiwer_over_the_normalised_texts(
     assert score.words.substitutions == oracle.substitutions > 0
     assert report.judged[1].wer == 0  # the normaliser makes the two texts equal
     assert score.rtf == pytest.approx(1.0 / score.audio_seconds)
+
+
+def test_hosts_hear_a_part_each_and_together_what_one_hears(monkeypatch, random_folders, manifest):
+    """Two threads that think they are hosts."""
+    config = EvaluateConfig((str(random_folders[0]),), (str(manifest),), batch_size=3, max_tokens=9)
+    alone = judge.compare(config)
+    place, met, told = threading.local(), threading.Barrier(2, timeout=60), {}
+    opened: dict[int, list[str]] = {0: [], 1: []}
+    listen = judge.listen
+
+    def from_all_hosts(value):
+        told[place.host] = value
+        met.wait()
+        return [told[0], told[1]]
+
+    def host(number):
+        place.host = number
+        return judge.compare(config)
+
+    monkeypatch.setattr(judge.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(judge.jax, "process_index", lambda: place.host)
+    monkeypatch.setattr(judge, "from_all_hosts", from_all_hosts)
+    monkeypatch.setattr(judge, "listen", lambda u: opened[place.host].append(u.id) or listen(u))
+    with ThreadPoolExecutor(2) as hosts:
+        reports = list(hosts.map(host, (0, 1)))
+    assert opened == {0: ["clip0", "clip2", "clip6"], 1: ["clip1", "clip3", "clip7"]}
+    for report in reports:
+        ours, theirs = ({one.id: one.text for one in it.judged} for it in (report, alone))
+        assert ours == theirs
+        assert report.entries[0].scores[0].words == alone.entries[0].scores[0].words
+        assert sorted(*report.skipped.values()) == sorted(*alone.skipped.values())
 
 
 def test_batches_have_one_language_and_lose_no_clip():
