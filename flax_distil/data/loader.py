@@ -1,6 +1,5 @@
 """Training batches without end, from a position that can be saved and gone back to."""
 
-import json
 import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -8,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Int16
 
@@ -32,7 +30,7 @@ from flax_distil.data.utterances import Joined, Skipped, Utterance
 from flax_distil.data.windows import hear, read_ahead
 from flax_distil.data.workers import open_pool
 from flax_distil.errors import InputError
-from flax_distil.parallel.multihost import host_slice
+from flax_distil.parallel.multihost import from_all_hosts, host_slice
 from flax_distil.text.tokens import WhisperTokens
 
 logger = logging.getLogger(__name__)
@@ -287,15 +285,9 @@ def said(utterance: Utterance) -> bool:
 
 def on_all_hosts(state: LoaderState) -> LoaderState:
     """The state with the lanes of every host, for a checkpoint; all hosts call it at once."""
-    if jax.process_count() == 1 or not state.streams:
+    if not state.streams:
         return state
-    from jax.experimental.multihost_utils import process_allgather
-
-    mine = np.frombuffer(json.dumps(state.streams).encode(), np.uint8)
-    sizes = process_allgather(np.array(len(mine)))
-    padded = np.pad(mine, (0, int(sizes.max()) - len(mine)))
-    found = process_allgather(padded)
     streams = {}
-    for size, line in zip(sizes, found, strict=True):
-        streams |= json.loads(bytes(np.asarray(line, np.uint8)[: int(size)]))
+    for told in from_all_hosts(state.streams):
+        streams |= told
     return replace(state, streams=streams)
