@@ -34,6 +34,7 @@ FREE = {
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")  # a kernel's metadata may begin so
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -296,7 +297,7 @@ def parse(text: str) -> Module:
             if opened := _COMPUTATION.match(line):
                 current = computations[opened[2]] = {}
                 entry = opened[2] if opened[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             current = None
         elif found := _INSTRUCTION.match(_COMMENT.sub("", line)):
             root, name, result, opcode, rest = found.groups()

@@ -75,6 +75,19 @@ def test_a_loop_that_data_ends_runs_as_often_as_it_is_told():
     assert module.runs(unknown=9)["body"] == 9
 
 
+def test_what_follows_a_kernel_is_read():
+    """A Pallas kernel's metadata breaks its line, and goes on with a brace."""
+    kernel = (
+        "  %kernel = bf16[256,512]{1,0:T(8,128)(2,1)S(1)} custom-call(%read), "
+        'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
+        '"xprof_metadata":"{}"\n'
+        '}}, metadata={op_name="f"}\n'
+    )
+    module = parse(PROGRAM.replace("  %sum", f"{kernel}  %sum"))
+    assert module.collectives() == parse(PROGRAM).collectives()
+    assert "kernel" in module.computations["body"]
+
+
 def test_what_waits_for_the_host_is_found():
     assert not parse(PROGRAM).host_transfers()
     line = "%copy = (bf16[8]{0}, token[]) infeed(%start), infeed_config="
