@@ -212,7 +212,9 @@ class ComputeConfig:
     """Tokens of a device whose logits exist at a time, [tokens, vocabulary] in float32 four times;
     0 is all of a batch's. Nothing is computed twice, and tokens without weight are skipped."""
     scan_layers: bool = False
-    """One scanned layer instead of N unrolled ones: compiles faster on accelerators."""
+    """Of the teacher and the encoder, one scanned layer instead of N unrolled ones: compiles faster
+    on accelerators. The student's few decoder layers never are: what a scan keeps of them for
+    their gradients takes more memory."""
     data: int = -1
     """Devices on the mesh's data axis; -1 takes what the other two leave."""
     fsdp: int = 1

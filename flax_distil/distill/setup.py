@@ -12,7 +12,7 @@ from flax_distil.distill.step import Frozen, Plan
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import WhisperDims
-from flax_distil.model.spec import Params, Spec, unstack_layers
+from flax_distil.model.spec import HALVES, Params, Spec, unstack_layers
 from flax_distil.model.student import layer_map, same_arrays
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,10 @@ def make_plan(config: DistillConfig, teacher: WhisperDims, student: WhisperDims)
     check_numbers(config)
     compute = config.compute
     return Plan(
-        teacher=Spec(teacher, compute.dtype, compute.scan_layers),
-        student=Spec(student, compute.dtype, compute.scan_layers, compute.remat),
+        teacher=Spec(teacher, compute.dtype, HALVES if compute.scan_layers else ()),
+        student=Spec(
+            student, compute.dtype, HALVES[:1] if compute.scan_layers else (), compute.remat
+        ),
         loss=config.loss,
         optimizer=config.optimizer,
         layer_map=layer_map(student.decoder_layers, teacher.decoder_layers),
@@ -82,7 +84,7 @@ def split_parameters(
     otherwise different one is kept apart. Positions of a trained encoder stay fixed sinusoids.
     Frozen matrices are stored in the type they are multiplied in, which changes no result.
     """
-    scanned = plan.student.scan_layers
+    scanned = bool(plan.student.scan_layers)
     encoder = laid_out(student.params["encoder"], scanned)
     read = read_of_teacher(teacher.params, plan)
     theirs = {half: narrow(laid_out(part, scanned), plan) for half, part in read.items()}
@@ -108,11 +110,11 @@ def read_of_teacher(teacher: Params, plan: Plan) -> Params:
 
 def trainable_part(student: Params, train_encoder: bool, scanned: bool) -> Params:
     """What is trained of a student: its decoder, and its encoder but the positions."""
-    decoder = {"decoder": laid_out(student["decoder"], scanned)}
     if not train_encoder:
-        return decoder
+        return {"decoder": student["decoder"]}
     encoder = laid_out(student["encoder"], scanned)
-    return decoder | {"encoder": {k: v for k, v in encoder.items() if k != "positions"}}
+    encoder = {name: part for name, part in encoder.items() if name != "positions"}
+    return {"decoder": student["decoder"], "encoder": encoder}
 
 
 def whole_student(trainable: Params, frozen: Frozen) -> Params:
@@ -125,8 +127,8 @@ def trained_checkpoint(trainable: Params, student: Checkpoint, scanned: bool) ->
     """`student` with the trained numbers in place of its own."""
     params = dict(student.params)
     for half, trained in trainable.items():
-        trained = jax.tree.map(np.asarray, unstack_layers(trained) if scanned else trained)
-        params[half] = params[half] | trained
+        trained = unstack_layers(trained) if scanned and half == "encoder" else trained
+        params[half] = params[half] | jax.tree.map(np.asarray, trained)
     return Checkpoint(student.dims, params, student.config, student.generation, student.source)
 
 

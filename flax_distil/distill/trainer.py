@@ -305,7 +305,7 @@ def whole(program: Program, state: TrainState) -> Any:
         params = spread(jax.tree.map(lambda leaf: leaf.addressable_data(0), copied))
     if not program.plan.student.scan_layers:
         return params
-    return {half: unstack_layers(layers) for half, layers in params.items()}
+    return params | {"encoder": unstack_layers(params["encoder"])}
 
 
 def compare(

@@ -4,12 +4,8 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from flax_distil.config import DistillConfig
-from flax_distil.distill.checkpoints import read_params
-from flax_distil.distill.setup import trainable_part, trained_checkpoint
-from flax_distil.distill.trainer import RECIPE
+from flax_distil.distill.runs import is_run, trained_student
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
-from flax_distil.recipe import load_recipe
 
 log = logging.getLogger(__name__)
 
@@ -21,11 +17,8 @@ def read_source(source: str, which: Literal["best", "latest"] | int) -> Checkpoi
         InputError: there is neither, or the run has no such checkpoint.
     """
     run = Path(source).expanduser()
-    if not (run / RECIPE).is_file():
+    if not is_run(run):
         return load_checkpoint(source)
-    config = load_recipe(run / RECIPE, DistillConfig)
-    student, scanned = load_checkpoint(config.student), config.compute.scan_layers
-    like = trainable_part(student.params, config.train_encoder, scanned)
-    step, trained = read_params(run, like, which)
+    step, student = trained_student(run, which)
     log.info("%s: the student of step %d", run, step)
-    return trained_checkpoint(trained, student, scanned)
+    return student

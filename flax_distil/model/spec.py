@@ -13,6 +13,7 @@ from flax_distil.model.dims import WhisperDims
 from flax_distil.model.whisper import Decoder, Encoder
 
 Params = dict[Any, Any]  # {"encoder": …, "decoder": {"layers": {0: …}, …}} of arrays
+HALVES = ("encoder", "decoder")
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,16 @@ class Spec:
     """All that decides the program, and none of its numbers.
 
     dtype: what matrix products run in ("float32", "bfloat16"; "float64" for parity tests).
-    scan_layers: layers are one stacked layer under `lax.scan`, which compiles N times faster;
-        unrolled layers decode faster on CPU. The parameters must have the same form
-        (`stack_layers`, `unstack_layers`).
+    scan_layers: of these halves ("encoder", "decoder") the layers are one stacked layer under
+        `lax.scan`, which compiles faster; unrolled layers decode faster on CPU, and where they are
+        trained take less memory. The parameters must have the same form (`stack_layers`,
+        `unstack_layers`).
     remat: recompute each layer in the backward pass (gradient checkpointing, paper table 15).
     """
 
     dims: WhisperDims
     dtype: str = "float32"
-    scan_layers: bool = False
+    scan_layers: tuple[str, ...] = ()
     remat: bool = False
 
     def init(self, key: PRNGKeyArray) -> Params:
@@ -69,7 +71,8 @@ def _structure(spec: Spec, half: type[Encoder] | type[Decoder]) -> nnx.GraphDef:
     module: Any = nnx.eval_shape(lambda: _build(spec, half, nnx.Rngs(0)))
     (layer,) = module.layers
     copies = range(_layers(spec, half))
-    module.layers = layer if spec.scan_layers else nnx.List(nnx.clone(layer) for _ in copies)
+    stacked = _name(half) in spec.scan_layers
+    module.layers = layer if stacked else nnx.List(nnx.clone(layer) for _ in copies)
     return nnx.split(module)[0]
 
 
@@ -84,7 +87,7 @@ def _init(spec: Spec, key: PRNGKeyArray) -> Params:
         keys = jax.random.split(key, _layers(spec, half))
         layers = jax.vmap(lambda key: params(half, key)["layers"][0])(keys)
         stacked = params(half, key) | {"layers": layers}
-        return stacked if spec.scan_layers else unstack_layers(stacked)
+        return stacked if _name(half) in spec.scan_layers else unstack_layers(stacked)
 
     encoder, decoder = jax.random.split(key)
     return {"encoder": whole(Encoder, encoder), "decoder": whole(Decoder, decoder)}
@@ -93,6 +96,10 @@ def _init(spec: Spec, key: PRNGKeyArray) -> Params:
 def _build(spec: Spec, half: type[Encoder] | type[Decoder], rngs: nnx.Rngs) -> Encoder | Decoder:
     dims = replace(spec.dims, encoder_layers=1, decoder_layers=1)
     return half(dims, jnp.dtype(spec.dtype), spec.remat, rngs)
+
+
+def _name(half: type[Encoder] | type[Decoder]) -> str:
+    return half.__name__.lower()
 
 
 def _layers(spec: Spec, half: type[Encoder] | type[Decoder]) -> int:

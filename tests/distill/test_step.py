@@ -15,6 +15,7 @@ from flax_distil.config import LossConfig
 from flax_distil.distill.setup import split_parameters, whole_student
 from flax_distil.distill.state import decayed, initial_state, learning_rate
 from flax_distil.distill.step import evaluation_losses, student_losses, teach, train_step
+from flax_distil.model.spec import HALVES
 from flax_distil.model.student import init_student
 from flax_distil.model.weights import to_hf
 
@@ -269,18 +270,22 @@ def test_bfloat16_over_float32_masters(quick_jit, plan, parameters, batch, teach
     assert [float(part) for part in same] == [float(part) for part in rough]
 
 
+@pytest.mark.parametrize("train_encoder", [False, True])
 def test_scanned_layers_give_the_same(
-    quick_jit, plan, step, state, parameters, batch, teacher, student
+    quick_jit, plan, step, batch, teacher, student, train_encoder
 ):
     scanned = replace(
         plan,
-        teacher=replace(plan.teacher, scan_layers=True),
-        student=replace(plan.student, scan_layers=True, remat=True),
+        teacher=replace(plan.teacher, scan_layers=HALVES),
+        student=replace(plan.student, scan_layers=("encoder",), remat=True),
     )
-    trainable, frozen = split_parameters(scanned, teacher, student, train_encoder=False)
-    start = initial_state(trainable, plan.optimizer, seed=0)
-    _, metrics = quick_jit(partial(train_step, plan=scanned))(start, frozen, batch)
-    _, plain = step(state, parameters[1], batch)
+
+    def metrics_of(step, plan):
+        trainable, frozen = split_parameters(plan, teacher, student, train_encoder)
+        return step(initial_state(trainable, plan.optimizer, seed=0), frozen, batch)[1]
+
+    metrics = metrics_of(quick_jit(partial(train_step, plan=scanned)), scanned)
+    plain = metrics_of(step, plan)
     for name in ("loss", "kl", "ce", "mse", "gradient_norm"):
         np.testing.assert_allclose(metrics[name], plain[name], rtol=1e-5, err_msg=name)
 

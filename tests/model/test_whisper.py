@@ -16,7 +16,7 @@ from flax_distil.model.attention import (
     attention,
 )
 from flax_distil.model.dims import PUBLISHED
-from flax_distil.model.spec import Spec, stack_layers, unstack_layers
+from flax_distil.model.spec import HALVES, Spec, stack_layers, unstack_layers
 from flax_distil.model.weights import names
 
 
@@ -29,7 +29,7 @@ def inputs():
 def layouts(twins):
     stacked = {half: stack_layers(params) for half, params in twins.params.items()}
     yield Spec(twins.dims, "float64"), twins.params
-    yield Spec(twins.dims, "float64", scan_layers=True), stacked
+    yield Spec(twins.dims, "float64", HALVES), stacked
     yield Spec(twins.dims, "float64", remat=True), twins.params
 
 
