@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax_distil.model.student import same_arrays
 from flax_distil.parallel.clips import spread
 
 GUESSES = 4  # a pass, where nobody says how many
+CPU_READING = 0.16  # what one token more takes there, where a pass of one takes 1 (docs/LOG.md)
 CPU_VOCABULARY = 24_000  # of 100 tokens of English text some 94 are among them (docs/LOG.md)
 
 
@@ -37,19 +39,23 @@ def make_assistant(
     guesses: int = GUESSES,
     vocabulary: int | None = None,
     texts: Iterable[Sequence[int]] = (),
+    break_even: float | None = None,
 ) -> Assistant:
     """A student or smaller Whisper as the assistant of `recognizer`; None looks up repetitions.
 
     A student with the teacher's encoder hears through it, once for both. vocabulary: how many text
-    tokens it may guess, ranked by their frequency in `texts` (ids of transcripts).
+    tokens it may guess, ranked by their frequency in `texts` (ids of transcripts). break_even: the
+    part of its guesses that must be accepted (`speculative`). By default, what a guess costs of a
+    pass: the weights it reads, of those that a pass reads, and on CPUs its own verification.
 
     Raises:
         InputError: the two have different vocabularies or mel bins, or `guesses` is less than 1.
     """
     if guesses < 1:
         raise InputError(f"{guesses} guesses a pass: an assistant makes at least 1")
+    reading = CPU_READING if jax.default_backend() == "cpu" else 0.0
     if checkpoint is None:
-        return Assistant(LookupDrafter(), guesses)
+        return Assistant(LookupDrafter(), guesses, reading if break_even is None else break_even)
     ours, theirs = recognizer.spec.dims, checkpoint.dims
     if ours.vocab != theirs.vocab:
         raise InputError(
@@ -67,7 +73,14 @@ def make_assistant(
     if vocabulary is not None:
         ids = spread(jnp.asarray(frequent_ids(recognizer.tokens, vocabulary, texts)))
     drafter = model_drafter(spec, put(checkpoint.params["decoder"]), ids)
+    if break_even is None:
+        whole = recognizer.params["decoder"]
+        weights = _size(whole["layers"]) + _size(whole["tokens"])
+        break_even = (_size(drafter.params["layers"]) + drafter.head_DU.size) / weights + reading
     encoder = put(checkpoint.params["encoder"])
-    if same_arrays(encoder, recognizer.params["encoder"]):
-        return Assistant(drafter, guesses)
-    return Assistant(drafter, guesses, (spec, encoder))
+    shared = same_arrays(encoder, recognizer.params["encoder"])
+    return Assistant(drafter, guesses, break_even, None if shared else (spec, encoder))
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

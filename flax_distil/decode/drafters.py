@@ -46,7 +46,14 @@ class Drafts(NamedTuple):
 
 
 class Drafter(Protocol):
-    """What `speculative` asks of one."""
+    """What `speculative` asks of one.
+
+    pause: passes of the teacher from a poor guess to the next one; None where it does not guess
+    again in that window.
+    """
+
+    @property
+    def pause(self) -> int | None: ...
 
     def start(self, audio_BSD: Array, prompt: Prompt, room: int) -> Any: ...
 
@@ -57,10 +64,14 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Assistant:
-    """A drafter, how many tokens it guesses at a time, and its encoder where it has its own."""
+    """A drafter, how many tokens it guesses at a time, and its encoder where it has its own.
+
+    break_even: part of the guesses that must be accepted; with fewer it is not asked further.
+    """
 
     drafter: Drafter
     guesses: int
+    break_even: float = 0.0
     encoder: tuple[Spec, Params] | None = None
 
 
@@ -81,6 +92,10 @@ class ModelDrafter:
     params: Params
     head_DU: Float[Array, "D U"]
     vocabulary: Int[Array, " U"] | None = None
+
+    @property
+    def pause(self) -> None:
+        """None: its cache lacks what is written without it."""
 
     def start(self, audio_BSD: Float[Array, "B S D"], prompt: Prompt, room: int) -> Cache:
         """The prompt, read."""
@@ -109,9 +124,10 @@ class ModelDrafter:
 
         # The last but one token is read again: it is new to the drafter when all were accepted.
         memory = memory._replace(length=text.length - 2)
-        carry, first = guess(text.newest(2), memory, text.progress, 0)
+        # Keys 0 and 1 are the verifier's.
+        carry, first = guess(text.newest(2), memory, text.progress, 2)
         step = lambda carry, turn: guess(*carry, turn=turn)
-        carry, others = jax.lax.scan(step, carry, jnp.arange(1, count))
+        carry, others = jax.lax.scan(step, carry, jnp.arange(3, count + 2))
         join = lambda one, more: jnp.moveaxis(jnp.concatenate([one[None], more]), 0, 1)
         return Drafts(*jax.tree.map(join, first, others)), carry[1]
 
@@ -145,16 +161,17 @@ def model_drafter(
     return ModelDrafter(spec, params, kept_UD.T, vocabulary)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["longest"])
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["longest", "pause"])
 @dataclass(frozen=True)
 class LookupDrafter:
     """What followed the last time: copies from where the newest tokens stood before.
 
     No model. It pays where text repeats itself or its prompt. longest: tokens to match at most;
-    the longest match wins, then the latest.
+    the longest match wins, then the latest. pause: as of any `Drafter`.
     """
 
     longest: int = 4
+    pause: int = 32
 
     def start(self, audio_BSD: Array, prompt: Prompt, room: int) -> None:
         """It remembers nothing: the text says all."""

@@ -82,11 +82,13 @@ class Tally(NamedTuple):
     """How good an assistant's guesses were: integers, one a row (arrays) or one for all.
 
     passes: of the teacher, the prompt's included.
+    alone: those of them that had no guesses to verify.
     drafted, accepted: guesses that the teacher read, and those that it kept.
     written: tokens, the end included.
     """
 
     passes: Any
+    alone: Any
     drafted: Any
     accepted: Any
     written: Any

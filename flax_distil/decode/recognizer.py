@@ -116,7 +116,7 @@ def recognize(
         Window(language, previous, options.temperature, options.seed + row)
         for row, language in enumerate(languages)
     ]
-    heard_BSE = drafter_hears(assistant, listen, filled_BN)
+    heard_BSE = drafter_hears(assistant, windows, listen, filled_BN)
     return decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
 
 
@@ -171,10 +171,16 @@ def decode(
     room = min(options.max_tokens, spec.dims.text_positions)
     arguments = (spec, params, audio_BSD, prompt, active_B, rule_set(tokens, options), room)
     drawn, tally = sampling(windows, rows), None
-    if assistant and (drawn or drafting_pays(rows)):
+    if assistant and drafting_pays(windows, rows):
         draft_audio = audio_BSD if heard_BSE is None else heard_BSE
         found, tally = speculative(
-            *arguments, assistant.drafter, draft_audio, assistant.guesses, drawn, recognizer.head_DV
+            *arguments,
+            assistant.drafter,
+            draft_audio,
+            assistant.guesses,
+            drawn,
+            recognizer.head_DV,
+            assistant.break_even,
         )
     elif options.beams > 1 and drawn is None:
         found = beam(*arguments, beam_search(options), recognizer.head_DV)
@@ -185,12 +191,14 @@ def decode(
     return read(jax.device_get(found), windows, tokens, jax.device_get(tally))
 
 
-def drafting_pays(rows: int) -> bool:
-    """Whether an assistant can make greedy search of so many rows faster.
+def drafting_pays(windows: Sequence[Window], rows: int) -> bool:
+    """Whether an assistant is asked about a batch of `rows`.
 
-    Where more rows keep a CPU busy, verifying some tokens costs as much as writing them.
+    Where more rows keep a CPU busy, verifying some tokens costs as much as writing them. Where
+    tokens are drawn it always is: a draw must not depend on how many others there are.
     """
-    return jax.default_backend() != "cpu" or rows <= CPU_DRAFT_ROWS
+    few = jax.default_backend() != "cpu" or rows <= CPU_DRAFT_ROWS
+    return few or any(window.temperature > 0 for window in windows)
 
 
 def sampling(windows: Sequence[Window], rows: int) -> Sampling | None:
@@ -221,11 +229,18 @@ def listen(spec: Spec, params: Params, waveforms_BN: Num[Array, "B N"]) -> Float
 
 
 def drafter_hears(
-    assistant: Assistant | None, encode: Callable[..., Array], sound: np.ndarray
+    assistant: Assistant | None,
+    windows: Sequence[Window],
+    encode: Callable[..., Array],
+    sound: np.ndarray,
 ) -> Float[Array, "B S E"] | None:
-    """Audio states for an assistant with an encoder of its own; `encode` is of (spec, params,
-    sound)."""
-    return encode(*assistant.encoder, sound) if assistant and assistant.encoder else None
+    """Audio states for an assistant with an encoder of its own, where `decode` will ask it.
+
+    encode: of (spec, params, sound).
+    """
+    if assistant is None or assistant.encoder is None or not drafting_pays(windows, len(sound)):
+        return None
+    return encode(*assistant.encoder, sound)
 
 
 def detect(recognizer: Recognizer, audio_BSD: Float[Array, "B S D"]) -> list[str]:

@@ -173,7 +173,7 @@ def hear(
         encode, sounds = listen, [pad_or_trim(one.chunk.samples) for one in reading]
     sound = fill(np.stack(sounds))
     audio_BSD = encode(recognizer.spec, recognizer.params["encoder"], sound)
-    heard_BSE = drafter_hears(assistant, encode, sound)
+    heard_BSE = drafter_hears(assistant, windows, encode, sound)
     found = decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
     begin = recognizer.tokens.timestamp_begin if options.timestamps else None
     for one, hypothesis in zip(reading, found, strict=True):

@@ -66,9 +66,9 @@ def run(config: TranscribeConfig) -> list[Path]:
         log.info("%.1f min of audio in %.1f s, RTF %.3f", heard / 60, spent, spent / heard)
     if tally:
         log.info(
-            "the assistant: %.0f %% of its guesses accepted, %.2f tokens a pass of the model",
-            100 * tally.acceptance_rate,
-            tally.tokens_per_pass,
+            "the assistant: %.0f %% of its guesses accepted, %.2f tokens a pass of the model, "
+            "%d of %d passes without guesses",
+            *(100 * tally.acceptance_rate, tally.tokens_per_pass, tally.alone, tally.passes),
         )
     if sources.failures:
         count = f"{len(sources.failures)} of {len(targets)} files could not be used:"

@@ -70,6 +70,8 @@ class Reading:
     segments: list[Segment] = field(default_factory=list)
     last_speech: float = 0.0  # seconds at which the last word ended
     tally: Tally | None = None
+    unaided: int = 0  # windows until an assistant is asked again
+    pause: int = 0  # how many they were the last time
     told: int = 0  # frames that the caller knows to be read
 
     @property
@@ -95,6 +97,15 @@ class Reading:
             else:
                 return True
         return False
+
+    def count(self, tally: Tally | None, break_even: float) -> None:
+        """Adds a window's guesses; after poor ones the next 1, 3, 7 … windows do without."""
+        self.tally = total((self.tally, tally))
+        if tally is None:
+            self.unaided = max(self.unaided - 1, 0)
+        else:
+            poor = tally.acceptance_rate < break_even
+            self.unaided = self.pause = 2 * self.pause + 1 if poor else 0
 
     def tell(self, frames: int) -> float:
         """Seconds of the first `frames` that the caller does not know of yet."""
@@ -172,16 +183,18 @@ def advance(
     sequential: SequentialOptions,
     assistant: Assistant | None,
 ) -> None:
-    """Reads one window of each recording."""
+    """Reads one window of each recording; the assistant is asked where any still wants it."""
+    if all(one.unaided for one in reading):
+        assistant = None
     mel_BTM = fill(np.stack([window(one.mel, one.seek, one.size) for one in reading]))
     audio_BSD = listen_to_mel(recognizer.spec, recognizer.params["encoder"], mel_BTM)
-    heard_BSE = drafter_hears(assistant, listen_to_mel, mel_BTM)
     windows = [
         Window(
             one.language or "en", before(one, recognizer, sequential), 0, options.seed + one.seek
         )
         for one in reading
     ]
+    heard_BSE = drafter_hears(assistant, windows, listen_to_mel, mel_BTM)
     found = decode_with_fallback(
         recognizer, audio_BSD, options, windows, sequential, assistant, heard_BSE
     )
@@ -192,7 +205,7 @@ def advance(
     if sequential.word_timestamps:
         parts = with_words(recognizer, audio_BSD, reading, parts, options.task, sequential)
     for one, part, hypothesis in zip(reading, parts, found, strict=True):
-        one.tally = total((one.tally, hypothesis.tally))
+        one.count(hypothesis.tally, assistant.break_even if assistant else 0)
         take(one, part)
         hot = hypothesis.temperature > FORGET_ABOVE
         if not part.passed_over and (hot or not sequential.condition_on_previous_text):

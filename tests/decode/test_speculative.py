@@ -13,7 +13,7 @@ from flax_distil.decode.greedy import Prompt, Sampling, greedy
 from flax_distil.decode.options import DecodeOptions, total
 from flax_distil.decode.recognizer import recognize
 from flax_distil.decode.rules import RuleSet, begin
-from flax_distil.decode.speculative import judge, speculative
+from flax_distil.decode.speculative import PATIENCE, judge, speculative
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.dims import WhisperDims
@@ -53,12 +53,13 @@ def test_writes_what_greedy_writes_row_by_row(pair, rules, prompt, kind, guesses
     }[kind]
     arguments = (SPEC, params, audio, prompt, ACTIVE, rules, 39)
     expected = greedy(*arguments)
-    found, tally = speculative(*arguments, drafter, audio, guesses)
-    np.testing.assert_array_equal(found.tokens, expected.tokens)
-    np.testing.assert_array_equal(found.lengths, expected.lengths)
-    # Sums of up to 38 float32 logarithms, in another order of operations.
-    np.testing.assert_allclose(found.log_probability, expected.log_probability, atol=1e-3)
-    np.testing.assert_allclose(found.no_speech, expected.no_speech, rtol=1e-5)
+    for break_even in (0.7, 0.0):  # rows that stop guessing, and none
+        found, tally = speculative(*arguments, drafter, audio, guesses, break_even=break_even)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        np.testing.assert_array_equal(found.lengths, expected.lengths)
+        # Sums of up to 38 float32 logarithms, in another order of operations.
+        np.testing.assert_allclose(found.log_probability, expected.log_probability, atol=1e-3)
+        np.testing.assert_allclose(found.no_speech, expected.no_speech, rtol=1e-5)
     assert 0 < tally.acceptance_rate < 1  # neither side of the loop is idle
     assert 1 < tally.tokens_per_pass < guesses + 1
     assert tally.passes[2] == 0
@@ -77,7 +78,10 @@ def test_the_teacher_itself_is_always_right(pair):
 
 @pytest.mark.parametrize("certain", [False, True])
 def test_samples_are_the_teachers(certain):
-    """Three tokens out of 6 ids: the frequencies of all 216 texts are p(a) p(b|a) p(c|ab)."""
+    """Three tokens out of 6 ids: the frequencies of all 216 texts are p(a) p(b|a) p(c|ab).
+
+    Every third row does not guess.
+    """
     rows, vocab, guesses = 60_000, 6, 2
     rules = RuleSet(end=99, no_speech=0, suppressed=(), suppressed_first=())
     p = jax.random.normal(jax.random.key(0), (vocab, vocab)) * 1.5  # by the token before
@@ -96,9 +100,10 @@ def test_samples_are_the_teachers(certain):
         drafts = Drafts(jnp.stack([first, second], 1), scores)
     read = jnp.concatenate([start[:, None], drafts.tokens], axis=1)
     progress = begin(rows)._replace(index=start)
-    verdict = judge(p[read], progress, drafts, rules, sampling)
+    guessing = jnp.arange(rows) % 3 > 0
+    verdict = judge(p[read], progress, drafts, guessing, rules, sampling)
     agreed = np.asarray(verdict.agreed_B)
-    assert {*agreed} == {0, 1, 2}
+    assert ({*agreed[guessing]}, {*agreed[~guessing]}) == ({0, 1, 2}, {0})
     # The places behind the last verdict are filled up by plain sampling.
     tokens, rng = np.asarray(verdict.tokens_BK).copy(), np.random.default_rng(0)
     p = np.asarray(jax.nn.softmax(p / temperature), np.float64)
@@ -111,6 +116,54 @@ def test_samples_are_the_teachers(certain):
     np.add.at(seen, tuple(tokens.T), 1)
     # Chi-squared with 215 degrees of freedom: mean 215, deviation 21.
     assert ((seen - rows * expected) ** 2 / (rows * expected)).sum() < 215 + 4 * 21
+
+
+def test_a_row_that_guesses_badly_goes_on_alone(pair):
+    params, blurred, audio = pair
+    arguments = (SPEC, params, audio, ONE_PROMPT, ACTIVE, RULES, 39)
+    text = greedy(*arguments).tokens
+
+    def passes(drafter, break_even):
+        found, tally = speculative(*arguments, drafter, audio, 4, break_even=break_even)
+        np.testing.assert_array_equal(found.tokens, text)
+        np.testing.assert_array_equal(tally.drafted, 4 * (tally.passes - tally.alone))
+        return (np.asarray(column)[ACTIVE] for column in (tally.passes, tally.alone))
+
+    # The first token is the prompt's own pass.
+    assert [*passes(model_drafter(SPEC, params), 0.5)][1].max() == 1
+    assert [*passes(LookupDrafter(), 0.0)][1].max() == 1
+    every, alone = passes(model_drafter(SPEC, blurred), 0.9)
+    assert alone.max() > 10
+    assert (every - alone)[every > 10].min() > PATIENCE
+    # Of the last row no guess is right: one after every eighth pass.
+    every, alone = passes(LookupDrafter(pause=8), 0.2)
+    assert (every[-1] - 1) // 10 <= (every - alone)[-1] <= (every[-1] - 1) // 9
+
+
+@pytest.mark.parametrize("kind", ["model", "lookup"])
+def test_draws_stay_the_teachers_where_rows_stop_guessing(pair, monkeypatch, kind):
+    """The last two of six tokens are as frequent as in plain sampling, at 10 times the warmth."""
+    monkeypatch.setattr("flax_distil.decode.speculative.PATIENCE", 0)  # stops at once
+    params, blurred, audio = pair
+    other = jax.tree.map(lambda leaf: leaf / 2, blurred)
+    drafter = model_drafter(SPEC, other) if kind == "model" else LookupDrafter(pause=2)
+    rows = 6000
+    prompt = Prompt(jnp.repeat(ONE_PROMPT.tokens[:1], rows, axis=0), *ONE_PROMPT[1:])
+    arguments = (SPEC, params, jnp.repeat(audio[:1], rows, axis=0), prompt, jnp.ones(rows, bool))
+    sampling = lambda seed: Sampling(jnp.full(rows, 10.0), seed * rows + jnp.arange(rows))
+    plain = greedy(*arguments, RULES, 6, sampling(0))
+    found, tally = speculative(
+        *arguments, RULES, 6, drafter, arguments[2], 2, sampling(1), break_even=0.4
+    )
+    # Rows that guess and rows that do not share their passes.
+    assert len({*np.asarray(tally.alone).tolist()}) > 1
+    pairs = [np.asarray(one.tokens)[:, 4:] @ [97, 1] for one in (plain, found)]
+    counts = np.stack([np.bincount(pair, minlength=97 * 97) for pair in pairs])
+    counts = counts[:, counts.sum(0) > 9]
+    freedom = counts.shape[1]
+    statistic = (np.diff(counts, axis=0)[0] ** 2 / counts.sum(0)).sum()
+    assert freedom > 100
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
 
 
 def test_at_temperature_0_a_row_is_greedy_and_seeds_are_its_own(pair):
@@ -156,6 +209,9 @@ def test_a_cpu_asks_no_assistant_for_many_rows(tiny_en, windows):
     lookup = make_assistant(tiny_en, None)
     found = recognize(tiny_en, windows, DecodeOptions(max_tokens=4), lookup)
     assert [one.tally for one in found] == [None, None]
+    # Nor does it hear: here it could not.
+    deaf = dataclasses.replace(lookup, encoder=(tiny_en.spec, {}))
+    recognize(tiny_en, windows, DecodeOptions(max_tokens=4), deaf)
     assert recognize(tiny_en, windows[:1], DecodeOptions(max_tokens=4), lookup)[0].tally
     drawn = recognize(tiny_en, windows, DecodeOptions(max_tokens=4, temperature=0.5), lookup)
     assert all(one.tally for one in drawn)  # a draw does not depend on how many others there are

@@ -8,7 +8,7 @@ import pytest
 import whisper
 
 from flax_distil.decode.assistant import make_assistant
-from flax_distil.decode.options import DecodeOptions, Hypothesis
+from flax_distil.decode.options import DecodeOptions, Hypothesis, Tally
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
@@ -17,7 +17,7 @@ from flax_distil.model.student import init_student
 from flax_distil.text.wer import word_errors
 from flax_distil.transcribe import ChunkedOptions, SequentialOptions, transcribe, transcribe_all
 from flax_distil.transcribe.fallback import looks_wrong
-from flax_distil.transcribe.sequential import split
+from flax_distil.transcribe.sequential import Reading, split
 
 PLAIN = SequentialOptions(temperatures=(0.0,))
 
@@ -159,6 +159,20 @@ def test_an_assistant_changes_no_text(monkeypatch, tiny_en, tiny_en_folder, talk
     assert found.as_dict().keys() == plain.as_dict().keys()
     with pytest.raises(InputError, match="cannot help 5 beams"):
         transcribe(**arguments, options=DecodeOptions(beams=5), assistant="lookup")
+
+
+def test_windows_after_poor_guesses_do_without():
+    reading = Reading(np.zeros((0, 80), np.float32), [], "en", ())
+    asked = []
+    for window in range(14):
+        if not reading.unaided:
+            asked.append(window)
+        reading.count(None if reading.unaided else Tally(2, 1, 4, 2, 4), 0.6)
+    assert asked == [0, 2, 6]
+    reading.unaided = 0
+    reading.count(Tally(2, 1, 4, 3, 5), 0.6)
+    assert (reading.unaided, reading.pause) == (0, 0)
+    assert reading.tally == Tally(8, 4, 16, 9, 17)
 
 
 @pytest.mark.parametrize("long_form", [SequentialOptions((0.0, 0.8)), ChunkedOptions(10)])
