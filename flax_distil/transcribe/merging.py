@@ -56,15 +56,17 @@ def cut(samples: int, chunked: ChunkedOptions) -> list[Piece]:
 def merge_timed(
     texts: Sequence[Sequence[int]], pieces: Sequence[Piece], timestamp_begin: int
 ) -> list[Span]:
-    """Texts with timestamps as one list of segments, whose text is what `merge` makes of it.
+    """Texts with timestamps as one list of segments, laid over each other as `merge` does.
 
-    A segment that neighbours share has the start of the one and the end of the other.
+    They are cut where both say the same: in the middle of an overlap half a word of one may meet
+    half a word of the other. A segment that neighbours share has the start of the one and the end
+    of the other.
     """
     heard = [
         spans_of(ids, piece, place, timestamp_begin)
         for place, (ids, piece) in enumerate(zip(texts, pieces, strict=True))
     ]
-    bounds = kept([flat([one.tokens for one in spans]) for spans in heard])
+    bounds = kept([flat([one.tokens for one in spans]) for spans in heard], where_same=True)
     merged: list[Span] = []
     unfinished = False  # whether the last segment goes on in the next chunk
     for spans, (begin, end) in zip(heard, bounds, strict=True):
@@ -114,25 +116,32 @@ def merge(texts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     return [tuple(text[begin:end]) for text, (begin, end) in zip(texts, kept(texts), strict=True)]
 
 
-def kept(texts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """Where the part of each text that is kept begins and ends."""
+def kept(texts: Sequence[Sequence[int]], where_same: bool = False) -> list[tuple[int, int]]:
+    """Where the part of each text that is kept begins and ends (`overlap`)."""
     begins, ends = [0], []
     for text, following in pairwise(texts):
         left = np.array(text[begins[-1] :], np.int64)
-        end, begin = overlap(left, np.array(following, np.int64))
+        end, begin = overlap(left, np.array(following, np.int64), where_same)
         ends.append(begins[-1] + end)
         begins.append(begin)
     return list(zip(begins, [*ends, *map(len, texts[-1:])], strict=False))
 
 
-def overlap(left: np.ndarray, right: np.ndarray) -> tuple[int, int]:
-    """Where to leave `left` and where to enter `right`."""
+def overlap(left: np.ndarray, right: np.ndarray, where_same: bool) -> tuple[int, int]:
+    """Where to leave `left` and where to enter `right`.
+
+    In the middle of the overlap, or at the token nearest to it that both have.
+    """
     best, place = 0.0, (left.size, 0)
     for shift in range(1, left.size + right.size):  # how far `right` is pushed over `left`
         start, stop = max(0, left.size - shift), min(left.size, left.size + right.size - shift)
         other = max(0, shift - left.size)
-        matches = int((left[start:stop] == right[other : other + stop - start]).sum())
+        same = left[start:stop] == right[other : other + stop - start]
+        matches = int(same.sum())
         agreement = matches / shift + shift / LONGER_IS_BETTER
         if matches > 1 and agreement > best:
-            best, place = agreement, ((start + stop) // 2, other + (stop - start) // 2)
+            middle = (stop - start) // 2
+            if where_same:
+                middle = min(np.flatnonzero(same).tolist(), key=lambda at: abs(at - middle))
+            best, place = agreement, (start + middle, other + middle)
     return place

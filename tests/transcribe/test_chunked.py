@@ -52,6 +52,18 @@ def test_a_sentence_spelled_in_two_ways_is_merged_once():
     assert merge_timed([left, ()], pieces, BEGIN)[-1] == Span(0, 28.2, 30, (8,))
 
 
+def test_no_word_is_put_together_from_two_spellings():
+    """ "open-source PBX. Two" and "Open Source PBX. Do", laid over each other a token apart."""
+    at = lambda seconds: BEGIN + round(seconds / 0.02)
+    pieces = cut(50 * 16_000, ChunkedOptions(30, 5))
+    left = (at(22), 1, 2, 3, 10, 11, 12, 13, 14, 15, 16, at(29))
+    right = (at(2), 1, 2, 3, 20, 21, 13, 14, 15, 22, 17, at(9))
+    merged = [span.tokens for span in merge_timed([left, right], pieces, BEGIN)]
+    assert merged == [(1, 2, 3, 10, 11, 12, 13, 14, 15, 22, 17)]
+    halves = merge([left[1:-1], right[1:-1]])
+    assert sum(halves, ()) == (1, 2, 3, 10, 11, 21, 13, 14, 15, 22, 17)
+
+
 @pytest.mark.parametrize("seconds", [0.5, 30, 30.1, 50, 70.3, 100])
 @pytest.mark.parametrize("stride", [None, 0.0, 2.0])
 def test_cuts_equal_transformers(seconds, stride):
