@@ -408,6 +408,10 @@ class ExportConfig:
     """Which checkpoint of a training run: the one of the best WER, the last one, or a step."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of the stored weights."""
+    heads_of: str | None = None
+    """The student's teacher: on some speech the heads that time the words are chosen by its own."""
+    heads_on: str | None = None
+    """That speech: labels, a manifest, a folder or the name of a dataset; its first 16 clips."""
     report: Path | None = None
     """A report.json of `evaluate`, whose figures go into the model card."""
     license: str | None = None

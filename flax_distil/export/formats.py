@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from flax_distil.config import ExportConfig
 from flax_distil.errors import InputError
 from flax_distil.export.card import model_card
+from flax_distil.export.heads import with_heads_of
 from flax_distil.export.source import read_source
 from flax_distil.export.verify import largest_difference
 from flax_distil.model.checkpoint import Checkpoint, save_checkpoint
@@ -31,7 +32,11 @@ def run(config: ExportConfig) -> dict[str, Path]:
     """
     if not config.format:
         raise InputError(f"name at least one format: {', '.join(WRITERS)}")
+    if (config.heads_of is None) != (config.heads_on is None):
+        raise InputError("heads_of and heads_on belong together: a teacher, and speech to hear")
     checkpoint = read_source(config.source, config.checkpoint)
+    if config.heads_of and config.heads_on:
+        checkpoint = with_heads_of(checkpoint, config.heads_of, config.heads_on)
     card = model_card(checkpoint, config)
     folders = {}
     for name in dict.fromkeys(config.format):

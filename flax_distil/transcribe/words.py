@@ -98,16 +98,7 @@ def align(
     prompts = [
         tokens.prompt(language if tokens.multilingual else None, task) for language in languages
     ]
-    rows = [[*prompt, *text, tokens.eot] for prompt, text in zip(prompts, texts, strict=True)]
-    longest = max(map(len, rows), default=0)
-    width = next((length for length in LENGTHS if longest <= length), spec.dims.text_positions)
-    padded = np.full((len(audio_BSD), width), tokens.eot, np.int32)
-    lengths = np.full(len(audio_BSD), len(prompts[0]) + 1 if prompts else 1, np.int32)
-    heard = np.full(len(audio_BSD), spec.dims.audio_positions, np.int32)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)], lengths[index] = row, len(row)
-    if frames is not None:
-        heard[: len(rows)] = np.minimum(frames, CHUNK_FRAMES) // 2
+    padded, lengths, heard = pad(tokens, spec, prompts, texts, len(audio_BSD), frames)
     heads = recognizer.alignment_heads or upper_half(spec)
     attention, probability = jax.device_get(
         attend(spec, recognizer.params["decoder"], audio_BSD, padded, lengths, heard, heads)
@@ -119,6 +110,29 @@ def align(
         chances = probability[index, rows_of_text]
         found.append(_words(tokens, text, language, path, chances) if text and path.size else [])
     return found
+
+
+def pad(
+    tokens: WhisperTokens,
+    spec: Spec,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    batch: int,
+    frames: Sequence[int] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `attend` reads: `batch` rows [B L] of prompt, text and end, their lengths, and how many
+    audio positions each has heard."""
+    rows = [[*prompt, *text, tokens.eot] for prompt, text in zip(prompts, texts, strict=True)]
+    longest = max(map(len, rows), default=0)
+    width = next((length for length in LENGTHS if longest <= length), spec.dims.text_positions)
+    padded = np.full((batch, width), tokens.eot, np.int32)
+    lengths = np.full(batch, len(prompts[0]) + 1 if prompts else 1, np.int32)
+    heard = np.full(batch, spec.dims.audio_positions, np.int32)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)], lengths[index] = row, len(row)
+    if frames is not None:
+        heard[: len(rows)] = np.minimum(frames, CHUNK_FRAMES) // 2
+    return padded, lengths, heard
 
 
 def upper_half(spec: Spec) -> tuple[tuple[int, int], ...]:
@@ -148,13 +162,7 @@ def attend(
         audio_SD, tokens_L, length, heard = arguments
         hidden_1LD, scores = decoder.cross_scores(tokens_L[None], audio_SD[None])
         scores_HLS = jnp.stack([scores[layer][0, head] for layer, head in heads])
-        is_heard_S = jnp.arange(scores_HLS.shape[-1]) < heard
-        is_token_L1 = jnp.arange(tokens_L.size)[:, None] < length
-        weights_HLS = jax.nn.softmax(jnp.where(is_heard_S, scores_HLS, -jnp.inf))
-        mean_H1S = weights_HLS.mean(1, keepdims=True, where=is_token_L1)
-        deviation_H1S = weights_HLS.std(1, keepdims=True, where=is_token_L1)
-        standard_HLS = (weights_HLS - mean_H1S) / jnp.maximum(deviation_H1S, 1e-12)
-        smooth_LS = median_filter(standard_HLS, heard).mean(0)
+        smooth_LS = standardised(scores_HLS, length, heard).mean(0)
         # As a distribution over text alone, without timestamps and the like.
         logits_LV = decoder.logits(hidden_1LD)[0]
         following_L = jnp.roll(tokens_L, -1)
@@ -163,6 +171,20 @@ def attend(
         return smooth_LS, jnp.take_along_axis(chance_LV, following_L[:, None], axis=1)[:, 0]
 
     return jax.lax.map(row, (audio_BSD, tokens_BL, lengths_B, heard_B))
+
+
+def standardised(
+    scores_HLS: Float[Array, "H L S"], length: Int[Array, ""], heard: Int[Array, ""]
+) -> Float[Array, "H L S"]:
+    """Attention of some heads, each position's over the tokens brought to mean 0, deviation 1, and
+    filtered along the positions."""
+    is_heard_S = jnp.arange(scores_HLS.shape[-1]) < heard
+    is_token_L1 = jnp.arange(scores_HLS.shape[1])[:, None] < length
+    weights_HLS = jax.nn.softmax(jnp.where(is_heard_S, scores_HLS, -jnp.inf))
+    mean_H1S = weights_HLS.mean(1, keepdims=True, where=is_token_L1)
+    deviation_H1S = weights_HLS.std(1, keepdims=True, where=is_token_L1)
+    standard_HLS = (weights_HLS - mean_H1S) / jnp.maximum(deviation_H1S, 1e-12)
+    return median_filter(standard_HLS, heard)
 
 
 def median_filter(

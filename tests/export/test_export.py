@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import soundfile
 
 from flax_distil.config import ComputeConfig, DistillConfig, ExportConfig
 from flax_distil.data.loader import LoaderState
@@ -166,3 +167,29 @@ def test_alignment_heads_point_at_layers_the_student_has(exported):
     generation = json.loads((exported["transformers"] / "generation_config.json").read_text())
     assert generation["alignment_heads"]
     assert all(layer < 1 for layer, _ in generation["alignment_heads"])
+
+
+def test_alignment_heads_are_chosen_by_the_teachers_on_speech(
+    random_folders, base_folder, tmp_path, human_clips
+):
+    (tmp_path / "speech").mkdir()
+    for index, (sound, _) in enumerate(human_clips[:3]):
+        soundfile.write(tmp_path / "speech" / f"{index}.wav", sound, 16_000)
+    config = ExportConfig(
+        str(random_folders[1]),
+        tmp_path / "out",
+        heads_of=str(random_folders[0]),
+        heads_on=str(tmp_path / "speech"),
+    )
+    chosen = load_checkpoint(run(config)["transformers"]).generation["alignment_heads"]
+    student = load_checkpoint(random_folders[1])
+    every = student.dims.decoder_layers * student.dims.decoder_heads
+    assert 0 < len(chosen) <= every
+    assert all(layer < student.dims.decoder_layers for layer, _ in chosen)
+    with pytest.raises(InputError, match="belong together"):
+        run(replace(config, heads_on=None))
+    with pytest.raises(InputError, match="same tokenizer"):
+        run(replace(config, heads_of=str(base_folder)))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(InputError):
+        run(replace(config, heads_on=str(tmp_path / "nothing")))
