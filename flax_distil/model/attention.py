@@ -17,6 +17,7 @@ from flax_distil.parallel.mesh import in_mesh, on_each_device
 
 QUERY_BLOCK = 300  # queries at a time where they divide: 1500 audio positions are 5 blocks
 KERNEL_BLOCK = 512  # queries and keys at a time of the TPU kernel: what a v4's on-chip memory holds
+LANES = 128  # blocks of the kernel are multiples
 
 
 def attention(
@@ -29,8 +30,9 @@ def attention(
 
     Unmasked attention of many queries (the encoder's) runs in parts, so that its scores, the
     model's largest tensor, never exist whole: blocks of queries, or on CPUs, where a part has to
-    stay in cache, one head of one clip, or in bfloat16 on a TPU mesh (`parallel.mesh.within`) a
-    kernel whose scores stay on the chip (docs/LOG.md).
+    stay in cache, one head of one clip. In bfloat16 on a TPU mesh (`parallel.mesh.within`) all
+    unmasked attention, a whole text's to the audio too, runs in a kernel whose scores stay on the
+    chip (docs/LOG.md).
 
     Unmasked, `q` may have n rows to each row of `k` and `v`: beams that look at one clip.
     """
@@ -40,14 +42,16 @@ def attention(
         beams_BHNK = q_BHQK.reshape(clips, -1, heads, queries, size).swapaxes(1, 2)
         mixed = attention(beams_BHNK.reshape(clips, heads, -1, size), k_BHSK, v_BHSK)
         return mixed.reshape(beams_BHNK.shape).swapaxes(1, 2).reshape(q_BHQK.shape)
-    if mask_QS is not None or queries <= QUERY_BLOCK:
+    kernel = in_mesh() and q_BHQK.dtype == jnp.bfloat16 and queries >= LANES
+    many = queries > QUERY_BLOCK
+    if mask_QS is not None or not (kernel or many):
         return _attend(q_BHQK, k_BHSK, v_BHSK, mask_QS)
-    kernel = in_mesh() and q_BHQK.dtype == jnp.bfloat16
+    blocks = _by_query_block if many else _attend
     return jax.lax.platform_dependent(
         *(q_BHQK, k_BHSK, v_BHSK),
-        cpu=_by_head,
-        tpu=_by_kernel_on_each_device if kernel else _by_query_block,
-        default=_by_query_block,
+        cpu=_by_head if many else _attend,
+        tpu=_by_kernel_on_each_device if kernel else blocks,
+        default=blocks,
     )
 
 
@@ -77,7 +81,7 @@ def _by_kernel(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, interpret: bool = Fa
     """Splash attention, positions filled up to whole blocks. interpret: compute it anywhere."""
     queries, keys = q_BHQK.shape[2], k_BHSK.shape[2]
     filled = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % KERNEL_BLOCK), (0, 0)))
+        jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % _block(x.shape[2])), (0, 0)))
         for x in (q_BHQK, k_BHSK, v_BHSK)
     )
     kernel = _splash(q_BHQK.shape[1], queries, keys, interpret)
@@ -87,10 +91,12 @@ def _by_kernel(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, interpret: bool = Fa
 @cache
 def _splash(heads: int, queries: int, keys: int, interpret: bool) -> Any:
     """The kernel for one clip; keys beyond the real ones are masked out."""
-    filled = [-(-length // KERNEL_BLOCK) * KERNEL_BLOCK for length in (queries, keys)]
+    block, of_keys = _block(queries), _block(keys)
+    filled = (queries + -queries % block, keys + -keys % of_keys)
     mask_QS = splash_attention_mask.NumpyMask(np.broadcast_to(np.arange(filled[1]) < keys, filled))
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes: dict[str, Any] = {f"block_{name}": KERNEL_BLOCK for name in names}
+    sizes: dict[str, Any] = {f"block_{name}": block for name in ("q", "q_dkv", "q_dq")}
+    names = ("kv", "kv_compute", "kv_dkv", "kv_dkv_compute", "kv_dq")
+    sizes |= {f"block_{name}": of_keys for name in names}
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha_single_device(
             splash_attention_mask.MultiHeadMask([mask_QS] * heads),
@@ -100,7 +106,12 @@ def _splash(heads: int, queries: int, keys: int, interpret: bool) -> Any:
         return jax.tree.map(np.asarray, kernel)
 
 
-def _attend(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, mask_QS: Array | None) -> Array:
+def _block(length: int) -> int:
+    """Positions at a time, of a text or of the audio: whole lanes."""
+    return min(KERNEL_BLOCK, length + -length % LANES)
+
+
+def _attend(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, mask_QS: Array | None = None) -> Array:
     """Normalises after the value product: dividing [Q, K] numbers instead of [Q, S]."""
     wide = jnp.promote_types(q_BHQK.dtype, jnp.float32)
     product = partial(jnp.einsum, preferred_element_type=wide)
