@@ -223,6 +223,9 @@ class ComputeConfig:
     """Devices that heads, feed-forward channels and the vocabulary are spread over."""
     fsdp_min_elements: int = 1 << 20
     """Arrays smaller than this are kept whole on every device of the fsdp axis."""
+    overlap: bool = True
+    """Sum gradients over TPUs of v5 and later while others are computed; false asks their compiler
+    for nothing special."""
     peak_flops: float | None = None
     """Peak FLOP/s of one device, for the MFU; measured with a matrix product where not given."""
 

@@ -43,6 +43,7 @@ from flax_distil.parallel.mesh import (
     within,
 )
 from flax_distil.parallel.multihost import barrier, is_main_host, start
+from flax_distil.parallel.overlap import overlap_options
 from flax_distil.parallel.sharding import check_heads, place, shardings
 from flax_distil.recipe import load_recipe, save_recipe
 from flax_distil.text.tokens import load_tokens
@@ -199,11 +200,15 @@ def prepare(
     frozen = place(frozen, shardings(frozen, mesh, compute.fsdp_min_elements))
     trainable = place(trainable, placed.params)
     state = jax.jit(begun, out_shardings=placed)(trainable)
-    return Program(plan, mesh, frozen, compile_step(plan, mesh, placed)), state
+    options = overlap_options(mesh) if compute.overlap else None
+    return Program(plan, mesh, frozen, compile_step(plan, mesh, placed, options)), state
 
 
-def compile_step(plan: Plan, mesh: jax.sharding.Mesh, placed: Any) -> Any:
-    """`train_step` as it runs: jitted, its state donated and kept where `placed` says."""
+def compile_step(
+    plan: Plan, mesh: jax.sharding.Mesh, placed: Any, options: dict[str, str] | None = None
+) -> Any:
+    """`train_step` as it runs: jitted with the compiler's `options`, its state donated and kept
+    where `placed` says."""
     plan = replace(plan, data_shards=data_shards(mesh))
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
@@ -214,6 +219,7 @@ def compile_step(plan: Plan, mesh: jax.sharding.Mesh, placed: Any) -> Any:
         step,
         donate_argnums=0,
         out_shardings=(placed, replicated(mesh)),
+        compiler_options=options or None,
     )
 
 

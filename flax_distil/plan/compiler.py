@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from flax_distil.cache import cache_folder
-from flax_distil.plan.hlo import Collective, Held, parse
+from flax_distil.plan.hlo import COUNTING, Collective, Held, parse
 from flax_distil.plan.programs import Program
 from flax_distil.plan.topology import Slice, libtpu_version
 
@@ -85,8 +85,10 @@ def fingerprint(program: Program, target: Slice) -> str:
     The code of kernels is left out, which holds paths of the machine: JAX's version and the sizes
     of their blocks stand for it.
     """
-    compilers = (version("jax"), version("jaxlib"), libtpu_version(), target.name, program.loops)
-    text = "\n".join(map(str, (*compilers, KERNEL.sub("", program.lowered.as_text()))))
+    compilers = (version("jax"), version("jaxlib"), libtpu_version(), COUNTING)
+    options = (f"{name}={value}" for name, value in sorted(program.options.items()))
+    text = KERNEL.sub("", program.lowered.as_text())
+    text = "\n".join(map(str, (*compilers, target.name, program.loops, *options, text)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

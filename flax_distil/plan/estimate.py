@@ -174,24 +174,27 @@ def knob(shape: tuple[int, ...], where: str, program: Program, vocabulary: int) 
 
 
 def largest_fitting(
-    fits: Callable[[int], bool], first: int, refused: int | None = None, exact: bool = True
+    fits: Callable[[int], float], first: int, refused: int | None = None, exact: bool = True
 ) -> int | None:
     """The largest number that fits, to an eighth; None where not even 1 does.
 
-    fits: asks the compiler, which takes a minute to say yes and seconds to say no.
-    refused: a number that is known not to fit. exact: else any half, quarter, … of `first`.
+    fits: asks the compiler, which takes minutes to say yes and seconds to say no: 0 where the
+    number does not fit, else how many would by what these take. refused: a number that is known
+    not to fit. exact: else any half, quarter, … of `first`.
     """
     low, high, ask = 0, refused, first
     while ask:
-        if fits(ask):
+        expected = fits(ask)
+        if expected:
             low = ask
         else:
             high = ask
+        eighth = max(low // 8, 1)
         if high is None:
-            ask = 2 * low
+            ask = max(int(expected), low + eighth)
         elif not low:
             ask = high // 2
-        elif exact and high - low > max(low // 8, 1):
+        elif exact and high - low > eighth:
             ask = (low + high) // 2
         else:
             break

@@ -18,10 +18,12 @@ BYTES = {
     "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
     "c64": 8,
 }  # fmt: skip
+COUNTING = 2  # raised when programs are counted otherwise: answers that are kept are asked for anew
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
+PRODUCTS = ("convolution", "dot")
 ON_CHIP = ("S(1)", "S(3)", "S(6)")  # vector memory, v4's common memory, scalar memory
 NAMES = r"AllocateBuffer|ConcatBitcast"  # custom calls that only name memory
 HOST = ("infeed", "outfeed", "send", "recv")
@@ -64,6 +66,12 @@ class Instruction:
         return found[1] if found else None
 
     @property
+    def channel(self) -> str | None:
+        """What tells one collective from the others."""
+        found = re.search(r"\bchannel_id=(\d+)", self.attributes)
+        return found[1] if found else None
+
+    @property
     def where(self) -> str:
         """The line of the traced program it came from, as JAX names it."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
@@ -76,12 +84,16 @@ class Instruction:
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind and type. bytes: of the results of all of them, in one run."""
+    """Collectives of one kind and type. bytes: of the results of all of them, in one run.
+
+    overlapped: of these bytes, those that cross while matrices are multiplied.
+    """
 
     kind: str
     dtype: str
     times: float
     bytes: float
+    overlapped: float = 0.0
 
 
 class Held(NamedTuple):
@@ -154,21 +166,29 @@ class Module:
                 yield one, times * self._moved(one, computation)
 
     def collectives(self, unknown: float = 1) -> list[Collective]:
-        """Collectives by kind and type, most bytes first."""
-        times, nested = self.runs(unknown), self._callers
-        found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0])
+        """Collectives by kind and type, most bytes first.
+
+        One that crosses during other work is written in several fusions, from its start to its end,
+        with the same channel.
+        """
+        times, nested, hidden = self.runs(unknown), self._callers, self._overlapped
+        found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0])
+        counted = set()
         for name, computation in self.computations.items():
             for one in computation.values():
-                kind = one.opcode.removesuffix("-start")
-                if kind not in COLLECTIVES:
+                kind, channel = one.opcode.removesuffix("-start"), one.channel
+                if kind not in COLLECTIVES or channel in counted:
                     continue
+                counted.add(channel or one.name)
                 runs = times.get(name) or sum(times.get(who, 0) for who in nested[name])
                 # A started collective's result holds its operand as well: the last part counts.
                 arrays = one.result if kind == one.opcode else one.result[-1:]
                 for dtype in {array.dtype for array in arrays}:
                     entry = found[kind, dtype]
                     entry[0] += runs
-                    entry[1] += runs * sum(a.bytes for a in arrays if a.dtype == dtype)
+                    moved = runs * sum(a.bytes for a in arrays if a.dtype == dtype)
+                    entry[1] += moved
+                    entry[2] += moved if channel in hidden else 0
         listed = [Collective(*key, *entry) for key, entry in found.items()]
         return sorted(listed, key=lambda one: -one.bytes)
 
@@ -197,6 +217,18 @@ class Module:
                 continue
             found[key] = Held(array.bytes, *key, one.where)
         return tuple(sorted(found.values(), key=lambda held: -held.bytes)[:count])
+
+    @cached_property
+    def _overlapped(self) -> set[str | None]:
+        """Channels of the collectives that are in a fusion with a matrix product."""
+        fused = (self.computations[name] for name in self.computations.keys() - self.runs().keys())
+        return {
+            one.channel
+            for inner in fused
+            if any(one.opcode in PRODUCTS for one in inner.values())
+            for one in inner.values()
+            if one.opcode in COLLECTIVES
+        }
 
     @cached_property
     def _callers(self) -> dict[str, list[str]]:

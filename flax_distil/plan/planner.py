@@ -156,9 +156,14 @@ def judged(
     )
     answer = compiled(asked, target, config.answers)
 
-    def fits(rows: int) -> bool:
+    def fits(rows: int) -> float:
         log.info("does %s fit with %d clips a chip at a time?", asked.name, rows)
-        return isinstance(compiled(program(rows), target, config.answers), Compiled)
+        found = compiled(program(rows), target, config.answers)
+        if not isinstance(found, Compiled):
+            return 0
+        room = 0.95 * target.chip.memory - found.arguments  # the compiler keeps some for itself
+        most = rows * room / max(found.temporaries, 1)
+        return max(most // 8 * 8, rows)
 
     if isinstance(answer, Compiled):
         found = estimate(asked, answer, target, chips, dims.vocab)

@@ -1,6 +1,7 @@
 """The programs of a recipe as the stages compile them, over shapes alone: nothing is allocated."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ from flax_distil.parallel.mesh import (
     make_mesh,
     replicated,
 )
+from flax_distil.parallel.overlap import overlap_options
 from flax_distil.parallel.sharding import check_heads, shardings
 
 
@@ -47,9 +49,9 @@ class Program:
 
     name: train, encode or decode. clips: of one run, over all chips. rows: clips that a chip
     computes at a time. length: tokens of a clip. flops: useful ones of one run, over all chips.
-    arguments: bytes a chip of each group. loops: rounds of the loop whose end depends on the data,
-    over the tokens of a text or, where every label is as long as it may be, over the vocabulary's
-    chunks.
+    arguments: bytes a chip of each group. options: the compiler's, which `lowered` holds.
+    loops: rounds of the loop whose end depends on the data, over the tokens of a text or, where
+    every label is as long as it may be, over the vocabulary's chunks.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Program:
     arguments: dict[str, float]
     lowered: Any
     loops: int = 1
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 def train_program(
@@ -96,7 +99,8 @@ def train_program(
     state = at(state, placed)
     frozen = at(frozen, shardings(frozen, mesh, compute.fsdp_min_elements))
     batch = abstract_batch(config, teacher, length, batch_sharding(mesh), stored)
-    step = compile_step(plan, mesh, placed)
+    options = overlap_options(mesh) if compute.overlap else {}
+    step = compile_step(plan, mesh, placed, options)
     rows = config.batch_size // data_shards(mesh) // compute.accumulation
     encode = config.audio_states is None
     return Program(
@@ -113,6 +117,7 @@ def train_program(
         },
         lowered=lower(step, state, frozen, batch),
         loops=-(-rows * length // (compute.vocabulary_chunk or rows * length)),
+        options=options,
     )
 
 

@@ -154,7 +154,7 @@ def details(one: Estimate | TooLarge) -> str:
         return remedy(one)
     links = ", ".join(
         f"{collective.times:.0f} {collective.kind} of {collective.bytes / 1e6:,.1f} MB "
-        f"{collective.dtype}"
+        f"{collective.dtype} ({collective.overlapped / collective.bytes:.0%} overlapped)"
         for collective in one.collectives
         if collective.bytes >= 1e5
     )

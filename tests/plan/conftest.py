@@ -64,6 +64,21 @@ def accumulated_text(chosen) -> str:
 
 
 @pytest.fixture(scope="session")
+def student_text(chosen) -> str:
+    """The student's part of the step for a v5e-8, of whisper-small's width."""
+    from flax_distil.data.stored_teacher import StoredForm
+    from flax_distil.plan.programs import train_program
+    from flax_distil.plan.topology import devices
+
+    config = replace(chosen.config, batch_size=16, stored_teacher=True, audio_states="states")
+    sizes = {"width": 768, "encoder_ffn": 3072, "encoder_heads": 12}
+    sizes |= {"decoder_ffn": 3072, "decoder_heads": 12}
+    teacher, student = (replace(dims, **sizes) for dims in (chosen.teacher, chosen.student))
+    chips, stored = devices(tpu_slice("v5e-8")), StoredForm(32, (1.0, 2.0))
+    return text_of(train_program(config, teacher, student, chips, 128, stored), "v5e-8")
+
+
+@pytest.fixture(scope="session")
 def recognition_texts(chosen) -> tuple[str, str]:
     """Encoder and greedy search of the teacher, 64 clips a chip."""
     from flax_distil.decode.options import DecodeOptions
@@ -77,11 +92,11 @@ def recognition_texts(chosen) -> tuple[str, str]:
     return encode, decode
 
 
-def text_of(program) -> str:
+def text_of(program, slice: str = "v4-8") -> str:
     """The compiled program; kept, for the compiler takes 20 s."""
     from flax_distil.plan.compiler import compile_aside, fingerprint
 
-    name = fingerprint(program, tpu_slice("v4-8"))
+    name = fingerprint(program, tpu_slice(slice))
     path = cache_folder() / "tests" / "tpu" / f"{name}.gz"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
 """What published recipes' programs cost, as the compiler said when it was last asked.
 
-    python tests/plan/goldens.py [--compile]     tells which programs changed; compiles those anew
+    python tests/plan/goldens.py                     tells which programs changed
+    python tests/plan/goldens.py --compile [PART …]  compiles those anew whose name has such a part
 
 A file is an answer of `flax_distil.plan.compiler`, found by the program's fingerprint, so that
 `flax-distil plan --answers tests/plan/golden` needs no compiler for programs that did not change.
-Those of `GOLDENS` are tested; the others are those of the table in docs/tpu.md.
+Those of `GOLDENS` are tested; those of `TABLE` are in docs/tpu.md besides.
 """
 
 import json
@@ -39,6 +40,17 @@ GOLDENS = [
     Golden("small-12-4", "v5e-8", "train"),
     Golden("large-v2-32-2", "v4-8", "evaluate: decode"),
 ]
+TABLE = [
+    *(Golden("large-v2-32-2", name, "train") for name in ("v5p-8", "v6e-8")),
+    *(Golden("large-v3-32-2", name, "train") for name in ("v4-8", "v5e-8", "v6e-8", "v5e-256")),
+    *(Golden("medium-en-24-2", name, "train") for name in ("v4-8", "v5e-8", "v6e-8")),
+    *(Golden("small-12-4", name, "train") for name in ("v5p-8", "v6e-8")),
+    *(
+        Golden("large-v2-32-2", name, f"label: {program}")
+        for name in ("v4-8", "v5e-16")
+        for program in ("encode", "decode")
+    ),
+]
 
 
 def versions() -> dict[str, str]:
@@ -49,7 +61,7 @@ def versions() -> dict[str, str]:
 
 def lowered(golden: Golden):
     """The program as the planner would ask the compiler about it."""
-    from flax_distil.config import DistillConfig, EvaluateConfig
+    from flax_distil.config import DistillConfig, EvaluateConfig, PseudoLabelConfig
     from flax_distil.plan import planner
     from flax_distil.plan.topology import devices
     from flax_distil.recipe import load_recipe
@@ -60,20 +72,31 @@ def lowered(golden: Golden):
     if golden.program == "train":
         length = max(distill.label_buckets)
         return planner.train_program(distill, *sizes, chips, length), target
-    judge = load_recipe(recipe, EvaluateConfig)
-    options = planner.DecodeOptions(max_tokens=judge.max_tokens)
-    rows = -(-judge.batch_size // len(chips))
-    _, decode = planner.decode_programs(
-        sizes.student, judge.dtype, rows, options, chips, options.max_tokens
+    stage, _, name = golden.program.partition(": ")
+    judge = load_recipe(recipe, EvaluateConfig if stage == "evaluate" else PseudoLabelConfig)
+    options = planner.DecodeOptions(
+        timestamps=getattr(judge, "timestamps", False), max_tokens=judge.max_tokens
     )
-    return replace(decode, name=golden.program), target
+    chips = [chip for chip in chips if chip.process_index == chips[0].process_index]
+    programs = planner.decode_programs(
+        sizes.student if stage == "evaluate" else sizes.teacher,
+        judge.dtype,
+        -(-planner.bucket(judge.batch_size) // len(chips)),
+        options,
+        chips,
+        options.max_tokens,
+    )
+    return replace(programs[name == "decode"], name=golden.program), target
 
 
 def main() -> None:
     """Says which programs changed, and with --compile asks the compiler about them."""
     from flax_distil.plan.compiler import compiled, fingerprint, write_answer
 
-    for golden in GOLDENS:
+    parts = [part for part in sys.argv[1:] if part != "--compile"]
+    for golden in GOLDENS + TABLE:
+        if not any(part in golden.path.name for part in parts or [""]):
+            continue
         program, target = lowered(golden)
         name = fingerprint(program, target)
         known = golden.path.is_file() and json.loads(golden.path.read_text())["fingerprint"] == name

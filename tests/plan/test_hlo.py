@@ -66,7 +66,47 @@ def test_traffic_is_slices_read_and_updates_written():
 
 def test_collectives_are_counted_by_kind_and_type():
     (sum,) = parse(PROGRAM).collectives()
-    assert sum == ("all-reduce", "bf16", 6, 6 * ROW)
+    assert sum == ("all-reduce", "bf16", 6, 6 * ROW, 0)
+
+
+OVERLAPPED = """
+%begin (operand: bf16[256,512]) -> (bf16[256,512], u32[]) {
+  %operand = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %sum.1 = bf16[256,512]{1,0:T(8,128)(2,1)} all-reduce(%operand), channel_id=1, to_apply=%add
+  ROOT %started = (bf16[256,512]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) custom-call(%sum.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%meanwhile (part: bf16[256,512], x: bf16[512,512], y: bf16[512,512]) -> (bf16[512,512], bf16[256,512]) {
+  %part = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %x = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(1)
+  %y = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(2)
+  %product = bf16[512,512]{1,0:T(8,128)(2,1)} convolution(%x, %y), dim_labels=bf_io->bf
+  %sum.2 = bf16[256,512]{1,0:T(8,128)(2,1)} all-reduce(%part), channel_id=1, to_apply=%add
+  ROOT %both = (bf16[512,512]{1,0:T(8,128)(2,1)}, bf16[256,512]{1,0:T(8,128)(2,1)}) tuple(%product, %sum.2)
+}
+
+%end (part.1: bf16[256,512]) -> bf16[256,512] {
+  %part.1 = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %sum.3 = bf16[256,512]{1,0:T(8,128)(2,1)} all-reduce(%part.1), channel_id=1, to_apply=%add
+  ROOT %ended = bf16[256,512]{1,0:T(8,128)(2,1)} custom-call(%sum.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[256,512], b: bf16[512,512]) -> bf16[256,512] {
+  %a = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(1)
+  %first = (bf16[256,512]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) fusion(%a), kind=kCustom, calls=%begin
+  %moving = bf16[256,512]{1,0:T(8,128)(2,1)} get-tuple-element(%first), index=0
+  %then = (bf16[512,512]{1,0:T(8,128)(2,1)}, bf16[256,512]{1,0:T(8,128)(2,1)}) fusion(%moving, %b, %b), kind=kCustom, calls=%meanwhile
+  %moved = bf16[256,512]{1,0:T(8,128)(2,1)} get-tuple-element(%then), index=1
+  %alone = bf16[256,512]{1,0:T(8,128)(2,1)} all-reduce(%a), channel_id=2, to_apply=%add
+  ROOT %last = bf16[256,512]{1,0:T(8,128)(2,1)} fusion(%moved), kind=kCustom, calls=%end
+}
+"""  # noqa: E501
+
+
+def test_what_crosses_during_a_product_counts_once_and_as_overlapped():
+    (sum,) = parse(OVERLAPPED).collectives()
+    assert sum == ("all-reduce", "bf16", 2, 2 * ROW, ROW)
 
 
 def test_a_loop_that_data_ends_runs_as_often_as_it_is_told():

@@ -28,6 +28,16 @@ def test_no_attention_scores_of_the_encoder_in_memory(train_text, recognition_te
     assert not scores(recognition_texts[0])
 
 
+def test_no_attention_scores_of_a_text_to_the_audio_in_memory(train_text, chosen):
+    """Neither the teacher's nor the student's: [clips, heads, tokens, positions]."""
+    heads = (2, chosen.teacher.decoder_heads, 128)
+    assert not [
+        array
+        for _, array in parse(train_text).arrays()
+        if array.shape[-4:-1] == heads and array.shape[-1] in POSITIONS and not array.on_chip
+    ]
+
+
 def test_nothing_waits_for_the_host(train_text, recognition_texts):
     for text in (train_text, *recognition_texts):
         assert not parse(text).host_transfers()
@@ -44,6 +54,12 @@ def test_gradients_cross_the_links_once_and_nothing_else_does(train_text, chosen
     assert moved["f32"] == pytest.approx(4 * embedding, rel=0.1)
     layers = 2 * (8 * chosen.student.width**2 + 2 * chosen.student.width * 1024)
     assert moved["bf16"] == pytest.approx(2 * (layers + positions), rel=0.1)
+
+
+def test_gradients_cross_while_others_are_computed(student_text):
+    """Those of a layer's square matrices; v4's compiler has no room for it."""
+    (layers,) = [one for one in parse(student_text).collectives(4) if one.dtype == "bf16"]
+    assert layers.overlapped > 0.4 * layers.bytes
 
 
 def test_accumulation_sums_the_embedding_s_gradient_before_it_crosses(train_text, accumulated_text):

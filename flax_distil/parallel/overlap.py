@@ -1,0 +1,49 @@
+"""Gradients that cross a TPU's links while it computes.
+
+What is written here the TPU compiler does only when told to (docs/LOG.md, 2026-11-25).
+"""
+
+import logging
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from flax_distil.parallel.mesh import replicated
+
+log = logging.getLogger(__name__)
+
+# libtpu's names. An all-reduce becomes part of the matrix products beside it, and is not put
+# together with those of gradients that are known later.
+OVERLAP = {
+    "xla_enable_async_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_jf_crs_combiner_threshold_in_bytes": str(2**20),
+}
+
+
+# Their 16 MiB of vector memory are less than it takes.
+TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")
+
+
+@cache
+def overlap_options(mesh: Mesh) -> dict[str, str]:
+    """Compiler options for a program that sums gradients over `mesh`; none but on newer TPUs.
+
+    Compilers drop options without notice: one that does not know them is not asked.
+    """
+    chip = mesh.devices.flat[0]
+    if mesh.size == 1 or chip.platform != "tpu" or chip.device_kind in TOO_SMALL:
+        return {}
+    nothing = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    same = jax.jit(lambda x: x).trace(nothing).lower(lowering_platforms=("tpu",))
+    try:
+        same.compile(compiler_options=OVERLAP)
+    except jax.errors.JaxRuntimeError as error:
+        log.warning("gradients are reduced when all are known, not meanwhile: %s", error)
+        return {}
+    return OVERLAP
