@@ -205,7 +205,7 @@ def prepare(
 
 
 def compile_step(
-    plan: Plan, mesh: jax.sharding.Mesh, placed: Any, options: dict[str, str] | None = None
+    plan: Plan, mesh: jax.sharding.Mesh, placed: Any, options: dict[str, str | bool] | None = None
 ) -> Any:
     """`train_step` as it runs: jitted with the compiler's `options`, its state donated and kept
     where `placed` says."""

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 # libtpu's names. An all-reduce becomes part of the matrix products beside it, and is not put
 # together with those of gradients that are known later.
-OVERLAP = {
+OVERLAP: dict[str, str | bool] = {
     "xla_enable_async_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
@@ -31,7 +31,7 @@ TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")
 
 
 @cache
-def overlap_options(mesh: Mesh) -> dict[str, str]:
+def overlap_options(mesh: Mesh) -> dict[str, str | bool]:
     """Compiler options for a program that sums gradients over `mesh`; none but on newer TPUs.
 
     Compilers drop options without notice: one that does not know them is not asked.

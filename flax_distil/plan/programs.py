@@ -62,7 +62,7 @@ class Program:
     arguments: dict[str, float]
     lowered: Any
     loops: int = 1
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str | bool] = field(default_factory=dict)
 
 
 def train_program(
