@@ -62,14 +62,14 @@ def test_gradients_cross_while_others_are_computed(student_text):
     assert layers.overlapped > 0.4 * layers.bytes
 
 
-def test_accumulation_sums_the_embedding_s_gradient_before_it_crosses(train_text, accumulated_text):
-    """Once an update. Those of the layers cross once a micro-batch, at little cost (docs/LOG)."""
+def test_accumulation_sums_gradients_before_they_cross(train_text, accumulated_text):
+    """Once an update, in float32: four micro-batches send little more than one."""
     once, four = (
         {one.dtype: one.bytes for one in parse(text).collectives()}
         for text in (train_text, accumulated_text)
     )
-    assert four["f32"] < 1.01 * once["f32"]
-    assert four["bf16"] < 4.01 * once["bf16"]
+    assert four["f32"] < 1.01 * (once["f32"] + 2 * once["bf16"])
+    assert four["bf16"] < 0.1 * once["bf16"]
 
 
 def test_the_loop_over_the_vocabulary_is_silent(train_text):
