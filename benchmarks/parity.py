@@ -28,7 +28,7 @@ import torch
 import whisper
 from tqdm import tqdm
 
-from flax_distil.audio.load import load_audio, pad_or_trim
+from flax_distil.audio.load import AudioError, load_audio, pad_or_trim
 from flax_distil.cache import cache_folder
 from flax_distil.decode.language import detect_language
 from flax_distil.decode.options import DecodeOptions
@@ -74,11 +74,18 @@ def chosen(files: list[Path], count: int) -> list[Path]:
 
 
 def batches(files: list[Path], size: int, title: str) -> Iterator[tuple[list[Path], np.ndarray]]:
-    """Files with their sound in windows of 30 s."""
+    """Files with their sound in windows of 30 s; those without any are named and left out."""
     for start in tqdm(range(0, len(files), size), desc=title, leave=False):
-        batch = files[start : start + size]
-        sounds = [load_audio(p, format="g722" if p.suffix == ".g722" else None) for p in batch]
-        yield batch, np.stack([pad_or_trim(sound) for sound in sounds])
+        sounds = {}
+        for path in files[start : start + size]:
+            try:
+                sound = load_audio(path, format="g722" if path.suffix == ".g722" else None)
+            except AudioError as error:
+                print(error)
+                continue
+            sounds[path] = pad_or_trim(sound)
+        if sounds:
+            yield list(sounds), np.stack(list(sounds.values()))
 
 
 def openai_model(checkpoint: Checkpoint) -> whisper.Whisper:
