@@ -1,7 +1,7 @@
 """Short clips and a long recording against other engines, speculative decoding against greedy.
 
     python benchmarks/decode.py [--models whisper-tiny.en whisper-base] [--batches 1 8]
-        [--rounds 3] [--minutes 2] [--student FOLDER] [--smaller NAME] [--guesses 4]
+        [--rounds 3] [--minutes 1] [--student FOLDER] [--smaller NAME] [--guesses 4]
         [--vocabulary 24000] [--speculative-batches 1 4 16] [--json FILE] [AUDIO ...]
 
 The figures that are published: --rounds 5 --minutes 10, on a machine that does nothing else.
@@ -331,7 +331,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--speculative-batches", nargs="*", type=int, default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=2, help="of the recording; 0 for none")
+    parser.add_argument("--minutes", type=float, default=1, help="of the recording; 0 for none")
     parser.add_argument("--tokens", type=int, default=128, help="at most so many a clip")
     parser.add_argument("--student", help="drafts for the models with its vocabulary")
     parser.add_argument("--smaller", help="a smaller Whisper, as the student")

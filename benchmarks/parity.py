@@ -2,7 +2,7 @@
 
     python benchmarks/parity.py [language] [search] [chunked] [sequential] [words]
         [--models whisper-tiny.en whisper-base] [--clips 8] [--manifests FILE…] [--beams 1 5]
-        [--batch 1 8] [--minutes 2] [--languages en es fr it ru] [--students FOLDER…] [--json FILE]
+        [--batch 1 8] [--minutes 1] [--languages en es fr it ru] [--students FOLDER…] [--json FILE]
 
 language: whisper-base names the language of telephone prompts in five languages as openai-whisper
 does. search: the tokens of greedy search and of five beams are Transformers'; a model may be a
@@ -345,7 +345,7 @@ def main():
     parser.add_argument("--manifests", nargs="+", type=Path, default=[], help="of clips to search")
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 5])
     parser.add_argument("--students", nargs="+", default=[], help="of the first model, trained")
-    parser.add_argument("--minutes", type=float, default=2, help="of the long recording")
+    parser.add_argument("--minutes", type=float, default=1, help="of the long recording")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

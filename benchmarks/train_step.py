@@ -1,7 +1,7 @@
 """One update of distillation, five ways, against the same update in PyTorch.
 
     python benchmarks/train_step.py [--model whisper-base] [--batch 8] [--tokens 128] [--layers 2]
-        [--rounds 5] [--dtype float32] [--chunk 128] [--top-k 32] [--json FILE]
+        [--rounds 3] [--dtype float32] [--chunk 128] [--top-k 32] [--json FILE]
 
 - Transformers: its modules, one frozen encoder pass for teacher and student, log-mel by its own
   feature extractor in PyTorch, KL + CE, clipping, torch.optim.AdamW.
@@ -218,7 +218,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64, help="longest label")
     parser.add_argument("--layers", type=int, default=2, help="decoder layers of the student")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--chunk", type=int, default=128, help="tokens whose logits exist")
     parser.add_argument("--top-k", type=int, default=32)
