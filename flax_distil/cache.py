@@ -1,7 +1,9 @@
-"""Where downloads are kept between runs."""
+"""Where downloads and compiled programs are kept between runs."""
 
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder() -> Path:
@@ -22,3 +24,16 @@ def keep_programs() -> None:
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def compile_aside(lowered: Any, options: dict[str, Any] | None = None) -> Any:
+    """Compiles what JAX is not to keep: it cannot read programs for chips that are not here."""
+    import jax
+
+    kept = "jax_persistent_cache_min_compile_time_secs"
+    seconds = getattr(jax.config, kept)
+    jax.config.update(kept, math.inf)
+    try:
+        return lowered.compile(compiler_options=options)
+    finally:
+        jax.config.update(kept, seconds)

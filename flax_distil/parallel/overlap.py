@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from flax_distil.cache import compile_aside
 from flax_distil.parallel.mesh import replicated
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def overlap_options(mesh: Mesh) -> dict[str, str | bool]:
     nothing = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     same = jax.jit(lambda x: x).trace(nothing).lower(lowering_platforms=("tpu",))
     try:
-        same.compile(compiler_options=OVERLAP)
+        compile_aside(same, OVERLAP)
     except jax.errors.JaxRuntimeError as error:
         log.warning("gradients are reduced when all are known, not meanwhile: %s", error)
         return {}

@@ -6,7 +6,6 @@ Answers are kept by the program's fingerprint, so that the same question costs n
 import hashlib
 import json
 import logging
-import math
 import re
 import time
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any
 
 import jax
 
-from flax_distil.cache import cache_folder
+from flax_distil.cache import cache_folder, compile_aside
 from flax_distil.plan.hlo import COUNTING, Collective, Held, parse
 from flax_distil.plan.programs import Program
 from flax_distil.plan.topology import Slice, libtpu_version
@@ -114,17 +113,6 @@ def ask(program: Program) -> Compiled | Refusal:
         tensors=module.largest(8),
         seconds=round(time.monotonic() - start, 1),
     )
-
-
-def compile_aside(lowered: Any) -> Any:
-    """Compiles. JAX is not to keep programs for chips that are not here: it cannot read them."""
-    kept = "jax_persistent_cache_min_compile_time_secs"
-    seconds = getattr(jax.config, kept)
-    jax.config.update(kept, math.inf)
-    try:
-        return lowered.compile()
-    finally:
-        jax.config.update(kept, seconds)
 
 
 def refusal(message: str) -> Refusal | None:

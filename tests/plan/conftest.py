@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from flax_distil.cache import cache_folder
+from flax_distil.cache import cache_folder, compile_aside
 from flax_distil.plan.topology import WITHOUT_TPU, libtpu_version, tpu_slice
 
 for name, value in WITHOUT_TPU.items():
@@ -94,7 +94,7 @@ def recognition_texts(chosen) -> tuple[str, str]:
 
 def text_of(program, slice: str = "v4-8") -> str:
     """The compiled program; kept, for the compiler takes 20 s."""
-    from flax_distil.plan.compiler import compile_aside, fingerprint
+    from flax_distil.plan.compiler import fingerprint
 
     name = fingerprint(program, tpu_slice(slice))
     path = cache_folder() / "tests" / "tpu" / f"{name}.gz"
