@@ -117,35 +117,40 @@ def print_plan(plan: Plan, config: PlanConfig) -> None:
 
 
 def programs_table(plan: Plan) -> Table:
-    """A row a program."""
-    table = Table()
-    for name in ("program", "clips at once", "fits", "HBM a chip", "most at once"):
-        table.add_column(name, justify="left" if name == "program" else "right")
-    for name in ("TFLOP", "HBM GB", "FLOP/byte", "links MB", "ms at least", "limit", "MFU at most"):
-        table.add_column(name, justify="right")
+    """A column a program, for there are few of them and much to say of each."""
+    table = Table("a chip")
     for one in plan.programs:
-        label = f"{one.program} · {one.length}" if one.length else one.program
-        cells = [label, str(one.rows)]
-        most = "" if one.largest_batch is None else str(one.largest_batch)
-        if isinstance(one, TooLarge):
-            cells += ["no", f"{one.needed / GIB:.1f} of {one.available / GIB:.1f} GiB", most]
-            table.add_row(*cells, *[""] * 7)
-            continue
-        moved = sum(collective.bytes for collective in one.collectives)
-        table.add_row(
-            *cells,
-            "yes",
-            f"{one.memory / GIB:.1f} of {one.capacity / GIB:.0f} GiB",
-            most,
-            f"{one.flops / one.chips / 1e12:.2f}",
-            f"{one.traffic / 1e9:.1f}",
-            f"{one.intensity:.0f}",
-            f"{moved / 1e6:.0f}",
-            f"{1e3 * one.seconds.bound:.1f}",
-            one.seconds.limit,
-            f"{one.mfu:.0%}",
-        )
+        tokens = f", {one.length} tokens" if one.length else ""
+        table.add_column(f"{one.program}{tokens}", justify="right")
+    names = (
+        *("clips at once", "fits", "HBM, GiB", "most at once", "TFLOP", "HBM traffic, GB"),
+        *("FLOP/byte", "links, MB", "ms at least", "limit", "MFU at most"),
+    )
+    for name, *cells in zip(names, *map(figures, plan.programs), strict=True):
+        table.add_row(name, *cells)
     return table
+
+
+def figures(one: Estimate | TooLarge) -> list[str]:
+    """A program's column: what is not known of one that does not fit is empty."""
+    most = "" if one.largest_batch is None else str(one.largest_batch)
+    if isinstance(one, TooLarge):
+        memory = f"{one.needed / GIB:.1f} of {one.available / GIB:.1f}"
+        return [str(one.rows), "no", memory, most, *[""] * 7]
+    moved = sum(collective.bytes for collective in one.collectives)
+    return [
+        str(one.rows),
+        "yes",
+        f"{one.memory / GIB:.1f} of {one.capacity / GIB:.0f}",
+        most,
+        f"{one.flops / one.chips / 1e12:.2f}",
+        f"{one.traffic / 1e9:.1f}",
+        f"{one.intensity:.0f}",
+        f"{moved / 1e6:.0f}",
+        f"{1e3 * one.seconds.bound:.1f}",
+        one.seconds.limit,
+        f"{one.mfu:.0%}",
+    ]
 
 
 def details(one: Estimate | TooLarge) -> str:
