@@ -9,6 +9,7 @@ not ask: `progress` holds a sum of the bits of every array, taken on the devices
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -182,6 +183,12 @@ def readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, OSError) as error:
+        if differing := re.findall(r"^([\w.]+):$", str(error), re.MULTILINE):
+            raise InputError(
+                f"{folder} is of another model than this run trains, or of other settings of "
+                "train_encoder or compute.scan_layers: they do not both have "
+                f"{', '.join(differing[:3])}"
+            ) from error
         raise InputError(f"{folder} is damaged or of another model: {error}") from error
 
 

@@ -28,11 +28,10 @@ def make_plan(config: DistillConfig, teacher: WhisperDims, student: WhisperDims)
     check_pair(teacher, student)
     check_numbers(config)
     compute = config.compute
+    theirs, ours = (HALVES, ("encoder",)) if compute.scan_layers else ((), ())
     return Plan(
-        teacher=Spec(teacher, compute.dtype, HALVES if compute.scan_layers else ()),
-        student=Spec(
-            student, compute.dtype, HALVES[:1] if compute.scan_layers else (), compute.remat
-        ),
+        teacher=Spec(teacher, compute.dtype, theirs),
+        student=Spec(student, compute.dtype, ours, compute.remat),
         loss=config.loss,
         optimizer=config.optimizer,
         layer_map=layer_map(student.decoder_layers, teacher.decoder_layers),

@@ -132,6 +132,16 @@ def test_another_model_is_an_error(tmp_path):
     checkpoints.close()
 
 
+def test_parameters_of_another_layout_are_named_and_not_printed(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save_and_wait(checkpoints, state_at(1))
+    stacked = {"decoder": {"layers": {"kernel": jnp.zeros((1, 64, 8))}}}
+    with pytest.raises(InputError, match=r"compute\.scan_layers.*decoder\.layers") as told:
+        checkpoints.restore(replace(state_at(0), params=stacked))
+    assert len(str(told.value)) < 400 + len(str(tmp_path))
+    checkpoints.close()
+
+
 def test_best_after_the_resumed_step_is_forgotten(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save_best(state_at(6), Progress(LoaderState()))
