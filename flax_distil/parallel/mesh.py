@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_distil.errors import InputError
@@ -26,7 +27,8 @@ def make_mesh(
     """A `data × fsdp × tensor` mesh over all devices; `data` = -1 takes what the others leave.
 
     Raises:
-        InputError: the sizes do not multiply to the number of devices.
+        InputError: the sizes do not multiply to the number of devices, the tensor axis crosses
+            hosts, which read other clips each, or the devices are several TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     inner = fsdp * tensor
@@ -39,10 +41,27 @@ def make_mesh(
             f"mesh {data} × {fsdp} × {tensor} is for {data * inner} devices and {len(devices)} are "
             f"here: choose fsdp × tensor that divides {len(devices)} and data = -1"
         )
-    shape = (data, fsdp, tensor)
-    if devices[0].platform == "tpu":  # follow the torus, so that neighbours talk to neighbours
-        return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices)
-    return Mesh(np.array(devices).reshape(shape), AXES, (AxisType.Auto,) * 3)
+    arranged = np.array(devices).reshape(data, fsdp, tensor)
+    if devices[0].platform == "tpu":
+        arranged = along_torus(arranged.shape, devices)
+    clips = arranged.reshape(-1, tensor)
+    if any(len({device.process_index for device in members}) > 1 for members in clips):
+        raise InputError(
+            f"mesh {data} × {fsdp} × {tensor}: the tensor axis crosses hosts, of which each reads "
+            "clips of its own: choose a smaller tensor, and fsdp for the rest"
+        )
+    return Mesh(arranged, AXES, (AxisType.Auto,) * 3)
+
+
+def along_torus(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """TPUs so that neighbours talk to neighbours."""
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        raise InputError(f"{len(slices)} TPU slices are here and a mesh is of one: launch on each")
+    try:
+        return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices).devices
+    except NotImplementedError:  # an axis is only a part of the torus's
+        return create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def data_shards(mesh: Mesh) -> int:

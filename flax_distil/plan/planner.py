@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +124,8 @@ def decode(
 
     batch: clips of a process. On a slice of several hosts each hears others.
     """
-    ours = [chip for chip in chips if chip.process_index == chips[0].process_index]
+    # libtpu takes every host for one of four chips: its devices are in order of these.
+    ours = sorted(chips, key=attrgetter("process_index"))[: target.host_chips]
     length = config.label_length or options.max_tokens
 
     def one(rows: int, index: int) -> Program:

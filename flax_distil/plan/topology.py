@@ -64,6 +64,11 @@ class Slice:
         """What each of its chips has."""
         return CHIPS[self.generation]
 
+    @property
+    def host_chips(self) -> int:
+        """Chips of one host: all 8 of a v5e-8 or v6e-8, else 4."""
+        return self.chips if self.chip.dimensions == 2 and self.chips <= 8 else 4
+
 
 def tpu_slice(name: str) -> Slice:
     """The slice of a name: v4 and v5p count cores (two a chip), v5e and v6e count chips.
