@@ -4,6 +4,7 @@ Nothing heavy is imported before the verb is known, so that `--help` answers at 
 """
 
 import dataclasses
+import errno
 import functools
 import logging
 import sys
@@ -105,6 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"flax-distil: {error}", file=sys.stderr)
         return error.status
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        print(f"flax-distil: the disk has no room{where}: make some, run again", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("flax-distil: interrupted", file=sys.stderr)
         return INTERRUPTED

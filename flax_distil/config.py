@@ -171,7 +171,7 @@ class LossConfig:
     mse: float = 0.0
     """Weight of the hidden states' mean squared error (paper's appendix D.2)."""
     temperature: float = 2.0
-    """Softmax temperature of the KL term in training; evaluation always has 1."""
+    """Softmax temperature of the KL term."""
     label_smoothing: float = 0.0
     """Share of the label's probability that is spread over the vocabulary in the cross-entropy."""
 

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import inspect
 import subprocess
 import sys
@@ -128,6 +129,14 @@ def test_wrong_input_is_one_line_and_status_2(monkeypatch, capsys):
 def test_partial_failure_is_1_and_an_interrupt_130(monkeypatch):
     assert run_as(monkeypatch, SomeFailed("1 of 2 files failed")) == 1
     assert run_as(monkeypatch, KeyboardInterrupt()) == 130
+
+
+def test_a_full_disk_is_said(monkeypatch, capsys):
+    assert run_as(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "runs/x")) == 2
+    said = capsys.readouterr().err
+    assert said == "flax-distil: the disk has no room for runs/x: make some, run again\n"
+    with pytest.raises(PermissionError):
+        run_as(monkeypatch, PermissionError(errno.EACCES, "Permission denied"))
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

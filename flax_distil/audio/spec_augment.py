@@ -28,7 +28,8 @@ def spec_augment(
 
     keys_B: key data (as `jax.random.key_data`) of each clip. seconds_B: lengths before padding.
     """
-    frames_B = jnp.minimum(seconds_B * SAMPLE_RATE / HOP, mel_BTM.shape[1])
+    # One frame at least: the mean of none is no number, and would reach the whole batch's gradient.
+    frames_B = jnp.clip(seconds_B * SAMPLE_RATE / HOP, 1, mel_BTM.shape[1])
     return jax.vmap(partial(_augmented, options=options))(keys_B, mel_BTM, frames_B)
 
 

@@ -26,7 +26,7 @@ from flax_distil.data.batches import (
 from flax_distil.data.chance import Purpose, generator
 from flax_distil.data.mixing import STREAMED, Place, Source, places, rows_by_lane
 from flax_distil.data.streams import LanePlace, Streamed, check_lanes, read_lane
-from flax_distil.data.utterances import Joined, Skipped, Utterance
+from flax_distil.data.utterances import Joined, Skipped, Utterance, to_language
 from flax_distil.data.windows import hear, read_ahead
 from flax_distil.data.workers import open_pool
 from flax_distil.errors import InputError
@@ -235,6 +235,10 @@ class Loader:
                 before = source.utterances[place.number - 1]  # type: ignore[index]
         if source.options.target == "text" and not said(utterance):
             return self._left_out(utterance, "it has no text")
+        try:
+            to_language(utterance.language or "en")
+        except InputError as error:
+            return self._left_out(utterance, str(error))
         if before is not None and source.options.target == "text" and not said(before):
             before = None
         targets = example(utterance, self.tokens, source.options, (seed, *place), before)

@@ -201,7 +201,10 @@ def read_dataset(source: DataConfig | str | Path) -> Utterances | UtteranceStrea
         to_language(config.language)
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit {config.limit} leaves no utterance: use 1 or more")
-    table = read_table(config)
+    try:
+        table = read_table(config)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{config.source} is no UTF-8 text: {error}") from None
     columns = find_columns(table, config)
     if not hasattr(table.rows, "__len__"):
         return UtteranceStream(table.rows, columns, config)
@@ -247,17 +250,26 @@ def to_utterance(row: Row, number: int | str, columns: Columns, config: DataConf
         value = None if column is None else row.get(column)
         return None if value is None else str(value)
 
+    def seconds(column: str) -> float | None:
+        value = row.get(column)
+        try:
+            return None if value is None else float(value)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"{config.source} row {number} has {column} {value!r}: it must be seconds"
+            ) from None
+
     audio, path = _audio(row.get(columns.audio))
     suffix = Path(path or "").suffix.lower().lstrip(".")
-    duration, offset, tokens = (row.get(name) for name in ("duration", "offset", "token_ids"))
+    offset, tokens = seconds("offset"), row.get("token_ids")
     return Utterance(
         id=text(columns.id) or path or str(number),
         audio=audio,
         text=text(columns.text),
-        duration=None if duration is None else float(duration),
+        duration=seconds("duration"),
         speaker=text(columns.speaker),
         language=text(columns.language) or config.language,
-        offset=None if offset is None else float(offset),
+        offset=offset,
         format="g722" if suffix == "g722" else None,
         token_ids=None if tokens is None else tuple(tokens),
         stored=read_stored(row),

@@ -46,8 +46,6 @@ class Checkpoints:
     """The checkpoints of one run's folder; opening it removes what a kill left half-written."""
 
     def __init__(self, folder: Path, keep: int):
-        if keep < 1:
-            raise InputError(f"keep {keep} would keep no checkpoint: use 1 or more")
         self.folder = folder.absolute()
         self.latest = manager(self.folder / LATEST, keep)
         self.best = manager(self.folder / BEST, 1)

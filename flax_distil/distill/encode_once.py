@@ -12,6 +12,7 @@ from flax_distil.config import DistillConfig
 from flax_distil.data.audio_states import AudioStates, StateFolder, audio_states, clip_names
 from flax_distil.data.augment import masks_log_mel
 from flax_distil.data.mixing import Source
+from flax_distil.data.packing import Packed
 from flax_distil.data.utterances import NUMBER, Joined, Utterances
 from flax_distil.decode.recognizer import listen
 from flax_distil.errors import InputError
@@ -76,7 +77,10 @@ def state_folder(
         if (store / SETTINGS).is_file():
             names = clip_names(utterances.column(NUMBER), utterances.column("id"))
             return StateFolder(states_of(root, encoder, read_settings(store)), names)
-    # Any other dataset is told by the lengths of its texts.
-    digest = hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
+    # Any other dataset is told by its name, the pauses in its windows and the lengths of its texts.
+    of = utterances.utterances if isinstance(utterances, Packed) else utterances
+    data, pause = getattr(of, "config", None), getattr(utterances, "pause", 0.0)
+    told = data and (data.source, data.config, data.split, data.revision)
+    digest = hashlib.sha256(f"{told} {pause}".encode() + lengths.tobytes()).hexdigest()[:16]
     names = clip_names(range(len(lengths)), [""] * len(lengths))
     return StateFolder(root / fingerprint(encoder) / digest, names)

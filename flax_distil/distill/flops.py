@@ -30,7 +30,8 @@ def step_flops(
     gradient. Recomputation (remat) does not count: it is no useful work.
     """
     teacher, student, loss = plan.teacher.dims, plan.student.dims, plan.loss
-    clip = encoder_flops(teacher) if encode else 0
+    shared = encode and (plan.asks_teacher or not own_encoder)
+    clip = encoder_flops(teacher) if shared else 0
     if plan.asks_teacher:
         clip += decoder_flops(teacher, length) + cross_flops(teacher)
     if loss.kl and (plan.stored is None or plan.stored.width):

@@ -1,6 +1,7 @@
 """From two checkpoints and a configuration to what the train step takes."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +15,17 @@ from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.spec import HALVES, Params, Spec, unstack_layers
 from flax_distil.model.student import layer_map, same_arrays
+from flax_distil.pseudo_label.store import SETTINGS, read_settings
 
 log = logging.getLogger(__name__)
+
+# Numbers that must be 1 or more, by the part of the configuration.
+COUNTS = {
+    "": ("batch_size", "lanes", "max_skipped"),
+    "compute": ("accumulation", "fsdp", "tensor"),
+    "run": ("save_every", "keep", "log_every", "workers"),
+    "validation": ("every", "batch_size", "max_tokens"),
+}
 
 
 def make_plan(config: DistillConfig, teacher: WhisperDims, student: WhisperDims) -> Plan:
@@ -69,9 +79,32 @@ def check_numbers(config: DistillConfig) -> None:
             f"{optimizer.warmup_steps} warm-up steps do not fit into {optimizer.steps} steps: "
             "choose fewer"
         )
-    for name in ("accumulation", "fsdp", "tensor"):
-        if getattr(config.compute, name) < 1:
-            raise InputError(f"{name} {getattr(config.compute, name)} must be 1 or more")
+    for name in ("timestamp_probability", "prompt_probability"):
+        if not 0 <= (value := getattr(config, name)) <= 1:
+            raise InputError(f"{name} {value:g} must be between 0 and 1")
+    for part, names in COUNTS.items():
+        of = getattr(config, part, config)
+        for name in names:
+            if (value := getattr(of, name)) < 1:
+                raise InputError(f"{name} {value} must be 1 or more")
+    for name in ("learning_rate", "max_gradient_norm"):
+        if (value := getattr(optimizer, name)) <= 0:
+            raise InputError(f"{name} {value:g} must be positive")
+    if not config.label_buckets or not all(1 <= one <= 448 for one in config.label_buckets):
+        raise InputError(f"label_buckets {config.label_buckets}: name lengths from 1 to 448 tokens")
+
+
+def check_tasks(config: DistillConfig) -> None:
+    """Raises InputError where labels were written for another task than prompts would name."""
+    taught = [(path, "transcribe") for path in config.labels]
+    taught += [(Path(one.source), one.task) for one in config.data if one.target != "text"]
+    for path, task in taught:
+        written = read_settings(path)["task"] if (path / SETTINGS).is_file() else task
+        if written != task:
+            raise InputError(
+                f"{path} was labelled to {written} and would be taught to {task}: name it in a "
+                f'[[distill.data]] table that says task = "{written}"'
+            )
 
 
 def split_parameters(

@@ -110,15 +110,6 @@ def train_step(
     }
 
 
-def evaluation_losses(
-    params: Params, frozen: Frozen, batch: Batch, plan: Plan
-) -> tuple[Losses, Float[Array, ""]]:
-    """Sums of the parts at temperature 1, without smoothing, and the number of label tokens."""
-    plan = replace(plan, loss=replace(plan.loss, temperature=1.0, label_smoothing=0.0))
-    guide = teach(frozen, batch, plan)
-    return student_losses(params, frozen, guide, batch, plan)[1], jnp.sum(batch.weights)
-
-
 def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
     """Encoder and teacher, outside of all differentiation."""
     audio_BSD = batch.audio

@@ -141,5 +141,3 @@ def check_store(path: Path, settings: dict[str, Any], weights: str, config: Dist
             f"{path} was written with timestamps, and timestamp_probability "
             f"{config.timestamp_probability} would drop some: set it to 1, or label without"
         )
-    if settings["task"] != "transcribe":
-        raise InputError(f"{path} is translated, and training prompts transcribe: run a teacher")

@@ -23,7 +23,13 @@ from flax_distil.distill.encode_once import kept_states
 from flax_distil.distill.flops import measured_peak, step_flops
 from flax_distil.distill.replicas import check_replicas
 from flax_distil.distill.runs import RECIPE
-from flax_distil.distill.setup import make_plan, split_parameters, whole_student
+from flax_distil.distill.setup import (
+    check_numbers,
+    check_tasks,
+    make_plan,
+    split_parameters,
+    whole_student,
+)
 from flax_distil.distill.state import TrainState, initial_state
 from flax_distil.distill.step import Frozen, Plan, train_step
 from flax_distil.distill.stopping import stop_signals
@@ -105,8 +111,10 @@ def run(config: DistillConfig) -> TrainSummary:
             training had to stop, after its state was saved.
     """
     start()
+    check_numbers(config)
     check_folder(config)
     check_wandb(config)
+    check_tasks(config)
     teacher, student = load_checkpoint(config.teacher), load_checkpoint(config.student)
     check_stored_teacher(config, teacher)
     tokens = load_tokens(student.source)
@@ -229,8 +237,10 @@ def begin(
     """The state and progress to start from, and the run's records written."""
     progress = Progress(LoaderState(seed=config.seed))
     if has_checkpoints(config.output_dir):
-        check_recipe(config)
+        begun = check_recipe(config)
         state, progress = checkpoints.restore(state)
+        if clips(begun) != clips(config):  # of which the best is not known
+            progress = replace(progress, best_wer=None, best_step=None, since_best=0)
         log.info("continuing %s after step %d", config.output_dir, int(state.step))
     checkpoints.forget_best_after(int(state.step))
     barrier(f"{config.output_dir} at step {int(state.step)}")  # all have read what is written now
@@ -255,8 +265,13 @@ def check_folder(config: DistillConfig) -> None:
         )
 
 
-def check_recipe(config: DistillConfig) -> None:
-    """Raises InputError where a resumed run was begun with other numbers."""
+def clips(config: DistillConfig) -> tuple[Any, ...]:
+    """What word error rates of different steps must share to be compared."""
+    return config.validation.labels, config.validation.max_clips
+
+
+def check_recipe(config: DistillConfig) -> DistillConfig:
+    """How a resumed run was begun. Raises InputError where it was with other numbers."""
     begun = load_recipe(config.output_dir / RECIPE, DistillConfig)
     changed = [
         f"{field.name} (was {getattr(begun, field.name)}, is {getattr(config, field.name)})"
@@ -269,6 +284,7 @@ def check_recipe(config: DistillConfig) -> None:
             f"{config.output_dir} was begun with another recipe: {'; '.join(changed)}. Resume with "
             "the same, or begin a new run"
         )
+    return begun
 
 
 def feed(loader: Batches, start: LoaderState, program: Program) -> Generator[Fed]:

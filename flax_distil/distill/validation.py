@@ -75,6 +75,9 @@ def open_sets(config: DistillConfig) -> dict[str, Utterances]:
         found = read_dataset(DataConfig(str(path), limit=config.validation.max_clips))
         if not isinstance(found, Utterances):
             raise InputError(f"{path} is a stream: validate on files")
+        text = found.columns.text
+        if text is None or not any(found.column(text)):
+            raise InputError(f"{path} has no reference, which validation needs: leave it out")
         sets[name] = found
     return sets
 

@@ -7,6 +7,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from flax_distil.config import PlanConfig
+from flax_distil.errors import InputError
 from flax_distil.plan.topology import without_tpu
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ def run(config: PlanConfig) -> "list[Plan]":
         InputError: a recipe does not fit a slice's number of chips, names a model whose sizes are
             not known, or libtpu is missing.
     """
+    if config.mfu is not None and not 0 < config.mfu <= 1:
+        raise InputError(f"mfu {config.mfu:g} is a share of the peak: 40 % is 0.4")
+    if config.label_length is not None and config.label_length < 1:
+        raise InputError(f"label_length {config.label_length} must be 1 or more")
     without_tpu()
     from flax_distil.plan.planner import plan
     from flax_distil.plan.report import as_json, print_plan, write_table

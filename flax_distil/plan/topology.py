@@ -87,7 +87,7 @@ def tpu_slice(name: str) -> Slice:
     most = 256 if chip.dimensions == 2 else 2048
     if rest or chips & (chips - 1) or not 4 <= chips <= most:
         raise InputError(
-            f"{name} would have {int(count) / chip.cores:g} chips: a slice has 4, 8, 16, … {most}, "
+            f"{name} would have {int(count) / chip.cores:g} chips: planned are 4, 8, 16, … {most}, "
             f"so {generation}-{4 * chip.cores} to {generation}-{most * chip.cores}"
         )
     return Slice(f"{generation}-{count}", generation, chips, layout(chips, chip.dimensions))

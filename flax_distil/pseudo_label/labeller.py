@@ -204,7 +204,7 @@ def label(
                 claims.done(number)
                 store.write_index(done.values())
         if left := claims.wait():
-            done = store.finished(progress)
+            done = store.finished(progress, done)
     claims.clear()
     store.write_index(done.values(), complete=True)
     shards = [shard for _, shard in sorted(done.items())]

@@ -13,7 +13,7 @@ under its name only when it is whole and on disk. So any process may make any sh
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,16 +149,19 @@ class LabelStore:
         """The shards that are there, whole or not."""
         return {int(name.partition(".")[0]) for name in self._shards()}
 
-    def finished(self, progress: Any = iter) -> dict[int, Shard]:
+    def finished(
+        self, progress: Any = iter, read: Mapping[int, Shard] | None = None
+    ) -> dict[int, Shard]:
         """The shards that are there and whole, by number; others are made again.
 
         One that the index knows must have its checksum; one that it does not know must read
-        through. `progress` wraps the list of files.
+        through. `progress` wraps the list of files; what was `read` before is not read again.
         """
         known = {shard.number: shard for shard in self._index()}
-        found = {}
+        found = dict(read or {})
         for name in progress(self._shards()):
-            number = int(name.partition(".")[0])
+            if (number := int(name.partition(".")[0])) in found:
+                continue
             contents = self.files.read(f"data/{name}")
             if number not in known:
                 try:
@@ -203,6 +206,8 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
     folder holds something else.
     """
     settings, files = json.loads(json.dumps({"format": FORMAT, **settings})), Folder(folder)
+    if files.local and folder.is_file():
+        raise InputError(f"{folder} is a file: take another output_dir")
     if files.has(SETTINGS):
         begun, asked = _flat(read_settings(folder)), _flat(settings)
         differences = [

@@ -56,6 +56,13 @@ def test_bands_of_frequency_through_padding(clips):
     assert bands.any(axis=0).all()
 
 
+def test_a_clip_that_was_not_heard_stays_finite(clips):
+    keys_B, mel_BTM, _ = clips
+    options = AugmentConfig(time_masks=2, frequency_masks=2)
+    augmented = spec_augment(keys_B, mel_BTM, jnp.zeros(len(keys_B)), options)
+    assert jnp.isfinite(augmented).all()
+
+
 def test_a_clip_s_masks_are_its_key_s(clips):
     options = {"time_masks": 2, "frequency_masks": 1, "frequency_mask_bins": 5}
     changed = hidden(clips, **options)

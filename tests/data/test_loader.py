@@ -146,6 +146,14 @@ def test_a_clip_that_is_gone_is_silence_of_weight_0(utterances, caplog):
     assert "3 has weight 0" in caplog.text
 
 
+def test_a_language_that_whisper_lacks_is_left_out_as_in_labelling(utterances, caplog):
+    strange = [*utterances[:3], replace(utterances[3], language="Klingon")]
+    ((batch, _),) = islice(loader(strange).batches(LoaderState()), 1)
+    heard = batch.weights.any(axis=1)
+    assert sorted(batch.rows[heard].tolist()) == [0, 1, 2]
+    assert '3 has weight 0: Whisper knows no language "Klingon"' in caplog.text
+
+
 def test_errors_before_the_first_batch(utterances):
     with pytest.raises(InputError, match="no label to train on"):
         loader([])

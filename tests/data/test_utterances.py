@@ -258,15 +258,24 @@ def test_bad_manifest(tmp_path, content, message):
         read_dataset(path)
 
 
+def test_a_duration_that_is_no_number_is_named(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    path.write_text('{"audio": "a.wav", "duration": "0:07"}\n')
+    with pytest.raises(InputError, match=r"manifest.jsonl row 0 has duration '0:07': it must be"):
+        _ = read_dataset(path)[0]
+
+
 def test_bad_sources(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no end")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"audio": "caf\xe9.wav"}')
     (tmp_path / "empty").mkdir()
     for source, message in [
         (tmp_path / "absent.jsonl", "no such file or folder"),
         ("absent.parquet", "no such file or folder"),
         ("./absent", "no such file or folder"),
         (tmp_path / "notes.txt", "not a .txt file"),
+        (tmp_path / "latin.jsonl", "latin.jsonl is no UTF-8 text"),
         (tmp_path / "cut.parquet", "not a whole Parquet file"),
         (tmp_path / "*.arrow", "no Parquet file matches"),
         (tmp_path / "empty", "nothing to read"),

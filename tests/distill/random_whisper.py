@@ -6,6 +6,8 @@ import jax
 import numpy as np
 
 from flax_distil.data.batches import Batch
+from flax_distil.distill.losses import Losses
+from flax_distil.distill.step import Plan, student_losses, teach
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import WhisperDims, dims_to_hf
 from flax_distil.model.spec import Spec
@@ -36,6 +38,11 @@ def random_teacher() -> Checkpoint:
     params = jax.tree_util.tree_map_with_path(draw, Spec(DIMS).abstract())
     generation = {"alignment_heads": [[1, 0], [2, 1]]}
     return Checkpoint(DIMS, params, dims_to_hf(DIMS), generation, Path("nowhere"))
+
+
+def losses_of(params, frozen, batch: Batch, plan: Plan) -> Losses:
+    """Sums of the parts over a batch."""
+    return student_losses(params, frozen, teach(frozen, batch, plan), batch, plan)[1]
 
 
 def random_batch(rows: int = 8, length: int = 8, seed: int = 0) -> Batch:

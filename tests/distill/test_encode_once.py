@@ -1,6 +1,8 @@
 """From the labeller's encoder to training that has none: every clip is encoded once."""
 
+import json
 import shutil
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -84,3 +86,17 @@ def test_the_labellers_states_are_found_through_the_filter(run, monkeypatch):
         np.testing.assert_array_equal(kept(run), expected)
     shutil.rmtree(run.audio_states)
     np.testing.assert_array_equal(kept(run), expected)
+
+
+def test_the_same_texts_in_other_voices_have_states_of_their_own(run, random_folders, tmp_path):
+    """Two manifests of clips that differ in nothing but their sound."""
+    random, states = np.random.default_rng(1), []
+    for name in ("quiet", "loud"):
+        (tmp_path / name).mkdir()
+        noise = random.normal(size=16_000).astype(np.float32)
+        (tmp_path / name / "0.flac").write_bytes(encode_flac(0.1 * noise))
+        row = {"audio": "0.flac", "text": "one two", "token_ids": [7, 8]}
+        path = tmp_path / name / "clips.jsonl"
+        path.write_text(json.dumps(row))
+        states.append(kept(replace(run, labels=(path,))))
+    assert not np.array_equal(*states)

@@ -31,6 +31,9 @@ def test_large_v3():
     assert 8 * decoder == pytest.approx(6.3e12, rel=0.02)
     plan = Plan(Spec(teacher), Spec(student), LossConfig(), OptimizerConfig())
     assert step_flops(plan, 8, 256, False, False) == pytest.approx(26.3e12, rel=0.02)
+    alone = replace(plan, loss=LossConfig(kl=0.0))  # of the teacher nothing runs
+    both = 3 * 8 * encoder_flops(teacher) + step_flops(alone, 8, 256, False, False, encode=False)
+    assert step_flops(alone, 8, 256, True, True) == pytest.approx(both, rel=0.01)
 
 
 def test_the_compiler_counts_about_the_same(plan, parameters, make_batch, quick_jit):

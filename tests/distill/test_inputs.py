@@ -5,9 +5,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+from random_whisper import losses_of
 
 from flax_distil.config import AugmentConfig, LossConfig, OptimizerConfig
-from flax_distil.distill.step import Frozen, Plan, evaluation_losses
+from flax_distil.distill.step import Frozen, Plan
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import layer_map
 
@@ -20,7 +21,7 @@ def test_a_teacher_is_no_way_from_itself(quick_jit, make_batch, teacher):
     options = AugmentConfig(time_masks=2, time_mask_share=0.5, frequency_masks=1)
     plan = Plan(spec, spec, LossConfig(), OptimizerConfig(), layers, augment=options)
     frozen = Frozen(teacher.params, teacher.params["encoder"])
-    losses = quick_jit(partial(evaluation_losses, plan=plan))
+    losses = quick_jit(partial(losses_of, plan=plan))
 
     batch = make_batch()
     weights = batch.weights * (np.arange(8) >= 3)  # tokens 0 … 2 are the text before
@@ -29,7 +30,7 @@ def test_a_teacher_is_no_way_from_itself(quick_jit, make_batch, teacher):
     other[:, 1] = (other[:, 1] + 1) % (teacher.dims.vocab - 1)
     keys = np.arange(16, dtype=np.uint32).reshape(8, 2)
     found = [
-        losses({"decoder": teacher.params["decoder"]}, frozen, one)[0]
+        losses({"decoder": teacher.params["decoder"]}, frozen, one)
         for one in (batch, replace(batch, tokens=other), replace(batch, keys=keys))
     ]
     assert [float(one.kl) for one in found] == pytest.approx([0, 0, 0], abs=1e-4)

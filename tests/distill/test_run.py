@@ -86,9 +86,15 @@ def test_a_run_leaves_everything(random_folders, labels, tmp_path, caplog):
         trained_student(tmp_path)
     with pytest.raises(InputError, match="has checkpoints of a run"):
         run(config)
-    twice = replace(config.validation, labels=(labels, labels))
-    with pytest.raises(InputError, match="two validation sets are called noise"):
-        run(replace(config, output_dir=tmp_path / "other", validation=twice))
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text(json.dumps({"audio": str(labels.parent / "0.wav"), "text": None}))
+    for sets, message in [
+        ((labels, labels), "two validation sets are called noise"),
+        ((bare,), "bare.jsonl has no reference, which validation needs"),
+    ]:
+        validation = replace(config.validation, labels=sets)
+        with pytest.raises(InputError, match=message):
+            run(replace(config, output_dir=tmp_path / "other", validation=validation))
 
 
 def test_more_batches_compile_nothing_more(random_folders, labels, tmp_path, compilations):

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from random_whisper import losses_of
 
 from flax_distil.audio.log_mel import log_mel
 from flax_distil.config import LossConfig
 from flax_distil.distill.setup import split_parameters, whole_student
 from flax_distil.distill.state import decayed, initial_state, learning_rate
-from flax_distil.distill.step import evaluation_losses, student_losses, teach, train_step
+from flax_distil.distill.step import student_losses, teach, train_step
 from flax_distil.model.spec import HALVES
 from flax_distil.model.student import init_student
 from flax_distil.model.weights import to_hf
@@ -112,15 +113,6 @@ def test_parts_are_pytorchs(step, plan, state, parameters, batch, teacher, stude
     ours = [metrics[name] for name in ("kl", "ce", "mse", "loss")]
     np.testing.assert_allclose(ours, [part.item() for part in (*parts, total)], rtol=1e-5)
     assert metrics["tokens"] == batch.weights.sum()
-
-
-def test_evaluation_has_temperature_1(quick_jit, plan, parameters, batch, teacher, student):
-    losses, tokens = quick_jit(partial(evaluation_losses, plan=plan))(*parameters, batch)
-    config = replace(plan.loss, temperature=1.0)
-    parts, _ = torch_loss(torch_model(teacher), torch_model(student), batch, config, plan.layer_map)
-    np.testing.assert_allclose(
-        np.array(losses) / tokens, [part.item() for part in parts], rtol=1e-5
-    )
 
 
 def test_update_is_pytorchs_adamw(value_and_gradient, step, plan, state, parameters, batch):
@@ -261,12 +253,12 @@ def test_bfloat16_over_float32_masters(quick_jit, plan, parameters, batch, teach
     assert layer["feed_forward"]["up"]["kernel"].dtype == jnp.bfloat16
     assert layer["feed_norm"]["scale"].dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {np.dtype("float32")}
-    rough, _ = quick_jit(partial(evaluation_losses, plan=half))(trainable, frozen, batch)
-    exact, _ = quick_jit(partial(evaluation_losses, plan=plan))(*parameters, batch)
+    rough = quick_jit(partial(losses_of, plan=half))(trainable, frozen, batch)
+    exact = quick_jit(partial(losses_of, plan=plan))(*parameters, batch)
     np.testing.assert_allclose(rough, exact, rtol=2e-2)
     # what is stored narrow is what the program would have narrowed: not a bit differs
     wide = frozen._replace(teacher=teacher.params)
-    same, _ = quick_jit(partial(evaluation_losses, plan=half))(trainable, wide, batch)
+    same = quick_jit(partial(losses_of, plan=half))(trainable, wide, batch)
     assert [float(part) for part in same] == [float(part) for part in rough]
 
 
@@ -333,6 +325,6 @@ def test_decay_spares_biases_and_norms(state):
 
 def test_weights_are_configuration(quick_jit, plan, parameters, batch):
     only = replace(plan, loss=LossConfig(kl=0.0, ce=1.0))
-    losses, _ = quick_jit(partial(evaluation_losses, plan=only))(*parameters, batch)
+    losses = quick_jit(partial(losses_of, plan=only))(*parameters, batch)
     assert losses.kl == losses.mse == 0
     assert losses.ce > 0

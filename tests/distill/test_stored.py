@@ -111,7 +111,7 @@ def test_what_would_compare_other_contexts_is_refused(config, random_folders, la
     settings = json.loads((labels / "labels.json").read_text())
     for change, message in [
         ({"timestamps": True}, "timestamp_probability 0.5 would drop some: set it to 1"),
-        ({"task": "translate"}, "is translated, and training prompts transcribe"),
+        ({"task": "translate"}, "was labelled to translate and would be taught to transcribe"),
         ({"top_k": 0}, "holds no distributions of its teacher"),
     ]:
         other = config.output_dir / "other"

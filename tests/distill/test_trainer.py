@@ -4,6 +4,7 @@ import json
 import logging
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -126,6 +127,14 @@ def test_misfits_are_told_before_anything_is_computed(config, teacher, student, 
         ({"loss": LossConfig(kl=0, ce=0)}, "one must be positive"),
         ({"loss": LossConfig(temperature=0.0)}, "temperature 0.0 must be positive"),
         ({"optimizer": OptimizerConfig(steps=10)}, "500 warm-up steps do not fit into 10 steps"),
+        ({"optimizer": OptimizerConfig(max_gradient_norm=0.0)}, "max_gradient_norm 0 must be pos"),
+        ({"run": RunConfig(save_every=0)}, "save_every 0 must be 1 or more"),
+        ({"run": RunConfig(workers=0)}, "workers 0 must be 1 or more"),
+        ({"lanes": 0}, "lanes 0 must be 1 or more"),
+        ({"validation": ValidationConfig(every=0)}, "every 0 must be 1 or more"),
+        ({"prompt_probability": 20.0}, "prompt_probability 20 must be between 0 and 1"),
+        ({"label_buckets": ()}, "name lengths from 1 to 448 tokens"),
+        ({"label_buckets": (64, 512)}, "name lengths from 1 to 448 tokens"),
     ]:
         with pytest.raises(InputError, match=message):
             train(replace(config, **change), teacher, student, Batches(make_batch))
@@ -156,6 +165,12 @@ def test_the_best_of_the_validations_is_kept(config, teacher, student, make_batc
     assert student_params(config, student, 4)[0] == 4
     with pytest.raises(InputError, match="has no checkpoint 9; it has 2, 3, 4"):
         student_params(config, student, 9)
+
+    # Rates on other clips are compared among themselves.
+    wers, validation = iter([90.0, 80.0]), replace(validation, labels=(Path("other"),))
+    again = replace(config, validation=validation, run=replace(config.run, resume="must"))
+    summary = train(again, teacher, student, Batches(make_batch), validate)
+    assert (summary.best_wer, summary.best_step) == (80.0, 6)
 
 
 def test_non_finite_batches_stop_the_run_and_name_their_clips(

@@ -1,12 +1,14 @@
 """Rooflines, remedies and the search for a batch, on figures made up to be checked by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flax_distil.config import PlanConfig
 from flax_distil.errors import InputError
+from flax_distil.plan import run
 from flax_distil.plan.compiler import refusal
 from flax_distil.plan.estimate import Estimate, Tensor, TooLarge, knob, largest_fitting, roofline
 from flax_distil.plan.hlo import Collective
@@ -66,6 +68,16 @@ def test_a_good_guess_leaves_few_programs_to_compile():
 def test_the_search_says_when_nothing_fits():
     assert largest_fitting(lambda rows: False, 8) is None
     assert largest_fitting(lambda rows: rows <= 5, 8, refused=16, exact=False) == 4
+
+
+def test_shares_and_lengths_that_are_none_are_refused():
+    for change, message in [
+        ({"mfu": 40.0}, "mfu 40 is a share of the peak: 40 % is 0.4"),
+        ({"mfu": 0.0}, "mfu 0 is a share"),
+        ({"label_length": 0}, "label_length 0 must be 1 or more"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            run(replace(CONFIG, **change))
 
 
 def test_the_roofline_is_what_takes_longest():

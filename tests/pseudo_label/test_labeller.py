@@ -280,6 +280,12 @@ def test_a_folder_of_something_else_is_left_alone(config):
         label_with(config)
 
 
+def test_a_file_is_no_folder(config):
+    config.output_dir.write_text("mine")
+    with pytest.raises(InputError, match="is a file: take another output_dir"):
+        label_with(config)
+
+
 def test_run_refuses_what_cannot_work(config):
     from flax_distil.pseudo_label import run
 

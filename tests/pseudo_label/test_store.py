@@ -1,9 +1,14 @@
 """The standard tools read what we write, and we read it back."""
 
+import errno
+
+import pytest
 from datasets import load_dataset
 from fake_teacher import label_with
 
 from flax_distil.data.utterances import listen, read_dataset
+from flax_distil.pseudo_label import folder
+from flax_distil.pseudo_label.store import LabelStore
 
 
 def test_datasets_reads_the_shards(config, tmp_path):
@@ -35,3 +40,32 @@ def test_a_label_store_is_a_dataset(config):
     assert found[3].speaker == "s0"
     assert len(listen(found[3])) == 1600
     assert found.label_lengths().tolist() == [3] * 21
+
+
+def test_shards_that_were_read_are_not_read_again(config, monkeypatch):
+    label_with(config)
+    store = LabelStore(config.output_dir, {})
+    whole = store.finished()
+    one = {0: whole[0]}
+    read = []
+
+    def notice(self, name, before=folder.Folder.read):
+        read.append(name)
+        return before(self, name)
+
+    monkeypatch.setattr(folder.Folder, "read", notice)
+    assert store.finished(read=one) == whole
+    assert "data/00001.parquet" in read
+    assert "data/00000.parquet" not in read
+
+
+def test_a_full_disk_keeps_the_old_file_and_no_other(tmp_path, monkeypatch):
+    folder.write_whole(tmp_path / "file", b"old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        folder.write_whole(tmp_path / "file", b"new")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]

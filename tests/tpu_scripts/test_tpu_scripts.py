@@ -225,6 +225,17 @@ def test_recipes_paths_lie_in_the_bucket(pod):
     pod.wait_for("flax-distil-runs/run/log", "/bucket/programs.")
 
 
+def test_what_lies_on_a_worker_s_disk_is_not_taken_for_the_bucket_s(pod):
+    pod.state(queue="ACTIVE", node="READY")
+    pod.program("gcsfuse", 'mkdir -p "${*: -1}"')
+    assert pod.run("setup.sh").returncode == 0
+    (pod.home(1) / "flax-distil" / "runs").mkdir()
+    result = pod.run("setup.sh", TPU_BUCKET="speech")
+    assert result.returncode == 1
+    assert "flax-distil/runs is on this disk, which a preemption takes" in result.stderr
+    assert "failed on worker 1 of 2" in result.stderr
+
+
 def test_secrets_come_by_stdin_only(pod):
     pod.state(queue="ACTIVE", node="READY")
     outputs = []

@@ -43,7 +43,11 @@ mount_bucket() {
 # What recipes name by relative paths is then the same on every worker, and outlives the TPU.
 keep_in_bucket() {
   local kept=$HOME/bucket/${1##*/}
-  [[ ! -e $1 ]] || return 0
+  [[ ! -L $1 ]] || return 0
+  if [[ -e $1 ]]; then
+    echo "$1 is on this disk, which a preemption takes: move it to $kept, then set up again" >&2
+    return 1
+  fi
   mkdir -p "$kept"
   ln -s "$kept" "$1"
 }
