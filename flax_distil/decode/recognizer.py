@@ -138,7 +138,7 @@ def prepare(
     check_memory(recognizer, bucket(batch), options)
     known = checked_language(recognizer, options)
     previous = text_ids(recognizer.tokens, options.prompt)
-    if len(previous) > (most := recognizer.spec.dims.text_positions // 2 - 1):
+    if len(previous) > (most := room_before(recognizer, options)):
         log.warning("the prompt has %d tokens: its last %d are used", len(previous), most)
     prompt_ids(recognizer, options, Window(known or "en", previous))  # raises before any work
     return known, previous
@@ -207,7 +207,7 @@ def sampling(windows: Sequence[Window], rows: int) -> Sampling | None:
         return None
     fill_up = (0, rows - len(windows))
     temperature_B = np.array([window.temperature for window in windows], np.float32)
-    seed_B = np.array([window.seed for window in windows], np.int32)
+    seed_B = np.array([window.seed % 2**31 for window in windows], np.int32)
     filled = (np.pad(column_B, fill_up) for column_B in (temperature_B, seed_B))
     return Sampling(*map(jnp.asarray, filled))
 
@@ -290,12 +290,9 @@ def prompt_ids(recognizer: Recognizer, options: DecodeOptions, window: Window) -
         InputError: hotwords or prefix are too long, or the model lacks the language or task.
     """
     tokens, half = recognizer.tokens, recognizer.spec.dims.text_positions // 2
-    hotwords = text_ids(tokens, options.hotwords)
     prefix = text_ids(tokens, options.prefix)
-    room = half - 1 - len(hotwords)
-    if room < 0:
-        raise InputError(f"the hotwords have {len(hotwords)} tokens: use at most {half - 1}")
-    previous = hotwords + (window.previous[-room:] if room else ())
+    room = room_before(recognizer, options)
+    previous = text_ids(tokens, options.hotwords) + (window.previous[-room:] if room else ())
     language = window.language if tokens.multilingual else None
     start = tokens.prompt(language, options.task, options.timestamps)
     most = half - len(start)
@@ -303,6 +300,19 @@ def prompt_ids(recognizer: Recognizer, options: DecodeOptions, window: Window) -
         raise InputError(f"the prefix has {len(prefix)} tokens: use at most {most}")
     before = tokens.prompt(language, options.task, options.timestamps, previous)
     return [*before, *prefix]
+
+
+def room_before(recognizer: Recognizer, options: DecodeOptions) -> int:
+    """Tokens of the text before a window that are told: half of the context, less the hotwords.
+
+    Raises:
+        InputError: the hotwords are too long.
+    """
+    most = recognizer.spec.dims.text_positions // 2 - 1
+    taken = len(text_ids(recognizer.tokens, options.hotwords))
+    if taken > most:
+        raise InputError(f"the hotwords have {taken} tokens: use at most {most}")
+    return most - taken
 
 
 def rule_set(tokens: WhisperTokens, options: DecodeOptions) -> RuleSet:

@@ -217,7 +217,7 @@ def assemble(
         spans = [
             Span(place, piece.first / SAMPLE_RATE, piece.last / SAMPLE_RATE, part)
             for place, (piece, part) in enumerate(parts)
-            if piece.last > piece.first
+            if part
         ]
     segments = []
     for span in spans:

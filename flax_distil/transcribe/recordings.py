@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +30,7 @@ def transcribe(
     model: str | Path | Recognizer,
     *,
     language: str | None = None,
-    task: Literal["transcribe", "translate"] = "transcribe",
+    task: Literal["transcribe", "translate"] | None = None,
     batch_size: int = 8,
     dtype: str = "float32",
     options: DecodeOptions = GREEDY,
@@ -39,11 +38,13 @@ def transcribe(
     assistant: str | Path | Assistant | None = None,
     voice: VoiceOptions | None = None,
 ) -> Transcript:
-    """What is said in `audio`, in the language spoken or, where `task` is translate, in English.
+    """What is said in `audio`, in the language spoken or, where the task is translate, in English.
 
     audio: a path, the bytes of a file, an open file, or a 16 kHz mono waveform.
     model: a folder or name for `load_checkpoint`, or a `Recognizer`, which loads once for many.
     language: code or name; None lets the model guess it from the first 30 s.
+    options: how a window is decoded; `language` and `task`, where given, win. Whisper's way of
+        reading has temperatures of its own and always timestamps.
     long_form: how long audio is read: `SequentialOptions` as Whisper does it, with times;
         `ChunkedOptions` in batches, for speed and for models that were taught no timestamps.
     assistant: a student's or smaller Whisper's folder or name, "lookup", or an `Assistant`: drafts
@@ -62,7 +63,7 @@ def transcribe(
     if isinstance(assistant, str | Path):
         assistant = load_assistant(model, assistant)
     waveform = _checked(audio) if isinstance(audio, np.ndarray) else load_audio(audio)
-    options = replace(options, language=language or options.language, task=task)
+    options = replace(options, language=language or options.language, task=task or options.task)
     found = transcribe_all(model, [waveform], options, long_form, batch_size, assistant, voice)
     for _, _, transcript in found:
         if transcript is not None:
@@ -93,10 +94,9 @@ def transcribe_all(
                 f"clips are {long_form.clips} and voice-activity detection finds its own: leave "
                 "out one of the two"
             )
-        read = partial(transcribe_all, recognizer, options=options, long_form=long_form)
-        return _voiced_only(
-            partial(read, batch_size=batch_size, assistant=assistant), waveforms, voice
-        )
+        rest = (options, long_form, batch_size, assistant)
+        read = lambda waveforms: transcribe_all(recognizer, waveforms, *rest)
+        return _voiced_only(read, waveforms, voice)
     arguments = (recognizer, waveforms, options)
     if isinstance(long_form, SequentialOptions):
         return transcribe_sequentially(*arguments, long_form, batch_size, assistant)

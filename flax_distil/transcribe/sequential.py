@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from flax_distil.audio.load import SAMPLE_RATE
+from flax_distil.audio.load import SAMPLE_RATE, pad_or_trim
 from flax_distil.audio.log_mel import HOP
 from flax_distil.decode.drafters import Assistant
 from flax_distil.decode.options import DecodeOptions, Hypothesis, Tally, total
@@ -27,11 +27,12 @@ from flax_distil.decode.recognizer import (
     drafter_hears,
     fill,
     prepare,
+    room_before,
 )
 from flax_distil.model.dims import CHUNK_FRAMES, CHUNK_SECONDS
 from flax_distil.text.tokens import WhisperTokens
 from flax_distil.transcribe.fallback import decode_with_fallback
-from flax_distil.transcribe.features import listen_to_mel, recording_mel, window
+from flax_distil.transcribe.features import clip_mel, listen_to_mel, recording_mel, window
 from flax_distil.transcribe.options import SequentialOptions
 from flax_distil.transcribe.result import Segment, Transcript
 from flax_distil.transcribe.silence import drop_made_up
@@ -167,9 +168,13 @@ def begin(
     """A recording of which nothing is read yet; its language is detected from the first 30 s."""
     mel_TM = recording_mel(waveform, recognizer.spec.dims.mels)
     if language is None and len(mel_TM) and recognizer.tokens.multilingual:
-        first_1TM = window(mel_TM, 0, CHUNK_FRAMES)[None]
+        # As in openai-whisper silence follows a short recording, zeros follow a window.
+        short = len(mel_TM) < CHUNK_FRAMES
+        first_TM = (
+            clip_mel(pad_or_trim(waveform), mel_TM.shape[1]) if short else mel_TM[:CHUNK_FRAMES]
+        )
         encoder = recognizer.params["encoder"]
-        language = detect(recognizer, listen_to_mel(recognizer.spec, encoder, first_1TM))[0]
+        language = detect(recognizer, listen_to_mel(recognizer.spec, encoder, first_TM[None]))[0]
     points = [round(second * FRAME_RATE) for second in sequential.clips] or [0]
     points += [len(mel_TM)] * (len(points) % 2)
     clips = list(zip(points[::2], points[1::2], strict=True))
@@ -190,7 +195,9 @@ def advance(
     audio_BSD = listen_to_mel(recognizer.spec, recognizer.params["encoder"], mel_BTM)
     windows = [
         Window(
-            one.language or "en", before(one, recognizer, sequential), 0, options.seed + one.seek
+            one.language or "en",
+            before(one, recognizer, options, sequential),
+            seed=options.seed + one.seek,
         )
         for one in reading
     ]
@@ -213,13 +220,17 @@ def advance(
 
 
 def before(
-    reading: Reading, recognizer: Recognizer, sequential: SequentialOptions
+    reading: Reading,
+    recognizer: Recognizer,
+    options: DecodeOptions,
+    sequential: SequentialOptions,
 ) -> tuple[int, ...]:
     """What the next window is told of the text before it."""
     if not sequential.carry_prompt:
         return tuple(reading.written[reading.forgotten :])
     said = tuple(reading.written[max(reading.forgotten, len(reading.prompt)) :])
-    room = recognizer.spec.dims.text_positions // 2 - 1 - len(reading.prompt)
+    # What is too much would be cut off from the left, where the prompt is.
+    room = room_before(recognizer, options) - len(reading.prompt)
     return reading.prompt + (said[-room:] if room > 0 else ())
 
 

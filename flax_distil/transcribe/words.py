@@ -91,13 +91,14 @@ def align(
 ) -> list[list[Aligned]]:
     """Every text's words with their seconds in the window; punctuation stands alone.
 
-    texts: tokens a window; timestamps among them are left out.
+    texts: tokens a window; timestamps among them, and what the context cannot hold, are left out.
     """
     tokens, spec = recognizer.tokens, recognizer.spec
-    texts = [[token for token in text if token < tokens.eot] for text in texts]
     prompts = [
         tokens.prompt(language if tokens.multilingual else None, task) for language in languages
     ]
+    room = spec.dims.text_positions - 1 - max(map(len, prompts), default=0)  # 1 is the end of text
+    texts = [[token for token in text if token < tokens.eot][:room] for text in texts]
     padded, lengths, heard = pad(tokens, spec, prompts, texts, len(audio_BSD), frames)
     heads = recognizer.alignment_heads or upper_half(spec)
     attention, probability = jax.device_get(
@@ -308,7 +309,7 @@ def share(
     """
     durations = [word.end - word.start for word in words if word.end > word.start]
     median = min(LONGEST_WORD, float(np.median(durations))) if durations else 0.0
-    rest = merge_punctuation(_cut_at_sentence_ends(words, 2 * median)) if durations else list(words)
+    rest = merge_punctuation(_cut_at_sentence_ends(words, 2 * median))
     shared = []
     for span in spans:
         missing = sum(token < eot for token in span.tokens)

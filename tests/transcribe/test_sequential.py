@@ -9,15 +9,21 @@ import whisper
 
 from flax_distil.decode.assistant import make_assistant
 from flax_distil.decode.options import DecodeOptions, Hypothesis, Tally
-from flax_distil.decode.recognizer import make_recognizer
+from flax_distil.decode.recognizer import Window, make_recognizer, prompt_ids
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import init_student
 from flax_distil.text.wer import word_errors
-from flax_distil.transcribe import ChunkedOptions, SequentialOptions, transcribe, transcribe_all
+from flax_distil.transcribe import (
+    ChunkedOptions,
+    SequentialOptions,
+    sequential,
+    transcribe,
+    transcribe_all,
+)
 from flax_distil.transcribe.fallback import looks_wrong
-from flax_distil.transcribe.sequential import Reading, split
+from flax_distil.transcribe.sequential import Reading, before, begin, split
 
 PLAIN = SequentialOptions(temperatures=(0.0,))
 
@@ -134,6 +140,32 @@ def test_words_end_where_segments_do(tiny_en, talk):
         assert segment.words[-1].start <= segment.end
         starts = [word.start for word in segment.words]
         assert starts == sorted(starts)
+
+
+@pytest.mark.parametrize("seconds", [2.5, 40])
+def test_the_language_is_that_of_what_openai_hears_first(monkeypatch, base_folder, seconds):
+    recognizer, heard = make_recognizer(load_checkpoint(base_folder)), []
+    monkeypatch.setattr(sequential, "listen_to_mel", lambda _, __, mel: heard.append(mel))
+    monkeypatch.setattr(sequential, "detect", lambda *_: ["de"])
+    sound = np.random.default_rng(0).normal(0, 0.1, round(seconds * 16_000)).astype(np.float32)
+    assert begin(recognizer, sound, None, (), PLAIN).language == "de"
+    mel = whisper.log_mel_spectrogram(sound, padding=whisper.audio.N_SAMPLES)
+    expected = whisper.pad_or_trim(mel, 3000).numpy().T
+    np.testing.assert_allclose(heard[0][0], expected, atol=1e-4)
+
+
+def test_a_prompt_for_every_window_is_whole_beside_hotwords(random_folders):
+    recognizer = make_recognizer(load_checkpoint(random_folders[0]))
+    prompt, options = tuple(range(1000, 1100)), DecodeOptions(hotwords="Marianne, Elinor")
+    one = Reading(np.zeros((0, 80), np.float32), [], "en", prompt, written=[*prompt, *range(300)])
+    previous = before(one, recognizer, options, SequentialOptions(carry_prompt=True))
+    ids = prompt_ids(recognizer, options, Window("en", previous))
+    hot = recognizer.tokens.encode(" Marianne, Elinor")
+    assert ids[1 : ids.index(recognizer.tokens.sot)] == [
+        *hot,
+        *prompt,
+        *range(300 - (223 - 100 - len(hot)), 300),
+    ]
 
 
 def test_wrong_options_are_refused():

@@ -177,6 +177,19 @@ def test_what_has_no_words(heard):
     assert share([], [Span((), 1.0, 2.0)], 0.0, 0.0, eot) == [(1.0, 2.0, ())]
 
 
+def test_a_text_that_fills_the_context_has_words(heard):
+    """With the end of text and the task it is longer than the context; the rest has no times."""
+    recognizer, _, texts, audio = heard
+    (words,) = align(recognizer, audio[:1], [(texts[0] * 50)[:447]], ["en"])
+    assert sum(len(word.tokens) for word in words) == 448 - 3
+
+
+def test_punctuation_is_merged_where_no_word_has_a_length():
+    words = [Aligned(" so", (1,), 0.02, 0.02, 0.9), Aligned(".", (2,), 0.02, 0.02, 0.9)]
+    (timed,) = share(words, [Span((1, 2), 0.0, 0.02)], 0.0, 0.0, 99)
+    assert [word.word for word in timed.words] == [" so."]
+
+
 def test_a_word_after_a_pause_is_cut():
     """As openai-whisper: the first word of a window may not swallow the pause before it."""
     words = [Aligned(" So", (1,), 0.0, 5.0, 0.9), Aligned(" it", (2,), 5.0, 5.3, 0.9)]
