@@ -6,7 +6,9 @@ Nothing heavy is imported before the verb is known, so that `--help` answers at 
 import dataclasses
 import errno
 import functools
+import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -23,6 +25,7 @@ from flax_distil.parallel.platform import name_platform
 from flax_distil.recipe import recipe_values, stage_name
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
+UNREAD = 141  # and of a program that writes to a pipe nobody reads
 
 
 class Verb(NamedTuple):
@@ -61,7 +64,7 @@ VERBS = {
     "evaluate": Verb(
         config.EvaluateConfig,
         "flax_distil.evaluate",
-        "--models whisper-base runs/student --datasets clips.jsonl openslr/librispeech_asr",
+        "--models whisper-base runs/student --datasets clips.jsonl podcasts.parquet",
     ),
     "export": Verb(
         config.ExportConfig, "flax_distil.export", "runs/distill --output-dir student --verify"
@@ -69,7 +72,7 @@ VERBS = {
     "transcribe": Verb(
         config.TranscribeConfig,
         "flax_distil.transcribe",
-        "talk.mp3 film.mkv --model student --format json --output-dir texts",
+        "talk.mp3 film.mkv --model whisper-base --format srt --output-dir texts",
     ),
     "plan": Verb(
         config.PlanConfig,
@@ -87,7 +90,8 @@ values are the defaults that its flags override. flax-distil --version names the
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Status 0: done; 1: some inputs failed; 2: wrong input; 130: interrupted.
+    """Run one verb. Status 0: done; 1: some inputs failed; 2: wrong input; 130: interrupted;
+    141: what it prints is not read any more.
 
     Anything else that goes wrong is a bug, and keeps its traceback.
     """
@@ -98,11 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s")
     logging.getLogger("flax_distil").setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # any text and file name can be printed
     try:
         stage = parse(arguments)
         name_platform()
         keep_programs()
         import_module(VERBS[stage_name(type(stage))].room).run(stage)
+        sys.stdout.flush()
     except InputError as error:
         print(f"flax-distil: {error}", file=sys.stderr)
         return error.status
@@ -115,6 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("flax-distil: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return UNREAD
     return 0
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import inspect
+import os
 import subprocess
 import sys
 import time
@@ -181,3 +182,25 @@ def test_every_public_name_is_there():
         assert getattr(flax_distil, name).__name__ == name
     with pytest.raises(AttributeError, match="nothing"):
         _ = flax_distil.nothing
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_is_printed_may_be_odd_or_unread(encoding):
+    """A name that is no UTF-8, a script that the terminal lacks; then a pipe that is closed."""
+    program = (
+        "import sys; from flax_distil import cli\n"
+        "class Room:\n"
+        "    @staticmethod\n"
+        "    def run(stage):\n"
+        "        print('caf\\udce9', 'é', '日本', flush=True)\n"
+        "        sys.stdin.read(); print('more')\n"
+        "cli.import_module = lambda name: Room\n"
+        "sys.exit(cli.main(['fetch', 'whisper-base']))"
+    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes) as process:
+        assert process.stdout.readline().decode(encoding).startswith(r"caf\udce9")
+        process.stdout.close()
+        process.stdin.close()
+        assert (process.wait(60), process.stderr.read()) == (141, b"")

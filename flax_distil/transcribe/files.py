@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from flax_distil.config import TranscribeConfig
 from flax_distil.decode.assistant import load_assistant
 from flax_distil.decode.options import DecodeOptions, total
 from flax_distil.decode.recognizer import make_recognizer
-from flax_distil.errors import InputError, SomeFailed
+from flax_distil.errors import InputError, SomeFailed, check_writable, writing
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.transcribe.options import ChunkedOptions, SequentialOptions
 from flax_distil.transcribe.recordings import LongForm, transcribe_all
@@ -28,6 +28,29 @@ log = logging.getLogger(__name__)
 STDIN = Path("-")
 ENDINGS = """aac ac3 aif aiff amr au avi caf flac g722 m4a m4b m4v mka mkv mov mp2 mp3 mp4 mpeg mpg
 oga ogg opus ts wav webm wma wmv"""  # of what is taken from a folder
+NEEDED_BY = {  # a flag, and what says nothing without it
+    "--method sequential": (
+        "temperatures",
+        "compression_ratio_threshold",
+        "logprob_threshold",
+        "no_speech_threshold",
+        "condition_on_previous_text",
+        "carry_prompt",
+        "clips",
+        "word_timestamps",
+    ),
+    "--method chunked": ("chunk_length", "stride"),
+    "--word-timestamps": (
+        "hallucination_silence_threshold",
+        "max_line_width",
+        "max_words_per_line",
+        "highlight_words",
+    ),
+    "--max-line-width": ("max_line_count",),
+    "--vad": tuple(f"vad_{name}" for name in VoiceOptions.__dataclass_fields__),
+    "--assistant": ("guesses",),
+    "--beams": ("patience",),
+}
 SUFFIXES = frozenset(f".{ending}" for ending in ENDINGS.split())
 
 
@@ -36,10 +59,12 @@ def run(config: TranscribeConfig) -> list[Path]:
 
     Raises:
         SomeFailed: naming the files that could not be used, when the others are written.
-        InputError: no file is given, two would be written under one name, an option is wrong, or
-            no model is there.
+        InputError: no file is given, two would be written under one name, an option is wrong,
+            nothing can be written, or no model is there.
     """
     targets = target_paths(config.audio, config.output_dir)
+    check_writable(config.output_dir)
+    check_flags(config)
     options, long_form, voice = options_of(config), long_form_of(config), voice_of(config)
     recognizer = make_recognizer(load_checkpoint(config.model), config.dtype)
     assistant = None
@@ -57,9 +82,12 @@ def run(config: TranscribeConfig) -> list[Path]:
             bar.update(seconds)
             if transcript is not None:
                 source = sources.good[number]
+                try:
+                    written += write(transcript, targets[source], config)
+                except InputError as error:
+                    sources.failures.append(str(error))
                 said = transcript.text.strip()
                 tqdm.write(f"{source}: {said}" if len(targets) > 1 else said, file=sys.stdout)
-                written += write(transcript, targets[source], config)
                 tally = total((tally, transcript.tally))
     spent = time.monotonic() - begun
     if heard:
@@ -96,6 +124,31 @@ class Sources:
             yield waveform
 
 
+def check_flags(config: TranscribeConfig) -> None:
+    """Raises InputError: flags contradict each other, or one would do nothing without another."""
+    if config.batch_size < 1:
+        raise InputError(f"batch_size is {config.batch_size}: it must be at least 1")
+    if config.assistant and config.beams > 1:
+        raise InputError(
+            f"--assistant drafts one text and --beams {config.beams} follows {config.beams}: leave "
+            "out one of the two"
+        )
+    there = {
+        "--method sequential": config.method == "sequential",
+        "--method chunked": config.method == "chunked",
+        "--word-timestamps": config.word_timestamps,
+        "--max-line-width": config.max_line_width is not None,
+        "--vad": config.vad,
+        "--assistant": config.assistant is not None,
+        "--beams": config.beams > 1,
+    }
+    given = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
+    for needed, names in NEEDED_BY.items():
+        if not there[needed] and (idle := [name for name in names if name in given]):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise InputError(f"{flags} would do nothing: add {needed}")
+
+
 def options_of(config: TranscribeConfig) -> DecodeOptions:
     """How a window is decoded."""
     return DecodeOptions(
@@ -116,24 +169,8 @@ def options_of(config: TranscribeConfig) -> DecodeOptions:
 
 
 def long_form_of(config: TranscribeConfig) -> LongForm:
-    """How long audio is read.
-
-    Raises:
-        InputError: the options do not fit each other.
-    """
-    if config.batch_size < 1:
-        raise InputError(f"batch_size is {config.batch_size}: it must be at least 1")
-    if config.assistant and config.beams > 1:
-        raise InputError(
-            f"--assistant drafts one text and --beams {config.beams} follows {config.beams}: leave "
-            "out one of the two"
-        )
+    """How long audio is read."""
     if config.method == "chunked":
-        if config.word_timestamps or config.clips:
-            raise InputError(
-                "word_timestamps and clips need --method sequential: chunks have times of segments "
-                "at most (--timestamps)"
-            )
         return ChunkedOptions(config.chunk_length, config.stride)
     return SequentialOptions(
         temperatures=config.temperatures,
@@ -167,19 +204,23 @@ def voice_of(config: TranscribeConfig) -> VoiceOptions | None:
 
 
 def write(transcript: Transcript, target: Path, config: TranscribeConfig) -> list[Path]:
-    """Writes a transcript's files, `target` with the formats' suffixes."""
+    """Writes a transcript's files, `target` with the formats' suffixes.
+
+    Raises:
+        InputError: one cannot be written.
+    """
     layout = Layout(
         config.max_line_width,
         config.max_line_count,
         config.max_words_per_line,
         config.highlight_words,
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for extension in WRITERS if config.format == "all" else (config.format,):
-        path = target.with_name(f"{target.name}.{extension}")
-        path.write_text(WRITERS[extension](transcript, layout), encoding="utf-8")
-        paths.append(path)
+    extensions = WRITERS if config.format == "all" else (config.format,)
+    paths = [target.with_name(f"{target.name}.{extension}") for extension in extensions]
+    with writing(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for extension, path in zip(extensions, paths, strict=True):
+            path.write_text(WRITERS[extension](transcript, layout), encoding="utf-8")
     return paths
 
 
@@ -189,12 +230,10 @@ def target_paths(sources: Sequence[Path], folder: Path) -> dict[Path, Path]:
     Files of a folder keep their place in it; `-` is stdin.
 
     Raises:
-        InputError: two sources would be written to one file, there is none, or `folder` is a file.
+        InputError: two sources would be written to one file, or there is none.
     """
     if not sources:
         raise InputError("no audio is given: flax-distil transcribe talk.mp3 --model whisper-base")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: give --output-dir a folder")
     targets: dict[Path, Path] = {}
     for source in dict.fromkeys(sources):
         for path, name in _files(source):

@@ -24,7 +24,7 @@ from flax_distil.transcribe import (
     transcribe,
     transcribe_all,
 )
-from flax_distil.transcribe.files import long_form_of, target_paths
+from flax_distil.transcribe.files import check_flags, target_paths
 
 SHORT = DecodeOptions(max_tokens=6)
 
@@ -46,6 +46,13 @@ def test_files_bytes_and_arrays_are_alike(recognizer, tmp_path):
     assert from_file.segments
     again = transcribe(encode_flac(tone(1)), recognizer, options=SHORT, long_form=long_form)
     assert again == from_file
+
+
+def test_silence_between_chunks_is_no_segment(recognizer):
+    sound = np.concatenate([tone(5), np.zeros(20 * SAMPLE_RATE, np.float32), tone(5)])
+    found = transcribe(sound, recognizer, options=SHORT, long_form=ChunkedOptions(10, 1))
+    assert len(found.segments) == 2
+    assert all(segment.text for segment in found.segments)
 
 
 @pytest.mark.parametrize("long_form", [SequentialOptions((0.0,)), ChunkedOptions()])
@@ -98,6 +105,7 @@ def test_a_wrong_waveform_is_refused(recognizer, audio, complaint):
         (dict(language="englisch"), 'did you mean "english"'),
         (dict(language="de"), "English-only checkpoint cannot transcribe German"),
         (dict(task="translate"), "English-only checkpoint cannot translate"),
+        (dict(options=DecodeOptions(task="translate")), "English-only checkpoint cannot translate"),
         (dict(options=DecodeOptions(beams=10**6)), "1000000 texts for each of 8 windows need"),
         (dict(options=DecodeOptions(hotwords="word " * 300)), "hotwords have 300 tokens: .* 223"),
         (dict(options=DecodeOptions(prefix="word " * 300)), "prefix has 300 tokens"),
@@ -125,7 +133,9 @@ def test_a_long_prompt_is_cut_and_said(recognizer, caplog):
 
 
 def config(sources, model, **options) -> TranscribeConfig:
-    quick = dict(max_tokens=6, temperatures=(0.0,), no_speech_threshold=None)
+    quick: dict = dict(max_tokens=6)
+    if options.get("method") != "chunked":
+        quick |= dict(temperatures=(0.0,), no_speech_threshold=None)
     return TranscribeConfig(tuple(sources), str(model), **quick | options)
 
 
@@ -177,16 +187,47 @@ def test_two_files_of_one_name_are_refused(tmp_path):
         target_paths([], tmp_path)
     with pytest.raises(InputError, match="holds no audio"):
         target_paths([tmp_path], tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["texts", "texts/below"])
+def test_a_folder_that_is_none_is_refused_before_anything_is_loaded(tmp_path, folder):
     (tmp_path / "texts").touch()
-    with pytest.raises(InputError, match="texts is a file: give --output-dir a folder"):
-        target_paths([tmp_path / "a.wav"], tmp_path / "texts")
+    with pytest.raises(InputError, match="texts is no folder that can be written to"):
+        run(config([tmp_path / "a.wav"], "no model", output_dir=tmp_path / folder))
 
 
-def test_options_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(InputError, match="need --method sequential"):
-        long_form_of(config([], "m", method="chunked", word_timestamps=True))
-    with pytest.raises(InputError, match="at least 1"):
-        long_form_of(config([], "m", batch_size=0))
-    with pytest.raises(InputError, match="--assistant drafts one text and --beams 5"):
-        long_form_of(config([], "m", assistant="lookup", beams=5))
+def test_what_cannot_be_written_does_not_stop_the_others(random_folders, tmp_path, capsys):
+    files = [tmp_path / f"{'b' * 252}.au", tmp_path / "a.flac"]  # with .json the first is too long
+    for file in files:
+        file.write_bytes(encode_flac(tone(0.5)))
+    with pytest.raises(SomeFailed, match=r"1 of 2 files .*\n.*bbb\.json cannot be written: File"):
+        run(config(files, random_folders[1], format="json", output_dir=tmp_path))
+    assert (tmp_path / "a.json").is_file()
+    assert "bbb.au: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (dict(method="chunked", word_timestamps=True), "--word-timestamps .* --method sequential"),
+        (dict(method="chunked", clips=(1.0,)), "--clips would .* add --method sequential"),
+        (dict(chunk_length=15.0, stride=2.0), "--chunk-length, --stride .* add --method chunked"),
+        (dict(highlight_words=True), "--highlight-words would do nothing: add --word-timestamps"),
+        (dict(word_timestamps=True, max_line_count=2), "add --max-line-width"),
+        (dict(vad_padding=0.1), "--vad-padding would do nothing: add --vad"),
+        (dict(guesses=2), "add --assistant"),
+        (dict(patience=2.0), "add --beams"),
+        (dict(batch_size=0), "at least 1"),
+        (dict(assistant="lookup", beams=5), "--assistant drafts one text and --beams 5"),
+    ],
+)
+def test_flags_that_contradict_each_other_or_do_nothing_are_refused(flags, complaint):
+    with pytest.raises(InputError, match=complaint):
+        check_flags(TranscribeConfig((), "m", **flags))
+
+
+def test_flags_that_go_together_and_the_dictionary():
+    check_flags(TranscribeConfig((), "m"))
+    check_flags(TranscribeConfig((), "m", vad=True, vad_padding=0.1, beams=2, patience=2.0))
+    check_flags(TranscribeConfig((), "m", word_timestamps=True, max_line_width=9, max_line_count=2))
     assert isinstance(Transcript("", (), "en").as_dict()["segments"], tuple)
