@@ -21,7 +21,7 @@ from flax_distil.config import DataConfig, EvaluateConfig
 from flax_distil.data.utterances import Utterance, listen, read_dataset, to_language
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, check_writable, writing
 from flax_distil.evaluate.report import Entry, Judged, Report, Score
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.parallel.multihost import from_all_hosts, is_main_host, start
@@ -53,14 +53,17 @@ class Heard:
 def run(config: EvaluateConfig) -> Report:
     """Judge `config.models` on `config.datasets`; prints the table, writes and returns the report.
 
-    Raises what `compare` raises.
+    Raises what `compare` raises, and InputError where nothing can be written.
     """
     start()
+    if is_main_host():
+        check_writable(config.output_dir)
     report = compare(config)
     if not is_main_host():
         return report
-    report.save(config.output_dir)
     Console().print(report.table())
+    with writing(config.output_dir):
+        report.save(config.output_dir)
     log.info("report.json, report.md and transcripts.jsonl are in %s", config.output_dir)
     return report
 
@@ -184,7 +187,7 @@ def hear_together(
     skipped: list[str] = []
     total = len(range(host, len(utterances), hosts)) if isinstance(utterances, Sized) else None
     ours = tqdm(islice(utterances, host, None, hosts), name, total, unit="clip")
-    clips = _usable(ours, skipped)
+    clips = _usable(ours, skipped, config.language)
     heard = list(hear(recognizers, batches(clips, config.batch_size), config))
     told = from_all_hosts((heard, skipped))
     return [one for part, _ in told for one in part], [why for _, part in told for why in part]
@@ -210,10 +213,15 @@ def _open(source: str, config: EvaluateConfig):
     return utterances
 
 
-def _usable(utterances: Iterable[Utterance], skipped: list[str]) -> Iterator[Clip]:
-    """The clips that can be judged; the others are added to `skipped`, with the reason."""
+def _usable(
+    utterances: Iterable[Utterance], skipped: list[str], asked: str | None
+) -> Iterator[Clip]:
+    """The clips that can be judged; the others are added to `skipped`, with the reason.
+
+    asked: the language of all, whatever the dataset says.
+    """
     for utterance in utterances:
-        language = to_language(utterance.language or "en")
+        language = to_language(asked or utterance.language or "en")
         if not normalizer(language)(utterance.text or ""):
             skipped.append(f"{utterance.id}: no reference")
             continue

@@ -12,20 +12,41 @@ from flax_distil.distill.trainer import RECIPE
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 
-USE = """\
-## Use
-
-```python
+USES = {  # by format: the library, and a first use
+    "transformers": (
+        "transformers",
+        """\
 from transformers import pipeline
 
 recognise = pipeline("automatic-speech-recognition", model="{folder}")
 print(recognise("speech.wav")["text"])
-```
-"""
+""",
+    ),
+    "openai": (
+        "whisper",
+        """\
+import whisper
+
+model = whisper.load_model("{folder}/model.pt")
+print(model.transcribe("speech.wav")["text"])
+""",
+    ),
+    "ctranslate2": (
+        "ctranslate2",
+        """\
+from faster_whisper import WhisperModel
+
+segments, _ = WhisperModel("{folder}").transcribe("speech.wav")
+print("".join(segment.text for segment in segments))
+""",
+    ),
+}
 
 
-def model_card(checkpoint: Checkpoint, config: ExportConfig) -> str:
+def model_card(checkpoint: Checkpoint, config: ExportConfig, format: str, folder: Path) -> str:
     """A README.md for the hub: YAML head, sizes, figures of the report, recipe, a first use.
+
+    format, folder: what is written, and where.
 
     Raises:
         InputError: the report is none.
@@ -35,7 +56,8 @@ def model_card(checkpoint: Checkpoint, config: ExportConfig) -> str:
     language = "multilingual" if dims.multilingual else "en"
     head = [f"language: {language}"]
     head += [f"license: {config.license}"] if config.license else []
-    head += ["library_name: transformers", "pipeline_tag: automatic-speech-recognition"]
+    library, use = USES[format]
+    head += [f"library_name: {library}", "pipeline_tag: automatic-speech-recognition"]
     head += ["tags: [whisper, distil-whisper, flax-distil]", "metrics: [wer]"]
     parts = [
         "\n".join(["---", *head, "---", "", f"# {config.output_dir.name}", ""]),
@@ -45,7 +67,7 @@ def model_card(checkpoint: Checkpoint, config: ExportConfig) -> str:
         "(Distil-Whisper, arXiv 2311.00430, in JAX).\n",
         recipe(Path(config.source)),
         figures(config.report) if config.report else "",
-        USE.format(folder=config.output_dir),
+        f"## Use\n\n```python\n{use.format(folder=folder)}```\n",
     ]
     return "\n".join(part for part in parts if part)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from flax_distil.config import ExportConfig
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, check_writable, writing
 from flax_distil.export.card import model_card
 from flax_distil.export.heads import with_heads_of
 from flax_distil.export.source import read_source
-from flax_distil.export.verify import largest_difference
+from flax_distil.export.verify import import_torch, largest_difference
 from flax_distil.model.checkpoint import Checkpoint, save_checkpoint
 from flax_distil.model.ctranslate2 import write_ctranslate2
 from flax_distil.model.openai import to_openai
@@ -22,32 +22,40 @@ from flax_distil.text.tokens import load_tokens
 
 log = logging.getLogger(__name__)
 
+WEIGHTS = {
+    "transformers": "model.safetensors",
+    "openai": "model.pt",
+    "ctranslate2": "model.bin",
+}
+
 
 def run(config: ExportConfig) -> dict[str, Path]:
     """Write `config.source` in every format asked for; returns format → folder.
 
     Raises:
-        InputError: the source or the report cannot be read, PyTorch is needed and missing, or the
-            export differs from our model by more than `config.tolerance`.
+        InputError: the source or the report cannot be read, PyTorch is needed and missing, a folder
+            cannot be written or holds another format, or the export differs from our model by more
+            than `config.tolerance`.
     """
-    if not config.format:
-        raise InputError(f"name at least one format: {', '.join(WRITERS)}")
+    folders = folders_of(config)
+    if config.verify:
+        if "transformers" not in folders:
+            raise InputError("verify compares with PyTorch: add transformers to the formats")
+        import_torch("to verify")
+    elif config.verify_audio:
+        raise InputError("verify_audio is the clip that verify hears: add --verify")
     if (config.heads_of is None) != (config.heads_on is None):
         raise InputError("heads_of and heads_on belong together: a teacher, and speech to hear")
     checkpoint = read_source(config.source, config.checkpoint)
     if config.heads_of and config.heads_on:
         checkpoint = with_heads_of(checkpoint, config.heads_of, config.heads_on)
-    card = model_card(checkpoint, config)
-    folders = {}
-    for name in dict.fromkeys(config.format):
-        folder = config.output_dir / name if len(config.format) > 1 else config.output_dir
-        WRITERS[name](checkpoint, folder, config.dtype)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    cards = {name: model_card(checkpoint, config, name, folder) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        with writing(folder):
+            WRITERS[name](checkpoint, folder, config.dtype)
+            (folder / "README.md").write_text(cards[name], encoding="utf-8")
         log.info("%s: %s", name, folder)
-        folders[name] = folder
     if config.verify:
-        if "transformers" not in folders:
-            raise InputError("verify compares with PyTorch: add transformers to the formats")
         difference = largest_difference(folders["transformers"], config.verify_audio)
         if not difference <= config.tolerance:
             raise InputError(
@@ -58,12 +66,33 @@ def run(config: ExportConfig) -> dict[str, Path]:
     return folders
 
 
+def folders_of(config: ExportConfig) -> dict[str, Path]:
+    """Where each format goes.
+
+    Raises:
+        InputError: there is none, or a folder cannot be written or holds another format, whose
+            configuration would be lost or whose weights would be read in place of the new ones.
+    """
+    if not config.format:
+        raise InputError(f"name at least one format: {', '.join(WRITERS)}")
+    check_writable(config.output_dir)
+    several = len(set(config.format)) > 1
+    folders = {
+        name: config.output_dir / name if several else config.output_dir for name in config.format
+    }
+    for name, folder in folders.items():
+        for other, weights in WEIGHTS.items():
+            if other != name and (folder / weights).exists():
+                raise InputError(
+                    f"{folder} holds {weights}, a model in the format {other}: "
+                    f"write the {name} one to another --output-dir"
+                )
+    return folders
+
+
 def write_openai(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     """`model.pt` for `whisper.load_model`, and beside it the tokenizer, which others need."""
-    try:
-        import torch
-    except ImportError:
-        raise InputError("an OpenAI .pt needs PyTorch: pip install 'flax-distil[torch]'") from None
+    torch = import_torch("an OpenAI .pt")
     sizes, state = to_openai(checkpoint.dims, to_hf(checkpoint.dims, checkpoint.params))
     tensors = {name: torch.tensor(array).to(getattr(torch, dtype)) for name, array in state.items()}
     folder.mkdir(parents=True, exist_ok=True)

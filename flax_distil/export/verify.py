@@ -26,7 +26,7 @@ def largest_difference(folder: Path, audio: Path | None = None) -> float:
     Raises:
         InputError: PyTorch is missing, or the audio cannot be read.
     """
-    torch = _torch()
+    torch = import_torch("to verify")
     from transformers import WhisperForConditionalGeneration
 
     recognizer = make_recognizer(load_checkpoint(folder))
@@ -56,7 +56,7 @@ def differing_texts(folder: Path, clips: Sequence[np.ndarray], max_tokens: int =
     Raises:
         InputError: PyTorch is missing.
     """
-    torch = _torch()
+    torch = import_torch("to verify")
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     recognizer = make_recognizer(load_checkpoint(folder))
@@ -87,9 +87,10 @@ def synthetic_clip() -> Float32[np.ndarray, "480000"]:
     return (0.2 * glide + noise).astype(np.float32)
 
 
-def _torch():
+def import_torch(what: str) -> Any:
+    """PyTorch. Raises InputError where it is not installed, which `what` needs."""
     try:
         import torch
     except ImportError:
-        raise InputError("to verify needs PyTorch: pip install 'flax-distil[torch]'") from None
+        raise InputError(f"{what} needs PyTorch: pip install 'flax-distil[torch]'") from None
     return torch

