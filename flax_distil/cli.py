@@ -9,10 +9,12 @@ import functools
 import io
 import logging
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Union
 
 import tyro
@@ -26,6 +28,7 @@ from flax_distil.recipe import recipe_values, stage_name
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 UNREAD = 141  # and of a program that writes to a pipe nobody reads
+REFUSED = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "ENOTDIR", "EEXIST")  # by the disk
 
 
 class Verb(NamedTuple):
@@ -106,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # any text and file name can be printed
     try:
         stage = parse(arguments)
+        check_paths(stage)
         name_platform()
         keep_programs()
         import_module(VERBS[stage_name(type(stage))].room).run(stage)
@@ -117,10 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
         return UNREAD
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if errno.errorcode.get(error.errno or 0) not in REFUSED:
             raise
-        where = f" for {error.filename}" if error.filename else ""
-        print(f"flax-distil: the disk has no room{where}: make some, run again", file=sys.stderr)
+        print(f"flax-distil: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flax-distil: interrupted", file=sys.stderr)
@@ -151,6 +154,30 @@ def parse(arguments: Sequence[str]) -> Any:
         description=DESCRIPTION,
         args=list(arguments),
     )
+
+
+def check_paths(stage: Any) -> None:
+    """Raises InputError for a bucket's address where folders are meant: one of that name would be
+    made here."""
+    for path in _paths(stage):
+        if re.match("[a-z][a-z0-9+]+:/", str(path)):
+            raise InputError(
+                f"{str(path).replace(':/', '://', 1)} is an address, and only pseudo-label's "
+                "--output-dir may be one: name the folder where the bucket is mounted"
+            )
+
+
+def _paths(value: Any) -> Iterator[Path]:
+    """The folders and files that a stage names."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from _paths(one)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            if not (isinstance(value, config.PseudoLabelConfig) and field.name == "output_dir"):
+                yield from _paths(getattr(value, field.name))
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int16
@@ -233,13 +233,13 @@ class Loader:
             utterance = source.utterances[place.number]  # type: ignore[index]
             if self._prompted(place, seed):
                 before = source.utterances[place.number - 1]  # type: ignore[index]
-        if source.options.target == "text" and not said(utterance):
-            return self._left_out(utterance, "it has no text")
+        if not said(utterance, source.options.target):
+            return self._left_out(utterance, f"it has no {source.options.target}")
         try:
             to_language(utterance.language or "en")
         except InputError as error:
             return self._left_out(utterance, str(error))
-        if before is not None and source.options.target == "text" and not said(before):
+        if before is not None and not said(before, source.options.target):
             before = None
         targets = example(utterance, self.tokens, source.options, (seed, *place), before)
         if len(targets.tokens) > max(source.options.buckets):
@@ -281,10 +281,10 @@ class Loader:
         return collate(examples, waveforms, seconds, numbers, length, eot, audio, keys), after
 
 
-def said(utterance: Utterance) -> bool:
-    """Whether there is a text, of all parts of a window."""
+def said(utterance: Utterance, target: Literal["label", "text"]) -> bool:
+    """Whether there is a label or text, of all parts of a window."""
     parts = utterance.parts or (utterance,)
-    return all(part.text is not None for part in parts)
+    return all((part.text if target == "text" else part.token_ids) is not None for part in parts)
 
 
 def on_all_hosts(state: LoaderState) -> LoaderState:

@@ -56,13 +56,15 @@ def pack(utterances: Utterances, seconds: float, pause: float) -> Packed:
     if not 0 < seconds <= CLIP_SAMPLES / SAMPLE_RATE:
         most = CLIP_SAMPLES // SAMPLE_RATE
         raise InputError(f"pack_seconds is {seconds:g}: a window has at most {most} s")
+    if pause < 0:
+        raise InputError(f"pack_pause is {pause:g} s: it must not be negative")
     groups: list[list[int]] = []
     open_groups: dict[tuple[str | None, ...], tuple[list[int], float]] = {}
     for row, utterance in enumerate(utterances.since(0)):
         key = (utterance.speaker, utterance.recording, utterance.language)
         duration = min(length(utterance, unknown=seconds), seconds)
-        group, filled = open_groups.get(key, ([], seconds))
-        if filled + pause + duration > seconds + 1e-6:
+        group, filled = open_groups.get(key, ([], 0.0))
+        if not group or filled + pause + duration > seconds + 1e-6:
             group, filled = [], -pause
             groups.append(group)
         group.append(row)

@@ -1,5 +1,6 @@
 """Utterances: one clip of speech each, whatever file or dataset it lies in."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -251,13 +252,17 @@ def to_utterance(row: Row, number: int | str, columns: Columns, config: DataConf
         return None if value is None else str(value)
 
     def seconds(column: str) -> float | None:
-        value = row.get(column)
+        if (value := row.get(column)) is None:
+            return None
         try:
-            return None if value is None else float(value)
+            found = float(value)
         except (TypeError, ValueError):
+            found = math.nan
+        if not 0 <= found < math.inf:
             raise InputError(
                 f"{config.source} row {number} has {column} {value!r}: it must be seconds"
-            ) from None
+            )
+        return found
 
     audio, path = _audio(row.get(columns.audio))
     suffix = Path(path or "").suffix.lower().lstrip(".")

@@ -72,11 +72,17 @@ def start(
             connect,
             place.coordinator,
         )
-    jax.distributed.initialize(
-        *(place or (None, None, None)),  # a TPU pod fills these in by itself
-        heartbeat_timeout_seconds=heartbeat,
-        initialization_timeout=connect,
-    )
+    try:
+        jax.distributed.initialize(
+            *(place or (None, None, None)),  # a TPU pod fills these in by itself
+            heartbeat_timeout_seconds=heartbeat,
+            initialization_timeout=connect,
+        )
+    except ValueError as error:
+        if place is not None or "coordinator_address" not in str(error):
+            raise
+        logger.info("nothing here names this TPU's hosts, as on Colab: it is taken for one host")
+        return
     faulthandler.enable()  # where each host was when a dead one ended them all
     _announce()
 

@@ -255,7 +255,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """What made the labels in `folder`. Raises InputError where there is no label store."""
     try:
         return json.loads(Folder(folder).read(SETTINGS))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is no label store: it has no labels.json") from None
     except ValueError as error:
         raise InputError(f"{folder}/labels.json is damaged: {error}") from None

@@ -32,7 +32,7 @@ def utterances(tone):
 
 
 def loader(utterances, batch_size=4, **changes) -> Loader:
-    lengths = np.array([len(utterance.token_ids) for utterance in utterances], int)
+    lengths = np.array([len(utterance.token_ids or ()) for utterance in utterances], int)
     options = TargetOptions(buckets=(8, 12, 32), prompt_probability=0.5)
     source = Source(utterances, options, lengths, np.arange(len(utterances)) > 5)
     return Loader((source,), MULTILINGUAL, batch_size, **changes)
@@ -146,12 +146,19 @@ def test_a_clip_that_is_gone_is_silence_of_weight_0(utterances, caplog):
     assert "3 has weight 0" in caplog.text
 
 
-def test_a_language_that_whisper_lacks_is_left_out_as_in_labelling(utterances, caplog):
-    strange = [*utterances[:3], replace(utterances[3], language="Klingon")]
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"language": "Klingon"}, 'Whisper knows no language "Klingon"'),
+        ({"token_ids": None}, "it has no label"),
+    ],
+)
+def test_what_cannot_be_taught_is_left_out_as_in_labelling(utterances, caplog, change, why):
+    strange = [*utterances[:3], replace(utterances[3], **change)]
     ((batch, _),) = islice(loader(strange).batches(LoaderState()), 1)
     heard = batch.weights.any(axis=1)
     assert sorted(batch.rows[heard].tolist()) == [0, 1, 2]
-    assert '3 has weight 0: Whisper knows no language "Klingon"' in caplog.text
+    assert f"3 has weight 0: {why}" in caplog.text
 
 
 def test_errors_before_the_first_batch(utterances):

@@ -51,6 +51,16 @@ def test_sounds_like_its_parts(manifest):
     np.testing.assert_array_equal(whole, expected)
 
 
+def test_every_clip_has_a_window_whatever_the_pause(manifest):
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows[0]["duration"] = 0.0
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    windows = pack(read_dataset(manifest), seconds=30, pause=0.0)
+    assert list(windows.groups) == [(0, 2, 3, 5), (1, 4)]
+    with pytest.raises(InputError, match="pack_pause is -1 s: it must not be negative"):
+        pack(read_dataset(manifest), seconds=30, pause=-1.0)
+
+
 def test_a_clip_that_cannot_be_read_stays_alone(manifest):
     (manifest.parent / "2.flac").write_bytes(b"no audio")
     windows = pack(read_dataset(manifest), seconds=30, pause=0.25)

@@ -258,10 +258,13 @@ def test_bad_manifest(tmp_path, content, message):
         read_dataset(path)
 
 
-def test_a_duration_that_is_no_number_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("field", "value"), [("duration", "0:07"), ("duration", float("nan")), ("offset", -3)]
+)
+def test_what_is_no_time_is_named(tmp_path, field, value):
     path = tmp_path / "manifest.jsonl"
-    path.write_text('{"audio": "a.wav", "duration": "0:07"}\n')
-    with pytest.raises(InputError, match=r"manifest.jsonl row 0 has duration '0:07': it must be"):
+    path.write_text(json.dumps({"audio": "a.wav", field: value}))
+    with pytest.raises(InputError, match=f"manifest.jsonl row 0 has {field} {value!r}: it must be"):
         _ = read_dataset(path)[0]
 
 

@@ -104,6 +104,16 @@ def test_one_host_needs_nothing():
     assert host_slice(5) == slice(0, 5)
 
 
+def test_a_tpu_whose_hosts_nobody_names_is_one_host(monkeypatch):
+    def nobody(*_, **__):  # JAX's words
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(multihost, "_on_tpu", lambda: True)
+    monkeypatch.setattr(jax.distributed, "initialize", nobody)
+    multihost.start()
+    assert multihost.is_main_host()
+
+
 @pytest.mark.parametrize(("count", "hosts"), [(8, 2), (7, 4), (3, 4), (0, 2)])
 def test_slices_cover_everything_once(count, hosts):
     parts = [list(range(count))[host_slice(count, host, hosts)] for host in range(hosts)]

@@ -188,8 +188,10 @@ def test_nothing_kept_writes_nothing(config):
 
 
 def test_bad_stores(config, tmp_path):
-    with pytest.raises(InputError, match=r"is no label store: it has no labels\.json"):
-        run(dataclasses.replace(config, source=tmp_path / "absent"))
+    (tmp_path / "file").touch()
+    for name in ("absent", "file"):
+        with pytest.raises(InputError, match=r"is no label store: it has no labels\.json"):
+            run(dataclasses.replace(config, source=tmp_path / name))
     shard = config.source / "data" / "00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-9])
     with pytest.raises(InputError, match=r"00001\.parquet is damaged"):
