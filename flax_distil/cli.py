@@ -28,7 +28,7 @@ from flax_distil.recipe import recipe_values, stage_name
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 UNREAD = 141  # and of a program that writes to a pipe nobody reads
-REFUSED = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "ENOTDIR", "EEXIST")  # by the disk
+REFUSED = ("ENOSPC", "EDQUOT", "EROFS", "EACCES")  # by the disk
 
 
 class Verb(NamedTuple):

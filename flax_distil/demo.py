@@ -28,6 +28,7 @@ from flax_distil.config import (
 from flax_distil.data.utterances import listen, read_dataset
 from flax_distil.distill import trainer
 from flax_distil.distill.flops import measured_peak
+from flax_distil.errors import check_writable
 from flax_distil.evaluate import Report
 from flax_distil.evaluate.judge import compare
 from flax_distil.export.verify import differing_texts
@@ -51,6 +52,7 @@ def run(config: DemoConfig) -> Report:
 
     Stopped at any point and started again, it goes on: speech, labels and training are kept.
     """
+    check_writable(config.output_dir)
     start, config, folder = time.monotonic(), fitted(config), config.output_dir
     step("1. A teacher and speech")
     teacher = fetch_weights(TEACHER)

@@ -136,10 +136,7 @@ def manager(folder: Path, keep: int) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
     )
-    try:
-        return ocp.CheckpointManager(folder, options=options)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made: {error.strerror}") from error
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def has_checkpoints(folder: Path) -> bool:

@@ -36,7 +36,7 @@ from flax_distil.distill.stopping import stop_signals
 from flax_distil.distill.stored import check_stored_teacher, stored_form
 from flax_distil.distill.tracking import Done, Speed, Tracker, Watch, check_wandb, environment
 from flax_distil.distill.validation import Validate, Validation, make_validate
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, check_writable
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.spec import unstack_layers
 from flax_distil.parallel.clips import spread
@@ -252,7 +252,9 @@ def begin(
 
 
 def check_folder(config: DistillConfig) -> None:
-    """Raises InputError where `run.resume` and the folder contradict each other."""
+    """Raises InputError where `run.resume` and the folder contradict each other, or nothing can be
+    written there."""
+    check_writable(config.output_dir)
     there = has_checkpoints(config.output_dir)
     if there and config.run.resume == "no":
         raise InputError(

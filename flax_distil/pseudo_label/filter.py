@@ -20,7 +20,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from flax_distil.config import FilterConfig
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, check_writable
 from flax_distil.pseudo_label.store import (
     LabelStore,
     open_store,
@@ -298,6 +298,7 @@ def _criteria(config: FilterConfig) -> dict:
 
 def _check_folders(config: FilterConfig) -> None:
     read_settings(config.source)
+    check_writable(config.output_dir)
     if config.output_dir.resolve() == config.source.resolve():
         raise InputError("source and output_dir are the same folder: take another output_dir")
     used = config.output_dir.exists() and any(config.output_dir.iterdir())

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from flax_distil.data.stored_teacher import StoredForm, StoredTeacher, places
 from flax_distil.data.utterances import NUMBER, Skipped
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, check_writable
 from flax_distil.pseudo_label.folder import Folder, write_whole
 
 SETTINGS = "labels.json"
@@ -206,8 +206,8 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
     folder holds something else.
     """
     settings, files = json.loads(json.dumps({"format": FORMAT, **settings})), Folder(folder)
-    if files.local and folder.is_file():
-        raise InputError(f"{folder} is a file: take another output_dir")
+    if files.local:
+        check_writable(folder)
     if files.has(SETTINGS):
         begun, asked = _flat(read_settings(folder)), _flat(settings)
         differences = [

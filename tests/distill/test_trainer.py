@@ -134,6 +134,7 @@ def test_misfits_are_told_before_anything_is_computed(config, teacher, student, 
         ({"validation": ValidationConfig(every=0)}, "every 0 must be 1 or more"),
         ({"prompt_probability": 20.0}, "prompt_probability 20 must be between 0 and 1"),
         ({"label_buckets": ()}, "name lengths from 1 to 448 tokens"),
+        ({"output_dir": Path(__file__)}, "test_trainer.py is no folder that can be written to"),
         ({"label_buckets": (64, 512)}, "name lengths from 1 to 448 tokens"),
     ]:
         with pytest.raises(InputError, match=message):

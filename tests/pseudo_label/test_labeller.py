@@ -282,8 +282,9 @@ def test_a_folder_of_something_else_is_left_alone(config):
 
 def test_a_file_is_no_folder(config):
     config.output_dir.write_text("mine")
-    with pytest.raises(InputError, match="is a file: take another output_dir"):
-        label_with(config)
+    for folder in (config.output_dir, config.output_dir / "labels"):
+        with pytest.raises(InputError, match="labels is no folder that can be written to"):
+            label_with(dataclasses.replace(config, output_dir=folder))
 
 
 def test_run_refuses_what_cannot_work(config):
