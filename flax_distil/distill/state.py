@@ -17,10 +17,10 @@ from flax_distil.model.spec import Params
 class TrainState:
     """All of it: nothing else has to be saved for the step to continue exactly.
 
-    step: batches consumed, skipped ones included; the schedule and the randomness follow it.
+    step: batches consumed, skipped ones included; the schedule follows it.
     params: the trainable ones, float32: `{"decoder": …}`, and `"encoder"` where it is trained.
     optimizer: moments of exactly these parameters.
-    rng: key data, folded with `step` wherever the step needs randomness.
+    rng: key data of the seed. Nothing draws from it: what is random comes with the batch.
     skipped, skipped_in_row: non-finite updates that were not applied.
     """
 

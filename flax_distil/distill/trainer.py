@@ -110,7 +110,7 @@ def run(config: DistillConfig) -> TrainSummary:
         InputError: models, labels, mesh or folder do not fit, before anything is computed; or
             training had to stop, after its state was saved.
     """
-    start()
+    start(notices=True)
     check_numbers(config)
     check_folder(config)
     check_wandb(config)

@@ -14,6 +14,7 @@ import faulthandler
 import logging
 import os
 import pickle
+import signal
 import socket
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ def start(
     *,
     heartbeat: int = HEARTBEAT_SECONDS,
     connect: int = CONNECT_SECONDS,
+    notices: bool = False,
 ) -> None:
     """Join the other hosts, before anything asks JAX for its devices; a second call does nothing.
 
@@ -53,6 +55,8 @@ def start(
         process: which one this is, from 0.
         heartbeat: seconds of silence after which a host counts as dead and the others end.
         connect: seconds to wait for all hosts to come.
+        notices: whether SIGTERM is a notice that several hosts ask JAX for, as training does; else
+            it does what it did before, where JAX would let it pass.
 
     Raises:
         InputError: some of the three are given and others lacking, or they contradict each other.
@@ -72,6 +76,7 @@ def start(
             connect,
             place.coordinator,
         )
+    before = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
             *(place or (None, None, None)),  # a TPU pod fills these in by itself
@@ -83,6 +88,8 @@ def start(
             raise
         logger.info("nothing here names this TPU's hosts, as on Colab: it is taken for one host")
         return
+    if not (notices and jax.process_count() > 1):
+        signal.signal(signal.SIGTERM, before)
     faulthandler.enable()  # where each host was when a dead one ended them all
     _announce()
 

@@ -82,5 +82,5 @@ def main(folder: Path, kill: int) -> None:
 
 
 if __name__ == "__main__":
-    multihost.start(heartbeat=10, connect=60)
+    multihost.start(heartbeat=10, connect=60, notices=True)
     main(Path(sys.argv[1]), int(sys.argv[2]))

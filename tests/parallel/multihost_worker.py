@@ -94,11 +94,12 @@ def stop_together() -> None:
 
 def lose_a_host() -> None:
     if not multihost.is_main_host():
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    multihost.start(heartbeat=int(os.environ.get("HEARTBEAT", "30")), connect=60)
+    heartbeat, notices = int(os.environ.get("HEARTBEAT", "30")), sys.argv[1] == "together"
+    multihost.start(heartbeat=heartbeat, connect=60, notices=notices)
     globals()[sys.argv[1]](*map(Path, sys.argv[2:]))
