@@ -30,6 +30,8 @@ def run(config: PlanConfig) -> "list[Plan]":
     from flax_distil.plan.report import as_json, print_plan, write_table
 
     plans = []
+    if config.table is not None:
+        write_table(config.table, [])  # that it has a place is known before hours of compiling
     for recipe, topology in product(config.recipes, config.topology):
         plans.append(plan(recipe, topology, config))
         if not config.json:

@@ -71,6 +71,8 @@ def plan(recipe: Path, topology: str, config: PlanConfig) -> Plan:
         programs += decode(
             "evaluate", sizes.student, judge.dtype, judge.batch_size, options, config, target, chips
         )
+    if not programs:
+        raise InputError(f"{recipe} has no table to plan {' or '.join(config.programs)} by")
     return Plan(recipe, target, distill.optimizer.steps, tuple(programs))
 
 
@@ -96,9 +98,10 @@ def train(
         if label.teacher_states:
             stored = StoredForm(width=sizes.teacher.width)
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, chips)
-    check_batch(distill.batch_size, mesh, compute.accumulation)
+    if config.batch != "auto":  # which needs a number to begin with, of which any is as good
+        check_batch(distill.batch_size, mesh, compute.accumulation)
     parts = data_shards(mesh) * compute.accumulation
-    rows = distill.batch_size // parts
+    rows = -(-distill.batch_size // parts)
 
     def step(rows: int, length: int) -> Program:
         asked = replace(distill, batch_size=rows * parts)
