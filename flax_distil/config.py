@@ -463,7 +463,8 @@ class TranscribeConfig:
     patience: float = 1.0
     """Beam search stops when beams x patience texts have ended."""
     length_penalty: float | None = None
-    """Exponent, 0 to 1, of the length that beams' scores are divided by; else their mean counts."""
+    """Exponent, 0 to 1, of the length that scores of beams and drawn texts are divided by; else
+    their mean counts."""
     temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     """Tried in turn on a window until its text looks right (sequential)."""
     best_of: int = 5

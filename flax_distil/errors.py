@@ -1,9 +1,11 @@
-"""The exceptions that mean «your input, not our bug»."""
+"""The exceptions that mean «your input, not our bug», and guards around files that raise them."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class InputError(ValueError):
@@ -22,6 +24,23 @@ class SomeFailed(InputError):
     """
 
     status = 1
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        InputError: it is not there, or holds none.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is not there: is {path.parent} a Whisper model?")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}): fetch it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object: fetch it again")
+    return content
 
 
 def check_writable(folder: Path) -> None:

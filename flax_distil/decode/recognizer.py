@@ -75,15 +75,17 @@ class Window:
 
 
 def make_recognizer(checkpoint: Checkpoint, dtype: str = "float32") -> Recognizer:
-    """A recogniser over a checkpoint, its parameters in `dtype` on all chips of this process."""
+    """A recogniser over a checkpoint, its parameters in `dtype` on all chips of this process.
+
+    Raises:
+        InputError: the tokenizer is missing, damaged or another model's.
+    """
+    dims, heads = checkpoint.dims, checkpoint.generation.get("alignment_heads") or ()
+    # Published students kept heads of layers that only their teachers have.
+    there = ((layer, head) for layer, head in heads if layer < dims.decoder_layers)
+    tokens = load_tokens(checkpoint.source, checkpoint.generation)
     params = spread(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.params))
-    heads = checkpoint.generation.get("alignment_heads") or ()
-    return Recognizer(
-        Spec(checkpoint.dims, dtype),
-        params,
-        load_tokens(checkpoint.source),
-        tuple((layer, head) for layer, head in heads),
-    )
+    return Recognizer(Spec(dims, dtype), params, tokens, tuple(there))
 
 
 def recognize(

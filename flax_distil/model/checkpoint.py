@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flax_distil.cache import model_folder
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, read_json
 from flax_distil.model.ctranslate2 import read_ctranslate2
 from flax_distil.model.dims import WhisperDims, dims_from_hf, dims_to_hf
 from flax_distil.model.generation import generation_config
@@ -133,20 +133,6 @@ def read_safetensors(folder: Path) -> dict[str, np.ndarray]:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is damaged ({error}): fetch it again") from None
     return tensors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Raises:
-        InputError: it is not there or no JSON.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} is not there: is {path.parent} a Whisper model?")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error})") from None
 
 
 def _build(

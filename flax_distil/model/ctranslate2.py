@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, read_json
 from flax_distil.model.dims import WhisperDims, dims_to_hf
 from flax_distil.model.generation import generation_config, token_ids
 
@@ -60,7 +60,8 @@ def read_ctranslate2(
             elif np.any(value):
                 raise InputError(f"{path}: {name} has a bias for the keys, Whisper has none")
 
-    facts = _facts(folder / "config.json")
+    # What it knows about decoding; old folders have none.
+    facts = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     generation = generation_config(
         dims,
         suppress=facts.get("suppress_ids"),
@@ -105,16 +106,6 @@ def write_ctranslate2(
         "lang_ids": sorted(generation.get("lang_to_id", {}).values()),
     }
     (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    """What CTranslate2's `config.json` knows about decoding; nothing where it is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}): fetch it again") from None
 
 
 def _names(dims: WhisperDims) -> dict[str, tuple[str | None, ...]]:

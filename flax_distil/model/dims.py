@@ -30,6 +30,8 @@ class WhisperDims:
     text_positions: int = 448
 
     def __post_init__(self):
+        if wrong := [name for name, size in vars(self).items() if size < 1]:
+            raise InputError(f"sizes of a Whisper are at least 1: {', '.join(wrong)} are not")
         for side, heads in (("encoder", self.encoder_heads), ("decoder", self.decoder_heads)):
             if self.width % heads:
                 raise InputError(

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, read_json
 from flax_distil.model.dims import (
     CHUNK_FRAMES,
     CHUNK_SAMPLES,
@@ -53,7 +53,7 @@ def copy_processor(source: Path, folder: Path, dims: WhisperDims) -> None:
             *(source, dims.vocab, folder.name),
         )
     elif "tokenizer_config.json" not in names:
-        made |= tokenizer_files(_read_json(source / "tokenizer.json"), dims)
+        made |= tokenizer_files(read_json(source / "tokenizer.json"), dims)
     if not names & {"preprocessor_config.json", "processor_config.json"}:
         made["preprocessor_config.json"] = feature_extractor_config(dims)
     for name, content in made.items():
@@ -140,10 +140,3 @@ def spelling_map() -> dict[str, str]:
     """British to American spellings, of Whisper's English normaliser."""
     path = files("whisper_normalizer") / "normalizers" / "english.json"
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}): fetch it again") from None

@@ -20,8 +20,7 @@ from flax_distil.data.batches import bucket_for
 from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import bucket
-from flax_distil.errors import InputError
-from flax_distil.model.checkpoint import read_json
+from flax_distil.errors import InputError, read_json
 from flax_distil.model.dims import PUBLISHED, WhisperDims, dims_from_hf
 from flax_distil.model.student import choose_layers
 from flax_distil.parallel.mesh import check_batch, data_shards, make_mesh

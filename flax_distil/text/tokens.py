@@ -6,15 +6,15 @@ characters, and timestamps are there even when the file leaves them out, as tiny
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from tokenizers import Tokenizer
 
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, read_json
 from flax_distil.text.languages import LANGUAGES, to_language_code
 
 TIMESTAMPS = 1501  # <|0.00|> … <|30.00|>
@@ -119,12 +119,12 @@ class WhisperTokens:
         return self.bpe.decode(ids, skip_special_tokens=False)
 
 
-def load_tokens(folder: str | Path) -> WhisperTokens:
+def load_tokens(folder: str | Path, generation: Mapping[str, Any] | None = None) -> WhisperTokens:
     """The tokens of a Transformers folder: tokenizer.json and, where there, generation_config.json.
 
-    Suppressed ids come from the generation config; where it does not name them, they are derived
-    as OpenAI does. Raises InputError for a missing file, a tokenizer that is not Whisper's, or two
-    files that do not belong together.
+    generation: what is known in the place of that file. Suppressed ids come from it; where it does
+    not name them, they are derived as OpenAI does. Raises InputError for a missing or damaged file,
+    a tokenizer that is not Whisper's, or two files that do not belong together.
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
@@ -134,16 +134,20 @@ def load_tokens(folder: str | Path) -> WhisperTokens:
             "WhisperTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     generation_path = folder / "generation_config.json"
-    generation = json.loads(generation_path.read_text("utf-8")) if generation_path.is_file() else {}
-    return read_tokens(json.loads(path.read_text("utf-8")), generation, str(path))
+    if generation is None:
+        generation = read_json(generation_path) if generation_path.is_file() else {}
+    return read_tokens(read_json(path), generation, str(path))
 
 
-def read_tokens(tokenizer: dict, generation: dict, name: str) -> WhisperTokens:
+def read_tokens(tokenizer: dict, generation: Mapping[str, Any], name: str) -> WhisperTokens:
     """`load_tokens` from the two parsed files; `name` is for error messages."""
-    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    bpe = Tokenizer.from_str(
-        json.dumps(tokenizer | {"added_tokens": [], "post_processor": None, "truncation": None})
-    )
+    try:
+        special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+        bpe = Tokenizer.from_str(
+            json.dumps(tokenizer | {"added_tokens": [], "post_processor": None, "truncation": None})
+        )
+    except Exception as error:  # tokenizers has no kind of its own
+        raise InputError(f"{name} is no tokenizer ({error!r}): fetch it again") from None
 
     def find(*names: str) -> int:
         for token in names:

@@ -267,7 +267,7 @@ def _files(source: Path) -> list[tuple[Path, Path]]:
         return [(source, Path("stdin"))]
     if not source.is_dir():
         return [(source, Path(source.stem))]
-    paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
+    named = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not (paths := [path for path in named if path.is_file()]):
         raise InputError(f"{source} holds no audio: name the files if their endings are unusual")
     return [(path, path.relative_to(source).with_suffix("")) for path in paths]

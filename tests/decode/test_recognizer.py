@@ -1,5 +1,7 @@
 """What a recogniser accepts and returns, and what it compiles."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -47,6 +49,28 @@ def test_wrong_input_is_refused(random):
         recognize(random, noise(1), DecodeOptions(language="englisch"))
     with pytest.raises(InputError, match="English-only checkpoint cannot transcribe German"):
         recognize(random, noise(1), DecodeOptions(language="de"))
+
+
+def test_heads_of_layers_that_a_student_lacks_are_left_out(random_folders):
+    """As published students have them, copied from their teachers."""
+    student = load_checkpoint(random_folders[1])
+    for heads, kept in (([[0, 1], [7, 0]], ((0, 1),)), ([[7, 0]], ()), (None, ())):
+        generation = student.generation | {"alignment_heads": heads}
+        found = make_recognizer(replace(student, generation=generation))
+        assert found.alignment_heads == kept
+
+
+def test_a_tokenizer_of_another_model_is_refused(random_folders, base_folder):
+    """Also where no file beside it says what the model's is."""
+    student = load_checkpoint(random_folders[1])
+    with pytest.raises(InputError, match="at 50363, the generation config at 50362"):
+        make_recognizer(replace(student, source=base_folder))
+
+
+def test_what_the_checkpoint_suppresses_is_suppressed(random_folders):
+    student = load_checkpoint(random_folders[1])
+    generation = student.generation | {"suppress_tokens": [5, 6]}
+    assert make_recognizer(replace(student, generation=generation)).tokens.suppressed == (5, 6)
 
 
 @pytest.mark.parametrize(

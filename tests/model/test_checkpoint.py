@@ -150,9 +150,10 @@ def test_damage_and_pickles(teacher, tmp_path):
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(InputError, match=r"no model\.safetensors"):
         read_safetensors(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(InputError, match="no JSON"):
-        load_checkpoint(folder)
+    for text in ("{", "[]"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(InputError, match="no JSON"):
+            load_checkpoint(folder)
     with pytest.raises(InputError, match="not there"):
         load_checkpoint(tmp_path)
 

@@ -34,5 +34,7 @@ def test_dims_and_config():
         assert dims_from_hf(dims_to_hf(dims)) == dims
     with pytest.raises(InputError, match="lacks d_model"):
         dims_from_hf({k: v for k, v in dims_to_hf(PUBLISHED["tiny"]).items() if k != "d_model"})
+    with pytest.raises(InputError, match="at least 1: width, decoder_heads are not"):
+        dims_from_hf(dims_to_hf(PUBLISHED["tiny"]) | {"d_model": 0, "decoder_attention_heads": 0})
     with pytest.raises(InputError, match="wav2vec2"):
         dims_from_hf({"model_type": "wav2vec2"})

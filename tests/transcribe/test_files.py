@@ -168,6 +168,7 @@ def test_folders_and_standard_input(random_folders, tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(encode_flac(tone(0.5)))
     (tmp_path / "one" / "notes.md").write_text("no audio")
+    (tmp_path / "one" / "album.mp3").mkdir()
     stdin = io.TextIOWrapper(io.BytesIO(encode_flac(tone(0.5))))
     monkeypatch.setattr("sys.stdin", stdin)
     sources = [tmp_path / "one", type(tmp_path)("-")]
