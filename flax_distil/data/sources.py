@@ -49,6 +49,9 @@ def read_table(config: DataConfig) -> Table:
     """The rows of `config.source`, whatever it is. Raises InputError when it is nothing."""
     source = config.source
     path = Path(source).expanduser()
+    for name in ("config", "revision", "streaming"):
+        if getattr(config, name) and path.exists():
+            raise InputError(f"{source} is here, and {name} is for the hub's: leave it out")
     if any(sign in source for sign in "*?["):
         return _parquet([Path(name) for name in sorted(glob.glob(str(path)))], source)
     if path.is_dir():

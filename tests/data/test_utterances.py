@@ -258,6 +258,15 @@ def test_bad_manifest(tmp_path, content, message):
         read_dataset(path)
 
 
+def test_what_is_the_hub_s_is_refused_of_files(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    path.write_text('{"audio": "a.wav"}')
+    for change in ({"config": "clean"}, {"revision": "main"}, {"streaming": True}):
+        (name,) = change
+        with pytest.raises(InputError, match=f"is here, and {name} is for the hub's"):
+            read_dataset(DataConfig(str(path), **change))
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("duration", "0:07"), ("duration", float("nan")), ("offset", -3)]
 )
