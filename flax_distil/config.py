@@ -531,7 +531,8 @@ class PlanConfig:
     """Say, without a TPU, whether a recipe fits a TPU slice, what fills it, and the least time."""
 
     recipes: Positional[tuple[Path, ...]]
-    """Recipes with a [distill] table; [pseudo-label] and [evaluate] are planned where they are."""
+    """Recipes with a [distill] table; [pseudo-label] and, of the student, [evaluate] are planned
+    where they are."""
     topology: tuple[str, ...]
     """TPU slices by Google's names, such as v4-8, v5e-256, v5p-64, v6e-16."""
     programs: tuple[Literal["train", "label", "evaluate"], ...] = ("train", "label", "evaluate")
