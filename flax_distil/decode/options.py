@@ -1,5 +1,6 @@
 """What one asks of the decoder, and what comes back."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -64,8 +65,8 @@ class DecodeOptions:
             ("patience", self.patience),
             ("repetition_penalty", self.repetition_penalty),
         ):
-            if not value > 0:
-                raise InputError(f"{name} is {value}: it must be above 0")
+            if not 0 < value < math.inf:
+                raise InputError(f"{name} is {value}: it must be a number above 0")
         if self.beam_search == "whisper" and not 0 <= (self.length_penalty or 0) <= 1:
             raise InputError(
                 f"length_penalty is {self.length_penalty}: Whisper's beam search takes 0 to 1, "

@@ -388,8 +388,10 @@ def check_memory(recognizer: Recognizer, batch: int, options: DecodeOptions) -> 
     size = jnp.dtype(recognizer.spec.dtype).itemsize
     texts = max(options.beams, options.best_of if options.temperature else 1)
     of_token = 2 * dims.decoder_layers * dims.width * size  # keys and values
-    of_text = of_token * options.max_tokens + 2 * dims.vocab * 4  # and two rows of logits
-    needed = batch * (of_token * dims.audio_positions + texts * of_text)
+    tokens = min(options.max_tokens, dims.text_positions)
+    of_text = of_token * tokens + 2 * dims.vocab * 4  # and two rows of logits
+    ended = 4 * tokens * options.beams * options.patience
+    needed = batch * (of_token * dims.audio_positions + texts * of_text + ended)
     there = chips * device_memory()
     if needed > there:
         fitting = max(int(texts * there / needed / 2), 1)

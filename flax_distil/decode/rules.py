@@ -163,8 +163,10 @@ def no_repeat(size: int) -> Rule:
     def rule(logits_BV: Array, progress: Progress) -> Array:
         assert progress.written is not None
         written_BL = progress.written
+        if size > written_BL.shape[1]:
+            return logits_BV
         count_B1 = jnp.broadcast_to(progress.index, progress.last.shape)[:, None]
-        starts = jnp.arange(max(written_BL.shape[1] - size + 1, 0))
+        starts = jnp.arange(written_BL.shape[1] - size + 1)
         same_BS = starts + size - 1 < count_B1  # runs that are complete
         for offset in range(size - 1):
             now_B1 = jnp.maximum(count_B1 - size + 1 + offset, 0)

@@ -1,6 +1,8 @@
 """How long audio is read: Whisper's thresholds, or how it is cut into chunks."""
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from flax_distil.errors import InputError
 from flax_distil.model.dims import CHUNK_SECONDS
@@ -37,7 +39,8 @@ class SequentialOptions:
             )
         if not self.temperatures or min(self.temperatures) < 0:
             raise InputError(f"temperatures are {self.temperatures}: give some, none below 0")
-        if list(self.clips) != sorted(self.clips) or min(self.clips, default=0) < 0:
+        times = (0.0, *self.clips)
+        if not all(one <= following < math.inf for one, following in pairwise(times)):
             raise InputError(
                 f"clips are {self.clips}: give start, end, start, … in seconds, none before another"
             )
@@ -63,7 +66,7 @@ class ChunkedOptions:
                 f"chunk_length is {self.chunk_length} s: Whisper hears more than 0 and at most "
                 f"{CHUNK_SECONDS} s at a time"
             )
-        if not 0 <= 2 * self.overlap < self.chunk_length:
+        if not 0 <= 2 * self.overlap <= self.chunk_length - 0.01:  # of which a frame is left
             raise InputError(
                 f"a stride of {self.overlap} s on both sides leaves nothing of a chunk of "
                 f"{self.chunk_length} s: use less than {self.chunk_length / 2:g} s"

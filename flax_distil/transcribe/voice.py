@@ -2,6 +2,7 @@
 are put back to where they were (Silero's detector, extra `vad`).
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,8 +39,8 @@ class VoiceOptions:
         if not 0 < self.threshold < 1:
             raise InputError(f"the threshold of speech is {self.threshold}: use 0 to 1")
         for name in ("hysteresis", "min_silence", "min_speech", "padding"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}: it must be at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}: it must be a number from 0 on")
 
 
 class Voiced(NamedTuple):

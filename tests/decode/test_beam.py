@@ -99,6 +99,11 @@ def test_a_search_that_no_memory_holds_is_refused(monkeypatch):
         InputError, match=r"100 texts for each of 32 .* have 16: follow at most \d+"
     ):
         check_memory(large, 32, DecodeOptions(beams=100))
+    with pytest.raises(InputError, match="2 texts for each of 8"):
+        check_memory(large, 8, DecodeOptions(beams=2, patience=1e9))
+    check_memory(large, 8, DecodeOptions(max_tokens=10**9))  # a search ends with the context
+    with pytest.raises(InputError, match="patience is inf"):
+        DecodeOptions(beams=2, patience=float("inf"))
     with pytest.raises(InputError, match=r"patience of at least 0\.5"):
         DecodeOptions(beams=2, patience=0.1)
     with pytest.raises(InputError, match="takes 0 to 1"):

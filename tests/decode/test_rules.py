@@ -102,3 +102,10 @@ def test_repetition_rules_equal_transformers(length, by_row):
             expected = NoRepeatNGramLogitsProcessor(size)(tokens, expected)
         found = np.asarray(apply(rules.rules(), jnp.asarray(logits), progress))
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+def test_runs_longer_than_any_text_cost_nothing():
+    """A million steps would be compiled for a million tokens that nobody writes."""
+    (rule, *_) = RuleSet(END, 36, (), (), no_repeat_ngram=10**6).rules()
+    logits = jnp.ones((1, VOCAB))
+    assert rule(logits, begin(1, 32)) is logits

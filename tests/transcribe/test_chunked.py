@@ -143,3 +143,5 @@ def test_wrong_chunks_are_refused():
         ChunkedOptions(40)
     with pytest.raises(InputError, match="use less than 5 s"):
         ChunkedOptions(10, 5)
+    with pytest.raises(InputError, match="leaves nothing"):
+        ChunkedOptions(1e-5)

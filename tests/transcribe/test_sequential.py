@@ -171,8 +171,9 @@ def test_a_prompt_for_every_window_is_whole_beside_hotwords(random_folders):
 def test_wrong_options_are_refused():
     with pytest.raises(InputError, match="none below 0"):
         SequentialOptions(())
-    with pytest.raises(InputError, match="none before another"):
-        SequentialOptions(clips=(5.0, 1.0))
+    for clips in ((5.0, 1.0), (-1.0,), (0.0, float("inf")), (float("nan"),)):
+        with pytest.raises(InputError, match="none before another"):
+            SequentialOptions(clips=clips)
 
 
 @pytest.mark.parametrize("long_form", [PLAIN, ChunkedOptions(15)])

