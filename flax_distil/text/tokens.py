@@ -91,8 +91,12 @@ class WhisperTokens:
         return [self.languages[code], self.translate if task == "translate" else self.transcribe]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; nothing in it is taken for a special token."""
-        return self.bpe.encode(text, add_special_tokens=False).ids
+        """Ids of plain text; nothing in it is taken for a special token.
+
+        Bytes of a command line that are no UTF-8, half surrogate pairs in Python, are left out.
+        """
+        whole = text.encode("utf-8", "ignore").decode("utf-8")
+        return self.bpe.encode(whole, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[SupportsIndex], timestamps: bool = False) -> str:
         """Text of ids, special tokens left out; `timestamps` writes those as `<|1.08|>`."""

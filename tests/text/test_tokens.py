@@ -188,6 +188,7 @@ def test_wrong_requests_are_sentences(tokens, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(gpt))
     with pytest.raises(InputError, match=r"no token <\|endoftext\|>: it is not a Whisper"):
         load_tokens(tmp_path)
+    assert tokens["en"].encode("caf\udce9") == tokens["en"].encode("caf")
     damaged = {"{": "no JSON", "[]": "no JSON object", "{}": "no tokenizer"}
     for text, words in damaged.items() | {(json.dumps(gpt | {"model": {}}), "no tokenizer")}:
         (tmp_path / "tokenizer.json").write_text(text)
