@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_distil.config import DistillConfig
+from flax_distil.data.utterances import to_language
 from flax_distil.distill.step import Frozen, Plan
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
@@ -65,6 +66,8 @@ def check_pair(teacher: WhisperDims, student: WhisperDims) -> None:
 def check_numbers(config: DistillConfig) -> None:
     """Raises InputError for settings that could not train anything."""
     loss, optimizer = config.loss, config.optimizer
+    if config.language is not None:
+        to_language(config.language)
     if min(loss.kl, loss.ce, loss.mse) < 0 or loss.kl + loss.ce + loss.mse == 0:
         raise InputError(
             f"loss weights kl {loss.kl}, ce {loss.ce}, mse {loss.mse}: none may be negative and "

@@ -58,7 +58,7 @@ def test_a_resumed_run_writes_no_step_twice(config):
         for step in (1, 2, 3):
             tracker.scalars(step, {"loss": 0.0})
     with (config.output_dir / METRICS).open("a") as file:
-        file.write('{"step": 4, "lo')  # a kill
+        file.write('{}\n[1]\n{"step": 4, "lo')  # a user, and a kill
     with Tracker(config, start=2) as tracker:
         tracker.scalars(3, {"loss": 1.0})
     lines = (config.output_dir / METRICS).read_text().splitlines()
