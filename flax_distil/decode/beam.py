@@ -101,7 +101,7 @@ def beam(
         done_B |= last_B | finished(ended, going, at, search)
 
         rows = (parent_BK + beams * jnp.arange(batch)[:, None]).reshape(-1)
-        own = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=leaf.ndim - 4), cache.own)
+        own = cache.rows(partial(jnp.take, indices=rows))
         progress = jax.tree.map(lambda leaf: leaf[rows] if leaf.ndim else leaf, progress)
         token_R = token_BK.reshape(-1)
         hidden_R1D, cache = decoder.step(token_R[:, None], cache._replace(own=own))

@@ -1,15 +1,15 @@
 """Greedy search and sampling: one compiled loop over a static cache, on the device throughout."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_distil.decode.rules import Progress, RuleSet, advance, apply, begin
 from flax_distil.model.spec import Params, Spec
-from flax_distil.model.whisper import Cache, Decoder, KeyValues, TimeLast
+from flax_distil.model.whisper import Cache, Decoder
 from flax_distil.parallel.clips import by_clip
 from flax_distil.parallel.mesh import on_tpu
 
@@ -68,7 +68,7 @@ def prefill(
     Returns the hidden states at the start of transcript and at the prompt's end, and the cache.
     """
     batch, padded = prompt.tokens.shape
-    empty = filling_tiles(decoder.start(audio_BSD, padded + room))
+    empty = decoder.start(audio_BSD, padded + room, side_by_side=on_tpu())
     hidden_BPD, cache = decoder.step(prompt.tokens, empty)
     where = jnp.stack([prompt.sot, prompt.length - 1], axis=-1)
     where_B2 = jnp.broadcast_to(where, (batch, 2))
@@ -76,27 +76,9 @@ def prefill(
     return hidden_B2D, cache._replace(length=prompt.length)
 
 
-def filling_tiles(cache: Cache) -> Cache:
-    """The audio's keys and values as they lie best in a TPU's memory, and stay there.
-
-    There the last dimension fills up to 128: heads of 64 would take twice their room, and each
-    token twice the time to read them.
-    """
-    if not on_tpu():
-        return cache
-
-    def turn(x_BHSK: Array) -> Array:
-        x_BHKS = x_BHSK.swapaxes(-1, -2)
-        return with_layout_constraint(x_BHKS, Layout(tuple(range(x_BHKS.ndim))))
-
-    is_pair = lambda node: isinstance(node, KeyValues)
-    turned = lambda pair: TimeLast(turn(pair.keys), turn(pair.values))
-    return cache._replace(cross=jax.tree.map(turned, cache.cross, is_leaf=is_pair))
-
-
 def multiply(cache: Cache, copies: int) -> Cache:
     """Room for `copies` texts over each clip, which share the clip's cross-attention."""
-    own = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=leaf.ndim - 4), cache.own)
+    own = cache.rows(partial(jnp.repeat, repeats=copies))
     length = jnp.repeat(cache.length, copies) if cache.length.ndim else cache.length
     return Cache(own, cache.cross, length)
 

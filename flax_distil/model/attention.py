@@ -13,11 +13,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Bool, Float
 
-from flax_distil.parallel.mesh import in_mesh, on_each_device
+from flax_distil.parallel.mesh import on_each_device, on_tpu
 
 QUERY_BLOCK = 300  # queries at a time where they divide: 1500 audio positions are 5 blocks
 KERNEL_BLOCK = 512  # queries and keys at a time of the TPU kernel: what a v4's on-chip memory holds
 LANES = 128  # blocks of the kernel are multiples
+FEW_QUERIES = 8  # of all heads, they fill one pass or two of a TPU's matrix unit
 
 
 def attention(
@@ -25,8 +26,11 @@ def attention(
     k_BHSK: Float[Array, "B H S K"],
     v_BHSK: Float[Array, "B H S K"],
     mask_QS: Bool[Array, "... Q S"] | None = None,
+    heard: int | None = None,
 ) -> Float[Array, "B H Q K"]:
     """Softmax(q kᵀ) v; `q` comes scaled. True in `mask_QS` means «may look».
+
+    heard: how many keys there are, where those behind them only fill up (`filled`).
 
     Unmasked attention of many queries (the encoder's) runs in parts, so that its scores, the
     model's largest tensor, never exist whole: blocks of queries, or on CPUs, where a part has to
@@ -42,17 +46,60 @@ def attention(
         beams_BHNK = q_BHQK.reshape(clips, -1, heads, queries, size).swapaxes(1, 2)
         mixed = attention(beams_BHNK.reshape(clips, heads, -1, size), k_BHSK, v_BHSK)
         return mixed.reshape(beams_BHNK.shape).swapaxes(1, 2).reshape(q_BHQK.shape)
-    kernel = in_mesh() and q_BHQK.dtype == jnp.bfloat16 and queries >= LANES
-    many = queries > QUERY_BLOCK
-    if mask_QS is not None or not (kernel or many):
+    if mask_QS is None and takes_kernel(queries, q_BHQK.dtype):
+        return on_each_device(partial(_by_kernel, heard=heard), q_BHQK, k_BHSK, v_BHSK)
+    if mask_QS is not None or queries <= QUERY_BLOCK:
         return _attend(q_BHQK, k_BHSK, v_BHSK, mask_QS)
-    blocks = _by_query_block if many else _attend
     return jax.lax.platform_dependent(
-        *(q_BHQK, k_BHSK, v_BHSK),
-        cpu=_by_head if many else _attend,
-        tpu=_by_kernel_on_each_device if kernel else blocks,
-        default=blocks,
+        *(q_BHQK, k_BHSK, v_BHSK), cpu=_by_head, default=_by_query_block
     )
+
+
+def takes_kernel(queries: int, dtype: Any) -> bool:
+    """Whether unmasked attention of so many queries runs in the TPU kernel."""
+    return on_tpu() and dtype == jnp.bfloat16 and queries >= LANES
+
+
+def filled(x_BSD: Float[Array, "B S D"], queries: int) -> Float[Array, "B T D"]:
+    """Positions filled up for the kernel, if so many queries will look at them in it.
+
+    Once for all layers: to fill up each one's queries, keys and values takes a quarter of an
+    encoder's time (docs/LOG.md).
+    """
+    positions = x_BSD.shape[1]
+    if not takes_kernel(queries, x_BSD.dtype):
+        return x_BSD
+    return jnp.pad(x_BSD, ((0, 0), (0, -positions % _block(positions)), (0, 0)))
+
+
+def attend_side_by_side(
+    q_BQD: Float[Array, "B Q D"],
+    k_CSD: Float[Array, "C S D"],
+    v_CSD: Float[Array, "C S D"],
+    heads: int,
+    mask_QS: Bool[Array, "... Q S"] | None = None,
+) -> Float[Array, "B Q D"]:
+    """`attention` of few queries to keys whose heads lie beside each other, D = H K.
+
+    For each head the query is there once, with zeros in place of the others, and is multiplied with
+    whole keys. That is H times the products, which a TPU has time for while it reads the keys; with
+    heads of their own it needs more time to turn them than to read them (docs/LOG.md).
+
+    Unmasked, `q` may have n rows to each row of `k` and `v`.
+    """
+    clips, _, width = k_CSD.shape
+    own_HD = np.arange(width) // (width // heads) == np.arange(heads)[:, None]
+    wide = jnp.promote_types(q_BQD.dtype, jnp.float32)
+    product = partial(jnp.einsum, preferred_element_type=wide)
+    q_CQHD = q_BQD.reshape(clips, -1, 1, width) * own_HD.astype(q_BQD.dtype)
+    scores_CQHS = product("cqhd,csd->cqhs", q_CQHD, k_CSD)
+    if mask_QS is not None:
+        mask_QHS = mask_QS[:, None] if mask_QS.ndim == 2 else mask_QS.swapaxes(1, 2)
+        scores_CQHS = jnp.where(mask_QHS, scores_CQHS, jnp.finfo(wide).min)
+    weights = jnp.exp(scores_CQHS - scores_CQHS.max(axis=-1, keepdims=True))
+    mixed_CQHD = product("cqhs,csd->cqhd", weights.astype(v_CSD.dtype), v_CSD)
+    mixed_CQHD = mixed_CQHD / weights.sum(axis=-1, keepdims=True)
+    return (mixed_CQHD * own_HD).sum(axis=2).reshape(q_BQD.shape).astype(q_BQD.dtype)
 
 
 def _by_head(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
@@ -73,27 +120,25 @@ def _by_query_block(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
     return jnp.moveaxis(mixed, 0, 2).reshape(q_BHQK.shape)
 
 
-def _by_kernel_on_each_device(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
-    return on_each_device(_by_kernel, q_BHQK, k_BHSK, v_BHSK)
-
-
-def _by_kernel(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, interpret: bool = False) -> Array:
-    """Splash attention, positions filled up to whole blocks. interpret: compute it anywhere."""
+def _by_kernel(
+    q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, heard: int | None = None, interpret: bool = False
+) -> Array:
+    """Splash attention, what is no whole block filled up. interpret: compute it anywhere."""
     queries, keys = q_BHQK.shape[2], k_BHSK.shape[2]
-    filled = (
+    blocks = (
         jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % _block(x.shape[2])), (0, 0)))
         for x in (q_BHQK, k_BHSK, v_BHSK)
     )
-    kernel = _splash(q_BHQK.shape[1], queries, keys, interpret)
-    return jax.vmap(kernel)(*filled)[:, :, :queries]
+    kernel = _splash(q_BHQK.shape[1], queries, keys, heard or keys, interpret)
+    return jax.vmap(kernel)(*blocks)[:, :, :queries]
 
 
 @cache
-def _splash(heads: int, queries: int, keys: int, interpret: bool) -> Any:
-    """The kernel for one clip; keys beyond the real ones are masked out."""
+def _splash(heads: int, queries: int, keys: int, heard: int, interpret: bool) -> Any:
+    """The kernel for one clip; keys behind those that are heard are masked out."""
     block, of_keys = _block(queries), _block(keys)
-    filled = (queries + -queries % block, keys + -keys % of_keys)
-    mask_QS = splash_attention_mask.NumpyMask(np.broadcast_to(np.arange(filled[1]) < keys, filled))
+    whole = (queries + -queries % block, keys + -keys % of_keys)
+    mask_QS = splash_attention_mask.NumpyMask(np.broadcast_to(np.arange(whole[1]) < heard, whole))
     sizes: dict[str, Any] = {f"block_{name}": block for name in ("q", "q_dkv", "q_dq")}
     names = ("kv", "kv_compute", "kv_dkv", "kv_dkv_compute", "kv_dq")
     sizes |= {f"block_{name}": of_keys for name in names}

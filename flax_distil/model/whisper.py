@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flax_distil.model.attention import attention
+from flax_distil.model.attention import FEW_QUERIES, attend_side_by_side, attention, filled
 from flax_distil.model.dims import WhisperDims
-
-gelu = partial(jax.nn.gelu, approximate=False)  # erf, in the convolution stem too
+from flax_distil.parallel.mesh import on_tpu
 
 
 class KeyValues(NamedTuple):
@@ -29,28 +28,33 @@ class KeyValues(NamedTuple):
     values: Array
 
 
-class TimeLast(NamedTuple):
-    """Keys and values as [B H K S]: what fills the memory of devices with wide tiles."""
+class SideBySide(NamedTuple):
+    """Keys and values as [B S D], all heads beside each other: they fill a TPU's tiles."""
 
     keys: Array
     values: Array
 
-    def seen(self) -> KeyValues:
-        """For attention."""
-        return KeyValues(self.keys.swapaxes(-1, -2), self.values.swapaxes(-1, -2))
+
+Seen = KeyValues | SideBySide
 
 
 class Cache(NamedTuple):
     """All that decoding remembers.
 
-    own: one `KeyValues` a layer over the decoder's tokens, of static length.
-    cross: one `KeyValues` or `TimeLast` a layer over the encoder's output, computed once.
+    own: one `Seen` a layer over the decoder's tokens, of static length.
+    cross: one `Seen` a layer over the encoder's output, computed once.
     length: tokens seen so far, a scalar, or [B] where rows advance on their own.
     """
 
     own: Any
     cross: Any
     length: Int[Array, "..."]
+
+    def rows(self, choose: Callable[..., Array]) -> Any:
+        """`own` with other rows: `choose(array, axis=that of the batch)`."""
+        first = self.own if isinstance(self.own, KeyValues | SideBySide) else self.own[0]
+        axis = first.keys.ndim - (4 if isinstance(first, KeyValues) else 3)
+        return jax.tree.map(partial(choose, axis=axis), self.own)
 
 
 class Encoder(nnx.Module):
@@ -72,8 +76,11 @@ class Encoder(nnx.Module):
         """Log-mel frames to audio states, T = 2 S."""
         x_BSD = gelu(self.conv2(gelu(self.conv1(mel_BTM))))
         x_BSD = x_BSD + self.positions[...].astype(x_BSD.dtype)
-        x_BSD, _ = through(self.layers, lambda layer, x, _: (layer(x), None), x_BSD, self.remat)
-        return self.norm(x_BSD)
+        heard = x_BSD.shape[1]
+        x_BSD = filled(x_BSD, heard)
+        forward = lambda layer, x_BSD, _: (layer(x_BSD, heard), None)
+        x_BSD, _ = through(self.layers, forward, x_BSD, self.remat)
+        return self.norm(x_BSD[:, :heard])
 
 
 class Decoder(nnx.Module):
@@ -109,11 +116,12 @@ class Decoder(nnx.Module):
         x_BLD = self.tokens(tokens_BL) if embedded_BLD is None else embedded_BLD
         x_BLD = x_BLD + self.positions(jnp.arange(length))
         mask_LL = jnp.tril(jnp.ones((length, length), bool))
+        heard, filled_BSD = audio_BSD.shape[1], filled(audio_BSD, length)
 
         def forward(layer: DecoderLayer, x_BLD: Array, _: None):
             own = layer.self_attention.keys_values(layer.self_norm(x_BLD))
-            cross = layer.cross_attention.keys_values(audio_BSD)
-            x_BLD = layer(x_BLD, own, cross, mask_LL)
+            cross = layer.cross_attention.keys_values(filled_BSD)
+            x_BLD = layer(x_BLD, own, cross, mask_LL, heard)
             return x_BLD, x_BLD
 
         x_BLD, every_BLD = through(self.layers, forward, x_BLD, self.remat)
@@ -158,14 +166,19 @@ class Decoder(nnx.Module):
             "bld,dv->blv", hidden_BLD, head_DV, preferred_element_type=wide
         )
 
-    def start(self, audio_BSD: Float[Array, "B S D"], length: int) -> Cache:
-        """An empty cache for `length` tokens over these audio states."""
-        batch = audio_BSD.shape[0]
+    def start(
+        self, audio_BSD: Float[Array, "B S D"], length: int, side_by_side: bool = False
+    ) -> Cache:
+        """An empty cache for `length` tokens over these audio states.
+
+        side_by_side: keep keys and values so, as decodes fastest on a TPU.
+        """
+        see = Attention.side_by_side if side_by_side else Attention.keys_values
 
         def project(layer: DecoderLayer, nothing: Array, _: None):
-            cross = layer.cross_attention.keys_values(audio_BSD)
-            empty = jnp.zeros((batch, layer.self_attention.heads, length, cross.keys.shape[-1]))
-            own = KeyValues(empty.astype(cross.keys.dtype), empty.astype(cross.keys.dtype))
+            cross = see(layer.cross_attention, audio_BSD)
+            room = (*cross.keys.shape[:-2], length, cross.keys.shape[-1])
+            own = jax.tree.map(lambda array: jnp.zeros(room, array.dtype), cross)
             return nothing, (own, cross)
 
         _, caches = through(self.layers, project, jnp.zeros(()))
@@ -186,11 +199,11 @@ class Decoder(nnx.Module):
         mask_QS = jnp.arange(room) <= position[..., None]
         mask_QS = mask_QS if mask_QS.ndim == 2 else mask_QS[:, None]  # [B 1 L room]
 
-        def forward(layer: DecoderLayer, x_BLD: Array, remembered: tuple[KeyValues, Any]):
+        def forward(layer: DecoderLayer, x_BLD: Array, remembered: tuple[Seen, Seen]):
             own, cross = remembered
-            cross = cross.seen() if isinstance(cross, TimeLast) else cross
-            new = layer.self_attention.keys_values(layer.self_norm(x_BLD))
-            own = KeyValues(*(append(o, n, cache.length) for o, n in zip(own, new, strict=True)))
+            see = Attention.side_by_side if isinstance(own, SideBySide) else Attention.keys_values
+            new = see(layer.self_attention, layer.self_norm(x_BLD))
+            own = jax.tree.map(partial(append, at=cache.length), own, new)
             return layer(x_BLD, own, cross, mask_QS), own
 
         scanned = not isinstance(self.layers, nnx.List)
@@ -210,10 +223,10 @@ class EncoderLayer(nnx.Module):
         self.feed_norm = layer_norm(width, dtype, rngs)
         self.feed_forward = FeedForward(width, ffn, dtype, rngs)
 
-    def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def __call__(self, x_BSD: Float[Array, "B S D"], heard: int) -> Float[Array, "B S D"]:
         normed_BSD = self.self_norm(x_BSD)
         own = self.self_attention.keys_values(normed_BSD)
-        x_BSD = x_BSD + self.self_attention(normed_BSD, own)
+        x_BSD = x_BSD + self.self_attention(normed_BSD, own, heard=heard)
         return x_BSD + self.feed_forward(self.feed_norm(x_BSD))
 
 
@@ -229,10 +242,15 @@ class DecoderLayer(nnx.Module):
         self.feed_forward = FeedForward(width, ffn, dtype, rngs)
 
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], own: KeyValues, cross: KeyValues, mask_QS: Array
+        self,
+        x_BLD: Float[Array, "B L D"],
+        own: Seen,
+        cross: Seen,
+        mask_QS: Array,
+        heard: int | None = None,
     ) -> Float[Array, "B L D"]:
         x_BLD = x_BLD + self.self_attention(self.self_norm(x_BLD), own, mask_QS)
-        x_BLD = x_BLD + self.cross_attention(self.cross_norm(x_BLD), cross)
+        x_BLD = x_BLD + self.cross_attention(self.cross_norm(x_BLD), cross, heard=heard)
         return x_BLD + self.feed_forward(self.feed_norm(x_BLD))
 
 
@@ -249,24 +267,64 @@ class Attention(nnx.Module):
 
     def keys_values(self, x_BSD: Float[Array, "B S D"]) -> KeyValues:
         """What others may look at, [B H S K] each."""
-        return KeyValues(self.split(self.key(x_BSD)), self.split(self.value(x_BSD)))
+        return KeyValues(self.to_heads(self.key, x_BSD), self.to_heads(self.value, x_BSD))
+
+    def side_by_side(self, x_BSD: Float[Array, "B S D"]) -> SideBySide:
+        """The same, not split into heads."""
+        return SideBySide(self.key(x_BSD), self.value(x_BSD))
 
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], seen: KeyValues, mask_QS: Array | None = None
+        self,
+        x_BLD: Float[Array, "B L D"],
+        seen: Seen,
+        mask_QS: Array | None = None,
+        heard: int | None = None,
     ) -> Float[Array, "B L D"]:
-        q_BHLK = self.split(self.query(x_BLD))
-        mixed_BHLK = attention(q_BHLK * q_BHLK.shape[-1] ** -0.5, *seen, mask_QS)
-        return self.out(mixed_BHLK.swapaxes(1, 2).reshape(x_BLD.shape))
+        """heard: as of `attention`."""
+        scale = (x_BLD.shape[-1] // self.heads) ** -0.5
+        if isinstance(seen, SideBySide):
+            if x_BLD.shape[1] <= FEW_QUERIES:
+                q_BLD, (keys, values) = self.query(x_BLD) * scale, seen
+                return self.out(attend_side_by_side(q_BLD, keys, values, self.heads, mask_QS))
+            seen = KeyValues(self.split(seen.keys), self.split(seen.values))
+        q_BHLK = self.to_heads(self.query, x_BLD) * scale
+        return self.from_heads(attention(q_BHLK, *seen, mask_QS, heard))
 
     def scores(self, x_BLD: Float[Array, "B L D"], seen: KeyValues) -> Float[Array, "B H L S"]:
         """Scaled products of queries and keys, before the softmax."""
-        q_BHLK = self.split(self.query(x_BLD))
+        q_BHLK = self.to_heads(self.query, x_BLD)
         wide = jnp.promote_types(q_BHLK.dtype, jnp.float32)
         scale = q_BHLK.shape[-1] ** -0.5
         return scale * jnp.einsum("bhlk,bhsk->bhls", q_BHLK, seen.keys, preferred_element_type=wide)
 
+    def to_heads(self, linear: nnx.Linear, x_BLD: Float[Array, "B L D"]) -> Array:
+        """What `linear` makes of x, [B H L K]: heads before time, the layout that decodes fastest.
+
+        A TPU gets one product that writes it so; it would take as long again to turn the heads.
+        """
+        if not on_tpu():
+            return self.split(linear(x_BLD))
+        width, dtype = x_BLD.shape[-1], linear.dtype
+        kernel_DHK = linear.kernel[...].astype(dtype).reshape(width, self.heads, -1)
+        y_BHLK = jnp.einsum("bld,dhk->bhlk", x_BLD.astype(dtype), kernel_DHK)
+        if linear.bias is None:
+            return y_BHLK
+        return y_BHLK + linear.bias[...].astype(dtype).reshape(self.heads, 1, -1)
+
+    def from_heads(self, x_BHLK: Float[Array, "B H L K"]) -> Float[Array, "B L D"]:
+        """What `out` makes of all heads' results."""
+        batch, heads, length, size = x_BHLK.shape
+        if not on_tpu():
+            return self.out(x_BHLK.swapaxes(1, 2).reshape(batch, length, heads * size))
+        dtype = self.out.dtype
+        kernel_HKD = self.out.kernel[...].astype(dtype).reshape(heads, size, -1)
+        y_BLD = jnp.einsum("bhlk,hkd->bld", x_BHLK.astype(dtype), kernel_HKD)
+        bias_D = self.out.bias
+        assert bias_D is not None
+        return y_BLD + bias_D[...].astype(dtype)
+
     def split(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B H L K"]:
-        """Channels to heads, heads before time: the layout that decodes fastest."""
+        """Channels to heads."""
         batch, length, width = x_BLD.shape
         return x_BLD.reshape(batch, length, self.heads, width // self.heads).swapaxes(1, 2)
 
@@ -282,6 +340,26 @@ class FeedForward(nnx.Module):
         return self.down(gelu(self.up(x_BLD)))
 
 
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x Φ(x) with the exact Φ, in the convolution stem too.
+
+    In bfloat16 on a TPU, where `erf` may take longer than the product before it (docs/LOG.md), it
+    is Abramowitz and Stegun's formula 7.1.26, as near to the exact one as float32 has it.
+    """
+    if not (on_tpu() and x.dtype == jnp.bfloat16):
+        return jax.nn.gelu(x, approximate=False)
+    return gelu_by_exp(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def gelu_by_exp(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU with erfc(z) = exp(-z²) times a polynomial of 1 / (1 + p z)."""
+    z = jnp.abs(x) * 0.5**0.5
+    t = 1 / (1 + 0.3275911 * z)
+    terms = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0)
+    upper = 0.5 * jnp.polyval(jnp.array(terms, x.dtype), t, unroll=8) * jnp.exp(-z * z)
+    return x * jnp.where(x < 0, upper, 1 - upper)
+
+
 def layer_norm(width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Statistics in float32 (two passes: the fast one-pass variance cancels), ε = 1e-5."""
     return nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, use_fast_variance=False, rngs=rngs)
@@ -295,14 +373,20 @@ def sinusoids(length: int, channels: int) -> Float[Array, "S D"]:
 
 
 def append(
-    cache_BHSK: Float[Array, "B H S K"], new_BHLK: Float[Array, "B H L K"], at: Int[Array, "..."]
-) -> Float[Array, "B H S K"]:
+    cache: Float[Array, "B ... S C"], new: Float[Array, "B ... L C"], at: Int[Array, "..."]
+) -> Float[Array, "B ... S C"]:
     """Writes new keys or values behind the `at` known ones; `at` is a scalar or one a row."""
-    new_BHLK = new_BHLK.astype(cache_BHSK.dtype)
+    new = new.astype(cache.dtype)
+    write = partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
     if at.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(cache_BHSK, new_BHLK, at, axis=2)
-    write = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-    return jax.vmap(write)(cache_BHSK, new_BHLK, at)
+        return write(cache, new, at)
+    if cache.ndim == 4:
+        return jax.vmap(write)(cache, new, at)
+    # A TPU would write one row after the other, in a loop; all at once cost it less.
+    for index in range(new.shape[1]):
+        here_BS1 = (jnp.arange(cache.shape[1]) == at[:, None] + index)[..., None]
+        cache = jnp.where(here_BS1, new[:, index, None], cache)
+    return cache
 
 
 def through(

@@ -1,6 +1,7 @@
 """Speculative decoding against plain greedy search, and against the teacher's distribution."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from flax_distil.decode.assistant import make_assistant
+from flax_distil.decode.beam import BeamSearch, beam
 from flax_distil.decode.drafters import Drafts, LookupDrafter, Text, frequent_ids, model_drafter
 from flax_distil.decode.greedy import Prompt, Sampling, greedy
 from flax_distil.decode.options import DecodeOptions, total
@@ -64,6 +66,26 @@ def test_writes_what_greedy_writes_row_by_row(pair, rules, prompt, kind, guesses
     assert 1 < tally.tokens_per_pass < guesses + 1
     assert tally.passes[2] == 0
     assert len(set(expected.lengths.tolist())) >= 3
+
+
+def test_searches_write_the_same_with_a_tpus_caches(pair, monkeypatch):
+    params, blurred, audio = pair
+    arguments = (SPEC, params, audio, PROMPTS, ACTIVE, TIMES, 39)
+
+    def written(search, *more):
+        """Compiled anew: what is compiled already has the other caches."""
+        return jax.jit(lambda: inspect.unwrap(search)(*arguments, *more))()
+
+    def every():
+        yield written(greedy)
+        yield written(beam, BeamSearch(3, 3, None, as_transformers=False))
+        yield written(speculative, model_drafter(SPEC, blurred), audio, 4)[0]
+
+    expected = list(every())
+    monkeypatch.setattr("flax_distil.decode.greedy.on_tpu", lambda: True)
+    for ours, theirs in zip(every(), expected, strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        np.testing.assert_allclose(ours.log_probability, theirs.log_probability, atol=1e-3)
 
 
 def test_the_teacher_itself_is_always_right(pair):

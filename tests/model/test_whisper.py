@@ -13,11 +13,13 @@ from flax_distil.model.attention import (
     _by_head,
     _by_kernel,
     _by_query_block,
+    attend_side_by_side,
     attention,
 )
 from flax_distil.model.dims import PUBLISHED
 from flax_distil.model.spec import HALVES, Spec, stack_layers, unstack_layers
 from flax_distil.model.weights import names
+from flax_distil.model.whisper import gelu_by_exp
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +36,11 @@ def layouts(twins):
 
 
 @pytest.mark.usefixtures("float64")
-def test_equals_transformers_in_every_layout(twins, inputs):
+@pytest.mark.parametrize("tpu", [False, True])
+def test_equals_transformers_in_every_layout(twins, inputs, tpu, monkeypatch):
     import torch
 
+    monkeypatch.setattr("flax_distil.model.whisper.on_tpu", lambda: tpu)
     mel, tokens = inputs
     with torch.no_grad():
         features, labels = torch.tensor(mel.swapaxes(1, 2)), torch.tensor(tokens)
@@ -52,14 +56,16 @@ def test_equals_transformers_in_every_layout(twins, inputs):
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("side_by_side", [False, True])
 @pytest.mark.parametrize("per_row", [False, True])
-def test_cached_equals_uncached(twins, inputs, per_row):
+def test_cached_equals_uncached(twins, inputs, per_row, side_by_side):
     mel, tokens = inputs
     for spec, params in layouts(twins):
         audio = spec.encoder(params["encoder"])(jnp.asarray(mel))
         decoder = spec.decoder(params["decoder"])
         whole = decoder(jnp.asarray(tokens), audio)
-        hidden, cache = decoder.step(jnp.asarray(tokens[:, :4]), decoder.start(audio, 12))
+        empty = decoder.start(audio, 12, side_by_side)
+        hidden, cache = decoder.step(jnp.asarray(tokens[:, :4]), empty)
         if per_row:
             cache = cache._replace(length=jnp.full((2,), 4))
         parts = [hidden]
@@ -70,19 +76,21 @@ def test_cached_equals_uncached(twins, inputs, per_row):
 
 
 @pytest.mark.usefixtures("float64")
-def test_rows_advance_on_their_own(twins, inputs):
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_rows_advance_on_their_own(twins, inputs, side_by_side):
     mel, tokens = inputs
     spec = Spec(twins.dims, "float64")
     audio = spec.encoder(twins.params["encoder"])(jnp.asarray(mel))
     decoder = spec.decoder(twins.params["decoder"])
     whole = decoder(jnp.asarray(tokens), audio)
-    # Row 0 takes three of the four tokens read, row 1 all of them; both then read one more.
-    _, cache = decoder.step(jnp.asarray(tokens[:, :4]), decoder.start(audio, 12))
+    # Row 0 takes three of the four tokens read, row 1 all of them; both then read two more.
+    _, cache = decoder.step(jnp.asarray(tokens[:, :4]), decoder.start(audio, 12, side_by_side))
     accepted = np.array([3, 4])
-    following = jnp.asarray(tokens[np.arange(2), accepted][:, None])
+    rows, places = np.arange(2)[:, None], accepted[:, None] + np.arange(2)
+    following = jnp.asarray(tokens[rows, places])
     hidden, cache = decoder.step(following, cache._replace(length=jnp.asarray(accepted)))
-    np.testing.assert_allclose(hidden[:, 0], whole[np.arange(2), accepted], atol=1e-12)
-    np.testing.assert_array_equal(cache.length, accepted + 1)
+    np.testing.assert_allclose(hidden, whole[rows, places], atol=1e-12)
+    np.testing.assert_array_equal(cache.length, accepted + 2)
 
 
 @pytest.mark.usefixtures("float64")
@@ -111,6 +119,30 @@ def test_attention_in_parts_changes_nothing(parts):
     np.testing.assert_allclose(loss(parts), plain, atol=1e-5)
 
 
+def test_a_tpus_gelu_is_exact():
+    x = jnp.linspace(-9, 9, 2001)
+    exact = jax.nn.gelu(x, approximate=False)
+    np.testing.assert_allclose(gelu_by_exp(x), exact, atol=1e-6)
+    slopes = [
+        jax.vmap(jax.grad(one))(x) for one in (gelu_by_exp, partial(jax.nn.gelu, approximate=False))
+    ]
+    np.testing.assert_allclose(*slopes, atol=1e-5)
+    little = (x < 0) & (x > -4)  # a quarter of bfloat16's rounding
+    np.testing.assert_allclose(gelu_by_exp(x)[little], exact[little], rtol=1e-3)
+
+
+def test_heads_side_by_side_change_nothing():
+    """Two beams to a clip, and rows with masks of their own."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 3, 5, 8))  # B H S K
+    flat = lambda x_BHSK: x_BHSK.swapaxes(1, 2).reshape(len(x_BHSK), 5, 24)
+    beams = flat(attention(q, k[:2], v[:2]))
+    side_by_side = attend_side_by_side(flat(q), flat(k)[:2], flat(v)[:2], 3)
+    np.testing.assert_allclose(side_by_side, beams, atol=1e-6)
+    mask = jnp.arange(5) <= (jnp.array([0, 1, 2, 4])[:, None] + jnp.arange(5))[..., None]
+    masked = attend_side_by_side(*map(flat, (q, k, v)), 3, mask[:, None])
+    np.testing.assert_allclose(masked, flat(attention(q, k, v, mask[:, None])), atol=1e-6)
+
+
 @pytest.mark.parametrize("queries", [600, 256, 130])
 def test_the_tpu_kernel_computes_attention(queries):
     """Interpreted, in float32; 600 positions fill up to two blocks of 512, the rest masked out."""
@@ -118,6 +150,8 @@ def test_the_tpu_kernel_computes_attention(queries):
     q = 0.3 * q[:, :, :queries]
     kernel = partial(_by_kernel, interpret=True)
     np.testing.assert_allclose(kernel(q, k, v), _attend(q, k, v), atol=1e-5)
+    heard = _attend(q, k[:, :, :500], v[:, :, :500])
+    np.testing.assert_allclose(kernel(q, k, v, heard=500), heard, atol=1e-5)
 
     def gradients(attend):
         return jax.grad(lambda qkv: (attend(*qkv) ** 2).sum())((q, k, v))
