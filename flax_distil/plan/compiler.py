@@ -43,6 +43,7 @@ class Compiled:
     """What a program takes on one chip; bytes, of one run.
 
     kept: of the results, those that do not overwrite an argument. traffic: through HBM.
+    cycles: of the chip's, that the compiler expects, without kernels and transfers.
     host_transfers: names of instructions that wait for the host. tensors: the largest in HBM.
     seconds: that compiling took. source: whence the answer is, where it was not compiled now.
     """
@@ -52,6 +53,7 @@ class Compiled:
     kept: int
     code: int
     traffic: float
+    cycles: float
     collectives: tuple[Collective, ...]
     host_transfers: tuple[str, ...]
     tensors: tuple[Held, ...]
@@ -108,6 +110,7 @@ def ask(program: Program) -> Compiled | Refusal:
         kept=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         traffic=module.traffic(program.loops),
+        cycles=module.cycles(program.loops),
         collectives=tuple(module.collectives(program.loops)),
         host_transfers=tuple(one.name for one in module.host_transfers()),
         tensors=module.largest(8),

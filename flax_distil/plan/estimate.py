@@ -52,7 +52,8 @@ class Estimate:
     """What one program takes on a chip of a slice.
 
     clips: of one run, over all chips. rows: clips that a chip computes at a time.
-    memory, capacity, temporaries and arguments are bytes, traffic is HBM bytes of one run.
+    memory, capacity, temporaries and arguments are bytes, traffic is HBM bytes of one run; cycles
+    are those that the compiler expects, without kernels and transfers.
     flops: useful ones of one run, over all chips. mfu: the share of the peak that the bound allows.
     tensors: the largest. source: of the compiler's answer.
     """
@@ -68,6 +69,7 @@ class Estimate:
     temporaries: float
     flops: float
     traffic: float
+    cycles: float
     collectives: tuple[Collective, ...]
     host_transfers: tuple[str, ...]
     seconds: Seconds
@@ -126,6 +128,7 @@ def estimate(
         temporaries=answer.temporaries,
         flops=program.flops,
         traffic=answer.traffic,
+        cycles=answer.cycles,
         collectives=answer.collectives,
         host_transfers=answer.host_transfers,
         seconds=roofline(

@@ -18,7 +18,7 @@ BYTES = {
     "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
     "c64": 8,
 }  # fmt: skip
-COUNTING = 2  # raised when programs are counted otherwise: answers that are kept are asked for anew
+COUNTING = 3  # raised when programs are counted otherwise: answers that are kept are asked for anew
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
     "collective-broadcast",
@@ -76,6 +76,12 @@ class Instruction:
         """The line of the traced program it came from, as JAX names it."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
+
+    @property
+    def cycles(self) -> int:
+        """That the TPU compiler expects of it; 0 for kernels and transfers."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(found[1]) if found else 0
 
     @property
     def in_hbm(self) -> float:
@@ -164,6 +170,14 @@ class Module:
             computation = self.computations[name]
             for one in computation.values():
                 yield one, times * self._moved(one, computation)
+
+    def cycles(self, unknown: float = 1) -> float:
+        """That the compiler expects one run to take on a chip, kernels and transfers left out."""
+        return sum(
+            times * one.cycles
+            for name, times in self.runs(unknown).items()
+            for one in self.computations[name].values()
+        )
 
     def collectives(self, unknown: float = 1) -> list[Collective]:
         """Collectives by kind and type, most bytes first.

@@ -164,7 +164,8 @@ def details(one: Estimate | TooLarge) -> str:
         if collective.bytes >= 1e5
     )
     host = f"; waits for the host: {', '.join(one.host_transfers)}" if one.host_transfers else ""
-    return f"{filling(one)}; {links or 'nothing crosses the links'}{host}"
+    cycles = f"{one.cycles / 1e6:,.0f} million cycles expected by the compiler, kernels left out"
+    return f"{filling(one)}; {links or 'nothing crosses the links'}{host}; {cycles}"
 
 
 def filling(one: Estimate) -> str:

@@ -32,7 +32,7 @@ def made_up(target, **changes):
     values = {
         "program": "train", "clips": 64, "rows": 16, "length": 256, "chips": 4, "memory": 9e9,
         "capacity": 32 * GIB, "arguments": {"teacher": 3e9}, "temporaries": 6e9, "flops": 1.1e15,
-        "traffic": 6e11, "collectives": (Collective("all-reduce", "bf16", 7, 4e8),),
+        "traffic": 6e11, "cycles": 8e8, "collectives": (Collective("all-reduce", "bf16", 7, 4e8),),
         "host_transfers": (), "seconds": seconds,
     }  # fmt: skip
     return Estimate(**(values | changes))

@@ -22,9 +22,9 @@ def test_a_program_costs_what_it_did(golden):
     before, now = read_answer(kept["answer"]), compiled(program, target)
     if not hasattr(before, "needed"):
         assert not hasattr(now, "needed"), f"{golden} needs {now.needed} bytes and does not fit"
-        for name in ("memory", "traffic"):
+        for name in ("memory", "traffic", "cycles"):
             old, new = getattr(before, name), getattr(now, name)
-            assert new <= LARGER * old, f"{name} of {golden} was {old:,.0f} and is {new:,.0f} bytes"
+            assert new <= LARGER * old, f"{name} of {golden} was {old:,.0f} and is {new:,.0f}"
         moved = [sum(one.bytes for one in answer.collectives) for answer in (before, now)]
         old, new = moved
         assert new <= LARGER * old, f"links of {golden} carried {old:,.0f} and {new:,.0f} bytes"

@@ -26,7 +26,7 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
   %state = (s32[]{:T(128)}, bf16[6,256,512]{2,1,0:T(8,128)(2,1)}) parameter(0)
   %index = s32[]{:T(128)S(6)} get-tuple-element(%state), index=0
   %all = bf16[6,256,512]{2,1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
-  %read = bf16[256,512]{1,0:T(8,128)(2,1)S(1)} fusion(%all, %index), kind=kLoop, calls=%fused_read
+  %read = bf16[256,512]{1,0:T(8,128)(2,1)S(1)} fusion(%all, %index), kind=kLoop, calls=%fused_read, backend_config={"window_config":{"estimated_cycles":"100"}}
   %sum = bf16[256,512]{1,0:T(8,128)(2,1)S(1)} all-reduce(%read), channel_id=1, to_apply=%add
   %written = bf16[6,256,512]{2,1,0:T(8,128)(2,1)} fusion(%all, %sum, %index), calls=%fused_write
   ROOT %next = (s32[]{:T(128)}, bf16[6,256,512]{2,1,0:T(8,128)(2,1)}) tuple(%index, %written)
@@ -42,7 +42,7 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
 ENTRY %main (x: bf16[6,256,512]) -> bf16[6,256,512] {
   %x = bf16[6,256,512]{2,1,0:T(8,128)(2,1)} parameter(0), metadata={op_name="x"}
   %start = s32[]{:T(128)} constant(0)
-  %fresh = bf16[6,256,512]{2,1,0:T(8,128)(2,1)} copy(%x)
+  %fresh = bf16[6,256,512]{2,1,0:T(8,128)(2,1)} copy(%x), backend_config={"window_config":{"estimated_cycles":"50"}}
   %begin = (s32[]{:T(128)}, bf16[6,256,512]{2,1,0:T(8,128)(2,1)}) tuple(%start, %fresh)
   %loop = (s32[]{:T(128)}, /*index=1*/bf16[6,256,512]{2,1,0:T(8,128)(2,1)}) while(%begin), condition=%condition, body=%body
   ROOT %result = bf16[6,256,512]{2,1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
@@ -62,6 +62,10 @@ def test_traffic_is_slices_read_and_updates_written():
     The loop's counters add some bytes.
     """
     assert parse(PROGRAM).traffic() == pytest.approx(12 * ROW + 6 * (ROW + ROW), abs=100)
+
+
+def test_cycles_are_the_compilers():
+    assert parse(PROGRAM).cycles() == 50 + 6 * 100
 
 
 def test_collectives_are_counted_by_kind_and_type():
