@@ -108,6 +108,12 @@ class PseudoLabelConfig:
     """Seconds of silence between the utterances of a window."""
     dtype: Dtype = "float32"
     """Precision of the teacher; softmax and layer norms stay in float32."""
+    assistant: str | None = None
+    """Drafts what the teacher verifies: the same labels in fewer passes of the teacher, faster on
+    accelerators. A student or smaller Whisper with the same tokenizer (folder or name), or lookup,
+    which repeats what was written before."""
+    guesses: int = 4
+    """Tokens that the assistant drafts a pass."""
     batch_size: int = 16
     """Clips decoded at a time."""
     shard_size: int = 512

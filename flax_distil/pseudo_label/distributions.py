@@ -22,12 +22,14 @@ from jaxtyping import Array, BFloat16, Float, Float16, Int, Int16
 
 from flax_distil.config import PseudoLabelConfig
 from flax_distil.data.stored_teacher import StoredForm, StoredTeacher
+from flax_distil.decode.drafters import Assistant
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.decode.recognizer import (
     Recognizer,
     Window,
     decode,
     detect,
+    drafter_hears,
     fill,
     listen,
     prepare,
@@ -70,13 +72,16 @@ def explain(
     options: DecodeOptions,
     form: StoredForm | None = None,
     keep_audio: bool = False,
+    assistant: Assistant | None = None,
 ) -> list[Explained]:
     """`recognize`, and with a form the distributions at every token of what was written."""
-    known, _ = prepare(recognizer, options, len(waveforms_BN), None)
-    audio_BSD = listen(recognizer.spec, recognizer.params["encoder"], fill(waveforms_BN))
+    known, _ = prepare(recognizer, options, len(waveforms_BN), assistant)
+    filled_BN = fill(waveforms_BN)
+    audio_BSD = listen(recognizer.spec, recognizer.params["encoder"], filled_BN)
     languages = [known] * len(waveforms_BN) if known else detect(recognizer, audio_BSD)
     windows = [Window(language) for language in languages[: len(waveforms_BN)]]
-    found = decode(recognizer, audio_BSD, options, windows)
+    heard_BSE = drafter_hears(assistant, windows, listen, filled_BN)
+    found = decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
     stored: Sequence[StoredTeacher | None] = [None] * len(found)
     if form:
         stored = distributions(recognizer, audio_BSD, found, options, form)

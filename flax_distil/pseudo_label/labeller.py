@@ -44,7 +44,7 @@ from flax_distil.text.wer import word_errors
 
 # Settings that decide nothing about the labels.
 PLACE_AND_PACE = ("batch_size", "workers", "output_dir", "claim_patience")
-PLACE_AND_PACE += ("audio_states", "audio_states_dtype")
+PLACE_AND_PACE += ("audio_states", "audio_states_dtype", "assistant", "guesses")
 
 # (waveforms int16 [B, 480000], language or None to detect it) → one hypothesis a row
 Teacher = Callable[[Int16[np.ndarray, "B N"], str | None], Sequence[Hypothesis]]
@@ -84,6 +84,7 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     Raises InputError for a dataset or teacher that cannot be read, and for a store that was begun
     with other settings.
     """
+    from flax_distil.decode.assistant import load_assistant
     from flax_distil.decode.recognizer import make_recognizer
     from flax_distil.model.checkpoint import load_checkpoint
     from flax_distil.pseudo_label.distributions import check_form, explain
@@ -96,6 +97,9 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     checkpoint = load_checkpoint(config.model)
     check_form(config, checkpoint.dims.vocab)
     recognizer = make_recognizer(checkpoint, config.dtype)
+    assistant = None
+    if config.assistant:
+        assistant = load_assistant(recognizer, config.assistant, config.guesses)
     options = DecodeOptions(
         task=config.task, timestamps=config.timestamps, max_tokens=config.max_tokens
     )
@@ -105,7 +109,7 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
 
     def teacher(waveforms_BN: np.ndarray, language: str | None) -> Sequence[Hypothesis]:
         asked = dataclasses.replace(options, language=language)
-        return explain(recognizer, waveforms_BN, asked, form, keep_audio)
+        return explain(recognizer, waveforms_BN, asked, form, keep_audio, assistant)
 
     store = open_store(config.output_dir, chosen)
     states = config.audio_states and states_of(

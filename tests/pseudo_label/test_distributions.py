@@ -52,6 +52,20 @@ def test_final_states_make_the_teachers_logits(config, random_folders, model, tm
         assert (found - logits).abs().max() < 1e-3 * logits.abs().max()
 
 
+def test_an_assistant_changes_no_label(config, random_folders, tmp_path):
+    data = dataclasses.replace(config.data, limit=3)
+    model = {"model": str(random_folders[0]), "max_tokens": 12, "batch_size": 1}
+    config = dataclasses.replace(config, data=data, **model)
+    helped = dataclasses.replace(config, output_dir=tmp_path / "helped", assistant="lookup")
+    columns = []
+    for one in (config, helped):
+        run(one)
+        columns.append(pq.read_table(one.output_dir / "data" / "00000.parquet")["token_ids"])
+    assert columns[0] == columns[1]
+    # An assistant may come and go: it decides nothing about the store.
+    assert run(dataclasses.replace(helped, assistant=None)).labels == 3
+
+
 def labelled(config, folder, model, chosen):
     """Rows that the filter kept, each with Transformers' logits at its label and at its end."""
     from flax_distil.audio.load import load_audio, pad_or_trim, to_int16
