@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Bool, Float
 
-from flax_distil.parallel.mesh import on_each_device, on_tpu
+from flax_distil.parallel.mesh import in_mesh, on_each_device, on_tpu
 
 QUERY_BLOCK = 300  # queries at a time where they divide: 1500 audio positions are 5 blocks
 KERNEL_BLOCK = 512  # queries and keys at a time of the TPU kernel: what a v4's on-chip memory holds
@@ -36,7 +36,7 @@ def attention(
     model's largest tensor, never exist whole: blocks of queries, or on CPUs, where a part has to
     stay in cache, one head of one clip. In bfloat16 on a TPU mesh (`parallel.mesh.within`) all
     unmasked attention, a whole text's to the audio too, runs in a kernel whose scores stay on the
-    chip (docs/LOG.md).
+    chip (docs/LOG.md); on NVIDIA's GPUs the encoder's runs in cuDNN's.
 
     Unmasked, `q` may have n rows to each row of `k` and `v`: beams that look at one clip.
     """
@@ -50,6 +50,9 @@ def attention(
         return on_each_device(partial(_by_kernel, heard=heard), q_BHQK, k_BHSK, v_BHSK)
     if mask_QS is not None or queries <= QUERY_BLOCK:
         return _attend(q_BHQK, k_BHSK, v_BHSK, mask_QS)
+    if q_BHQK.dtype in (jnp.bfloat16, jnp.float16) and has_cudnn():
+        by_cudnn = partial(on_each_device, _by_cudnn) if in_mesh() else _by_cudnn
+        return by_cudnn(q_BHQK, k_BHSK, v_BHSK)
     return jax.lax.platform_dependent(
         *(q_BHQK, k_BHSK, v_BHSK), cpu=_by_head, default=_by_query_block
     )
@@ -70,6 +73,14 @@ def filled(x_BSD: Float[Array, "B S D"], queries: int) -> Float[Array, "B T D"]:
     if not takes_kernel(queries, x_BSD.dtype):
         return x_BSD
     return jnp.pad(x_BSD, ((0, 0), (0, -positions % _block(positions)), (0, 0)))
+
+
+@cache
+def has_cudnn() -> bool:
+    """Whether this process computes on GPUs that cuDNN has a fused attention for."""
+    chip = jax.local_devices()[0]
+    nvidia = chip.platform == "gpu" and "NVIDIA" in chip.device_kind
+    return nvidia and float(chip.compute_capability) >= 8.0  # Ampere
 
 
 def attend_side_by_side(
@@ -118,6 +129,13 @@ def _by_query_block(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
     attend = jax.checkpoint(lambda q_BHQK: _attend(q_BHQK, k_BHSK, v_BHSK, None))
     mixed = jax.lax.map(attend, jnp.moveaxis(blocks, 2, 0))
     return jnp.moveaxis(mixed, 0, 2).reshape(q_BHQK.shape)
+
+
+def _by_cudnn(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
+    """cuDNN's flash attention."""
+    turn = lambda x: x.swapaxes(1, 2)
+    turned = map(turn, (q_BHQK, k_BHSK, v_BHSK))
+    return turn(jax.nn.dot_product_attention(*turned, scale=1.0, implementation="cudnn"))
 
 
 def _by_kernel(

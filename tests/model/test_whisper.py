@@ -143,6 +143,25 @@ def test_heads_side_by_side_change_nothing():
     np.testing.assert_allclose(masked, flat(attention(q, k, v, mask[:, None])), atol=1e-6)
 
 
+def test_cudnn_is_asked_for_the_same(monkeypatch):
+    """Its own kernel needs a GPU: XLA computes what it is asked for."""
+    asked = []
+
+    def cudnn(*arrays, implementation, **options):
+        asked.append(implementation)
+        return dot_product_attention(*arrays, **options)
+
+    dot_product_attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    monkeypatch.setattr("flax_distil.model.attention.has_cudnn", lambda: True)
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 2 * QUERY_BLOCK, 8), jnp.bfloat16)
+    exact = _attend(*(x.astype(jnp.float32) for x in (q, k, v)))
+    np.testing.assert_allclose(attention(q, k, v).astype(jnp.float32), exact, atol=0.03)
+    attention(q[:, :, :QUERY_BLOCK], k, v)
+    attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+    assert asked == ["cudnn"]
+
+
 @pytest.mark.parametrize("queries", [600, 256, 130])
 def test_the_tpu_kernel_computes_attention(queries):
     """Interpreted, in float32; 600 positions fill up to two blocks of 512, the rest masked out."""
