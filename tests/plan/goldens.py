@@ -40,14 +40,25 @@ GOLDENS = [
     Golden("small-12-4", "v5e-8", "train"),
     Golden("large-v2-32-2", "v4-8", "evaluate: decode"),
 ]
+RECIPES = (
+    "large-v2-32-2",
+    "large-v3-32-2",
+    "medium-en-24-2",
+    "small-12-4",
+    "base-6-2",
+    "tiny-en-4-2",
+)
+SLICES = ("v4-8", "v5e-8", "v5p-8", "v6e-8")
 TABLE = [
-    *(Golden("large-v2-32-2", name, "train") for name in ("v5p-8", "v6e-8")),
-    *(Golden("large-v3-32-2", name, "train") for name in ("v4-8", "v5e-8", "v6e-8", "v5e-256")),
-    *(Golden("medium-en-24-2", name, "train") for name in ("v4-8", "v5e-8", "v6e-8")),
-    *(Golden("small-12-4", name, "train") for name in ("v5p-8", "v6e-8")),
+    *(Golden(recipe, name, "train") for recipe in RECIPES for name in SLICES),
+    Golden("large-v3-32-2", "v5e-256", "train"),
     *(
-        Golden("large-v2-32-2", name, f"label: {program}")
-        for name in ("v4-8", "v5e-16")
+        Golden(recipe, name, f"label: {program}")
+        for recipe, name in (
+            ("large-v2-32-2", "v4-8"),
+            ("large-v2-32-2", "v5e-16"),
+            ("small-12-4", "v5e-8"),
+        )
         for program in ("encode", "decode")
     ),
 ]
@@ -94,7 +105,7 @@ def main() -> None:
     from flax_distil.plan.compiler import compiled, fingerprint, write_answer
 
     parts = [part for part in sys.argv[1:] if part != "--compile"]
-    for golden in GOLDENS + TABLE:
+    for golden in dict.fromkeys(GOLDENS + TABLE):
         if not any(part in golden.path.name for part in parts or [""]):
             continue
         program, target = lowered(golden)
