@@ -17,7 +17,7 @@ from flax_distil.distill.flops import (
 )
 from flax_distil.distill.state import initial_state
 from flax_distil.distill.step import Frozen, Plan, train_step
-from flax_distil.model.dims import PUBLISHED, with_decoder_layers
+from flax_distil.model.dims import PUBLISHED
 from flax_distil.model.spec import Spec
 from flax_distil.parallel.mesh import make_mesh
 
@@ -25,7 +25,7 @@ from flax_distil.parallel.mesh import make_mesh
 def test_large_v3():
     """Eight clips of 256 tokens: teacher encoder 18.1 TF, decoder 6.3, 2-layer student 2.0."""
     teacher = PUBLISHED["large-v3"]
-    student = with_decoder_layers(teacher, 2)
+    student = replace(teacher, decoder_layers=2)
     decoder = decoder_flops(teacher, 256) + cross_flops(teacher) + vocabulary_flops(teacher, 256)
     assert 8 * encoder_flops(teacher) == pytest.approx(18.1e12, rel=0.01)
     assert 8 * decoder == pytest.approx(6.3e12, rel=0.02)
@@ -42,7 +42,7 @@ def test_the_compiler_counts_about_the_same(plan, parameters, make_batch, quick_
         plan.teacher.dims, width=256, encoder_ffn=1024, decoder_ffn=1024, vocab=2048,
         audio_positions=64, text_positions=64,
     )  # fmt: skip
-    student = with_decoder_layers(dims, 2)
+    student = replace(dims, decoder_layers=2)
     wide = replace(plan, teacher=Spec(dims), student=Spec(student), loss=LossConfig())
     frozen, params = Spec(dims).abstract(), {"decoder": Spec(student).abstract()["decoder"]}
     state = jax.eval_shape(partial(initial_state, config=wide.optimizer, seed=0), params)
