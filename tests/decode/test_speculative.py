@@ -77,7 +77,6 @@ def test_searches_write_the_same_with_a_tpus_caches(pair, monkeypatch):
         return jax.jit(lambda: inspect.unwrap(search)(*arguments, *more))()
 
     def every():
-        yield written(greedy)
         yield written(beam, BeamSearch(3, 3, None, as_transformers=False))
         yield written(speculative, model_drafter(SPEC, blurred), audio, 4)[0]
 
