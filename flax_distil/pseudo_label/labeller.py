@@ -7,6 +7,7 @@ on its own utterances alone and is the same, byte for byte, whether or not the r
 import dataclasses
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from flax_distil.pseudo_label.claims import Claims
 from flax_distil.pseudo_label.store import LabelStore, PseudoLabel, Shard, open_store
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.wer import word_errors
+
+log = logging.getLogger(__name__)
 
 # Settings that decide nothing about the labels.
 PLACE_AND_PACE = ("batch_size", "workers", "output_dir", "claim_patience")
@@ -84,6 +87,8 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     Raises InputError for a dataset or teacher that cannot be read, and for a store that was begun
     with other settings.
     """
+    import jax
+
     from flax_distil.decode.assistant import load_assistant
     from flax_distil.decode.recognizer import make_recognizer
     from flax_distil.model.checkpoint import load_checkpoint
@@ -93,12 +98,16 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     for name in ("batch_size", "shard_size", "workers", "max_tokens"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
+    if config.guesses != PseudoLabelConfig.guesses and not config.assistant:
+        raise InputError("--guesses would do nothing: add --assistant")
     utterances = windows(config)
     checkpoint = load_checkpoint(config.model)
     check_form(config, checkpoint.dims.vocab)
     recognizer = make_recognizer(checkpoint, config.dtype)
     assistant = None
     if config.assistant:
+        if config.batch_size > 1 and jax.default_backend() == "cpu":
+            log.warning("on a CPU the assistant is asked for batches of one: use --batch-size 1")
         assistant = load_assistant(recognizer, config.assistant, config.guesses)
     options = DecodeOptions(
         task=config.task, timestamps=config.timestamps, max_tokens=config.max_tokens

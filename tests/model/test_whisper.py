@@ -16,7 +16,7 @@ from flax_distil.model.attention import (
     attend_side_by_side,
     attention,
 )
-from flax_distil.model.dims import PUBLISHED
+from flax_distil.model.dims import PUBLISHED, WhisperDims
 from flax_distil.model.spec import HALVES, Spec, stack_layers, unstack_layers
 from flax_distil.model.weights import names
 from flax_distil.model.whisper import gelu_by_exp
@@ -141,6 +141,31 @@ def test_heads_side_by_side_change_nothing():
     mask = jnp.arange(5) <= (jnp.array([0, 1, 2, 4])[:, None] + jnp.arange(5))[..., None]
     masked = attend_side_by_side(*map(flat, (q, k, v)), 3, mask[:, None])
     np.testing.assert_allclose(masked, flat(attention(q, k, v, mask[:, None])), atol=1e-6)
+
+
+def test_what_fills_up_the_kernels_blocks_is_not_heard(monkeypatch):
+    """130 positions fill up to 256, for a text's attention to the audio as well."""
+    dims = WhisperDims(8, 97, 64, 1, 1, 1, 1, 64, 64, audio_positions=130, text_positions=130)
+    spec = Spec(dims)
+    params = spec.init(jax.random.key(0))
+    mel = jax.random.normal(jax.random.key(1), (1, 260, 8))
+    tokens = jax.random.randint(jax.random.key(2), (1, 130), 0, 97)
+
+    def states():
+        audio = spec.encoder(params["encoder"])(mel)
+        return audio, spec.decoder(params["decoder"])(tokens, audio)
+
+    expected, sizes = states(), []
+
+    def interpreted(kernel, *arrays):
+        sizes.append([array.shape[2] for array in arrays])
+        return kernel(*arrays, interpret=True)
+
+    monkeypatch.setattr("flax_distil.model.attention.takes_kernel", lambda *_: True)
+    monkeypatch.setattr("flax_distil.model.attention.on_each_device", interpreted)
+    for ours, plain in zip(states(), expected, strict=True):
+        np.testing.assert_allclose(ours, plain, atol=1e-4)
+    assert sizes == [[256, 256, 256], [130, 256, 256]]
 
 
 def test_cudnn_is_asked_for_the_same(monkeypatch):
