@@ -39,6 +39,8 @@ class DataConfig:
     """Only the first so many utterances."""
     language: str | None = None
     """Language of utterances whose row names none."""
+    speech: bool = True
+    """Whether the dataset holds speech; false for silence, noise and music without any."""
     audio_column: str | None = None
     """Column of the audio; without it, the first of the usual names, as for all columns below."""
     text_column: str | None = None

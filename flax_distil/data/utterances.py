@@ -54,6 +54,10 @@ class Utterance:
     """The teacher's distributions at the label's tokens, where the label store holds them."""
     recording: str | None = None
     """The recording, chapter or session it is a part of; the file, where it has an `offset`."""
+    ended: bool = True
+    """Whether the label ended by itself; False where it was cut at the longest label."""
+    speech: bool = True
+    """Whether anybody speaks; False for silence, noise and music, whose text is empty."""
     parts: tuple["Utterance", ...] = field(default=(), repr=False)
     """What a packed window is made of; its audio is then theirs, `pause` seconds apart."""
     pause: float = 0.0

@@ -114,6 +114,7 @@ class Hypothesis:
     no_speech_probability: of the no-speech token at the start of transcript.
     temperature: at which it was written.
     tally: of an assistant's guesses, where one helped.
+    ended: whether the model ended the text; False where it was cut at `max_tokens`.
     """
 
     tokens: tuple[int, ...]
@@ -124,6 +125,7 @@ class Hypothesis:
     compression_ratio: float
     temperature: float = 0.0
     tally: Tally | None = None
+    ended: bool = True
 
 
 def total(tallies: Iterable[Tally | None]) -> Tally | None:
