@@ -93,8 +93,9 @@ values are the defaults that its flags override. flax-distil --version names the
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Status 0: done; 1: some inputs failed; 2: wrong input; 130: interrupted;
-    141: what it prints is not read any more.
+    """Run one verb. Status 0: done; 1: some inputs failed; 2: wrong input; 3: a stage was asked to
+    stop and the ones after it did not run; 130: interrupted; 141: what it prints is not read any
+    more.
 
     Anything else that goes wrong is a bug, and keeps its traceback.
     """

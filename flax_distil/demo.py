@@ -28,7 +28,7 @@ from flax_distil.config import (
 from flax_distil.data.utterances import listen, read_dataset
 from flax_distil.distill import trainer
 from flax_distil.distill.flops import measured_peak
-from flax_distil.errors import check_writable
+from flax_distil.errors import Stopped, check_writable
 from flax_distil.evaluate import Report
 from flax_distil.evaluate.judge import compare
 from flax_distil.export.verify import differing_texts
@@ -144,9 +144,9 @@ def choose(store: Path) -> Path:
 def teach(
     config: DemoConfig, speech: DemoSpeech, teacher: Path, student: Path, chosen: tuple[Path, ...]
 ) -> Path:
-    """The run's folder."""
+    """The run's folder. Raises Stopped where training was asked to stop before its end."""
     folder = config.output_dir / "distill"
-    trainer.run(
+    summary = trainer.run(
         DistillConfig(
             teacher=str(teacher),
             student=str(student),
@@ -165,6 +165,11 @@ def teach(
             run=RunConfig(resume="auto", save_every=20, log_every=10),
         )
     )
+    if not summary.finished:
+        raise Stopped(
+            f"training was stopped at update {summary.steps} of {config.steps} and is saved in "
+            f"{folder}: start the demo again with --output-dir {config.output_dir} to continue"
+        )
     return folder
 
 

@@ -26,6 +26,15 @@ class SomeFailed(InputError):
     status = 1
 
 
+class Stopped(InputError):
+    """A stage was asked to stop and saved what it did; the stages after it do not run.
+
+    The command line exits with status 3.
+    """
+
+    status = 3
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 

@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from flax_distil import demo
+from flax_distil import cli, demo
 from flax_distil.config import DemoConfig
+from flax_distil.distill.trainer import TrainSummary
 from flax_distil.model.checkpoint import load_checkpoint
 
 SIZES = "--sentences 12 --heldout 2 --single 4 --clips 8 --steps 3 --batch-size 2 --max-tokens 94"
@@ -63,6 +65,22 @@ def test_a_slow_machine_does_less_and_goes_on_with_the_same(tmp_path, monkeypatc
         assert fitted.heldout == config.heldout
     (tmp_path / "recipe.toml").unlink()
     assert demo.fitted(config).steps == config.steps
+
+
+def test_the_demo_ends_where_its_training_is_stopped(tmp_path, monkeypatch, capsys):
+    """SIGTERM at update 2: nothing is exported or judged, and the status is not that of success."""
+    speech = SimpleNamespace(sources="none", train=tmp_path)
+    for name in ("fetch_weights", "label"):
+        monkeypatch.setattr(demo, name, lambda *_: tmp_path)
+    monkeypatch.setattr(demo, "demo_speech", lambda *_, **__: speech)
+    monkeypatch.setattr(demo, "choose", lambda store: store)
+    monkeypatch.setattr(demo.student, "run", lambda _: None)
+    stopped = TrainSummary(tmp_path, 2, False, 1.0, 0, None, None)
+    monkeypatch.setattr(demo.trainer, "run", lambda _: stopped)
+    monkeypatch.setattr(demo.export, "run", lambda _: pytest.fail("exported a stopped run"))
+    status = cli.main(["demo", "--output-dir", str(tmp_path), *SIZES.split()])
+    assert status == 3
+    assert "training was stopped at update 2 of 3" in capsys.readouterr().err
 
 
 def same(one, other) -> bool:
