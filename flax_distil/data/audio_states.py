@@ -12,10 +12,13 @@ what is not there yet, each host a part of it. Filtering labels leaves it as it 
 S · D · 2 bytes, 1.1 MiB with tiny and 3.7 MiB with large; in int8 half of that.
 """
 
+import fcntl
 import hashlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,7 +29,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Int16, UInt64
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from flax_distil.audio.load import CLIP_SAMPLES
@@ -82,11 +85,11 @@ class AudioStates:
         return np.stack([self.files[file].read(at) for file, at in self.places[list(clips)]])
 
 
-def clip_names(numbers: Iterable[int], ids: Iterable[str]) -> UInt64[np.ndarray, "n"]:
-    """A name for each clip of a dataset, of its number and its id there."""
+def clip_names(*columns: Iterable[Any]) -> UInt64[np.ndarray, "n"]:
+    """A name for each clip of a dataset, of what tells it from others: a value of each column."""
     digests = [
-        hashlib.blake2b(f"{number} {id}".encode(), digest_size=8).digest()
-        for number, id in zip(numbers, ids, strict=True)
+        hashlib.blake2b(repr(row).encode(), digest_size=8).digest()
+        for row in zip(*columns, strict=True)
     ]
     return np.frombuffer(b"".join(digests), np.uint64)
 
@@ -103,21 +106,32 @@ def write_states(
     Raises InputError where the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     tensors = {"clips": names, "seconds": np.array(seconds, np.float32), "states": np.stack(states)}
     if stored == "int8":
         tensors["states"], tensors["steps"] = in_steps(tensors["states"])
     try:
-        save_file(tensors, partial)
-        with partial.open("rb") as file:
+        with partial.open("wb") as file:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.write(save(tensors))
+            file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
+            partial.replace(path)
+    except OSError as error:
         partial.unlink(missing_ok=True)
         raise InputError(
             f"{path.parent} cannot take {tensors['states'].nbytes / 2**20:.0f} MiB of audio states "
             f"({error}): choose a larger disk, or do without audio_states"
         ) from None
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed writers left; a file that is being written is locked and stays."""
+    for path in folder.glob(".*.partial"):
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def in_steps(
@@ -148,6 +162,8 @@ def audio_states(
     """
     starts = np.cumsum([0, *(len(folder.names) for folder in folders)])
     found = [find(folder) for folder in folders]
+    for folder in folders:
+        remove_partial(folder.path)
     barrier(f"{folders[0].path} looked through")  # before anyone writes
     work = [
         (folder, start, rows)

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from flax_distil.config import DistillConfig
+from flax_distil.config import DataConfig, DistillConfig
 from flax_distil.data.audio_states import AudioStates, StateFolder, audio_states, clip_names
 from flax_distil.data.augment import masks_log_mel
 from flax_distil.data.mixing import Source
@@ -20,7 +21,7 @@ from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import same_arrays
 from flax_distil.parallel.clips import spread
-from flax_distil.pseudo_label.labeller import fingerprint, states_of
+from flax_distil.pseudo_label.labeller import fingerprint, states_of, stored_names
 from flax_distil.pseudo_label.store import SETTINGS, read_settings
 
 
@@ -75,12 +76,23 @@ def state_folder(
     if isinstance(utterances, Utterances):
         store = Path(utterances.config.source)
         if (store / SETTINGS).is_file():
-            names = clip_names(utterances.column(NUMBER), utterances.column("id"))
+            columns = (NUMBER, "id", "duration", "mean_log_probability")
+            names = stored_names(*map(utterances.column, columns))
             return StateFolder(states_of(root, encoder, read_settings(store)), names)
-    # Any other dataset is told by its name, the pauses in its windows and the lengths of its texts.
-    of = utterances.utterances if isinstance(utterances, Packed) else utterances
-    data, pause = getattr(of, "config", None), getattr(utterances, "pause", 0.0)
-    told = data and (data.source, data.config, data.split, data.revision)
-    digest = hashlib.sha256(f"{told} {pause}".encode() + lengths.tobytes()).hexdigest()[:16]
-    names = clip_names(range(len(lengths)), [""] * len(lengths))
-    return StateFolder(root / fingerprint(encoder) / digest, names)
+    digest = hashlib.sha256(repr(identity(utterances)).encode() + lengths.tobytes()).hexdigest()
+    return StateFolder(root / fingerprint(encoder) / digest[:16], clip_names(range(len(lengths))))
+
+
+def identity(utterances: Any) -> tuple[Any, ...]:
+    """What decides which sound each clip of a dataset has, without reading any: where the dataset
+    is and how it is read, ids, paths, offsets and durations of its rows, and its windows."""
+    rows, windows = utterances, None
+    if isinstance(utterances, Packed):
+        rows, windows = utterances.utterances, (tuple(utterances.groups), utterances.pause)
+    data = {field.name: getattr(rows.config, field.name) for field in fields(DataConfig)}
+    if Path(data["source"]).exists():  # the same relative path is another one elsewhere
+        data["source"] = str(Path(data["source"]).resolve())
+    names = [rows.columns.id, "offset", "duration"]
+    if isinstance(rows.rows[0].get(rows.columns.audio), str):  # a path; contents stay unread
+        names.append(rows.columns.audio)
+    return data, [rows.column(name) for name in names if name], windows

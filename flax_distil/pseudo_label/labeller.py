@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import PseudoLabelConfig
-from flax_distil.data.audio_states import Stored, clip_names, write_states
+from flax_distil.data.audio_states import Stored, clip_names, remove_partial, write_states
 from flax_distil.data.packing import Packed, pack
 from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.data.utterances import (
@@ -124,6 +124,8 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     states = config.audio_states and states_of(
         config.audio_states, checkpoint.params["encoder"], store.settings
     )
+    if states:
+        remove_partial(states)
     summary = label(utterances, teacher, store, config, states)
     if is_main_host():
         Console().print(summary_table(summary, store.files.address))
@@ -328,10 +330,29 @@ def _label_shard(
     return [rows[number] for number in sorted(rows)], skipped
 
 
+def stored_names(
+    numbers: Sequence[int],
+    ids: Sequence[str],
+    durations: Sequence[float],
+    log_probabilities: Sequence[float],
+) -> np.ndarray:
+    """uint64[n]: names of a label store's clips, whose audio states are found by them.
+
+    Numbers and ids repeat from store to store; how long a clip is and how probable the teacher
+    found its label (float32, as stored) tell other sound of the same id apart.
+    """
+    return clip_names(numbers, ids, durations, log_probabilities)
+
+
 def keep_states(folder: Path, number: int, labels: Sequence[PseudoLabel], stored: Stored) -> None:
     """What the encoder says of the clips of a shard; see `data.audio_states`."""
     path = folder / f"{number:05d}.safetensors"
-    names = clip_names([one.utterance_number for one in labels], [one.id for one in labels])
+    names = stored_names(
+        [one.utterance_number for one in labels],
+        [one.id for one in labels],
+        [one.duration for one in labels],
+        [float(np.float32(one.mean_log_probability)) for one in labels],
+    )
     states = [label.audio_SD for label in labels if label.audio_SD is not None]
     write_states(path, names, [label.duration for label in labels], states, stored)
 

@@ -1,5 +1,7 @@
 """Audio states on disk: made once, made further after a kill, found by the clips' names."""
 
+import fcntl
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -54,8 +56,12 @@ def test_goes_on_after_a_kill(folder, monkeypatch):
         audio_states([folder], clips(5), Encoder(2), batch_size=1)
     (folder.path / ".half.safetensors.1.partial").write_bytes(b"{")
     rest = Encoder()
-    kept = audio_states([folder], clips(5), rest, batch_size=1)
+    with (folder.path / ".busy.safetensors.1.partial").open("wb") as busy:
+        fcntl.flock(busy, fcntl.LOCK_EX)
+        kept = audio_states([folder], clips(5), rest, batch_size=1)
     assert rest.calls == 3
+    left = [path.name for path in folder.path.glob(".*")]
+    assert left == [".busy.safetensors.1.partial"]  # of a process that is writing it
     np.testing.assert_array_equal(kept.read(range(5))[:, 0, 0].astype(np.float32), VALUES)
 
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from flax_distil.audio.load import encode_flac
@@ -15,6 +17,7 @@ from flax_distil.config import (
     DistillConfig,
     FilterConfig,
     PseudoLabelConfig,
+    TrainingDataConfig,
     ValidationConfig,
 )
 from flax_distil.data.mixing import training_sources
@@ -100,3 +103,41 @@ def test_the_same_texts_in_other_voices_have_states_of_their_own(run, random_fol
         path.write_text(json.dumps(row))
         states.append(kept(replace(run, labels=(path,))))
     assert not np.array_equal(*states)
+
+
+def test_data_that_differ_in_anything_have_states_of_their_own(run, tmp_path, monkeypatch):
+    """Two columns of sound in one manifest, its clips under other names, and another manifest of
+    the same relative path, all with the same texts."""
+    random = np.random.default_rng(1)
+    rows = [{"id": "a", "near": "0.flac", "far": "1.flac", "text": "one", "token_ids": [7]}]
+    folders = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        for number in range(2):
+            noise = random.normal(size=16_000).astype(np.float32)
+            (tmp_path / place / f"{number}.flac").write_bytes(encode_flac(0.1 * noise))
+        (tmp_path / place / "clips.jsonl").write_text(json.dumps(rows[0]))
+        monkeypatch.chdir(tmp_path / place)
+        for column in ("near", "far"):
+            data = (TrainingDataConfig("clips.jsonl", audio_column=column, target="label"),)
+            folders.append(kept(replace(run, labels=(), data=data)))
+    heavier = (replace(data[0], weight=2.0),)  # the same sound
+    monkeypatch.setattr(encode_once, "listen", lambda *_: pytest.fail("encoded again"))
+    np.testing.assert_array_equal(kept(replace(run, labels=(), data=heavier)), folders[-1])
+    assert len({one.tobytes() for one in folders}) == 4
+
+
+def test_stores_of_other_sound_under_the_same_settings_have_states_of_their_own(run, tmp_path):
+    """As of two runs of the labeller in two folders, each over its own `speech`."""
+    first = kept(run)
+    other = tmp_path / "other"
+    shutil.copytree(run.labels[0], other)
+    (path,) = (other / "data").glob("*.parquet")
+    table = pq.read_table(path)
+    moved = pa.array([value + 1 for value in table["mean_log_probability"].to_pylist()], "float32")
+    at = table.schema.get_field_index("mean_log_probability")
+    pq.write_table(table.set_column(at, "mean_log_probability", moved), path)
+    count = lambda: sum(1 for _ in run.audio_states.rglob("*.safetensors"))
+    before = count()
+    np.testing.assert_array_equal(kept(replace(run, labels=(other,))), first)
+    assert count() > before  # encoded, not found

@@ -15,11 +15,11 @@ from fake_teacher import clip, fake_teacher, label_with
 
 from flax_distil.audio.load import load_audio, to_int16
 from flax_distil.config import DataConfig
-from flax_distil.data.audio_states import StateFolder, audio_states, clip_names
+from flax_distil.data.audio_states import StateFolder, audio_states
 from flax_distil.data.utterances import UtteranceStream, read_dataset
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label.distributions import Explained
-from flax_distil.pseudo_label.labeller import label, settings, summary_table
+from flax_distil.pseudo_label.labeller import label, settings, stored_names, summary_table
 from flax_distil.pseudo_label.store import LabelStore, open_store
 
 
@@ -203,7 +203,9 @@ def test_states_are_there_before_their_shard(config, monkeypatch, tmp_path):
     monkeypatch.undo()
     label_with(config, hearing, states)
     labels = read_dataset(config.output_dir)
-    names = clip_names(labels.column("utterance_number"), labels.column("id"))
+    names = stored_names(
+        *map(labels.column, ("utterance_number", "id", "duration", "mean_log_probability"))
+    )
     kept = audio_states([StateFolder(states, names)], labels, encode=None)
     expected = [n for n in range(23) if n not in (5, 13)]
     assert kept.read(range(21))[:, 0, 1].tolist() == expected
