@@ -45,6 +45,8 @@ class DataConfig:
     """Column of the audio; without it, the first of the usual names, as for all columns below."""
     text_column: str | None = None
     """Column of the reference text."""
+    transcript_column: str | None = None
+    """Column of a teacher's labels as text, as in the published label sets (whisper_transcript)."""
     id_column: str | None = None
     """Column of the utterance's name."""
     speaker_column: str | None = None

@@ -25,6 +25,7 @@ ID = ("id", "utterance_id", "segment_id", "file_name")
 SPEAKER = ("speaker", "speaker_id", "client_id")
 LANGUAGE = ("language", "lang", "locale")
 RECORDING = ("recording", "recording_id", "chapter_id", "session_id", "meeting_id")
+TRANSCRIPT = ("whisper_transcript",)  # of distil-whisper's label sets, and of ours
 
 # Place of an utterance in the dataset that was labelled, in a label store.
 NUMBER = "utterance_number"
@@ -52,6 +53,11 @@ class Utterance:
     """The teacher's label, where the source is a label store: no prompt, no end of text."""
     stored: StoredTeacher | None = field(default=None, repr=False)
     """The teacher's distributions at the label's tokens, where the label store holds them."""
+    transcript: str | None = field(default=None, repr=False)
+    """The teacher's label as text, its timestamps and special tokens written out (`<|0.00|>`)."""
+    previous: str | tuple[int, ...] | None = field(default=None, repr=False)
+    """What that label was conditioned on (`condition_on_prev`): text, or the teacher's token ids,
+    which distil-whisper's label sets begin with `<|startofprev|>`."""
     recording: str | None = None
     """The recording, chapter or session it is a part of; the file, where it has an `offset`."""
     ended: bool = True
@@ -82,7 +88,9 @@ class Columns:
     language: str | None
     recording: str | None
     labelled: bool
-    """Whether there are pseudo-labels."""
+    """Whether there are pseudo-labels as token ids."""
+    transcript: str | None = None
+    """Pseudo-labels as text."""
 
 
 class Utterances(Sequence[Utterance]):
@@ -237,14 +245,22 @@ def find_columns(table: Table, config: DataConfig) -> Columns:
             f"{config.source} has no column that looks like audio ({', '.join(AUDIO)}); it has "
             f"{', '.join(table.columns)}: name one as audio_column"
         )
+    transcript = find(config.transcript_column, TRANSCRIPT, "transcript")
+    text = find(config.text_column, [name for name in TEXT if name != transcript], "text")
+    if text is not None and text == transcript:
+        raise InputError(
+            f"{config.source}: {text} holds a teacher's labels, it is the transcript_column; name "
+            "the references as text_column, or leave it out"
+        )
     return Columns(
         audio=audio,
-        text=find(config.text_column, TEXT, "text"),
+        text=text,
         id=find(config.id_column, ID, "id"),
         speaker=find(config.speaker_column, SPEAKER, "speaker"),
         language=find(config.language_column, LANGUAGE, "language"),
         recording=find(config.recording_column, RECORDING, "recording"),
         labelled="token_ids" in table.columns,
+        transcript=transcript,
     )
 
 
@@ -270,11 +286,15 @@ def to_utterance(row: Row, number: int | str, columns: Columns, config: DataConf
 
     audio, path = _audio(row.get(columns.audio))
     suffix = Path(path or "").suffix.lower().lstrip(".")
-    offset, tokens = seconds("offset"), row.get("token_ids")
+    offset, tokens, previous = seconds("offset"), row.get("token_ids"), row.get("condition_on_prev")
+    if previous is not None and not isinstance(previous, str):
+        # Before labelling, distil-whisper's column says whether a clip follows on the one before.
+        previous = None if isinstance(previous, bool | int) else tuple(map(int, previous))
+    speech = config.speech and _truth(row.get("speech"))
     return Utterance(
         id=text(columns.id) or path or str(number),
         audio=audio,
-        text=text(columns.text),
+        text=text(columns.text) if speech else "",
         duration=seconds("duration"),
         speaker=text(columns.speaker),
         language=text(columns.language) or config.language,
@@ -282,9 +302,20 @@ def to_utterance(row: Row, number: int | str, columns: Columns, config: DataConf
         format="g722" if suffix == "g722" else None,
         token_ids=None if tokens is None else tuple(tokens),
         stored=read_stored(row),
+        transcript=text(columns.transcript),
+        previous=previous,
         recording=text(columns.recording)
         or (Path(path).name if path and offset is not None else None),
+        ended=_truth(row.get("ended")),
+        speech=speech,
     )
+
+
+def _truth(value: Any) -> bool:
+    """False for what a column of yes and no writes as no; True for all else and for nothing."""
+    if isinstance(value, str):
+        return value.strip().lower() not in ("false", "no", "0")
+    return not (isinstance(value, bool | int | float | np.bool_) and value == 0)
 
 
 def follows(utterance: Utterance, before: Utterance | None) -> bool:

@@ -328,3 +328,49 @@ def test_unknown_hub_name(monkeypatch, raised, words):
     monkeypatch.setattr(datasets, "get_dataset_split_names", absent)
     with pytest.raises(InputError, match=f"nobody/nothing {words}"):
         read_dataset("nobody/nothing")
+
+
+def test_published_label_sets(tmp_path, flac):
+    """As distil-whisper publishes them: labels with their special tokens, prompts as ids."""
+    labels = ["<|startoftranscript|><|en|><|0.00|> One.<|0.10|><|endoftext|>", " Two."]
+    prompts = pa.array([None, [50361, 1485]], pa.list_(pa.int64()))
+    path = parquet(
+        tmp_path / "a.parquet", flac, 2, whisper_transcript=labels, condition_on_prev=prompts
+    )
+    found = read_dataset(path)
+    assert [(one.text, one.transcript) for one in found] == list(
+        zip(TEXTS[:2], labels, strict=True)
+    )
+    assert [one.previous for one in found] == [None, (50361, 1485)]
+    assert found.columns.transcript == "whisper_transcript"
+    assert not found.columns.labelled
+    with pytest.raises(InputError, match="whisper_transcript holds a teacher's labels"):
+        read_dataset(DataConfig(path, text_column="whisper_transcript"))
+    named = read_dataset(DataConfig(path, transcript_column="sentence"))
+    assert [(one.text, one.transcript) for one in named] == [(None, "one"), (None, "two")]
+    assert read_dataset(parquet(tmp_path / "b.parquet", flac)).columns.transcript is None
+
+
+def test_previous_text_and_flags(tmp_path):
+    rows = [{"audio": "a", "condition_on_prev": before} for before in ("said", True, 0, None)]
+    found = Utterances(rows, read_columns(rows), DataConfig("rows"))
+    assert [one.previous for one in found] == ["said", None, None, None]
+
+
+def test_speech_and_ended_are_read(tmp_path, flac):
+    flags = {"speech": [True, False, None], "ended": [None, True, False]}
+    path = parquet(tmp_path / "a.parquet", flac, **flags)
+    found = read_dataset(path)
+    assert [one.speech for one in found] == [True, False, True]
+    assert [one.text for one in found] == ["one", "", "three"]
+    assert [one.ended for one in found] == [True, True, False]
+    silent = read_dataset(DataConfig(path, speech=False))
+    assert {(one.speech, one.text) for one in silent} == {(False, "")}
+    written = read_dataset(lines(tmp_path / "m.jsonl", [{"audio": "a", "speech": "False"}]))
+    assert not written[0].speech
+
+
+def test_empty_text_stays_text():
+    rows = [{"audio": "a", "text": ""}, {"audio": "a", "text": None}]
+    found = Utterances(rows, read_columns(rows), DataConfig("rows"))
+    assert [(one.text, one.speech) for one in found] == [("", True), (None, True)]
