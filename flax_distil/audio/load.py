@@ -2,72 +2,198 @@
 
 import io
 import logging
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import av
-import av.error
 import numpy as np
-from av.audio.frame import AudioFrame
-from av.container import InputContainer
 from jaxtyping import Float32, Int16
 
+from flax_distil.audio.container import (
+    AudioError,
+    AudioSource,
+    Deadline,
+    Opened,
+    audio_errors,
+    declared_seconds,
+    decoded_frames,
+    open_audio,
+    seek,
+    source_name,
+)
+from flax_distil.audio.samples import Clock, Piece, by_second, mixed, placed, resampled
 from flax_distil.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000
 CLIP_SAMPLES = 30 * SAMPLE_RATE  # the window Whisper was trained on
+LOUDEST = 2.0  # of float samples: what lies beyond was not written with 1 as full scale
+PREROLL = 2  # seconds decoded before a part: a decoder's memory, and up to a whole second
 
-AudioSource = str | Path | bytes | BinaryIO
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of a file is decoded."""
+
+    max_seconds: float = 12 * 3600.0
+    """Longest recording; a second takes 64 kB of memory."""
+    deadline: float = 600.0
+    """Seconds of time after which decoding is given up."""
 
 
-class AudioError(InputError):
-    """This audio cannot be used; the message names it and says why."""
+LIMITS = Limits()
 
 
 def load_audio(
-    source: AudioSource, rate: int = SAMPLE_RATE, format: str | None = None
+    source: AudioSource,
+    rate: int = SAMPLE_RATE,
+    format: str | None = None,
+    offset: float | None = None,
+    duration: float | None = None,
+    *,
+    track: int | None = None,
+    limits: Limits = LIMITS,
 ) -> Float32[np.ndarray, "n"]:
     """Decode, average the channels and resample: float32 in [-1, 1] at `rate` Hz.
 
-    `source` is a path, the bytes of a file, or an open binary file. `format` names the container
-    where neither header nor file name tells it: raw G.722 bytes need `format="g722"`.
-    A damaged or cut file yields what decodes cleanly, with a warning.
-    Raises AudioError when the file is missing, has no audio, decodes to nothing, or holds NaN.
+    source: a path, the bytes of a file, or an open binary file.
+    format: the container where neither header nor file name tells it: raw G.722 bytes need
+        `format="g722"`.
+    offset, duration: seconds of the part that is decoded, without the rest where the format can be
+        searched. These are the samples of a slice of the whole; of lossy codecs to within their
+        own error, and in containers with a coarse clock (1 ms in Matroska) to within its step.
+    track: number of the audio track, from 1; without it the file's default track.
+    limits: a longer recording, or one that takes longer to decode, is an error.
+
+    Gaps in the time stamps and a late start are silence, so that times are the file's. Where the
+    channels cancel each other (opposite phase) the louder one is taken, and float samples beyond ±2
+    are divided by the loudest; a warning says so. A damaged or cut file yields what decodes
+    cleanly, with a warning.
+
+    Raises AudioError when the file is missing, not of sound, too long, decodes to nothing or holds
+    NaN.
     """
-    name = source_name(source)
-    with open_audio(source, format) as container:
-        # One growing buffer, so that hours of audio cost their own size and little more.
-        samples = bytearray()
-        for channels in decoded_channels(container, rate, name):
-            mono = channels[0] if len(channels) == 1 else channels.mean(axis=0)
-            samples += mono.astype(np.float32, copy=False).tobytes()
-    waveform = np.frombuffer(samples, np.float32)
+    name, deadline = source_name(source), Deadline.after(limits.deadline)
+    start = 0 if offset is None else in_samples(offset, "offset", rate)
+    end = None if duration is None else start + in_samples(duration, "duration", rate)
+    part = Part(rate, start, end)
+    waveform, last = np.zeros(0, np.float32), 0
+    with audio_errors(name):
+        back = position(source)
+        if start > PREROLL * rate and back is not None:
+            with open_audio(source, format, track, deadline) as opened:
+                seek(opened, start / rate - PREROLL)
+                waveform, _ = decode_part(opened, part, name, limits, deadline, sought=True)
+            if not waveform.size and not isinstance(source, (str, Path, bytes)):
+                source.seek(back)
+        if not waveform.size:
+            with open_audio(source, format, track, deadline) as opened:
+                waveform, last = decode_part(opened, part, name, limits, deadline)
+    if start and last and not waveform.size:
+        raise AudioError(
+            f"{name}: the part starts at {offset:g} s, and the audio ends at {last / rate:g} s"
+        )
     if not waveform.size:
         raise AudioError(f"{name}: no audio could be decoded; is the file empty or damaged?")
-    if not np.isfinite(waveform).all():
-        raise AudioError(f"{name}: the samples hold NaN or infinity; write the file again")
     return waveform
 
 
-def audio_duration(source: AudioSource, format: str | None = None) -> float:
+def audio_duration(
+    source: AudioSource, format: str | None = None, *, track: int | None = None
+) -> float:
     """Length in seconds, from the header where it tells, by decoding where it does not.
 
     The header's word is not checked: a cut file may claim more than it holds.
     Raises AudioError like `load_audio`.
     """
-    name = source_name(source)
-    with open_audio(source, format) as container:
-        stream = container.streams.audio[0]
-        if stream.duration is not None and stream.time_base is not None:
-            return float(stream.duration * stream.time_base)
-        if container.duration is not None:
-            return container.duration / av.time_base
-        decoded = decoded_channels(container, SAMPLE_RATE, name)
-        return sum(channels.shape[1] for channels in decoded) / SAMPLE_RATE
+    name, deadline = source_name(source), Deadline.after(LIMITS.deadline)
+    with audio_errors(name), open_audio(source, format, track, deadline) as opened:
+        declared = declared_seconds(opened)
+        if declared is not None:
+            return declared
+        nothing = Part(SAMPLE_RATE, round(LIMITS.max_seconds * SAMPLE_RATE), None)
+        return decode_part(opened, nothing, name, LIMITS, deadline)[1] / SAMPLE_RATE
+
+
+class Part(NamedTuple):
+    """The samples from `start` to before `end` at `rate` Hz; None is the end of the recording."""
+
+    rate: int
+    start: int
+    end: int | None
+
+
+def decode_part(
+    opened: Opened,
+    part: Part,
+    name: str,
+    limits: Limits,
+    deadline: Deadline,
+    sought: bool = False,
+) -> tuple[Float32[np.ndarray, "n"], int]:
+    """A part of an opened file, and the number of the sample at which decoding ended.
+
+    The file is read from its beginning or, if `sought`, from where it stands: somewhere before the
+    part. Nothing is returned where that turns out to lie inside or behind it.
+    """
+    frames = decoded_frames(opened, name, deadline)
+    track = placed(frames, Clock.of(opened), name, limits.max_seconds, sought)
+    samples = bytearray()  # one growing buffer: hours of audio cost their own size and little more
+    cancelled, loudest, last = 0.0, 0.0, 0
+
+    def one_channel() -> Iterator[Piece]:
+        nonlocal cancelled
+        for piece in by_second(track, sought):
+            mono, cancels = mixed(piece)
+            cancelled += cancels * piece.samples.shape[1] / piece.rate
+            yield mono
+
+    for piece in resampled(one_channel(), part.rate):
+        deadline.check(name)
+        last = piece.end
+        if sought and not samples and piece.index > part.start:
+            break
+        block = piece.within(part.start, part.end).samples
+        if block.size:
+            if not np.isfinite(block).all():
+                raise AudioError(f"{name}: the samples hold NaN or infinity; write the file again")
+            loudest = max(loudest, float(np.abs(block).max()))
+            samples += block.tobytes()
+        if len(samples) > 4 * limits.max_seconds * part.rate:
+            raise AudioError(
+                f"{name}: longer than {limits.max_seconds:g} s: split it, or raise max_seconds"
+            )
+        if part.end is not None and last >= part.end:
+            break
+    waveform = np.frombuffer(samples, np.float32)
+    if cancelled:
+        logger.warning(
+            "%s: the channels cancel each other in %.0f s: the louder one is taken there",
+            name,
+            cancelled,
+        )
+    if loudest > LOUDEST:
+        logger.warning("%s: samples reach %g, not 1: divided by that", name, loudest)
+        waveform /= np.float32(loudest)
+    return waveform, last
+
+
+def in_samples(seconds: float, what: str, rate: int) -> int:
+    """A time as a number of samples. Raises InputError for one that is none."""
+    if not 0 <= seconds < math.inf:
+        raise InputError(f"{what} is {seconds:g} s: it must be a number from 0 on")
+    return round(seconds * rate)
+
+
+def position(source: AudioSource) -> int | None:
+    """Where a file object stands, so that it can be read again; None where it cannot."""
+    if isinstance(source, (str, Path, bytes)):
+        return 0
+    return source.tell() if source.seekable() else None
 
 
 def pad_or_trim(waveform: np.ndarray, length: int = CLIP_SAMPLES) -> np.ndarray:
@@ -97,97 +223,3 @@ def encode_flac(waveform: Float32[np.ndarray, "n"], rate: int = SAMPLE_RATE) -> 
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return file.getvalue()
-
-
-def source_name(source: AudioSource) -> str:
-    """What an error message calls this source."""
-    if isinstance(source, bytes):
-        return f"audio of {len(source)} bytes"
-    if isinstance(source, (str, Path)):
-        return str(source)
-    return str(getattr(source, "name", "audio stream"))
-
-
-def reason(error: Exception) -> str:
-    """FFmpeg's words, without the number and the name that its errors come with."""
-    return (getattr(error, "strerror", None) or str(error)).lower()
-
-
-@contextmanager
-def open_audio(source: AudioSource, format: str | None = None) -> Iterator[InputContainer]:
-    """A container with at least one audio stream; AudioError when there is none."""
-    name = source_name(source)
-    if isinstance(source, (str, Path)):
-        if not Path(source).is_file():
-            raise AudioError(f"{name}: there is no such audio file")
-        # Without the scheme, "10:30.wav" would be taken for a protocol called "10".
-        source = f"file:{source}"
-    elif isinstance(source, bytes):
-        source = io.BytesIO(source)
-    try:
-        # A playlist among the files must not open connections.
-        container = av.open(source, "r", format=format, options={"protocol_whitelist": "file"})
-    except (av.error.FFmpegError, ValueError) as error:
-        raise AudioError(
-            f"{name}: not an audio file that FFmpeg can read ({reason(error)})"
-        ) from error
-    with container:
-        if not container.streams.audio:
-            raise AudioError(f"{name}: the file has no audio stream")
-        yield container
-
-
-def decoded_channels(
-    container: InputContainer, rate: int, name: str
-) -> Iterator[Float32[np.ndarray, "channels n"]]:
-    """Blocks of resampled float32 audio, channels apart; what cannot be decoded is left out.
-
-    The channels are averaged by the caller and not by FFmpeg, which sums stereo into one float
-    channel with 1/√2 each: √2 louder than the mean that soundfile, librosa or int16 output give.
-    """
-    resampler, layout = None, None
-    for frame in clean_frames(container, name):
-        if resampler and layout != (frame.format.name, frame.layout.name, frame.rate):
-            yield from (block.to_ndarray() for block in resampler.resample(None))
-            resampler = None
-        layout = (frame.format.name, frame.layout.name, frame.rate)
-        if frame.rate == rate and frame.format.name in FULL_SCALE:
-            yield channels_apart(frame)
-            continue
-        # Blocks of a second: threads that decode share Python, and each block is a turn of it.
-        resampler = resampler or av.AudioResampler(format="fltp", rate=rate, frame_size=rate)
-        yield from (block.to_ndarray() for block in resampler.resample(frame))
-    if resampler:
-        yield from (block.to_ndarray() for block in resampler.resample(None))
-
-
-# What 1.0 is in the sample formats that need no resampler where the rate is right.
-FULL_SCALE = {"s16": 2**15, "s16p": 2**15, "s32": 2**31, "s32p": 2**31, "flt": 1, "fltp": 1}
-
-
-def channels_apart(frame: AudioFrame) -> Float32[np.ndarray, "channels n"]:
-    """A frame's samples in [-1, 1], as FFmpeg converts them."""
-    samples = frame.to_ndarray()  # packed ones as [1, n · channels]
-    if frame.format.is_packed:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    return samples.astype(np.float32) * np.float32(1 / FULL_SCALE[frame.format.name])
-
-
-def clean_frames(container: InputContainer, name: str) -> Iterator[AudioFrame]:
-    """Frames of the first audio stream, passing over packets that do not decode."""
-    packets = container.demux(container.streams.audio[0])
-    damaged = 0
-    while True:
-        try:
-            packet = next(packets)
-        except StopIteration:
-            break
-        except av.error.FFmpegError as error:
-            logger.warning("%s: reading stopped early: %s", name, reason(error))
-            break
-        try:
-            yield from packet.decode()
-        except av.error.FFmpegError:
-            damaged += 1
-    if damaged:
-        logger.warning("%s: %d damaged packets were left out", name, damaged)
