@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -348,39 +347,32 @@ def to_language(language: str) -> str:
         raise
 
 
-def listen(utterance: Utterance) -> Float32[np.ndarray, "n"]:
-    """The clip's samples at 16 kHz in [-1, 1]. Raises AudioError when there are none."""
+def listen(utterance: Utterance, longest: float | None = None) -> Float32[np.ndarray, "n"]:
+    """The clip's samples at 16 kHz in [-1, 1], at most `longest` seconds of them.
+
+    Raises AudioError when there are none.
+    """
     if utterance.parts:
         silence = np.zeros(round(utterance.pause * SAMPLE_RATE), np.float32)
-        pieces = [piece for part in utterance.parts for piece in (silence, listen(part))]
+        pieces = [piece for part in utterance.parts for piece in (silence, listen(part, longest))]
         return np.concatenate(pieces[1:])
-    source = utterance.audio
+    source, offset = utterance.audio, utterance.offset
+    known = (longest, None if offset is None else utterance.duration or None)
+    duration = min((seconds for seconds in known if seconds is not None), default=None)
     if isinstance(source, np.ndarray):
-        waveform = source
-    elif isinstance(source, bytes) or "://" in source:
-        if not source:
-            raise AudioError(f"{utterance.id}: the row holds no audio")
-        contents = source if isinstance(source, bytes) else _download(source)
-        waveform = load_audio(contents, format=utterance.format)
-    else:
-        waveform = load_audio(source) if utterance.offset is None else _recording(source)
-    if utterance.offset is None:
-        return waveform
-    start = round(utterance.offset * SAMPLE_RATE)
-    length = utterance.duration and round(utterance.duration * SAMPLE_RATE)
-    clip = waveform[start : start + length if length else None]
-    if not clip.size:
-        raise AudioError(
-            f"{utterance.id}: it starts at {utterance.offset:g} s, and the audio ends at "
-            f"{len(waveform) / SAMPLE_RATE:g} s"
-        )
-    return clip
-
-
-@lru_cache(maxsize=1)
-def _recording(path: str) -> Float32[np.ndarray, "n"]:
-    """A long file of which one clip after the other is cut: decoded once, not for each."""
-    return load_audio(path)
+        start = round((offset or 0) * SAMPLE_RATE)
+        end = None if duration is None else start + round(duration * SAMPLE_RATE)
+        if offset is not None and start >= len(source):
+            raise AudioError(
+                f"{utterance.id}: it starts at {offset:g} s, and the audio ends at "
+                f"{len(source) / SAMPLE_RATE:g} s"
+            )
+        return source[start:end]
+    if isinstance(source, str) and "://" in source:
+        source = _download(source)
+    if not source:
+        raise AudioError(f"{utterance.id}: the row holds no audio")
+    return load_audio(source, format=utterance.format, offset=offset, duration=duration)
 
 
 def _download(address: str) -> bytes:

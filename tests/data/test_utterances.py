@@ -7,6 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flax_distil.audio import load
+from flax_distil.audio.container import decoded_frames
 from flax_distil.audio.load import AudioError, to_int16
 from flax_distil.config import DataConfig
 from flax_distil.data.utterances import (
@@ -77,6 +79,28 @@ def test_segments_of_one_recording(clips, tone):
     assert found[1].id == "audio/2.flac@0.1"
     with pytest.raises(AudioError, match=r"starts at 0\.4 s, and the audio ends at 0\.3 s"):
         listen(found[3])
+    assert len(listen(found[1], longest=0.05)) == 800
+
+
+def test_a_clip_s_recording_is_not_decoded_whole(clips, flac, monkeypatch):
+    """Clips of two long recordings in turn: seconds of each, not minutes."""
+    for name in "ab":
+        (clips / f"{name}.flac").write_bytes(flac(60.0))
+    rows = [
+        {"audio": f"{name}.flac", "offset": offset, "duration": 0.5}
+        for offset in (10.0, 30.0, 50.0)
+        for name in "ab"
+    ]
+    seconds = []
+
+    def counted(*arguments):
+        for frame in decoded_frames(*arguments):
+            seconds.append(frame.samples / frame.rate)
+            yield frame
+
+    monkeypatch.setattr(load, "decoded_frames", counted)
+    assert lengths(read_dataset(lines(clips / "manifest.jsonl", rows))) == [8000] * 6
+    assert sum(seconds) < 6 * 5
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
