@@ -82,7 +82,8 @@ def load_audio(
     end = None if duration is None else start + in_samples(duration, "duration", rate)
     part = Part(rate, start, end)
     waveform, last = np.zeros(0, np.float32), 0
-    with audio_errors(name):
+    # Float files may hold anything; what is no number is found in the samples.
+    with audio_errors(name), np.errstate(invalid="ignore", over="ignore"):
         back = position(source)
         if start > PREROLL * rate and back is not None:
             with open_audio(source, format, track, deadline) as opened:
@@ -193,7 +194,7 @@ def position(source: AudioSource) -> int | None:
     """Where a file object stands, so that it can be read again; None where it cannot."""
     if isinstance(source, (str, Path, bytes)):
         return 0
-    return source.tell() if source.seekable() else None
+    return source.tell() if getattr(source, "seekable", bool)() else None
 
 
 def pad_or_trim(waveform: np.ndarray, length: int = CLIP_SAMPLES) -> np.ndarray:

@@ -27,7 +27,7 @@ from flax_distil.data.chance import Purpose, generator
 from flax_distil.data.mixing import STREAMED, Place, Source, places, rows_by_lane
 from flax_distil.data.streams import LanePlace, Streamed, check_lanes, read_lane
 from flax_distil.data.utterances import Joined, Skipped, Utterance, to_language
-from flax_distil.data.windows import hear, read_ahead
+from flax_distil.data.windows import Clip, hear, read_ahead
 from flax_distil.data.workers import open_pool
 from flax_distil.errors import InputError
 from flax_distil.parallel.multihost import from_all_hosts, host_slice
@@ -241,12 +241,15 @@ class Loader:
             return self._left_out(utterance, str(error))
         if before is not None and not said(before, source.options.target):
             before = None
+        clip = None if self.states else hear(utterance, place.passes)
+        if isinstance(clip, Clip):
+            utterance = clip.utterance  # a window's with the times of its sound
         targets = example(utterance, self.tokens, source.options, (seed, *place), before)
         if len(targets.tokens) > max(source.options.buckets):
             return self._left_out(utterance, f"its label has {len(targets.tokens)} tokens")
         if self.states:
             return Prepared(targets, NOTHING, float(self.states.seconds[self._number(place)]))
-        clip = hear(utterance)
+        assert clip is not None
         if isinstance(clip, Skipped):
             return self._left_out(utterance, clip.reason)._replace(example=targets)
         samples = clip.samples

@@ -4,10 +4,11 @@ Decoding runs in threads: PyAV releases the GIL inside FFmpeg, threads share the
 unlike processes they start at once and inside any program.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
@@ -15,8 +16,11 @@ import numpy as np
 from jaxtyping import Bool, Int16
 
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, AudioError, to_int16
+from flax_distil.data.packing import join
 from flax_distil.data.utterances import Skipped, Utterance, listen, to_language
 from flax_distil.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -81,18 +85,71 @@ def read_ahead(items: Iterable[Item], count: int) -> Generator[Item]:
         pool.shutdown(cancel_futures=True)
 
 
-def hear(utterance: Utterance) -> Clip | Skipped:
-    """The decoded clip, or why there is none: damaged, missing, longer than 30 s."""
+def hear(utterance: Utterance, turn: int = 0) -> Clip | Skipped:
+    """The decoded clip, or why there is none: damaged, missing, longer than 30 s.
+
+    Of a packed window that needs several clips it is one after the other, by `turn`.
+    """
+    found = hear_all(utterance)
+    clips = [one for one in found if isinstance(one, Clip)]
+    skipped = [one for one in found if isinstance(one, Skipped)]
+    if not clips:
+        return Skipped(utterance.id, "; ".join(dict.fromkeys(one.reason for one in skipped)))
+    for one in skipped:
+        logger.warning("%s is left out of its window: %s", one.id, one.reason)
+    return clips[turn % len(clips)]
+
+
+def hear_all(utterance: Utterance) -> list[Clip | Skipped]:
+    """All clips of an utterance: one, but of a packed window as many as its sound needs.
+
+    What a dataset or a header tells of durations is not always so. The parts of a window have the
+    durations of their samples in `Clip.utterance`; where they are longer than the window together,
+    those behind 30 s are a clip of their own, and a part that cannot be decoded is left out.
+    """
+    if not utterance.parts:
+        return [_decoded(utterance)]
+    decoded = [_decoded(part) for part in utterance.parts]
+    pause = np.zeros(round(utterance.pause * SAMPLE_RATE), np.int16)
+    groups: list[list[Clip]] = []
+    room = 0
+    for clip in decoded:
+        if isinstance(clip, Skipped):
+            continue
+        room -= len(pause) + len(clip.samples)
+        if not groups or room < 0:
+            groups.append([])
+            room = CLIP_SAMPLES + SLACK_SAMPLES - len(clip.samples)
+        groups[-1].append(clip)
+    whole = [len(group) == len(utterance.parts) for group in groups]
+    clips = [_window(utterance, *one, pause) for one in zip(groups, whole, strict=True)]
+    return [*clips, *(one for one in decoded if isinstance(one, Skipped))]
+
+
+def _decoded(utterance: Utterance) -> Clip | Skipped:
+    """One clip, of which no more is decoded than shows that it is too long."""
+    longest = CLIP_SAMPLES // SAMPLE_RATE + 1
     try:
         if utterance.language is not None:
             to_language(utterance.language)
-        samples = to_int16(listen(utterance))
+        samples = to_int16(listen(utterance, longest))
     except (InputError, OSError) as error:
         return Skipped(utterance.id, str(error))
     if len(samples) > CLIP_SAMPLES + SLACK_SAMPLES:
         seconds = len(samples) / SAMPLE_RATE
-        return Skipped(utterance.id, f"too long: {seconds:.2f} s, a window has 30 s")
+        more = " or more" if seconds >= longest else ""
+        return Skipped(utterance.id, f"too long: {seconds:.2f} s{more}, a window has 30 s")
     return Clip(utterance, samples[:CLIP_SAMPLES])
+
+
+def _window(window: Utterance, parts: list[Clip], whole: bool, pause: np.ndarray) -> Clip:
+    """The clips one after the other, and their utterances with the times that they have there."""
+    pieces = [piece for clip in parts for piece in (pause, clip.samples)]
+    samples = np.concatenate(pieces[1:])[:CLIP_SAMPLES]
+    measured = tuple(replace(clip.utterance, duration=clip.duration) for clip in parts)
+    if whole:
+        return Clip(replace(window, parts=measured, duration=len(samples) / SAMPLE_RATE), samples)
+    return Clip(join(measured, window.pause), samples)
 
 
 def stack(clips: Sequence[Clip], batch_size: int) -> Windows:
@@ -117,13 +174,14 @@ def window_batches(
     """
 
     def heard() -> Iterator[Clip]:
-        for clip in in_order(hear, utterances, workers, ahead=2 * batch_size):
-            if isinstance(clip, Clip):
-                yield clip
-            elif skipped is None:
-                raise AudioError(f"{clip.id}: {clip.reason}")
-            else:
-                skipped(clip)
+        for found in in_order(hear_all, utterances, workers, ahead=2 * batch_size):
+            for clip in found:
+                if isinstance(clip, Clip):
+                    yield clip
+                elif skipped is None:
+                    raise AudioError(f"{clip.id}: {clip.reason}")
+                else:
+                    skipped(clip)
 
     clips = heard()
     while batch := list(islice(clips, batch_size)):

@@ -94,10 +94,16 @@ SPOKEN = [  # seconds, pitch, label; 0.02 s a timestamp
 @pytest.fixture
 def spoken(tmp_path, flac):
     """One speaker's clips of known length, pitch and label."""
+    return spoken_as(tmp_path, flac, [{}] * len(SPOKEN))
+
+
+def spoken_as(tmp_path, flac, told):
+    """The clips with what a manifest tells of each."""
     lines = []
     for number, (seconds, hertz, label) in enumerate(SPOKEN):
         (tmp_path / f"{number}.flac").write_bytes(flac(seconds, hertz))
         row = {"audio": f"{number}.flac", "speaker": "s", "language": "en", "token_ids": label}
+        row |= told[number]
         lines.append(json.dumps(row) + "\n")
     (tmp_path / "spoken.jsonl").write_text("".join(lines))
     return TrainingDataConfig(str(tmp_path / "spoken.jsonl"), pack_seconds=4.0, pack_pause=0.5)
@@ -128,6 +134,33 @@ def test_windows_in_training_have_the_times_of_what_sounds(spoken):
             piece = samples[slice(*(round(one * SAMPLE_RATE) for one in seconds))].astype(float)
             heard = np.abs(np.fft.rfft(piece)).argmax() * SAMPLE_RATE / len(piece)
             assert heard == pytest.approx(pitch.get(word, 1600), abs=3)
+
+
+def test_times_are_the_sound_s_and_not_the_manifest_s(tmp_path, flac):
+    """A manifest that rounds durations to half seconds plans the same windows."""
+    rounded = [{"duration": seconds} for seconds in (1.0, 0.5, 1.5, 2.0, 1.0)]
+    batches = [
+        batch_of(spoken_as(tmp_path, flac, told), timestamp_probability=1.0)
+        for told in ([{}] * 5, rounded)
+    ]
+    np.testing.assert_array_equal(batches[0].tokens, batches[1].tokens)
+    np.testing.assert_array_equal(batches[0].waveforms, batches[1].waveforms)
+
+
+def test_a_window_that_grows_is_learnt_in_turns(tmp_path, flac):
+    """Three clips of 11 s that claim 5 s: two in one pass, the third in the next."""
+    lines = []
+    for number in range(3):
+        (tmp_path / f"{number}.flac").write_bytes(flac(11.0, 400.0 + number))
+        row = {"audio": f"{number}.flac", "speaker": "s", "token_ids": [7 + number]}
+        lines.append(json.dumps(row | {"language": "en", "duration": 5.0}) + "\n")
+    (tmp_path / "long.jsonl").write_text("".join(lines))
+    config = TrainingDataConfig(str(tmp_path / "long.jsonl"), pack_seconds=30.0, pack_pause=0.5)
+    batch = batch_of(config, size=2, timestamp_probability=0.0)
+    learnt = [[token for token in row if token in (7, 8, 9)] for row in batch.tokens.tolist()]
+    assert learnt == [[7, 8], [9]]
+    assert batch.seconds.tolist() == [22.5, 11.0]
+    assert (batch.weights.sum(axis=1) > 0).all()
 
 
 def test_a_window_is_read_with_the_one_before(spoken):
