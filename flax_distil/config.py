@@ -62,7 +62,11 @@ class TrainingDataConfig(DataConfig):
     """One dataset of a mixture: where it is, what is learnt from it, how often it is drawn."""
 
     weight: float | None = None
-    """Its share of the examples, relative to the others; its hours of speech where not given."""
+    """Its share of the examples, relative to the others; its hours of audio where not given."""
+    kl: float = 1.0
+    """Factor of the KL divergence on its examples: 0 trains on their labels alone."""
+    ce: float = 1.0
+    """Factor of the cross-entropy on its examples."""
     target: Literal["label", "text"] | None = None
     """Learn the pseudo-label or the reference; without it, the label where the source has one."""
     task: Literal["transcribe", "translate"] = "transcribe"
@@ -332,6 +336,12 @@ class DistillConfig:
     later published recipes)."""
     language: str | None = None
     """Language spoken where the labels name none, such as en."""
+    non_speech: Literal["teacher", "no_speech", "end"] = "teacher"
+    """What is learnt of clips without speech (speech = false, or an empty reference): teacher: its
+    distribution at the start of transcript; no_speech: that, and the no-speech token as a label
+    there; end: that, and to end at once after the prompt."""
+    non_speech_share: float | None = None
+    """Share of the examples that are clips without speech; by their hours where not given."""
     label_buckets: tuple[int, ...] = (32, 64, 128, 256, 448)
     """Label lengths in tokens that programs are compiled for; a batch takes the first that fits."""
     audio_states: Path | None = None

@@ -1,15 +1,17 @@
-"""Pseudo-labels → what the decoder reads and what it must say next.
+"""Pseudo-labels → decoder inputs, targets and weights.
 
-The decoder reads `prompt + label` and must say `label + eot`. The prompt (start of transcript,
-language, task, no-timestamps) is given and never learnt, so its positions weigh 0, as in the
-published PyTorch code (the published Flax code trains on the prompt's tokens):
+The decoder reads `prompt + label`; every next token after the start of transcript is a target of
+KL and cross-entropy, as in both published training scripts:
 
-    tokens   sot  en  transcribe  notimestamps   Hello   world
-    targets   en  …   …           Hello          world   eot
-    weights    0   0   0          1              1       1
+    tokens    previous  text  sot  en          transcribe    notimestamps  Hello  world
+    targets   text      sot   en   transcribe  notimestamps  Hello         world  eot
+    weights   0         0     1    1           1             1             1      1
 
-With probability p_prev the text before (`<|startofprev|>` and the label of the utterance before) is
-part of the prompt. Teacher and student read the same `tokens`.
+The position that reads sot has the teacher's probabilities of language and no-speech, on which
+language detection and the skipping of silence depend: only there can a student learn them. With
+probability p_prev the text of the utterance before is read first and is not learnt. Teacher and
+student read the same `tokens`. A label that was cut at its longest length has no eot to learn.
+Clips without speech have targets of their own, see `non_speech_example`.
 """
 
 from collections.abc import Sequence
@@ -22,11 +24,14 @@ from jaxtyping import Float, Int, Int16, Shaped, UInt32
 
 from flax_distil.data.chance import Purpose, generator
 from flax_distil.data.packing import beginnings, length
-from flax_distil.data.stored_teacher import StoredTeacher, collate_stored, places
+from flax_distil.data.stored_teacher import StoredTeacher, collate_stored, first_places, places
 from flax_distil.data.utterances import Utterance, to_language
 from flax_distil.errors import InputError
 from flax_distil.text.languages import WITHOUT_SPACES
+from flax_distil.text.special import pieces, plain
 from flax_distil.text.tokens import WhisperTokens
+
+NonSpeech = Literal["teacher", "no_speech", "end"]
 
 PREVIOUS_TOKENS = 223  # of text before: less than half of Whisper's context of 448
 
@@ -49,6 +54,12 @@ class TargetOptions:
     """How often the label of the utterance before is read first."""
     target: Literal["label", "text"] = "label"
     """What is learnt: the pseudo-label or the reference."""
+    non_speech: NonSpeech = "teacher"
+    """What is learnt of clips without speech."""
+    kl: float = 1.0
+    """Factor of the KL divergence (and the hidden states' distance) of these examples."""
+    ce: float = 1.0
+    """Factor of their cross-entropy."""
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +73,7 @@ class Batch:
     targets: Int[np.ndarray, "B L"]
     """The next token of each position."""
     weights: Float[np.ndarray, "B L"]
-    """1 where the target is learnt: label and eot. 0 on prompt and padding."""
+    """1 where the target is learnt: from the start of transcript on, up to the padding."""
     seconds: Float[np.ndarray, "B"]
     """Length of the clip before padding."""
     rows: Int[np.ndarray, "B"]
@@ -73,16 +84,23 @@ class Batch:
     """The teacher's distributions at the targets, where the labels hold them and they are used."""
     keys: UInt32[np.ndarray, "B 2"] | None = None
     """Key data of each example for SpecAugment, where it is on."""
+    loss_weights: Float[np.ndarray, "B L 2"] | None = None
+    """Factors of KL and cross-entropy at each target; 1 and 1 where None."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a batch before padding: `targets[i]` is learnt from `start` on."""
+    """One row of a batch before padding: `targets[i]` is learnt from `start` on.
+
+    kl, ce: factors of the two losses, one for all targets, or one for each from `start` on.
+    """
 
     tokens: list[int]
     targets: list[int]
     start: int
     stored: StoredTeacher | None = None
+    kl: float | tuple[float, ...] = 1.0
+    ce: float | tuple[float, ...] = 1.0
 
 
 def example(
@@ -101,9 +119,11 @@ def example(
     timed, prompted = coins(seed)
     language = utterance.language or options.language
     code = None if language is None else to_language(language)
+    timestamps = timed < options.timestamp_probability
+    if not has_speech(utterance, options.target):
+        return non_speech_example(utterance, tokens, options, code, timestamps)
     spelt = "en" if options.task == "translate" else code
     label = label_ids(utterance, tokens, options.target, spelt)
-    timestamps = timed < options.timestamp_probability
     timestamps &= any(token >= tokens.timestamp_begin for token in label)
 
     def written(ids: list[int]) -> list[int]:
@@ -111,25 +131,89 @@ def example(
 
     label = written(label)
     prompt = tokens.prompt(code, options.task, timestamps=timestamps)
+    end = [tokens.eot] if utterance.ended else []
+    line, start = [*prompt, *label, *end], 0
     room = min(PREVIOUS_TOKENS, max(options.buckets) - len(prompt) - len(label) - 1)
-    if previous and prompted < options.prompt_probability and room > 0:
-        before = written(label_ids(previous, tokens, options.target, spelt))[-room:]
-        prompt = tokens.prompt(code, options.task, timestamps, before)
-    line = [*prompt, *label, tokens.eot]
-    stored = distributions(utterance, len(label) + 1) if options.stored else None
-    return Example(line[:-1], line[1:], len(prompt) - 1, stored)
+    before = []
+    if prompted < options.prompt_probability and room > 0:
+        before = written(ids_before(utterance, previous, tokens, options.target, spelt))[-room:]
+    if before:
+        line = [*tokens.prompt(code, options.task, timestamps, before), *label, *end]
+        start = line.index(tokens.sot)
+    stored = None
+    if options.stored:
+        stored = distributions(utterance, len(prompt) + len(label), len(line) - 1 - start)
+    return Example(line[:-1], line[1:], start, stored, options.kl, options.ce)
 
 
-def distributions(utterance: Utterance, count: int) -> StoredTeacher:
-    """The teacher at each of `count` targets. Raises InputError where the label holds others."""
-    there = 0 if utterance.stored is None else places(utterance.stored)
-    if utterance.stored is None or there != count:
+def ids_before(
+    utterance: Utterance,
+    previous: Utterance | None,
+    tokens: WhisperTokens,
+    target: Literal["label", "text"],
+    language: str | None,
+) -> list[int]:
+    """The label of the utterance before: as the dataset keeps it beside this one, else its own."""
+    kept = utterance.previous
+    if kept is None:
+        return label_ids(previous, tokens, target, language) if previous else []
+    ids = written_ids(kept, tokens, " ") if isinstance(kept, str) else kept
+    return [token for token in ids if token < tokens.eot or token >= tokens.timestamp_begin]
+
+
+def has_speech(utterance: Utterance, target: Literal["label", "text"]) -> bool:
+    """Whether there is speech to learn: an empty reference says that there is none."""
+    if utterance.parts:
+        return any(has_speech(part, target) for part in utterance.parts)
+    empty = target == "text" and utterance.text is not None and not plain(utterance.text)
+    return utterance.speech and not empty
+
+
+def non_speech_example(
+    utterance: Utterance,
+    tokens: WhisperTokens,
+    options: TargetOptions,
+    language: str | None,
+    timestamps: bool,
+) -> Example:
+    """What is learnt of silence, noise and music, whatever the teacher wrote about it.
+
+    The KL at the start of transcript, where the teacher says how probable it is that nobody speaks,
+    and by `options.non_speech` a cross-entropy: none, on the no-speech token there, or on an end
+    that follows the prompt at once (after `<|0.00|>` where timestamps are written).
+    """
+    stored = None if not options.stored else utterance.stored
+    if options.non_speech != "end":
+        ce = options.ce * (options.non_speech == "no_speech")
+        kept = stored and first_places(stored, 1)
+        return Example([tokens.sot], [tokens.no_speech], 0, kept, options.kl, ce)
+    prompt = tokens.prompt(language, options.task, timestamps)
+    line = [*prompt, *([tokens.timestamp_begin] if timestamps else []), tokens.eot]
+    given = len(prompt) - 1
+    taught = len(line) - 1 - given
+    return Example(
+        line[:-1],
+        line[1:],
+        0,
+        stored and first_places(stored, 1),
+        (options.kl, *[0.0] * (len(line) - 2)),
+        (*[0.0] * given, *[options.ce] * taught),
+    )
+
+
+def distributions(utterance: Utterance, stored: int, learnt: int) -> StoredTeacher:
+    """The teacher at the first `learnt` of the `stored` places that a label with its prompt has.
+
+    Raises InputError where the label holds another number of them.
+    """
+    held = 0 if utterance.stored is None else places(utterance.stored)
+    if utterance.stored is None or held != stored:
         raise InputError(
-            f"{utterance.id} holds its teacher at {there} tokens and its label is learnt as "
-            f"{count}: label it with --teacher-states, and train without stored_teacher where "
-            "labels change"
+            f"{utterance.id} holds its teacher's distributions at {held} tokens and its label with "
+            f"the prompt has {stored}: label it again with --teacher-states, and train without "
+            "stored_teacher where labels change"
         )
-    return utterance.stored
+    return first_places(utterance.stored, learnt)
 
 
 def label_ids(
@@ -138,25 +222,43 @@ def label_ids(
     target: Literal["label", "text"] = "label",
     language: str | None = None,
 ) -> list[int]:
-    """What is said: the pseudo-label or the reference; a window's with the times of its parts."""
+    """The token ids of the pseudo-label or the reference; a window's with the times of its parts.
+
+    A pseudo-label that is given as text alone is encoded, timestamps written in it (`<|1.08|>`)
+    as timestamps. Other special tokens written in texts are left out.
+    """
     if utterance.parts:
         starts = beginnings(utterance)
         return [
             token
             for start, part in zip(starts, utterance.parts, strict=True)
+            if has_speech(part, target)
             for token in timed_ids(part, label_ids(part, tokens, target, language), start, tokens)
         ]
+    space = "" if language in WITHOUT_SPACES else " "
     if target == "text":
         if utterance.text is None:
             raise InputError(f"{utterance.id} has no text to learn: name its text_column")
-        space = "" if language in WITHOUT_SPACES else " "
-        return tokens.encode(space + utterance.text.strip())
-    if utterance.token_ids is None:
-        raise InputError(
-            f"{utterance.id} has no token_ids: label its dataset with pseudo-label, or learn its "
-            'reference (target = "text")'
-        )
-    return list(utterance.token_ids)
+        return tokens.encode(space + plain(utterance.text))
+    if utterance.token_ids is not None:
+        return list(utterance.token_ids)
+    if utterance.transcript is not None:
+        return written_ids(utterance.transcript, tokens, space)
+    raise InputError(
+        f"{utterance.id} has no token_ids: label its dataset with pseudo-label, or learn its "
+        'reference (target = "text")'
+    )
+
+
+def written_ids(transcript: str, tokens: WhisperTokens, space: str) -> list[int]:
+    """Token ids of a label given as text; each stretch of text begins with `space`."""
+    ids: list[int] = []
+    for piece in pieces(transcript):
+        if isinstance(piece, str):
+            ids += tokens.encode(space + piece.strip())
+        else:
+            ids.append(tokens.timestamp(piece))
+    return ids
 
 
 def timed_ids(part: Utterance, label: list[int], start: float, tokens: WhisperTokens) -> list[int]:
@@ -204,15 +306,24 @@ def collate(
     eot: int,
     audio: Shaped[np.ndarray, "B S D"] | None = None,
     keys: UInt32[np.ndarray, "B 2"] | None = None,
+    weighted: bool = False,
 ) -> Batch:
-    """Rows padded to `length` tokens; a row of 0 seconds was not heard and weighs nothing."""
+    """Rows padded to `length` tokens; a row of 0 seconds could not be used and weighs nothing.
+
+    weighted: whether the batch has `loss_weights`, which is the same for all batches of a run.
+    """
     tokens = np.full((len(examples), length), eot, np.int32)
     targets, weights = tokens.copy(), np.zeros(tokens.shape, np.float32)
+    factors = np.zeros((*tokens.shape, 2), np.float32) if weighted else None
     for number, row in enumerate(examples):
         end = len(row.tokens)
         tokens[number, :end] = row.tokens
         targets[number, :end] = row.targets
         weights[number, row.start : end] = seconds[number] > 0
+        if factors is not None:
+            learnt = factors[number, row.start : end]
+            learnt[:, 0], learnt[:, 1] = row.kl, row.ce
+            weights[number, row.start : end] *= learnt.any(axis=1)
     return Batch(
         waveforms=waveforms,
         tokens=tokens,
@@ -223,4 +334,5 @@ def collate(
         audio=audio,
         stored=collate_stored([(row.start, row.stored) for row in examples], length),
         keys=keys,
+        loss_weights=factors,
     )

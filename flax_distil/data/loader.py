@@ -21,12 +21,14 @@ from flax_distil.data.batches import (
     coins,
     collate,
     example,
+    has_speech,
     longest_prompt,
 )
 from flax_distil.data.chance import Purpose, generator
 from flax_distil.data.mixing import STREAMED, Place, Source, places, rows_by_lane
 from flax_distil.data.streams import LanePlace, Streamed, check_lanes, read_lane
-from flax_distil.data.utterances import Joined, Skipped, Utterance, to_language
+from flax_distil.data.usable import language_reason
+from flax_distil.data.utterances import Joined, Skipped, Utterance
 from flax_distil.data.windows import Clip, hear, read_ahead
 from flax_distil.data.workers import open_pool
 from flax_distil.errors import InputError
@@ -215,15 +217,17 @@ class Loader:
                 continue
             inputs = int(source.lengths[place.number]) + longest_prompt(self.tokens)
             if self._prompted(place, seed):
-                previous = int(source.lengths[place.number - 1])
-                inputs += 1 + min(previous, PREVIOUS_TOKENS)
+                previous = PREVIOUS_TOKENS
+                if not source.own_prompts:
+                    previous = min(previous, int(source.lengths[place.number - 1]))
+                inputs += 1 + previous
             needed = max(needed, min(inputs, max(source.options.buckets)))
         return needed
 
     def _prompted(self, place: Place, seed: int) -> bool:
         """Whether the example is read with the utterance before it in its dataset."""
         source = self.sources[place.source]
-        follows = bool(source.follows[place.number])
+        follows = source.own_prompts or bool(source.follows[place.number])
         return follows and coins((seed, *place))[1] < source.options.prompt_probability
 
     def _prepare(self, seed: int, row: Row) -> Prepared:
@@ -231,21 +235,23 @@ class Loader:
         source = self.sources[place.source]
         if utterance is None:
             utterance = source.utterances[place.number]  # type: ignore[index]
-            if self._prompted(place, seed):
+            if self._prompted(place, seed) and source.follows[place.number]:
                 before = source.utterances[place.number - 1]  # type: ignore[index]
-        if not said(utterance, source.options.target):
-            return self._left_out(utterance, f"it has no {source.options.target}")
-        try:
-            to_language(utterance.language or "en")
-        except InputError as error:
-            return self._left_out(utterance, str(error))
-        if before is not None and not said(before, source.options.target):
+        options = source.options
+        speech = has_speech(utterance, options.target)
+        if speech and not said(utterance, options.target):
+            return self._left_out(utterance, f"no {options.target} to learn")
+        language = utterance.language or options.language
+        prompted = speech or options.non_speech == "end"
+        if prompted and (reason := language_reason(language, self.tokens)):
+            return self._left_out(utterance, reason)
+        if before is not None and not said(before, options.target):
             before = None
         clip = None if self.states else hear(utterance, place.passes)
         if isinstance(clip, Clip):
             utterance = clip.utterance  # a window's with the times of its sound
-        targets = example(utterance, self.tokens, source.options, (seed, *place), before)
-        if len(targets.tokens) > max(source.options.buckets):
+        targets = example(utterance, self.tokens, options, (seed, *place), before)
+        if len(targets.tokens) > max(options.buckets):
             return self._left_out(utterance, f"its label has {len(targets.tokens)} tokens")
         if self.states:
             return Prepared(targets, NOTHING, float(self.states.seconds[self._number(place)]))
@@ -281,13 +287,19 @@ class Loader:
             random = [generator(Purpose.MASKS, after.seed, *row.place) for row in rows]
             keys = np.stack([one.integers(1 << 32, size=2, dtype=np.uint32) for one in random])
         eot = self.tokens.eot
-        return collate(examples, waveforms, seconds, numbers, length, eot, audio, keys), after
+        weighted = any(source.weighs for source in self.sources)
+        return (
+            collate(examples, waveforms, seconds, numbers, length, eot, audio, keys, weighted),
+            after,
+        )
 
 
 def said(utterance: Utterance, target: Literal["label", "text"]) -> bool:
     """Whether there is a label or text, of all parts of a window."""
-    parts = utterance.parts or (utterance,)
-    return all((part.text if target == "text" else part.token_ids) is not None for part in parts)
+    parts = [one for one in utterance.parts or (utterance,) if has_speech(one, target)]
+    if target == "text":
+        return all(part.text is not None for part in parts)
+    return all((part.token_ids, part.transcript) != (None, None) for part in parts)
 
 
 def on_all_hosts(state: LoaderState) -> LoaderState:

@@ -9,7 +9,7 @@ is all that continuing needs, on any number of hosts. Streams keep a place of th
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -18,6 +18,7 @@ from flax_distil.config import DistillConfig, TrainingDataConfig
 from flax_distil.data.batches import TargetOptions, label_ids
 from flax_distil.data.chance import Purpose, generator
 from flax_distil.data.packing import Packed, length, pack
+from flax_distil.data.usable import usable_rows
 from flax_distil.data.utterances import (
     Joined,
     Utterance,
@@ -26,6 +27,7 @@ from flax_distil.data.utterances import (
     read_dataset,
 )
 from flax_distil.errors import InputError
+from flax_distil.text.special import plain
 from flax_distil.text.tokens import WhisperTokens
 
 BLOCK = 1 << 16  # draws that one generator makes
@@ -57,9 +59,20 @@ class Source:
     """Tokens of each label, at most; none of a stream."""
     follows: Bool[np.ndarray, "n"]
     """Whether the utterance before is the one spoken before."""
-    weight: float = 1.0
+    weight: float | None = 1.0
+    """Relative to the others; None as long as it is not known."""
     buffer: int = 2_000
     """Utterances of a stream that are shuffled at a time."""
+    speech: bool = True
+    """Whether its clips hold speech."""
+    own_prompts: bool = False
+    """Whether its rows hold the text before them (`Utterance.previous`)."""
+
+    @property
+    def weighs(self) -> bool:
+        """Whether KL and cross-entropy have factors of their own here."""
+        alike = self.speech and self.size is not None  # streams may hold both kinds
+        return not alike or (self.options.kl, self.options.ce) != (1.0, 1.0)
 
     @property
     def size(self) -> int | None:
@@ -68,7 +81,7 @@ class Source:
 
 
 def training_sources(config: DistillConfig, tokens: WhisperTokens) -> tuple[Source, ...]:
-    """What `labels` and `data` of a run name, opened.
+    """What `labels` and `data` of a run name; clips without speech are sources of their own.
 
     Raises InputError for datasets that cannot be read, have nothing to learn, or are mixed with a
     stream whose weight is not given.
@@ -79,95 +92,187 @@ def training_sources(config: DistillConfig, tokens: WhisperTokens) -> tuple[Sour
         config.language,
         prompt_probability=config.prompt_probability,
         stored=config.stored_teacher,
+        non_speech=config.non_speech,
     )
-    tables = config.data
-    alone = len(tables) + bool(config.labels) == 1
-    sources = [open_source(table, options, tokens, alone) for table in tables]
-    if config.labels:
-        parts = [
-            open_source(TrainingDataConfig(str(path), target="label"), options, tokens, alone=True)
-            for path in config.labels
-        ]
-        sources.insert(0, joined(parts, alone))
+    stores = [
+        source
+        for path in config.labels
+        for source in open_source(TrainingDataConfig(str(path), target="label"), options, tokens)
+    ]
+    sources = [
+        joined(parts)
+        for speech in (True, False)
+        if (parts := [one for one in stores if one.speech is speech])
+    ]
+    sources += [one for table in config.data for one in open_source(table, options, tokens)]
     if not sources:
         raise InputError("name at least one label store (--labels) or a [[distill.data]] table")
-    prompted = config.prompt_probability and any(source.follows.any() for source in sources)
-    if config.stored_teacher and prompted:
+    prompted = any(source.follows.any() or source.own_prompts for source in sources)
+    if config.stored_teacher and config.prompt_probability and prompted:
         raise InputError(
             "stored_teacher read no previous text, and prompt_probability is "
             f"{config.prompt_probability:g}: set it to 0"
         )
-    return tuple(sources)
+    return weighted(sources, config.non_speech_share)
 
 
 def open_source(
-    config: TrainingDataConfig, options: TargetOptions, tokens: WhisperTokens, alone: bool = False
-) -> Source:
-    """One dataset. Its hours are its weight where none is given and it is not `alone`."""
+    config: TrainingDataConfig, options: TargetOptions, tokens: WhisperTokens
+) -> tuple[Source, ...]:
+    """One dataset: its clips of speech, and those without, where there are any."""
     utterances = read_dataset(config)
-    target = config.target or ("label" if utterances.columns.labelled else "text")
-    if target == "text" and utterances.columns.text is None:
+    columns = utterances.columns
+    labelled = columns.labelled or columns.transcript is not None
+    target = config.target or ("label" if labelled else "text")
+    if target == "text" and columns.text is None and config.speech:
         raise InputError(
             f"{config.source} has neither token_ids nor a column that looks like text: label it "
             "with pseudo-label, or name its text_column"
         )
-    if target == "label" and not utterances.columns.labelled:
+    if target == "label" and not labelled and config.speech:
         raise InputError(f"{config.source} has no token_ids: label it with pseudo-label")
     if config.weight is not None and config.weight <= 0:
         raise InputError(f"{config.source} has weight {config.weight:g}: it must be positive")
-    options = replace(options, task=config.task, target=target)
+    if config.task == "translate" and not tokens.multilingual:
+        raise InputError(
+            f"{config.source} is to be translated, and the student is English-only: use a "
+            "multilingual teacher and student"
+        )
+    options = replace(options, task=config.task, target=target, kl=config.kl, ce=config.ce)
     if isinstance(utterances, UtteranceStream):
-        return _stream_source(config, utterances, options, alone)
+        return (_stream_source(config, utterances, options),)
     lengths = label_lengths(utterances, tokens, target)
+    packed = config.pack_seconds is not None
+    rows = usable_rows(utterances, lengths, options, tokens, packed)
+    sources = []
+    for speech, numbers in ((True, rows.speech), (False, rows.non_speech)):
+        if not len(numbers):
+            continue
+        part = utterances if len(numbers) == len(utterances) else utterances.take(numbers)
+        share = config.weight and config.weight * len(numbers) / (
+            len(rows.speech) + len(rows.non_speech)
+        )
+        known = np.maximum(lengths[numbers], 0) if speech else np.zeros(len(numbers), int)
+        sources.append(_source(config, part, known, options, share, speech))
+    return tuple(sources)
+
+
+def _source(
+    config: TrainingDataConfig,
+    utterances: Utterances,
+    lengths: Int[np.ndarray, "n"],
+    options: TargetOptions,
+    weight: float | None,
+    speech: bool,
+) -> Source:
+    """A dataset, as it is or packed to windows."""
     windows: Utterances | Packed = utterances
     if config.pack_seconds is not None:
         windows = pack(utterances, config.pack_seconds, config.pack_pause)
         lengths = np.array([sum(lengths[list(rows)]) + 2 * len(rows) for rows in windows.groups])
-    weight = config.weight or (1.0 if alone else hours(utterances))
-    return Source(windows, options, lengths, windows.follows(), weight)
+    own_prompts = windows is utterances and any(
+        value is not None for value in utterances.column("condition_on_prev")
+    )
+    follows = windows.follows()
+    return Source(
+        windows, options, lengths, follows, weight, speech=speech, own_prompts=own_prompts
+    )
 
 
 def _stream_source(
-    config: TrainingDataConfig, stream: UtteranceStream, options: TargetOptions, alone: bool
+    config: TrainingDataConfig, stream: UtteranceStream, options: TargetOptions
 ) -> Source:
-    if config.weight is None and not alone:
-        raise InputError(f"the hours of {config.source} are not known, it is a stream: give weight")
     if config.limit is not None or config.pack_seconds is not None:
         raise InputError(
             f"{config.source} is a stream: leave out limit and pack_seconds, or streaming"
         )
     none = np.zeros(0, np.int32)
-    return Source(stream, options, none, none > 0, config.weight or 1.0, config.shuffle_buffer)
+    return Source(
+        stream, options, none, none > 0, config.weight, config.shuffle_buffer, config.speech
+    )
 
 
-def joined(parts: Sequence[Source], alone: bool = False) -> Source:
+def joined(parts: Sequence[Source]) -> Source:
     """Datasets that are drawn as one: each utterance once before any comes again."""
     return Source(
         Joined([part.utterances for part in parts]),  # type: ignore[misc]
         parts[0].options,
         np.concatenate([part.lengths for part in parts]),
         np.concatenate([part.follows for part in parts]),
-        1.0 if alone else sum(hours(part.utterances) for part in parts),  # type: ignore[arg-type]
+        weight=None,
+        speech=parts[0].speech,
+        own_prompts=any(part.own_prompts for part in parts),
     )
 
 
-def label_lengths(utterances: Utterances, tokens: WhisperTokens, target: str) -> np.ndarray:
-    """int[n]: tokens of what is learnt, read without the audio."""
-    if target == "label":
+def weighted(sources: Sequence[Source], non_speech_share: float | None) -> tuple[Source, ...]:
+    """The sources with weights: those given, else their hours of audio.
+
+    non_speech_share: of the examples that are clips without speech; by their weights where None.
+    Raises InputError for a stream without a weight, and for a share that nothing can fill.
+    """
+    kinds = {source.speech for source in sources}
+    if non_speech_share is not None:
+        if not 0 <= non_speech_share < 1:
+            raise InputError(
+                f"non_speech_share {non_speech_share:g} must be at least 0 and below 1"
+            )
+        if non_speech_share and kinds != {True, False}:
+            lacking = "clips without speech" if kinds == {True} else "speech"
+            raise InputError(
+                f"non_speech_share is {non_speech_share:g} and no dataset has {lacking}: add one "
+                "(speech = false), or leave the share out"
+            )
+        if not non_speech_share:
+            sources = [source for source in sources if source.speech]
+    if len(sources) == 1:
+        return (replace(sources[0], weight=sources[0].weight or 1.0),)
+    weights = [one.weight or hours(one.utterances) for one in sources]
+    if non_speech_share:
+        sums = {True: 0.0, False: 0.0}
+        for one, weight in zip(sources, weights, strict=True):
+            sums[one.speech] += weight
+        scale = non_speech_share / (1 - non_speech_share) * sums[True] / sums[False]
+        weights = [w if one.speech else scale * w for one, w in zip(sources, weights, strict=True)]
+    return tuple(replace(one, weight=w) for one, w in zip(sources, weights, strict=True))
+
+
+def label_lengths(
+    utterances: Utterances, tokens: WhisperTokens, target: Literal["label", "text"]
+) -> Int[np.ndarray, "n"]:
+    """Tokens of what is learnt, read without the audio; 0 where it is empty, -1 where there is
+    none."""
+    columns = utterances.columns
+    if target == "label" and columns.labelled:
         return utterances.label_lengths()
-    texts = utterances.column(utterances.columns.text or "")
-    said = (Utterance("", b"", str(text or "")) for text in texts)
-    # 1: without the space that most languages begin with, a text may have a token more
-    return np.array([len(label_ids(one, tokens, "text")) + 1 for one in said], np.int32)
+    column = columns.text if target == "text" else columns.transcript
+    if column is None:
+        return np.full(len(utterances), -1, np.int32)
+
+    def length_of(text: str | None) -> int:
+        if text is None:
+            return -1
+        one = Utterance("", b"", text=str(text), transcript=str(text))
+        # 1: without the space that most languages begin with, a text may have a token more
+        return len(label_ids(one, tokens, target)) + 1 if plain(str(text)) else 0
+
+    return np.array([length_of(text) for text in utterances.column(column)], np.int32)
 
 
-def hours(utterances: Utterances) -> float:
-    """Hours of speech: as the dataset tells, else estimated from clips spread over it."""
-    told = [seconds for seconds in utterances.column("duration") if seconds is not None]
-    if len(told) < len(utterances):
+def hours(utterances: Any) -> float:
+    """Hours of audio: as the dataset tells, else estimated from clips spread over it."""
+    if isinstance(utterances, UtteranceStream):
+        name = utterances.config.source
+        raise InputError(f"the hours of {name} are not known, it is a stream: give weight")
+    if isinstance(utterances, Joined):
+        return sum(map(hours, utterances.parts))
+    if isinstance(utterances, Packed):
+        return hours(utterances.utterances)
+    known = [seconds for seconds in utterances.column("duration") if seconds is not None]
+    if len(known) < len(utterances):
         step = max(len(utterances) // HEARD_FOR_HOURS, 1)
-        told = [length(utterances[row]) for row in range(0, len(utterances), step)]
-    mean = sum(map(float, told)) / max(len(told), 1)
+        known = [length(utterances[row]) for row in range(0, len(utterances), step)]
+    mean = sum(map(float, known)) / max(len(known), 1)
     if mean == 0:
         raise InputError(f"the hours of {utterances.config.source} are not known: give its weight")
     return mean * len(utterances) / 3600
@@ -200,7 +305,7 @@ def places(sources: Sequence[Source], seed: int, position: int, lanes: int = 1) 
     told, p mod `lanes`; what comes next there, its host knows.
     """
     orders: dict[int, tuple[int, np.ndarray]] = {}
-    drawn = draws([source.weight for source in sources], seed, position)
+    drawn = draws([source.weight or 1.0 for source in sources], seed, position)
     for example, (source, before) in enumerate(drawn, position):
         size = sources[source].size
         if size is None:

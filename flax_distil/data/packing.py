@@ -85,6 +85,8 @@ def join(parts: tuple[Utterance, ...], pause: float) -> Utterance:
         duration=sum(length(part) for part in parts) + pause * len(rest),
         speaker=first.speaker,
         language=first.language,
+        ended=parts[-1].ended,
+        speech=any(part.speech for part in parts),
         parts=parts,
         pause=pause,
         recording=first.recording,

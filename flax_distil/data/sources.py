@@ -222,13 +222,13 @@ class ParquetRows(Sequence[Row]):
                 yield pa.nulls(self._footer(path).num_rows)
 
     def list_lengths(self, column: str) -> np.ndarray:
-        """Lengths of a list column, null counting 0, without reading any other."""
+        """Lengths of a list column, -1 where it is null, without reading any other."""
         found = [np.zeros(0, np.int32)]
         for values in self.column(column):
             if pa.types.is_null(values.type):
-                found.append(np.zeros(len(values), np.int32))
+                found.append(np.full(len(values), -1, np.int32))
                 continue
-            lengths = values.value_lengths().fill_null(0)
+            lengths = values.value_lengths().fill_null(-1)
             found.append(lengths.to_numpy(zero_copy_only=False).astype(np.int32))
         return np.concatenate(found)
 

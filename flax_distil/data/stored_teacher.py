@@ -1,5 +1,8 @@
 """What a label store can hold of its teacher, beside the labels, in one of two forms.
 
+A row has a place for each token that the decoder reads: the prompt, from the start of transcript
+on, and the label. Each is the distribution of the next token.
+
 Final states are exact at every temperature, and need the teacher's embedding to make logits of
 them. The likeliest tokens take less room, need nothing, and lose what they leave out.
 """
@@ -16,7 +19,7 @@ from jaxtyping import Float16, Shaped
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LikeliestTokens:
-    """The teacher at each token of a label and at its end: n places, or [B, L] in a batch."""
+    """The teacher at each token of prompt and label: n places, or [B, L] in a batch."""
 
     top_tokens: Shaped[np.ndarray, "... K"]
     """uint16: the K likeliest tokens, the likeliest first."""
@@ -71,6 +74,11 @@ class StoredForm(NamedTuple):
 def places(stored: StoredTeacher) -> int:
     """Tokens it is there for."""
     return len(jax.tree.leaves(stored)[0])
+
+
+def first_places(stored: StoredTeacher, count: int) -> StoredTeacher:
+    """The teacher at the first `count` tokens."""
+    return jax.tree.map(lambda leaf: leaf[:count], stored)
 
 
 def read_stored(row: Mapping[str, Any]) -> StoredTeacher | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 
 from flax_distil.audio.load import SAMPLE_RATE, AudioError, load_audio
 from flax_distil.config import DataConfig
@@ -93,19 +93,34 @@ class Columns:
 
 
 class Utterances(Sequence[Utterance]):
-    """The utterances of a table that has a length; rows are read when they are asked for."""
+    """The utterances of a table that has a length; rows are read when they are asked for.
 
-    def __init__(self, rows: Sequence[Row], columns: Columns, config: DataConfig):
-        self.rows, self.columns, self.config = rows, columns, config
+    taken: numbers of the rows that are meant, all where None.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        columns: Columns,
+        config: DataConfig,
+        taken: Int[np.ndarray, "n"] | None = None,
+    ):
+        self.rows, self.columns, self.config, self.taken = rows, columns, config, taken
         self._size = len(rows) if config.limit is None else min(config.limit, len(rows))
 
+    def take(self, numbers: Int[np.ndarray, "n"]) -> "Utterances":
+        """These utterances alone, by their numbers here, as a dataset."""
+        taken = numbers if self.taken is None else self.taken[numbers]
+        return Utterances(self.rows, self.columns, self.config, taken)
+
     def __len__(self) -> int:
-        return self._size
+        return self._size if self.taken is None else len(self.taken)
 
     def __getitem__(self, index) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]
+        number = number if self.taken is None else int(self.taken[number])
         return to_utterance(self.rows[number], number, self.columns, self.config)
 
     def since(self, start: int) -> Iterator[Utterance]:
@@ -114,22 +129,28 @@ class Utterances(Sequence[Utterance]):
 
     def column(self, name: str) -> list[Any]:
         """One column, read without the others; None where a row lacks it."""
+        values = self._column(name)
+        return values if self.taken is None else [values[number] for number in self.taken]
+
+    def _column(self, name: str) -> list[Any]:
         rows: Any = self.rows
         if isinstance(rows, ParquetRows):
             if name not in rows.columns:
-                return [None] * len(self)
-            return [value for part in rows.column(name) for value in part.to_pylist()][: len(self)]
+                return [None] * self._size
+            return [value for part in rows.column(name) for value in part.to_pylist()][: self._size]
         if hasattr(rows, "select_columns"):  # of `datasets`
             if name not in rows.column_names:
-                return [None] * len(self)
+                return [None] * self._size
             rows = rows.select_columns([name])
-        return [rows[number].get(name) for number in range(len(self))]
+        return [rows[number].get(name) for number in range(self._size)]
 
     def label_lengths(self) -> np.ndarray:
-        """int32[n]: tokens of each label, read without the audio; 0 where there is none."""
+        """int32[n]: tokens of each label, read without the audio; -1 where there is none."""
         if isinstance(self.rows, ParquetRows) and self.columns.labelled:
-            return self.rows.list_lengths("token_ids")[: len(self)]
-        return np.array([len(ids or ()) for ids in self.column("token_ids")], np.int32)
+            lengths = self.rows.list_lengths("token_ids")[: self._size]
+            return lengths if self.taken is None else lengths[self.taken]
+        ids = self.column("token_ids")
+        return np.array([-1 if one is None else len(one) for one in ids], np.int32)
 
     def follows(self) -> np.ndarray:
         """bool[n]: whether the row before is the utterance before, of speaker and recording.
@@ -144,6 +165,8 @@ class Utterances(Sequence[Utterance]):
             return np.zeros(len(self), bool)
         whose = list(zip(*(self.column(name) for name in known), strict=True))
         numbers = self.column(NUMBER)
+        if None in numbers and self.taken is not None:  # a gap left by what was not taken
+            numbers = self.taken.tolist()
         same = [False]
         for (one, two), (first, second) in zip(pairwise(whose), pairwise(numbers), strict=True):
             adjacent = None in (first, second) or second == first + 1
@@ -289,7 +312,7 @@ def to_utterance(row: Row, number: int | str, columns: Columns, config: DataConf
     if previous is not None and not isinstance(previous, str):
         # Before labelling, distil-whisper's column says whether a clip follows on the one before.
         previous = None if isinstance(previous, bool | int) else tuple(map(int, previous))
-    speech = config.speech and _truth(row.get("speech"))
+    speech = config.speech and truth(row.get("speech"))
     return Utterance(
         id=text(columns.id) or path or str(number),
         audio=audio,
@@ -305,12 +328,12 @@ def to_utterance(row: Row, number: int | str, columns: Columns, config: DataConf
         previous=previous,
         recording=text(columns.recording)
         or (Path(path).name if path and offset is not None else None),
-        ended=_truth(row.get("ended")),
+        ended=truth(row.get("ended")),
         speech=speech,
     )
 
 
-def _truth(value: Any) -> bool:
+def truth(value: Any) -> bool:
     """False for what a column of yes and no writes as no; True for all else and for nothing."""
     if isinstance(value, str):
         return value.strip().lower() not in ("false", "no", "0")

@@ -161,6 +161,7 @@ def student_losses(
     embedded_BLD = look_up(embedding_GVD, tokens_BL).astype(plan.student.dtype)
     hidden_BLD, every_NBLD = student.hidden_states(tokens_BL, audio_BSD, embedded_BLD)
     weights_BL = jnp.asarray(batch.weights)
+    factors_BL2 = None if batch.loss_weights is None else jnp.asarray(batch.loss_weights)
     parts = vocabulary_losses(
         hidden_BLD,
         embedding_GVD,
@@ -169,9 +170,12 @@ def student_losses(
         weights_BL,
         plan.loss,
         plan.vocabulary_chunk,
+        factors_BL2,
     )
     mse = jnp.zeros(())
     if plan.loss.mse:
+        if factors_BL2 is not None:
+            weights_BL = weights_BL * factors_BL2[..., 0]
         mse = hidden_mse(guide.every, every_NBLD, weights_BL, plan.layer_map)
     return parts.total + plan.loss.mse * mse, Losses(parts.kl, parts.ce, mse)
 

@@ -44,6 +44,8 @@ class Rows(NamedTuple):
     targets: Int[Array, "..."]
     weights: Float[Array, "..."]
     teacher: Any
+    factors: Float[Array, "... 2"] | None = None
+    """Of KL and cross-entropy; 1 and 1 where None."""
 
 
 class Parts(NamedTuple):
@@ -62,6 +64,7 @@ def vocabulary_losses(
     weights_BL: Float[Array, "B L"],
     config: LossConfig,
     chunk: int = 0,
+    factors_BL2: Float[Array, "B L 2"] | None = None,
 ) -> Parts:
     """`config.kl · KL(teacher ‖ student) · T² + config.ce · CE(targets)`, summed over tokens.
 
@@ -70,6 +73,7 @@ def vocabulary_losses(
         devices talk once and not in every turn.
     teacher: None where `config.kl` is 0.
     chunk: tokens of a shard whose logits exist at a time; 0 is all of them.
+    factors_BL2: of KL and cross-entropy at each token; 1 and 1 where None.
     """
     shards = len(embedding_GVD)
     count = weights_BL.size // shards
@@ -82,7 +86,7 @@ def vocabulary_losses(
     of_tokens, theirs = teacher, None
     if isinstance(teacher, Heard):
         of_tokens, theirs = teacher
-    rows: Rows = jax.tree.map(spread, Rows(targets_BL, weights_BL, of_tokens))
+    rows: Rows = jax.tree.map(spread, Rows(targets_BL, weights_BL, of_tokens, factors_BL2))
     hidden_GND = spread(hidden_BLD)
     parts: Any = _fused(hidden_GND, embedding_GVD, rows, theirs, config, chunk)
     return parts
@@ -124,7 +128,9 @@ def _sweep(hidden_GND, embedding_GVD, rows: Rows, theirs, config: LossConfig, ch
         teacher = here.teacher
         if theirs is not None:
             teacher = product("gcd,vd->gcv", teacher, theirs)
-        kl_GC, ce_GC, pull_GCV = token_losses(teacher, logits_GCV, here.targets, config)
+        kl_GC, ce_GC, pull_GCV = token_losses(
+            teacher, logits_GCV, here.targets, config, here.factors
+        )
         sums_2G += jnp.stack([(part * here.weights).sum(axis=1) for part in (kl_GC, ce_GC)])
         pull_GCV = (here.weights[..., None] * pull_GCV).astype(narrow)
         pull_GCD = product("gcv,gvd->gcd", pull_GCV, ours)
@@ -154,19 +160,28 @@ def token_losses(
     logits_V: Float[Array, "... V"],
     targets: Int[Array, "..."],
     config: LossConfig,
+    factors_2: Float[Array, "... 2"] | None = None,
 ) -> tuple[Array, Array, Array]:
     """KL and cross-entropy of each token, and the gradient of their weighted sum by the logits.
 
     teacher: logits, or what is stored of them. A part that weighs 0 is 0 and costs nothing.
+    factors_2: of each token's KL and cross-entropy, and so of their gradients.
     """
     kl = ce = jnp.zeros(targets.shape, logits_V.dtype)
     gradient_V = jnp.zeros((), logits_V.dtype)
+
+    def scaled(both: tuple[Array, Array], part: int) -> tuple[Array, Array]:
+        loss, gradient_V = both
+        if factors_2 is None:
+            return both
+        return factors_2[..., part] * loss, factors_2[..., part, None] * gradient_V
+
     if config.kl:
         divergence: Any = stored_kl_divergence if isinstance(teacher, Stored) else kl_divergence
-        kl, pull_V = divergence(teacher, logits_V, config.temperature)
+        kl, pull_V = scaled(divergence(teacher, logits_V, config.temperature), 0)
         gradient_V += config.kl * pull_V
     if config.ce:
-        ce, pull_V = cross_entropy(logits_V, targets, config.label_smoothing)
+        ce, pull_V = scaled(cross_entropy(logits_V, targets, config.label_smoothing), 1)
         gradient_V += config.ce * pull_V
     return kl, ce, gradient_V
 

@@ -1,4 +1,4 @@
-"""The teacher's distribution at each token of a label: what distilling without a teacher needs.
+"""The teacher's distribution at each token of prompt and label, for distilling without a teacher.
 
 Final states are the decoder's output before the embedding makes logits of it, in float16: 11 bits
 of each number, which the decoder's last layer norm keeps far from float16's largest.
@@ -99,18 +99,18 @@ def distributions(
     options: DecodeOptions,
     form: StoredForm,
 ) -> list[StoredTeacher]:
-    """What the teacher says of each token of these hypotheses and of the end behind them.
+    """The teacher at each token of the prompt and of these hypotheses.
 
     The whole text is read at once, behind the prompt that it was written behind and that training
-    puts before it. The rows of `audio_BSD` are the hypotheses' clips.
+    puts before it; the prompt's distributions are kept too, from the start of transcript on. The
+    rows of `audio_BSD` are the hypotheses' clips.
     """
     tokens = recognizer.tokens
-    lines, starts = [], []
+    lines = []
     for hypothesis in hypotheses:
         language = hypothesis.language if tokens.multilingual else None
         prompt = tokens.prompt(language, options.task, options.timestamps)
         lines.append([*prompt, *hypothesis.tokens])
-        starts.append(len(prompt) - 1)
     longest = max(map(len, lines))
     length = next(length for length in LENGTHS if length >= longest)
     tokens_BL = np.full((len(audio_BSD), length), tokens.eot, np.int32)
@@ -122,10 +122,7 @@ def distributions(
     else:
         found = top_k(spec, params, audio_BSD, tokens_BL, form.top_k, form.temperatures)
     found = jax.device_get(found)
-    return [
-        form.make([leaf[row, start : len(line)] for leaf in found])
-        for row, (line, start) in enumerate(zip(lines, starts, strict=True))
-    ]
+    return [form.make([leaf[row, : len(line)] for leaf in found]) for row, line in enumerate(lines)]
 
 
 @by_clip(static=("spec",))

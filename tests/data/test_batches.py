@@ -1,5 +1,7 @@
 """Inputs, targets and weights on known tokens; the convention is checked against Transformers."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from flax_distil.data.batches import (
 )
 from flax_distil.data.utterances import Utterance
 from flax_distil.errors import InputError
-from flax_distil.text.tokens import WhisperTokens
+from flax_distil.text.tokens import WhisperTokens, load_tokens
 
 ENGLISH = WhisperTokens(
     bpe=Tokenizer(models.BPE()),
@@ -63,8 +65,8 @@ def test_english_only():
     tokens, targets, weights = columns(labelled(7, 8), ENGLISH, language="en")
     assert tokens == [50257, 50362, 7, 8] + [50256] * 4
     assert targets == [50362, 7, 8, 50256] + [50256] * 4
-    # The prompt is given; the first text token and the first eot are learnt, the padding is not.
-    assert weights == [0, 1, 1, 1, 0, 0, 0, 0]
+    # All that follows the start of transcript is learnt, the first eot too, the padding is not.
+    assert weights == [1, 1, 1, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_language_and_task_of_each_example(language, default, first):
     )
     assert tokens == [50258, first, 50358, 50363, 7, 8, 50257, 50257]
     assert targets == [first, 50358, 50363, 7, 8, 50257, 50257, 50257]
-    assert weights == [0, 0, 0, 1, 1, 1, 0, 0]
+    assert weights == [1, 1, 1, 1, 1, 1, 0, 0]
 
 
 def test_timestamps_kept_and_dropped():
@@ -85,10 +87,10 @@ def test_timestamps_kept_and_dropped():
     tokens, targets, weights = columns(label, MULTILINGUAL, timestamp_probability=1.0)
     assert tokens == [50258, 50259, 50359, BEGIN, 7, 8, BEGIN + 50, 50257]
     assert targets[2:] == [BEGIN, 7, 8, BEGIN + 50, 50257, 50257]
-    assert weights == [0, 0, 1, 1, 1, 1, 1, 0]
+    assert weights == [1, 1, 1, 1, 1, 1, 1, 0]
     tokens, _, weights = columns(label, MULTILINGUAL, timestamp_probability=0.0)
     assert tokens == [50258, 50259, 50359, 50363, 7, 8, 50257, 50257]
-    assert weights == [0, 0, 0, 1, 1, 1, 0, 0]
+    assert weights == [1, 1, 1, 1, 1, 1, 0, 0]
 
 
 def test_labels_without_timestamps_never_claim_to_have_them():
@@ -96,11 +98,12 @@ def test_labels_without_timestamps_never_claim_to_have_them():
     assert tokens[:5] == [50258, 50259, 50359, 50363, 7]
     tokens, _, weights = columns(labelled(language="en"), MULTILINGUAL, timestamp_probability=1.0)
     assert tokens[:4] == [50258, 50259, 50359, 50363]
-    assert weights == [0, 0, 0, 1, 0, 0, 0, 0]  # silence: eot is the whole label
+    assert weights == [1, 1, 1, 1, 0, 0, 0, 0]  # the teacher wrote nothing: eot is the label
 
 
 def test_targets_are_transformers_shifted_labels():
-    """Transformers shifts labels right and masks padding with -100; so do we, beyond the prompt."""
+    """Transformers shifts labels right and masks padding with -100; so do we, from the start of
+    transcript on: the prompt's tokens are targets, as in the published scripts."""
     from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
     torch = pytest.importorskip("torch")
@@ -110,7 +113,7 @@ def test_targets_are_transformers_shifted_labels():
     assert tokens == shifted[0].tolist()
     learnt = np.array(weights) > 0
     assert np.array_equal(np.array(targets)[learnt], labels[0].numpy()[learnt])
-    assert np.array_equal(learnt, (labels[0].numpy() >= 0) & (np.arange(8) > 0))
+    assert np.array_equal(learnt, labels[0].numpy() >= 0)
 
 
 def test_the_coins_are_fair_independent_and_seeded():
@@ -130,9 +133,9 @@ def test_the_text_before_is_read_and_not_learnt():
         without = example(label, MULTILINGUAL, options, (1,))
         row = example(label, MULTILINGUAL, options, (1,), before)
         assert row.tokens == [50361, *given, *without.tokens]
-        learnt = slice(without.start, None)
-        assert row.targets[row.start :] == without.targets[learnt]
-        assert row.start == without.start + 1 + len(given)
+        assert without.start == 0
+        assert row.targets[row.start :] == without.targets
+        assert row.start == 1 + len(given) == row.tokens.index(MULTILINGUAL.sot)
     never = TargetOptions(prompt_probability=0.0)
     assert example(label, MULTILINGUAL, never, (1,), before).tokens[0] == MULTILINGUAL.sot
 
@@ -148,6 +151,91 @@ def test_the_end_of_a_long_text_before_is_read():
     assert row.tokens[1:44] == list(range(257, 300))
     full = labelled(*[7] * 444, language="en")
     assert example(full, MULTILINGUAL, options, (1,), before).tokens[0] == MULTILINGUAL.sot
+
+
+def test_a_label_that_was_cut_has_no_end():
+    cut = replace(labelled(7, 8, language="en"), ended=False)
+    tokens, targets, weights = columns(cut, MULTILINGUAL)
+    assert tokens[:5] == [50258, 50259, 50359, 50363, 7]
+    assert targets[:5] == [50259, 50359, 50363, 7, 8]
+    assert weights == [1, 1, 1, 1, 1, 0, 0, 0]  # nothing is learnt of what follows 8
+
+
+@pytest.mark.parametrize(
+    ("what", "weights", "targets"),
+    [
+        # (KL, cross-entropy) at each position
+        ("teacher", [(1, 0)], [50362]),
+        ("no_speech", [(1, 1)], [50362]),
+        ("end", [(1, 0), (0, 0), (0, 0), (0, 1)], [50259, 50359, 50363, 50257]),
+    ],
+)
+def test_clips_without_speech_have_targets_of_their_own(what, weights, targets):
+    """What the teacher wrote about noise is not learnt, whether it is a label or an empty text."""
+    noise = replace(labelled(7, 8, language="en"), speech=False)
+    empty = Utterance("b", b"", text="", language="en")
+    for clip, target in ((noise, "label"), (empty, "text")):
+        options = TargetOptions(non_speech=what, timestamp_probability=0.0, target=target)
+        row = example(clip, MULTILINGUAL, options, (0,))
+        batch = collate([row], np.zeros((1, 1), np.int16), [1.0], [0], 8, 50257, weighted=True)
+        size = len(targets)
+        assert batch.targets[0, :size].tolist() == targets
+        assert list(map(tuple, batch.loss_weights[0, :size].tolist())) == weights
+        assert batch.weights[0].tolist() == [float(any(pair)) for pair in weights] + [0] * (
+            8 - size
+        )
+        assert not batch.loss_weights[0, size:].any()
+
+
+def test_the_end_of_silence_with_timestamps():
+    """Whisper's rules ask for a timestamp first: then the end is learnt."""
+    noise = Utterance("a", b"", speech=False, language="en")
+    row = example(noise, MULTILINGUAL, TargetOptions(non_speech="end", timestamp_probability=1.0))
+    assert row.targets == [50259, 50359, BEGIN, 50257]
+    assert row.ce == (0, 0, 1, 1)
+
+
+def test_factors_of_a_dataset():
+    row = example(labelled(7), ENGLISH, TargetOptions(kl=0.0, ce=0.5))
+    batch = collate([row], np.zeros((1, 1), np.int16), [1.0], [0], 4, 50256, weighted=True)
+    assert batch.loss_weights[0].tolist() == [[0, 0.5]] * 3 + [[0, 0]]
+
+
+def test_published_labels_are_tokens_and_never_their_characters(base_folder):
+    """Distil-whisper's label sets hold the teacher's text with its special tokens written out."""
+    tokens = load_tokens(base_folder)
+    begin = tokens.timestamp_begin
+    hello, world = tokens.encode(" Hello"), tokens.encode(" world.")
+    options = TargetOptions(timestamp_probability=1.0, prompt_probability=1.0)
+    for transcript, expected in [
+        ("<|0.00|> Hello<|1.20|><|1.20|> world.<|2.00|>", [(0,), hello, (60, 60), world, (100,)]),
+        (
+            "<|startoftranscript|><|en|><|transcribe|><|0.00|> Hello<|1.20|><|endoftext|>",
+            [(0,), hello, (60,)],
+        ),
+        (" Hello world.", [hello + world]),
+        ("Hello world.", [hello + world]),
+    ]:
+        label = [
+            token + begin if isinstance(part, tuple) else token
+            for part in expected
+            for token in part
+        ]
+        row = example(Utterance("a", b"", transcript=transcript, language="en"), tokens, options)
+        prompt = tokens.prompt("en", timestamps=transcript.startswith("<"))
+        assert row.tokens == [*prompt, *label]
+        assert row.targets[-1] == tokens.eot
+    previous = (tokens.previous, begin, *world, begin + 5)
+    one = Utterance("a", b"", transcript="<|0.00|> Hello<|1.20|>", previous=previous, language="en")
+    row = example(one, tokens, options)
+    assert row.tokens[: row.start] == list(previous)
+
+
+def test_special_tokens_in_references_are_left_out(base_folder):
+    tokens = load_tokens(base_folder)
+    text = "<|startoftranscript|>Hello <|0.00|>world.<|endoftext|>"
+    row = example(Utterance("a", b"", text, language="en"), tokens, TargetOptions(target="text"))
+    assert row.tokens[4:] == tokens.encode(" Hello world.")
 
 
 @pytest.mark.parametrize(("length", "bucket"), [(1, 32), (32, 32), (33, 64), (448, 448)])
@@ -172,7 +260,7 @@ def test_errors():
 def test_a_row_not_heard_weighs_nothing_and_a_batch_is_a_pytree():
     rows = [example(labelled(7), ENGLISH, TargetOptions())] * 2
     batch = collate(rows, np.zeros((2, 4), np.int16), [0.0, 1.5], [4, 2], 32, ENGLISH.eot)
-    assert batch.weights.sum(axis=1).tolist() == [0, 2]
+    assert batch.weights.sum(axis=1).tolist() == [0, 3]
     shapes = {leaf.shape for leaf in jax.tree.leaves(batch)}
     assert shapes == {(2, 4), (2, 32), (2,)}
     assert jax.tree.map(lambda leaf: leaf * 2, batch).seconds.tolist() == [0.0, 3.0]

@@ -150,7 +150,7 @@ def test_a_clip_that_is_gone_is_silence_of_weight_0(utterances, caplog):
     ("change", "why"),
     [
         ({"language": "Klingon"}, 'Whisper knows no language "Klingon"'),
-        ({"token_ids": None}, "it has no label"),
+        ({"token_ids": None}, "no label to learn"),
     ],
 )
 def test_what_cannot_be_taught_is_left_out_as_in_labelling(utterances, caplog, change, why):

@@ -82,7 +82,7 @@ FIVE = {
 
 
 def test_five_languages_in_one_batch(base_folder):
-    """Each row names its own language and task; text, end and nothing else is learnt."""
+    """Each row names its own language and task, which are learnt with text and end."""
     tokens = load_tokens(base_folder)
     silence = np.zeros(160, np.float32)
     said = [Utterance(code, silence, text, language=code) for code, text in FIVE.items()]
@@ -105,8 +105,8 @@ def test_five_languages_in_one_batch(base_folder):
         code, text = list(FIVE.items())[row % 5]
         task = tokens.transcribe if row < 5 else tokens.translate
         assert line[:4].tolist() == [tokens.sot, tokens.languages[code], task, tokens.no_timestamps]
-        assert targets[weights > 0].tolist() == [*learnt[row % 5], tokens.eot]
-        assert tokens.decode(targets[weights > 0][:-1]) == text
+        assert targets[weights > 0].tolist() == [*line[1:4], *learnt[row % 5], tokens.eot]
+        assert tokens.decode(targets[weights > 0][3:-1]) == text
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_labels_manifest_and_folder_in_one_batch(folder, base_folder):
 
 
 def test_one_source_has_no_need_of_hours(folder):
-    config = configured(folder, {"source": f"{folder}/fr"})
+    config = configured(folder, {"source": f"{folder}/fr", "language": "fr"})
     (one,) = training_sources(config, MULTILINGUAL)
     assert one.weight == 1.0
     assert one.options.target == "text"
@@ -178,6 +178,7 @@ def test_one_source_has_no_need_of_hours(folder):
         ({"source": "de/list.jsonl"}, "neither token_ids nor a column that looks like text"),
         ({"source": "fr", "target": "label"}, "has no token_ids: label it"),
         ({"source": "fr", "weight": 0.0}, "has weight 0: it must be positive"),
+        ({"source": "fr"}, r"none of the 4 rows .* no language is named \(4, first 0.flac\)"),
     ],
 )
 def test_what_cannot_be_learnt(folder, table, message):

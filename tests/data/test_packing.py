@@ -111,7 +111,7 @@ def spoken_as(tmp_path, flac, told):
 
 def batch_of(config, size=32, **options):
     options = TargetOptions(buckets=(32,), **options)
-    source = open_source(config, options, MULTILINGUAL, alone=True)
+    (source,) = open_source(config, options, MULTILINGUAL)
     ((batch, _),) = islice(Loader((source,), MULTILINGUAL, size).batches(LoaderState(3)), 1)
     return batch
 
@@ -171,6 +171,7 @@ def test_a_window_is_read_with_the_one_before(spoken):
     assert abs(prompted[batch.rows == 1].mean() - 0.2) < 0.1  # 200 throws, 3.5 deviations
     tokens = batch.tokens[prompted][0].tolist()
     assert tokens[:6] == [MULTILINGUAL.previous, 7, 8, 9, 10, MULTILINGUAL.sot]
-    assert not batch.weights[prompted][:, :8].any()
+    assert not batch.weights[prompted][:, :5].any()
+    assert batch.weights[prompted][:, 5:8].all()  # language, task and no-timestamps
     assert batch.targets[prompted][0, 8:11].tolist() == [11, 12, MULTILINGUAL.eot]
-    assert (batch.weights[prompted].sum(axis=1) == 3).all()
+    assert (batch.weights[prompted].sum(axis=1) == 6).all()

@@ -189,7 +189,7 @@ def test_joined(tmp_path, flac):
     two = read_dataset(parquet(tmp_path / "b.parquet", flac, 3, token_ids=[[], None, [4] * 9]))
     both = Joined([one, two])
     assert [utterance.text for utterance in both] == ["one", "two", *TEXTS]
-    assert [p.label_lengths().tolist() for p in both.parts] == [[1, 2], [0, 0, 9]]
+    assert [p.label_lengths().tolist() for p in both.parts] == [[1, 2], [0, -1, 9]]
     assert both[-1].token_ids == (4,) * 9
     assert both[1].token_ids == (2, 3)
 
@@ -221,7 +221,7 @@ def test_who_follows_whom(tmp_path, flac):
 def test_label_lengths_without_parquet():
     rows = [{"audio": b"", "token_ids": [1, 2]}, {"audio": b""}]
     found = Utterances(rows, read_columns(rows), DataConfig("rows"))
-    assert found.label_lengths().tolist() == [2, 0]
+    assert found.label_lengths().tolist() == [2, -1]
 
 
 def read_columns(rows):

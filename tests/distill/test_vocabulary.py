@@ -25,8 +25,8 @@ def arrays():
     return hidden, embedding, wanted, theirs, targets, weights.astype(np.float64)
 
 
-def plain(hidden, embedding, wanted, theirs, targets, weights, config):
-    """The paper's formula, logits and all."""
+def plain(hidden, embedding, wanted, theirs, targets, weights, config, factors=(1, 1)):
+    """The paper's formula, logits and all; factors of KL and cross-entropy."""
     logits = jnp.einsum("bld,vd->blv", hidden, embedding)
     log_p, log_q = (
         jax.nn.log_softmax(x / config.temperature)
@@ -35,7 +35,7 @@ def plain(hidden, embedding, wanted, theirs, targets, weights, config):
     kl = config.temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
     label = smoothed(targets, config.label_smoothing)
     ce = -jnp.sum(label * jax.nn.log_softmax(logits), axis=-1)
-    kl, ce = jnp.sum(kl * weights), jnp.sum(ce * weights)
+    kl, ce = (jnp.sum(x * weights * factor) for x, factor in zip((kl, ce), factors, strict=True))
     return config.kl * kl + config.ce * ce, (kl, ce)
 
 
@@ -43,9 +43,11 @@ def smoothed(targets, smoothing):
     return (1 - smoothing) * jax.nn.one_hot(targets, V) + smoothing / V
 
 
-def fused(hidden, embedding, wanted, theirs, targets, weights, config, chunk=0, shards=1):
+def fused(
+    hidden, embedding, wanted, theirs, targets, weights, config, chunk=0, shards=1, factors=None
+):
     copies, teacher = for_each_shard(embedding, shards), Heard(wanted, theirs)
-    parts = vocabulary_losses(hidden, copies, teacher, targets, weights, config, chunk)
+    parts = vocabulary_losses(hidden, copies, teacher, targets, weights, config, chunk, factors)
     return parts.total, (parts.kl, parts.ce)
 
 
@@ -73,6 +75,26 @@ def test_fused_is_plain(arrays, config, chunk, shards):
             np.testing.assert_allclose(part, theirs if weight else 0, rtol=1e-12)
         for mine, theirs in zip(own, gradients, strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize(("chunk", "shards"), [(0, 1), (5, 2)])
+def test_factors_of_each_token(arrays, chunk, shards):
+    """Of its KL and its cross-entropy, 0 among them; in float64 as above."""
+    factors = np.random.default_rng(1).uniform(0, 2, (B, L, 2))
+    factors[0, :, 0] = factors[1, :, 1] = 0
+    with jax.enable_x64():
+        each = (
+            partial(plain, factors=np.moveaxis(factors, -1, 0)),
+            partial(fused, factors=jnp.asarray(factors), chunk=chunk, shards=shards),
+        )
+        expected, found = (
+            jax.value_and_grad(partial(one, config=LossConfig()), argnums=(0, 1), has_aux=True)(
+                *map(jnp.asarray, arrays)
+            )
+            for one in each
+        )
+        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
 def test_float32_and_bfloat16(arrays):

@@ -69,7 +69,8 @@ def test_an_assistant_changes_no_label(config, random_folders, tmp_path):
 
 
 def labelled(config, folder, model, chosen):
-    """Rows that the filter kept, each with Transformers' logits at its label and at its end."""
+    """Rows that the filter kept, each with Transformers' logits at all tokens of prompt and label,
+    the first of which has language and no-speech."""
     from flax_distil.audio.load import load_audio, pad_or_trim, to_int16
     from flax_distil.audio.log_mel import log_mel
 
@@ -83,7 +84,7 @@ def labelled(config, folder, model, chosen):
         tokens = torch.tensor([[*prompt, *row["token_ids"]]])
         with torch.no_grad():
             logits = model(input_features=mel, decoder_input_ids=tokens).logits
-        yield row, logits[0, len(prompt) - 1 :]  # the end of text is learnt, too
+        yield row, logits[0]  # the prompt's tokens and the end of text are learnt, too
 
 
 def test_a_batch_has_them_where_their_tokens_are_learnt():

@@ -1,0 +1,29 @@
+"""Special tokens that stand in texts as they are written, such as `<|0.00|>` or `<|endoftext|>`.
+
+Published label sets have them, and references may. Whisper's normalisers drop them before words
+are counted, so they are dropped in what is learnt as well: never are their characters a target. In
+pseudo-labels the timestamps among them are timestamps.
+"""
+
+import re
+
+SPECIAL = re.compile(r"<\|([^<>|\s]{1,40})\|>")
+SECONDS = re.compile(r"\d{1,2}\.\d{1,2}")
+
+
+def plain(text: str) -> str:
+    """The text without special tokens and without space at either end."""
+    return SPECIAL.sub("", text).strip()
+
+
+def pieces(text: str) -> list[str | float]:
+    """Stretches of text, and the seconds of the timestamps between them, in order."""
+    found: list[str | float] = [""]
+    end = 0
+    for token in SPECIAL.finditer(text):
+        found[-1] = f"{found[-1]}{text[end : token.start()]}"
+        if SECONDS.fullmatch(token[1]):
+            found += [float(token[1]), ""]
+        end = token.end()
+    found[-1] = f"{found[-1]}{text[end:]}"
+    return [piece for piece in found if not isinstance(piece, str) or piece.strip()]
