@@ -459,6 +459,12 @@ class TranscribeConfig:
     """What is written: plain text, subtitles, a table, openai-whisper's JSON, or each of them."""
     output_dir: Path = Path(".")
     """Receives the files, named as the audio is."""
+    track: int | None = None
+    """Number of the audio track of each file, from 1; without it the file's default track."""
+    max_seconds: float = 43_200.0
+    """Longest file that is decoded, in seconds; each takes 64 kB of memory."""
+    deadline: float = 600.0
+    """Seconds of time after which the decoding of a file is given up."""
     language: str | None = None
     """Language spoken, such as en; without it the model's own guess."""
     task: Literal["transcribe", "translate"] = "transcribe"

@@ -217,7 +217,8 @@ def resampled(pieces: Iterable[Piece], rate: int) -> Iterator[Piece]:
             resampler = av.AudioResampler(format="fltp", rate=rate)
             place = round(piece.index * rate / piece.rate)
         assert resampler is not None
-        frame = av.AudioFrame.from_ndarray(piece.samples, format="fltp", layout="mono")
+        samples = np.ascontiguousarray(piece.samples)
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
         frame.sample_rate, end = piece.rate, (piece.rate, piece.end)
         for block in resampler.resample(frame):
             yield Piece(rate, place, block.to_ndarray())

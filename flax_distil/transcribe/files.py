@@ -1,16 +1,18 @@
 """Many files to transcripts beside each other; a bad one does not stop the good ones."""
 
+import io
 import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
-from flax_distil.audio.load import audio_duration, load_audio
+from flax_distil.audio.load import LIMITS, Limits, audio_duration, load_audio
 from flax_distil.config import TranscribeConfig
 from flax_distil.decode.assistant import load_assistant
 from flax_distil.decode.options import DecodeOptions, total
@@ -26,8 +28,9 @@ from flax_distil.transcribe.writers import WRITERS, Layout
 log = logging.getLogger(__name__)
 
 STDIN = Path("-")
-ENDINGS = """aac ac3 aif aiff amr au avi caf flac g722 m4a m4b m4v mka mkv mov mp2 mp3 mp4 mpeg mpg
-oga ogg opus ts wav webm wma wmv"""  # of what is taken from a folder
+# Endings of what is taken from a folder.
+ENDINGS = """3gp aac ac3 aif aiff ape amr au avi caf dts flac flv g722 m2ts m4a m4b m4v mka mkv mov
+mp2 mp3 mp4 mpeg mpg mts mxf oga ogg opus sph ts tta voc w64 wav weba webm wma wmv wv"""
 NEEDED_BY = {  # a flag, and what says nothing without it
     "--method sequential": (
         "temperatures",
@@ -70,12 +73,12 @@ def run(config: TranscribeConfig) -> list[Path]:
     assistant = None
     if config.assistant:
         assistant = load_assistant(recognizer, config.assistant, config.guesses)
-    sources = Sources(list(targets), [], [])
+    sources = Sources(list(targets), config.track, Limits(config.max_seconds, config.deadline))
     written, heard, tally, begun = [], 0.0, None, time.monotonic()
     transcripts = transcribe_all(
         recognizer, sources.waveforms(), options, long_form, config.batch_size, assistant, voice
     )
-    with progress(targets) as bar:
+    with progress(targets, config.track) as bar:
         for number, seconds, transcript in transcripts:
             heard += seconds
             bar.set_postfix_str(f"RTF {(time.monotonic() - begun) / max(heard, 1e-9):.3f}", False)
@@ -109,14 +112,17 @@ class Sources:
     """Files that are decoded when there is room for them."""
 
     paths: list[Path]
-    good: list[Path]  # those that could be decoded so far
-    failures: list[str]  # what is wrong with the others
+    track: int | None = None  # which is read of each
+    limits: Limits = LIMITS
+    good: list[Path] = field(default_factory=list)  # those that could be decoded so far
+    failures: list[str] = field(default_factory=list)  # what is wrong with the others
 
     def waveforms(self) -> Iterator[np.ndarray]:
         """The sound of each file that has one."""
         for path in self.paths:
             try:
-                waveform = load_audio(sys.stdin.buffer.read() if path == STDIN else path)
+                source = standard_input() if path == STDIN else path
+                waveform = load_audio(source, track=self.track, limits=self.limits)
             except InputError as error:
                 self.failures.append(str(error))
                 continue
@@ -124,8 +130,27 @@ class Sources:
             yield waveform
 
 
+def standard_input() -> BinaryIO:
+    """All that comes from standard input.
+
+    Raises:
+        InputError: it is closed or cannot be read.
+    """
+    try:
+        if sys.stdin is None:
+            raise OSError("it is closed")
+        file = io.BytesIO(sys.stdin.buffer.read())
+    except (OSError, ValueError) as error:
+        raise InputError(f"standard input cannot be read ({error}): name a file") from None
+    file.name = "standard input"  # type: ignore[attr-defined]
+    return file
+
+
 def check_flags(config: TranscribeConfig) -> None:
     """Raises InputError: flags contradict each other, or one would do nothing without another."""
+    for name in ("max_seconds", "deadline"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"{name} is {getattr(config, name):g}: it must be above 0")
     if config.batch_size < 1:
         raise InputError(f"batch_size is {config.batch_size}: it must be at least 1")
     if config.assistant and config.beams > 1:
@@ -248,12 +273,12 @@ def target_paths(sources: Sequence[Path], folder: Path) -> dict[Path, Path]:
     return targets
 
 
-def progress(sources: Sequence[Path] | dict[Path, Path]) -> tqdm:
+def progress(sources: Sequence[Path] | dict[Path, Path], track: int | None = None) -> tqdm:
     """A bar over the seconds of all files; without an end where a length is not known."""
     total = 0.0
     for source in sources:
         try:
-            total += audio_duration(source) if source != STDIN else float("inf")
+            total += audio_duration(source, track=track) if source != STDIN else float("inf")
         except InputError:
             continue  # told when it is decoded
     known = round(total) if total < float("inf") else None

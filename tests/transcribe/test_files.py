@@ -181,6 +181,31 @@ def test_folders_and_standard_input(random_folders, tmp_path, monkeypatch):
     assert all(path.is_file() for path in written)
 
 
+@pytest.mark.parametrize("closed", [None, io.TextIOWrapper(io.BytesIO())])
+def test_a_closed_standard_input_is_a_sentence(random_folders, tmp_path, monkeypatch, closed):
+    if closed:
+        closed.close()
+    monkeypatch.setattr("sys.stdin", closed)
+    with pytest.raises(
+        SomeFailed, match=r"standard input cannot be read \(.*closed.*\): name a file"
+    ):
+        run(config([type(tmp_path)("-")], random_folders[1], output_dir=tmp_path))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SomeFailed, match="standard input: not an audio file"):
+        run(config([type(tmp_path)("-")], random_folders[1], output_dir=tmp_path))
+
+
+def test_a_track_that_is_not_there_and_a_file_that_is_too_long(random_folders, tmp_path):
+    (tmp_path / "a.flac").write_bytes(encode_flac(tone(3)))
+    for flags, complaint in (
+        (dict(track=2), r"a\.flac: there is no audio track 2; the file has 1 \(flac"),
+        (dict(max_seconds=2.5), r"a\.flac: longer than 2\.5 s: split it, or raise max_seconds"),
+    ):
+        with pytest.raises(SomeFailed, match=complaint):
+            run(config([tmp_path / "a.flac"], random_folders[1], output_dir=tmp_path, **flags))
+    run(config([tmp_path / "a.flac"], random_folders[1], output_dir=tmp_path, track=1))
+
+
 def test_two_files_of_one_name_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"x\.wav and .*x\.mp3 would both be written"):
         target_paths([tmp_path / "a/x.wav", tmp_path / "b/x.mp3"], tmp_path)
@@ -219,6 +244,7 @@ def test_what_cannot_be_written_does_not_stop_the_others(random_folders, tmp_pat
         (dict(guesses=2), "add --assistant"),
         (dict(patience=2.0), "add --beams"),
         (dict(batch_size=0), "at least 1"),
+        (dict(max_seconds=0.0), "max_seconds is 0: it must be above 0"),
         (dict(assistant="lookup", beams=5), "--assistant drafts one text and --beams 5"),
     ],
 )
