@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -92,29 +92,41 @@ def load_detector():
 def speech_spans(
     probability_C: Float32[np.ndarray, " C"], samples: int, options: VoiceOptions
 ) -> list[Span]:
-    """Where there is speech, in samples: from the threshold up to a pause that is long enough."""
-    in_chunks = lambda seconds: seconds * SAMPLE_RATE / CHUNK
-    spans, start, quiet = [], None, None  # in chunks; quiet: where a pause may have begun
-    for place, chance in enumerate(probability_C.tolist()):
+    """Where there is speech, in samples: from the threshold up to a pause that is long enough.
+
+    Speech that is still on reaches to the end of the recording. Padding of neighbours meets in the
+    middle of a pause that is too short for both. Equal to `get_speech_timestamps` of faster-whisper
+    1.2, which the probabilities of another version of the detector go into.
+    """
+    in_samples = lambda seconds: seconds * SAMPLE_RATE
+    low = max(options.threshold - options.hysteresis, 0.01)
+    spans: list[Span] = []
+    start, quiet = None, None  # in samples; quiet: where a pause may have begun
+    for chunk, chance in enumerate(probability_C.tolist()):
+        place = chunk * CHUNK
         if chance >= options.threshold:
             start, quiet = place if start is None else start, None
-        elif start is not None and chance < options.threshold - options.hysteresis:
+        elif start is not None and chance < low:
             quiet = place if quiet is None else quiet
-            if place + 1 - quiet >= in_chunks(options.min_silence):
+            if place - quiet >= in_samples(options.min_silence):
                 spans.append((start, quiet))
                 start = quiet = None
     if start is not None:
-        spans.append((start, len(probability_C) if quiet is None else quiet))
-    padding = round(options.padding * SAMPLE_RATE)
-    padded: list[Span] = []
-    for start, end in spans:
-        if end - start < in_chunks(options.min_speech):
-            continue
-        first, last = max(start * CHUNK - padding, 0), min(end * CHUNK + padding, samples)
-        if padded and first <= padded[-1][1]:
-            first = padded.pop()[0]
-        padded.append((first, last))
-    return padded
+        spans.append((start, samples))
+    spans = [span for span in spans if span[1] - span[0] > in_samples(options.min_speech)]
+    return padded(spans, samples, in_samples(options.padding))
+
+
+def padded(spans: Sequence[Span], samples: int, padding: float) -> list[Span]:
+    """The spans with sound before and behind them, as far as there is some between neighbours."""
+    pauses = [second[0] - first[1] for first, second in pairwise(spans)]
+    between = [pause // 2 if pause < 2 * padding else padding for pause in pauses]
+    return [
+        (int(max(0, start - before)), int(min(samples, end + behind)))
+        for (start, end), before, behind in zip(
+            spans, [padding, *between], [*between, padding], strict=False
+        )
+    ]
 
 
 def restored(transcript: Transcript, spans: Sequence[Span]) -> Transcript:

@@ -1,9 +1,11 @@
 """Pauses are found and cut out, and times come back."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from faster_whisper import vad
 
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.errors import InputError
@@ -31,15 +33,39 @@ def spans(chances, options=SHARP, samples=None) -> list[tuple[float, float]]:
 
 
 def test_speech_reaches_to_a_long_pause():
-    assert spans([0, 0, 1, 1, 1, 0, 0, 1, 1]) == [(2, 5), (7, 9)]
-    assert spans([1, 1, 0, 1, 1]) == [(0, 5)]  # too short a pause
-    assert spans([1, 1, 0.4, 0.4, 0.4, 0, 0]) == [(0, 5)]  # not low enough for one
+    assert spans([0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1]) == [(2, 5), (8, 11)]
+    assert spans([1, 1, 0, 0, 1, 1]) == [(0, 6)]  # too short a pause
+    assert spans([1, 1, 0.4, 0.4, 0.4, 0.4, 0]) == [(0, 7)]  # not low enough for one
+    assert spans([0, 1, 1, 1, 0, 0]) == [(1, 6)]  # what is behind may go on: the file's end
     assert spans([0, 0.9, 0, 0, 0]) == []  # too short for speech
-    assert spans([0, 1, 1], samples=1400) == [(1, 1400 / 512)]
+    assert spans([0, 1, 1, 1], samples=1700) == [(1, 1700 / 512)]
     assert spans([]) == []
     padded = VoiceOptions(min_silence=0.064, min_speech=0, padding=0.032)
     assert spans([0, 0, 0, 1, 0, 0, 0, 0, 1, 0], padded) == [(2, 5), (7, 10)]
-    assert spans([1, 0, 0, 1], padded) == [(0, 4)]  # the padding joins them
+    assert spans([1, 0, 0, 0, 1], replace(padded, padding=0.064)) == [(0, 2.5), (2.5, 5)]
+
+
+def test_spans_are_those_of_faster_whisper(monkeypatch):
+    """400 random tracks of probabilities, of which many end in the middle of speech or a pause."""
+    random = np.random.default_rng(0)
+    for _ in range(400):
+        samples = int(random.integers(1, 512 * 120))
+        chunks = samples // 512 + 1
+        walk = np.cumsum(random.normal(0, 0.3, chunks)) + random.uniform(-1, 1)
+        chances = (1 / (1 + np.exp(-4 * np.sin(walk)))).astype(np.float32)
+        silence, speech, padding = random.choice([0, 30, 64, 100, 400, 700], 3).tolist()
+        threshold = float(random.choice([0.1, 0.35, 0.5, 0.8]))
+        monkeypatch.setattr(vad, "get_vad_model", lambda chances=chances: lambda _: chances)
+        theirs = vad.get_speech_timestamps(
+            np.zeros(samples, np.float32),
+            threshold=threshold,
+            min_silence_duration_ms=silence,
+            min_speech_duration_ms=speech,
+            speech_pad_ms=padding,
+        )
+        options = VoiceOptions(threshold, 0.15, silence / 1000, speech / 1000, padding / 1000)
+        expected = [(one["start"], one["end"]) for one in theirs]
+        assert speech_spans(chances, samples, options) == expected
 
 
 def test_times_come_back():
