@@ -44,7 +44,7 @@ from flax_distil.config import ComputeConfig, DistillConfig
 from flax_distil.data.batches import Batch
 from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.decode.recognizer import listen
-from flax_distil.distill.flops import measured_peak, step_flops
+from flax_distil.distill.flops import measured_peak, step_flops, vocabulary_tokens
 from flax_distil.distill.setup import make_plan, split_parameters
 from flax_distil.distill.state import initial_state
 from flax_distil.distill.step import Plan
@@ -99,8 +99,9 @@ def ours(config: DistillConfig, plan: Plan, teacher: Checkpoint, student: Checkp
         state, metrics = program(state, frozen, batch)
         return float(metrics["loss"])
 
+    tokens = vocabulary_tokens(np.asarray(batch.weights), 1, 1, plan.vocabulary_chunk)
     encode = batch.audio is None
-    return Way(step, step_flops(plan, *batch.tokens.shape, False, False, encode))
+    return Way(step, step_flops(plan, *batch.tokens.shape, False, False, encode, tokens))
 
 
 def pytorch(
@@ -156,7 +157,8 @@ def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
     compute = ComputeConfig(options.dtype, vocabulary_chunk=options.chunk)
     config = DistillConfig("teacher", "student", folder, batch_size=options.batch, compute=compute)
     batch = random_batch(options, teacher.dims.vocab)
-    fused = make_plan(config, teacher.dims, student.dims)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    fused = make_plan(config, teacher.dims, student.dims, mesh)
     plain = replace(fused, vocabulary_chunk=0)
 
     encoder, decoder = (jax.tree.map(jnp.asarray, teacher.params[half]) for half in teacher.params)

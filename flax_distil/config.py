@@ -241,7 +241,8 @@ class ComputeConfig:
     """Sum gradients over TPUs of v5 and later while others are computed; false asks their compiler
     for nothing special."""
     peak_flops: float | None = None
-    """Peak FLOP/s of one device, for the MFU; measured with a matrix product where not given."""
+    """Peak FLOP/s of one device, for the MFU; where not given, the published one of known chips
+    (parallel/chips.py), else measured with a matrix product."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import tomlkit
 import tomlkit.exceptions
 
 from flax_distil.errors import InputError
+from flax_distil.files import write_changed
 
 Config = TypeVar("Config")
 
@@ -70,13 +71,14 @@ def recipe_stages(path: str | Path) -> tuple[str, ...]:
 def save_recipe(config: Any, path: str | Path) -> None:
     """Write every field of a stage, under its table, so that `load_recipe` gives an equal one.
 
-    Other stages' tables that are in the file already stay.
+    Other stages' tables that are in the file already stay. The file is replaced whole, or left
+    alone where nothing in it changes.
     """
     path, stage = Path(path), stage_name(type(config))
     document = tomlkit.parse(path.read_text(encoding="utf-8") if path.exists() else "")
     document[stage] = _plain(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(tomlkit.dumps(document), encoding="utf-8")
+    write_changed(path, tomlkit.dumps(document))
 
 
 def stage_name(cls: type) -> str:

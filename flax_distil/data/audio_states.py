@@ -12,13 +12,9 @@ what is not there yet, each host a part of it. Filtering labels leaves it as it 
 S · D · 2 bytes, 1.1 MiB with tiny and 3.7 MiB with large; in int8 half of that.
 """
 
-import fcntl
 import hashlib
 import logging
-import os
-import socket
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,6 +32,7 @@ from flax_distil.audio.load import CLIP_SAMPLES
 from flax_distil.data.utterances import Skipped, Utterance
 from flax_distil.data.windows import hear, in_order
 from flax_distil.errors import InputError
+from flax_distil.files import remove_partial, write_whole
 from flax_distil.parallel.multihost import barrier
 
 log = logging.getLogger(__name__)
@@ -106,32 +103,16 @@ def write_states(
     Raises InputError where the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     tensors = {"clips": names, "seconds": np.array(seconds, np.float32), "states": np.stack(states)}
     if stored == "int8":
         tensors["states"], tensors["steps"] = in_steps(tensors["states"])
     try:
-        with partial.open("wb") as file:
-            with suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.write(save(tensors))
-            file.flush()
-            os.fsync(file.fileno())
-            partial.replace(path)
+        write_whole(path, save(tensors))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise InputError(
             f"{path.parent} cannot take {tensors['states'].nbytes / 2**20:.0f} MiB of audio states "
             f"({error}): choose a larger disk, or do without audio_states"
         ) from None
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove what killed writers left; a file that is being written is locked and stays."""
-    for path in folder.glob(".*.partial"):
-        with suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
 
 
 def in_steps(

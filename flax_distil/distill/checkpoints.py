@@ -9,10 +9,15 @@ not ask: `progress` holds a sum of the bits of every array, taken on the devices
 """
 
 import json
+import logging
+import os
 import re
+import sys
+import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 from zlib import crc32
@@ -24,7 +29,7 @@ import orbax.checkpoint as ocp
 from flax_distil.data.loader import LoaderState, on_all_hosts
 from flax_distil.distill.replicas import bit_sums
 from flax_distil.distill.state import TrainState
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, writing
 
 LATEST, BEST = "checkpoints", "best"
 
@@ -46,9 +51,11 @@ class Checkpoints:
     """The checkpoints of one run's folder; opening it removes what a kill left half-written."""
 
     def __init__(self, folder: Path, keep: int):
-        self.folder = folder.absolute()
-        self.latest = manager(self.folder / LATEST, keep)
-        self.best = manager(self.folder / BEST, 1)
+        self.folder, self.failed = folder.absolute(), False
+        quieten()
+        with writing(self.folder):
+            self.latest = manager(self.folder / LATEST, keep)
+            self.best = manager(self.folder / BEST, 1)
 
     def save(self, state: TrainState, progress: Progress) -> None:
         """Start to save everything that continuing needs; returns once the arrays are copied."""
@@ -104,12 +111,14 @@ class Checkpoints:
             raise self._unwritten(error) from error
 
     def close(self) -> None:
-        """Wait, and give threads and locks back."""
+        """Wait, unless something could not be written before, and give threads and locks back."""
         try:
-            self.wait()
+            if not self.failed:
+                self.wait()
         finally:
-            self.latest.close()
-            self.best.close()
+            for one in (self.latest, self.best):
+                with suppress(*((OSError, ValueError) if self.failed else ())):  # raised before
+                    one.close()
 
     def _save(self, one: ocp.CheckpointManager, step: int, progress: Progress, **trees: Any):
         self.wait()  # for the one before, whose failure would otherwise be told as this one's
@@ -119,16 +128,42 @@ class Checkpoints:
         items["progress"] = ocp.args.JsonSave(asdict(progress) | {"sums": sums})
         try:
             one.save(step, args=ocp.args.Composite(**items), force=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self._unwritten(error) from error
 
     def _unwritten(self, error: Exception) -> InputError:
-        whole = steps(self.folder / LATEST)
+        self.failed, whole = True, steps(self.folder / LATEST)
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        reason = os.strerror(number) if number else str(error).strip().splitlines()[0][-160:]
         intact = f"that of step {whole[-1]} is intact" if whole else "there is none before it"
         return InputError(
-            f"a checkpoint could not be written to {self.folder}; {intact}: make room and continue "
-            f"with --run.resume must ({str(error).strip().splitlines()[0][-160:]})"
+            f"a checkpoint could not be written to {self.folder} ({reason}); {intact}: make room "
+            "and continue with --run.resume auto"
         )
+
+
+@cache
+def quieten() -> None:
+    """Let nothing print the tracebacks of Orbax's threads, for the rest of the process: `wait`
+    raises the first of their errors, and the others follow from it.
+
+    Orbax logs them through absl, asyncio those that a thread left behind, and TensorStore tells the
+    unraisable hook that nobody waits for its writes any more.
+    """
+
+    def of_others(record: logging.LogRecord) -> bool:
+        caught = record.exc_info[1] if record.exc_info else None
+        told = "".join(traceback.format_exception(caught)) if caught else ""
+        return record.levelno < logging.ERROR or "orbax" not in record.pathname + told
+
+    def hook(unraisable: Any, before: Any = sys.unraisablehook) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(of_others)
+    sys.unraisablehook = hook
 
 
 def manager(folder: Path, keep: int) -> ocp.CheckpointManager:

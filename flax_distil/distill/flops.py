@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_distil.distill.step import Plan
@@ -22,8 +23,11 @@ def step_flops(
     own_encoder: bool,
     train_encoder: bool,
     encode: bool = True,
-):
+    logits: int | None = None,
+) -> int:
     """Operations of one update on `batch_size` clips with `length` tokens each.
+
+    logits: tokens whose logits are computed (`vocabulary_tokens`); all of them where not given.
 
     Forward passes of the shared encoder, the teacher's decoder and the student; the backward pass
     of what is trained costs two forward passes, but the audio states of a frozen encoder need no
@@ -31,16 +35,34 @@ def step_flops(
     """
     teacher, student, loss = plan.teacher.dims, plan.student.dims, plan.loss
     shared = encode and (plan.asks_teacher or not own_encoder)
+    logits = batch_size * length if logits is None else logits
     clip = encoder_flops(teacher) if shared else 0
+    tokens = 3 * vocabulary_flops(student, logits)
     if plan.asks_teacher:
         clip += decoder_flops(teacher, length) + cross_flops(teacher)
     if loss.kl and (plan.stored is None or plan.stored.width):
-        clip += vocabulary_flops(teacher, length)
+        tokens += vocabulary_flops(teacher, logits)
     if own_encoder:
         clip += (3 if train_encoder else 1) * encoder_flops(student)
-    clip += 3 * (decoder_flops(student, length) + vocabulary_flops(student, length))
+    clip += 3 * decoder_flops(student, length)
     clip += (3 if train_encoder else 2) * cross_flops(student)
-    return batch_size * clip
+    return batch_size * clip + tokens
+
+
+def vocabulary_tokens(weights_BL: np.ndarray, accumulation: int, shards: int, chunk: int) -> int:
+    """Tokens of a batch whose logits `vocabulary_losses` computes.
+
+    Each of the `accumulation` micro-batches takes as many chunks of each shard as the shard with
+    the most tokens of weight other than 0 needs.
+    """
+    used_BL = np.asarray(weights_BL) != 0
+    total = 0
+    for micro_BL in (used_BL[first::accumulation] for first in range(accumulation)):
+        counts = micro_BL.reshape(shards, -1).sum(axis=1)
+        size = micro_BL.size // shards
+        turn = min(chunk, size) or size
+        total += -(-int(counts.max()) // turn) * turn * shards
+    return total
 
 
 def encoder_flops(dims: WhisperDims) -> int:
@@ -63,9 +85,9 @@ def cross_flops(dims: WhisperDims) -> int:
     return 2 * dims.decoder_layers * 2 * dims.audio_positions * dims.width**2
 
 
-def vocabulary_flops(dims: WhisperDims, length: int) -> int:
-    """One clip's hidden states to logits."""
-    return 2 * length * dims.width * dims.vocab
+def vocabulary_flops(dims: WhisperDims, tokens: int) -> int:
+    """Hidden states of some tokens to logits."""
+    return 2 * tokens * dims.width * dims.vocab
 
 
 def measured_peak(mesh: Mesh, dtype: str, seconds: float = 0.5) -> float:

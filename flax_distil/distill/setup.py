@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from flax_distil.config import DistillConfig
+from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.data.utterances import to_language
 from flax_distil.distill.step import Frozen, Plan
 from flax_distil.errors import InputError
@@ -16,6 +18,7 @@ from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.spec import HALVES, Params, Spec, unstack_layers
 from flax_distil.model.student import layer_map, same_arrays
+from flax_distil.parallel.mesh import data_shards
 from flax_distil.pseudo_label.store import SETTINGS, read_settings
 
 log = logging.getLogger(__name__)
@@ -29,8 +32,16 @@ COUNTS = {
 }
 
 
-def make_plan(config: DistillConfig, teacher: WhisperDims, student: WhisperDims) -> Plan:
-    """The static half of the step.
+def make_plan(
+    config: DistillConfig,
+    teacher: WhisperDims,
+    student: WhisperDims,
+    mesh: Mesh,
+    stored: StoredForm | None = None,
+) -> Plan:
+    """The static half of the step, as the trainer compiles it on this mesh.
+
+    stored: how the labels hold their teacher, for `config.stored_teacher`.
 
     Raises:
         InputError: teacher and student cannot be compared token by token, or numbers of the
@@ -48,6 +59,8 @@ def make_plan(config: DistillConfig, teacher: WhisperDims, student: WhisperDims)
         layer_map=layer_map(student.decoder_layers, teacher.decoder_layers),
         accumulation=compute.accumulation,
         vocabulary_chunk=compute.vocabulary_chunk,
+        data_shards=data_shards(mesh),
+        stored=stored,
         augment=config.augment,
     )
 

@@ -22,7 +22,8 @@ from flax_distil.config import DistillConfig
 from flax_distil.data.batches import Batch
 from flax_distil.data.utterances import Utterance
 from flax_distil.distill.validation import Validation
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, writing
+from flax_distil.files import write_changed, write_whole
 from flax_distil.parallel.multihost import is_main_host
 
 log = logging.getLogger(__name__)
@@ -44,16 +45,18 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         self.wandb = wandb_run(config, run.wandb) if run.wandb else None
         self.tensorboard = tensorboard_writer(folder) if run.tensorboard else None
-        keep_until(folder / METRICS, start)
-        self.file = (folder / METRICS).open("a", encoding="utf-8")
+        with writing(folder):
+            keep_until(folder / METRICS, start)
+            self.file = (folder / METRICS).open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record values of one step; names may have a group, as in `validation/wer`."""
         if self.file is None:
             return
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON knows no NaN
-        self.file.flush()
+        with writing(Path(self.file.name)):
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON knows no NaN
+            self.file.flush()
         if self.tensorboard:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -65,7 +68,8 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         if self.file:
-            self.file.close()
+            with suppress(OSError):  # of a line that the disk had no room for
+                self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
@@ -83,9 +87,7 @@ def keep_until(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             log.warning("%s: dropped a line that was cut off", path)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    os.replace(fresh, path)
+    write_changed(path, "".join(kept))
 
 
 def tensorboard_writer(folder: Path) -> Any:
@@ -109,8 +111,8 @@ def wandb_run(config: DistillConfig, project: str) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]
 
     known = config.output_dir / "wandb-id"
-    if not known.exists():
-        known.write_text(secrets.token_hex(4), encoding="utf-8")
+    if not known.exists() or not known.read_text(encoding="utf-8"):
+        write_whole(known, secrets.token_hex(4).encode())
     return wandb.init(
         project=project,
         name="/".join(config.output_dir.parts[-2:]),
@@ -189,17 +191,34 @@ class Watch:
 def environment() -> dict[str, Any]:
     """What else decides a run: versions, devices, the commit of this code where it is known."""
     packages = ("flax-distil", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    folder = Path(__file__).parent
-    commit = None
-    with suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
     return {
         "versions": {name: version(name) for name in packages},
         "python": platform.python_version(),
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-        "commit": commit,
+        **source_of(Path(__file__)),
     }
+
+
+def source_of(file: Path) -> dict[str, Any]:
+    """The commit that a file of this package is of, and whether the package differs from it.
+
+    Nothing where git does not track the file: a repository around an installed package is another
+    project's.
+    """
+    package = file.parents[1]
+    elsewhere = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
+        done = subprocess.run(command, capture_output=True, check=True, text=True, env=elsewhere)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", str(file))
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(changed)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "changed": None}
 
 
 @dataclass

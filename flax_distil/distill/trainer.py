@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +20,7 @@ from flax_distil.data.mixing import training_sources
 from flax_distil.data.utterances import Utterance
 from flax_distil.distill.checkpoints import Checkpoints, Progress, has_checkpoints
 from flax_distil.distill.encode_once import kept_states
-from flax_distil.distill.flops import measured_peak, step_flops
+from flax_distil.distill.flops import measured_peak, step_flops, vocabulary_tokens
 from flax_distil.distill.replicas import check_replicas
 from flax_distil.distill.runs import RECIPE
 from flax_distil.distill.setup import (
@@ -36,14 +36,15 @@ from flax_distil.distill.stopping import stop_signals
 from flax_distil.distill.stored import check_stored_teacher, stored_form
 from flax_distil.distill.tracking import Done, Speed, Tracker, Watch, check_wandb, environment
 from flax_distil.distill.validation import Validate, Validation, make_validate
-from flax_distil.errors import InputError, check_writable
+from flax_distil.errors import InputError, check_writable, writing
+from flax_distil.files import remove_partial, write_changed
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.spec import unstack_layers
+from flax_distil.parallel.chips import published_peak
 from flax_distil.parallel.clips import spread
 from flax_distil.parallel.mesh import (
     batch_sharding,
     check_batch,
-    data_shards,
     make_mesh,
     replicated,
     within,
@@ -150,9 +151,10 @@ def train(
     check_folder(config)
     program, state = prepare(config, teacher, student)
     checkpoints = Checkpoints(config.output_dir, config.run.keep)
-    state, progress = begin(config, checkpoints, state)
+    peak, known = peak_flops(config)
+    state, progress = begin(config, checkpoints, state, {"peak_flops": peak, "peak_is": known})
     total, step = config.optimizer.steps, int(state.step)
-    speed = Speed(peak_flops(config, program), total - step)
+    speed = Speed(peak * program.mesh.size, total - step)
     with stop_signals() as stop, Tracker(config, step) as tracker, closing(checkpoints):
         watch = Watch(config, tracker, speed, loader.utterances)
         with closing(feed(loader, progress.loader, program)) as batches:
@@ -196,9 +198,9 @@ def prepare(
     Raises:
         InputError: models, mesh, batch or numbers do not fit; nothing was allocated yet.
     """
-    plan, compute = make_plan(config, teacher.dims, student.dims), config.compute
-    plan = replace(plan, stored=stored_form(config))
+    compute = config.compute
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor)
+    plan = make_plan(config, teacher.dims, student.dims, mesh, stored_form(config))
     check_batch(config.batch_size, mesh, compute.accumulation)
     dims = teacher.dims
     check_heads({"encoder": dims.encoder_heads, "decoder": dims.decoder_heads}, mesh)
@@ -217,7 +219,6 @@ def compile_step(
 ) -> Any:
     """`train_step` as it runs: jitted with the compiler's `options`, its state donated and kept
     where `placed` says."""
-    plan = replace(plan, data_shards=data_shards(mesh))
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
         with within(mesh):
@@ -232,9 +233,12 @@ def compile_step(
 
 
 def begin(
-    config: DistillConfig, checkpoints: Checkpoints, state: TrainState
+    config: DistillConfig, checkpoints: Checkpoints, state: TrainState, facts: dict[str, Any]
 ) -> tuple[TrainState, Progress]:
-    """The state and progress to start from, and the run's records written."""
+    """The state and progress to start from, and the run's records written.
+
+    facts: stand in versions.json beside the versions.
+    """
     progress = Progress(LoaderState(seed=config.seed))
     if has_checkpoints(config.output_dir):
         begun = check_recipe(config)
@@ -245,9 +249,11 @@ def begin(
     checkpoints.forget_best_after(int(state.step))
     barrier(f"{config.output_dir} at step {int(state.step)}")  # all have read what is written now
     if is_main_host():
-        save_recipe(config, config.output_dir / RECIPE)
-        versions = json.dumps(environment(), indent=2)
-        (config.output_dir / VERSIONS).write_text(versions + "\n", encoding="utf-8")
+        with writing(config.output_dir):
+            remove_partial(config.output_dir)
+            save_recipe(config, config.output_dir / RECIPE)
+            versions = json.dumps(environment() | facts, indent=2)
+            write_changed(config.output_dir / VERSIONS, versions + "\n")
     return state, progress
 
 
@@ -306,26 +312,39 @@ def flops(program: Program, fed: Fed) -> int:
     """Useful operations of one update on this batch."""
     own = program.frozen.student_encoder
     trained = set(own) == {"positions"}
-    rows, length = fed.arrays.tokens.shape
-    encode = fed.arrays.audio is None
-    return step_flops(program.plan, rows, length, bool(own), trained, encode)
+    (rows, length), plan = fed.arrays.tokens.shape, program.plan
+    encode, weights_BL = fed.arrays.audio is None, fed.read.weights
+    # Of several hosts each knows its own rows, and takes them for any host's.
+    hosts = max(rows // len(weights_BL), 1)
+    shards = max(plan.data_shards // hosts, 1)
+    tokens = vocabulary_tokens(weights_BL, plan.accumulation, shards, plan.vocabulary_chunk)
+    return step_flops(plan, rows, length, bool(own), trained, encode, hosts * tokens)
 
 
-def peak_flops(config: DistillConfig, program: Program) -> float:
-    """FLOP/s of the whole mesh: as configured, else as measured."""
-    if config.compute.peak_flops is not None:
-        return config.compute.peak_flops * program.mesh.size
-    ours = make_mesh(devices=jax.local_devices())  # hosts need not measure in step
-    peak = measured_peak(ours, config.compute.dtype) / ours.size * program.mesh.size
-    log.info("measured %.3g FLOP/s in matrix products on %d devices", peak, program.mesh.size)
-    return peak
+def peak_flops(config: DistillConfig) -> tuple[float, str]:
+    """Peak FLOP/s of one device, and whether it is configured, published or measured."""
+    compute, kind = config.compute, jax.devices()[0].device_kind
+    peak, known = published_peak(kind, compute.dtype), "published"
+    if compute.peak_flops is not None:
+        peak, known = compute.peak_flops, "configured"
+    elif peak is None:
+        ours = make_mesh(devices=jax.local_devices())  # hosts need not measure in step
+        peak, known = measured_peak(ours, compute.dtype) / ours.size, "measured in products"
+    log.info("MFU is of %.3g FLOP/s a device (%s, %s): %s", peak, kind, compute.dtype, known)
+    return peak, known
+
+
+@cache
+def replicate(mesh: jax.sharding.Mesh) -> Any:
+    """The program that copies a tree of arrays to every device of a mesh."""
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 def whole(program: Program, state: TrainState) -> Any:
     """The whole student with unstacked layers, for decoding: on several hosts, one copy each."""
     params = whole_student(state.params, program.frozen)
     if jax.process_count() > 1:
-        copied = jax.jit(lambda params: params, out_shardings=replicated(program.mesh))(params)
+        copied = replicate(program.mesh)(params)
         params = spread(jax.tree.map(lambda leaf: leaf.addressable_data(0), copied))
     if not program.plan.student.scan_layers:
         return params
@@ -361,8 +380,11 @@ def rescue(
 ) -> None:
     """Save what was computed before an error; a second error here is logged, not raised.
 
-    On several hosts nothing is saved: all would have to, and the others may know of no error.
+    On several hosts nothing is saved: all would have to, and the others may know of no error. Nor
+    where a checkpoint could not be written, which the error says.
     """
+    if checkpoints.failed:
+        return
     if jax.process_count() > 1:
         log.error(
             "stopped by an error on this host; where another one has died, its number follows "

@@ -1,7 +1,7 @@
 """The programs of a recipe as the stages compile them, over shapes alone: nothing is allocated."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,6 @@ from flax_distil.model.spec import Spec
 from flax_distil.parallel.mesh import (
     batch_sharding,
     check_batch,
-    data_shards,
     make_mesh,
     replicated,
 )
@@ -80,9 +79,9 @@ def train_program(
     Raises:
         InputError: recipe, models and number of chips do not fit.
     """
-    plan, compute = make_plan(config, teacher, student), config.compute
-    plan = replace(plan, stored=stored)
+    compute = config.compute
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, devices)
+    plan = make_plan(config, teacher, student, mesh, stored)
     check_batch(config.batch_size, mesh, compute.accumulation)
     check_heads({"encoder": teacher.encoder_heads, "decoder": teacher.decoder_heads}, mesh)
     theirs, ours = plan.teacher.abstract(), plan.student.abstract()
@@ -101,7 +100,7 @@ def train_program(
     batch = abstract_batch(config, teacher, length, batch_sharding(mesh), stored)
     options = overlap_options(mesh) if compute.overlap else {}
     step = compile_step(plan, mesh, placed, options)
-    rows = config.batch_size // data_shards(mesh) // compute.accumulation
+    rows = config.batch_size // plan.data_shards // compute.accumulation
     encode = config.audio_states is None
     return Program(
         name="train",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flax_distil.errors import InputError
+from flax_distil.parallel.chips import TPUS
 
 GIB = 2**30
 
@@ -43,10 +44,10 @@ class Chip:
 # docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in November 2026; v4's links are from Jouppi
 # et al. 2023 (arXiv 2304.01433): 6 of 50 GB/s.
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1200e9, 300e9, cores=2, dimensions=3),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, cores=1, dimensions=2),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, cores=2, dimensions=3),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, cores=1, dimensions=2),
+    "v4": Chip(TPUS["v4"].bfloat16, 32 * GIB, 1200e9, 300e9, cores=2, dimensions=3),
+    "v5e": Chip(TPUS["v5e"].bfloat16, 16 * GIB, 819e9, 200e9, cores=1, dimensions=2),
+    "v5p": Chip(TPUS["v5p"].bfloat16, 95 * GIB, 2765e9, 600e9, cores=2, dimensions=3),
+    "v6e": Chip(TPUS["v6e"].bfloat16, 32 * GIB, 1638e9, 400e9, cores=1, dimensions=2),
 }
 
 

@@ -4,15 +4,14 @@ It promises little, so that a bucket can keep it: a file is there whole or not a
 who create the same file one succeeds.
 """
 
-import os
 import re
-import socket
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from flax_distil.errors import InputError
+from flax_distil.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -97,22 +96,3 @@ class Folder:
     def _at(self, name: str) -> str:
         root = str(self.path.absolute()) if self.local else self.address.rstrip("/")
         return f"{root}/{name}" if name else root
-
-
-def write_whole(path: Path, contents: bytes) -> None:
-    """Write, reach the disk, then rename: a kill leaves the old file, or none, or the whole one."""
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:  # a full disk has no room for what is of no use
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import PseudoLabelConfig
-from flax_distil.data.audio_states import Stored, clip_names, remove_partial, write_states
+from flax_distil.data.audio_states import Stored, clip_names, write_states
 from flax_distil.data.packing import Packed, pack
 from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.data.utterances import (
@@ -37,6 +37,7 @@ from flax_distil.data.utterances import (
 from flax_distil.data.windows import Clip, hear, in_order, stack
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.errors import InputError
+from flax_distil.files import remove_partial
 from flax_distil.parallel.multihost import is_main_host, start
 from flax_distil.pseudo_label.claims import Claims
 from flax_distil.pseudo_label.store import LabelStore, PseudoLabel, Shard, open_store

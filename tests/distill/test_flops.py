@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import numpy as np
 import pytest
 
 from flax_distil.config import LossConfig, OptimizerConfig
@@ -14,6 +15,7 @@ from flax_distil.distill.flops import (
     measured_peak,
     step_flops,
     vocabulary_flops,
+    vocabulary_tokens,
 )
 from flax_distil.distill.state import initial_state
 from flax_distil.distill.step import Frozen, Plan, train_step
@@ -52,6 +54,29 @@ def test_the_compiler_counts_about_the_same(plan, parameters, make_batch, quick_
     step = quick_jit(partial(train_step, plan=wide))
     cost = step.lower(state, Frozen(frozen, {}), shapes).cost_analysis()
     assert step_flops(wide, 8, 64, False, False) == pytest.approx(cost["flops"], rel=0.1)
+
+
+def test_tokens_of_weight_0_have_no_logits():
+    """Rows of 1, 7, 2 and 4 learnt tokens of 8 over two shards, by hand."""
+    counts, place = np.array([1, 7, 2, 4]), np.arange(8)
+    weights = (place < counts[:, None]).astype(np.float32)
+    tokens = partial(vocabulary_tokens, weights, accumulation=1)
+    assert tokens(shards=1, chunk=4) == 16  # 14 in chunks of 4
+    assert tokens(shards=1, chunk=14) == 14
+    assert tokens(shards=2, chunk=4) == 2 * 8  # shards of 8 and 6: two turns for both
+    assert tokens(shards=2, chunk=5) == 2 * 10
+    assert tokens(shards=1, chunk=0) == 32  # without chunks, all
+    # micro-batches of rows 0 and 2, and 1 and 3: 3 and 11 tokens
+    assert vocabulary_tokens(weights, accumulation=2, shards=1, chunk=4) == 4 + 12
+    assert vocabulary_tokens(0 * weights, accumulation=1, shards=2, chunk=4) == 0
+
+
+def test_only_what_is_computed_counts(plan):
+    teacher, student = plan.teacher.dims, plan.student.dims
+    whole = step_flops(plan, 8, 12, False, False)
+    part = step_flops(plan, 8, 12, False, False, logits=32)
+    saved = vocabulary_flops(teacher, 96 - 32) + 3 * vocabulary_flops(student, 96 - 32)
+    assert whole - part == saved
 
 
 def test_peak_is_a_rate():

@@ -1,14 +1,23 @@
 import json
+import resource
+import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from flax_distil.config import DistillConfig, RunConfig
 from flax_distil.distill import tracking
-from flax_distil.distill.tracking import METRICS, Speed, Tracker, clock, environment, line
+from flax_distil.distill.tracking import (
+    METRICS,
+    Speed,
+    Tracker,
+    clock,
+    environment,
+    line,
+    source_of,
+)
 from flax_distil.distill.trainer import run
 from flax_distil.errors import InputError
 
@@ -20,6 +29,8 @@ VALUES = {
     "gradient_norm": 0.75,
     "learning_rate": 1e-4,
 }
+
+NO_COMMIT = {"commit": None, "changed": None}
 
 
 @pytest.fixture
@@ -130,7 +141,53 @@ def test_line():
     assert clock(59.6) == "0:01:00"
 
 
+def test_a_full_disk_is_named_by_the_file_it_refuses(config, monkeypatch):
+    config = replace(config, run=RunConfig(tensorboard=False))
+    with Tracker(config) as tracker:
+        tracker.scalars(1, {"loss": 0.0})
+    path = config.output_dir / METRICS
+    inode = path.stat().st_ino
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
+    try:
+        with (
+            pytest.raises(InputError, match=r"metrics\.jsonl cannot be written: File too large"),
+            Tracker(config, start=1) as tracker,  # drops nothing, so it writes nothing
+        ):
+            tracker.scalars(2, {"loss": 0.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.stat().st_ino == inode
+    assert json.loads(path.read_text().splitlines()[0])["step"] == 1
+
+
 def test_environment_names_versions():
     found = environment()
     assert found["versions"]["jax"]
-    assert Path(tracking.__file__).exists()
+    assert {"commit", "changed"} <= set(found)
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_the_commit_is_that_of_the_package_alone(tmp_path, monkeypatch, tracked):
+    """A repository around a package that was installed into it is another project's."""
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "a@b.c")
+    file = tmp_path / "lib" / "flax_distil" / "distill" / "tracking.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("1")
+    (tmp_path / "theirs.txt").write_text("1")
+
+    def git(*words):
+        done = subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
+        return done.stdout.decode().strip()
+
+    git("init")
+    git("add", "." if tracked else "theirs.txt")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "HEAD")
+    (tmp_path / "theirs.txt").write_text("2")
+    expected = {"commit": commit, "changed": False} if tracked else NO_COMMIT
+    assert source_of(file) == expected
+    file.write_text("2")
+    assert source_of(file) == (expected | {"changed": True} if tracked else NO_COMMIT)

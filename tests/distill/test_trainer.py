@@ -1,15 +1,19 @@
 """Whole runs of a few steps on eight pretended devices: what is saved, resumed, stopped, told."""
 
+import errno
 import json
 import logging
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from flax_distil import files as files_module
 from flax_distil.config import (
     ComputeConfig,
     DistillConfig,
@@ -20,8 +24,10 @@ from flax_distil.config import (
 )
 from flax_distil.data.loader import LoaderState
 from flax_distil.data.utterances import Utterance
+from flax_distil.distill import trainer
 from flax_distil.distill.checkpoints import read_params
-from flax_distil.distill.trainer import train
+from flax_distil.distill.flops import vocabulary_flops
+from flax_distil.distill.trainer import Fed, flops, peak_flops, prepare, train, whole
 from flax_distil.distill.validation import Validation
 from flax_distil.errors import InputError
 
@@ -208,3 +214,63 @@ def test_loader_position_is_saved(config, teacher, student, make_batch):
         replace(config, run=replace(config.run, resume="must")), teacher, student, Spy(make_batch)
     )
     assert asked == [LoaderState(seed=7), LoaderState(seed=7, position=3)]
+
+
+def test_a_full_disk_while_resuming_leaves_every_file(
+    config, teacher, student, make_batch, monkeypatch
+):
+    """Another recipe would be written where changes are allowed: it is not, and the old one stays,
+    so that the run goes on where there is room again."""
+    train(config, teacher, student, Batches(make_batch, {4: stop}))
+    folder = config.output_dir
+    files = [path for path in folder.iterdir() if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    must = replace(config, run=replace(config.run, resume="must", keep=3))
+
+    def refuse(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files_module.os, "fsync", refuse)
+    with pytest.raises(
+        InputError, match=r"recipe\.toml cannot be written: No space left on device"
+    ):
+        train(must, teacher, student, Batches(make_batch))
+    assert {path: path.read_bytes() for path in files} == before
+    monkeypatch.undo()
+    (folder / ".recipe.toml.host.1.partial").write_bytes(b"half")
+    assert train(must, teacher, student, Batches(make_batch)).finished
+    assert not list(folder.glob(".*"))
+
+
+def test_the_whole_student_is_copied_by_one_program(
+    config, teacher, student, monkeypatch, compilations
+):
+    """On several hosts, at every validation."""
+    program, state = prepare(config, teacher, student)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(trainer, "spread", lambda params: params)
+    whole(program, state)
+    compilations.clear()
+    whole(program, state)
+    assert not compilations
+
+
+def test_the_peak_is_configured_or_published_or_measured(config, monkeypatch):
+    known = replace(config, compute=ComputeConfig(dtype="bfloat16"))
+    assert peak_flops(config) == (1e9, "configured")
+    monkeypatch.setattr(trainer, "measured_peak", lambda *_: 8e9)
+    assert peak_flops(known) == (1e9, "measured in products")  # of eight devices
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H200")])
+    assert peak_flops(known) == (989.4e12, "published")
+
+
+def test_padding_is_no_work_of_the_vocabulary(config, teacher, student, make_batch):
+    config = replace(config, compute=replace(config.compute, vocabulary_chunk=1))
+    program, _ = prepare(config, teacher, student)
+    batch = make_batch(8)
+    short = replace(batch, weights=batch.weights * (np.arange(8) < 3))
+    tokens = lambda one: 8 * np.count_nonzero(one.weights, axis=1).max()  # of 8 shards of a row
+    fed, less = (Fed(one, LoaderState(), one) for one in (batch, short))
+    a_token = 4 * vocabulary_flops(teacher.dims, 1)
+    saved = flops(program, fed) - flops(program, less)
+    assert saved == a_token * (tokens(batch) - tokens(short)) > 0

@@ -1,8 +1,5 @@
 """The standard tools read what we write, and we read it back."""
 
-import errno
-
-import pytest
 from datasets import load_dataset
 from fake_teacher import label_with
 
@@ -57,15 +54,3 @@ def test_shards_that_were_read_are_not_read_again(config, monkeypatch):
     assert store.finished(read=one) == whole
     assert "data/00001.parquet" in read
     assert "data/00000.parquet" not in read
-
-
-def test_a_full_disk_keeps_the_old_file_and_no_other(tmp_path, monkeypatch):
-    folder.write_whole(tmp_path / "file", b"old")
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(folder.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        folder.write_whole(tmp_path / "file", b"new")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
