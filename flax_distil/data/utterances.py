@@ -1,6 +1,6 @@
 """Utterances: one clip of speech each, whatever file or dataset it lies in."""
 
-import math
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -12,22 +12,26 @@ from jaxtyping import Float32, Int
 
 from flax_distil.audio.load import SAMPLE_RATE, AudioError, load_audio
 from flax_distil.config import DataConfig
-from flax_distil.data.sources import FILE_COLUMNS, ParquetRows, Row, Table, read_table
+from flax_distil.data.cells import (
+    cell_audio,
+    cell_name,
+    cell_number,
+    cell_seconds,
+    cell_text,
+    cell_tokens,
+    escaped,
+    located,
+    truth,
+    waveform,
+)
+from flax_distil.data.parquet import ParquetRows
+from flax_distil.data.sources import read_table
 from flax_distil.data.stored_teacher import StoredTeacher, read_stored
+from flax_distil.data.table import NUMBER, Columns, Counts, Row, find_columns
 from flax_distil.errors import InputError
 from flax_distil.text.languages import to_language_code
 
-# The usual names, in the order they are looked for.
-AUDIO = ("audio", *FILE_COLUMNS)
-TEXT = ("text", "sentence", "transcription", "transcript", "normalized_text", "reference")
-ID = ("id", "utterance_id", "segment_id", "file_name")
-SPEAKER = ("speaker", "speaker_id", "client_id")
-LANGUAGE = ("language", "lang", "locale")
-RECORDING = ("recording", "recording_id", "chapter_id", "session_id", "meeting_id")
-TRANSCRIPT = ("whisper_transcript",)  # of distil-whisper's label sets, and of ours
-
-# Place of an utterance in the dataset that was labelled, in a label store.
-NUMBER = "utterance_number"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Utterance:
 
     id: str
     audio: str | bytes | np.ndarray = field(repr=False)
-    """Path or address, contents of a file, or 16 kHz mono samples in [-1, 1]."""
+    """Path or address, contents of a file, or samples: [n] or [channels, n] in [-1, 1] or integers,
+    at 16 kHz or at `rate`."""
     text: str | None = None
     """The reference."""
     duration: float | None = None
@@ -48,6 +53,8 @@ class Utterance:
     """Seconds into a longer recording where the clip starts; None is all of the audio."""
     format: str | None = None
     """Container of bytes that do not tell it themselves, such as g722."""
+    rate: float | None = None
+    """Samples a second where `audio` is samples; None is 16 kHz."""
     token_ids: tuple[int, ...] | None = field(default=None, repr=False)
     """The teacher's label, where the source is a label store: no prompt, no end of text."""
     stored: StoredTeacher | None = field(default=None, repr=False)
@@ -66,36 +73,27 @@ class Utterance:
     parts: tuple["Utterance", ...] = field(default=(), repr=False)
     """What a packed window is made of; its audio is then theirs, `pause` seconds apart."""
     pause: float = 0.0
+    fault: str | None = None
+    """What is wrong with its row; `listen` raises it, so that a row is skipped like a bad clip."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An utterance that could not be used, and why."""
+    """An utterance that could not be used, and why; both can be written to any file."""
 
     id: str
     reason: str
 
-
-@dataclass(frozen=True)
-class Columns:
-    """Which column of a table holds what."""
-
-    audio: str
-    text: str | None
-    id: str | None
-    speaker: str | None
-    language: str | None
-    recording: str | None
-    labelled: bool
-    """Whether there are pseudo-labels as token ids."""
-    transcript: str | None = None
-    """Pseudo-labels as text."""
+    def __post_init__(self):
+        object.__setattr__(self, "id", escaped(self.id))
+        object.__setattr__(self, "reason", escaped(self.reason))
 
 
 class Utterances(Sequence[Utterance]):
     """The utterances of a table that has a length; rows are read when they are asked for.
 
-    taken: numbers of the rows that are meant, all where None.
+    taken: numbers of the rows that are meant, all where None. folder: where relative paths in the
+    rows start. counts: of the whole table.
     """
 
     def __init__(
@@ -104,14 +102,17 @@ class Utterances(Sequence[Utterance]):
         columns: Columns,
         config: DataConfig,
         taken: Int[np.ndarray, "n"] | None = None,
+        folder: Path | None = None,
+        counts: Counts | None = None,
     ):
         self.rows, self.columns, self.config, self.taken = rows, columns, config, taken
+        self.folder, self.counts = folder, counts
         self._size = len(rows) if config.limit is None else min(config.limit, len(rows))
 
     def take(self, numbers: Int[np.ndarray, "n"]) -> "Utterances":
         """These utterances alone, by their numbers here, as a dataset."""
         taken = numbers if self.taken is None else self.taken[numbers]
-        return Utterances(self.rows, self.columns, self.config, taken)
+        return Utterances(self.rows, self.columns, self.config, taken, self.folder, self.counts)
 
     def __len__(self) -> int:
         return self._size if self.taken is None else len(self.taken)
@@ -121,28 +122,41 @@ class Utterances(Sequence[Utterance]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]
         number = number if self.taken is None else int(self.taken[number])
-        return to_utterance(self.rows[number], number, self.columns, self.config)
+        rows: Any = self.rows
+        folder = rows.folder(number) if isinstance(rows, ParquetRows) else self.folder
+        return to_utterance(self.rows[number], number, self.columns, self.config, folder)
 
     def since(self, start: int) -> Iterator[Utterance]:
         """The utterances from `start` on."""
         return (self[number] for number in range(start, len(self)))
 
     def column(self, name: str) -> list[Any]:
-        """One column, read without the others; None where a row lacks it."""
-        values = self._column(name)
+        """One column, read without the others, as `to_utterance` reads it; None where it is not."""
+        columns, read = self.columns, None
+        if name in ("duration", "offset"):
+            read = cell_seconds
+        elif name == NUMBER:
+            read = cell_number
+        elif name == columns.text:
+            read = cell_text
+        elif name in (columns.id, columns.speaker, columns.recording, columns.language):
+            read = cell_name
+        cells = self._cells(name)
+        values = list(map(read, cells) if read else cells)
         return values if self.taken is None else [values[number] for number in self.taken]
 
-    def _column(self, name: str) -> list[Any]:
+    def _cells(self, name: str) -> Iterable[Any]:
         rows: Any = self.rows
         if isinstance(rows, ParquetRows):
             if name not in rows.columns:
                 return [None] * self._size
-            return [value for part in rows.column(name) for value in part.to_pylist()][: self._size]
+            cells = (value for part in rows.column(name) for value in part.to_pylist())
+            return islice(cells, self._size)
         if hasattr(rows, "select_columns"):  # of `datasets`
             if name not in rows.column_names:
                 return [None] * self._size
             rows = rows.select_columns([name])
-        return [rows[number].get(name) for number in range(self._size)]
+        return (rows[number].get(name) for number in range(self._size))
 
     def label_lengths(self) -> np.ndarray:
         """int32[n]: tokens of each label, read without the audio; -1 where there is none."""
@@ -236,108 +250,89 @@ def read_dataset(source: DataConfig | str | Path) -> Utterances | UtteranceStrea
         to_language(config.language)
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit {config.limit} leaves no utterance: use 1 or more")
-    try:
-        table = read_table(config)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{config.source} is no UTF-8 text: {error}") from None
+    table = read_table(config)
     columns = find_columns(table, config)
     if not hasattr(table.rows, "__len__"):
         return UtteranceStream(table.rows, columns, config)
-    utterances = Utterances(table.rows, columns, config)  # type: ignore[arg-type]
-    if not len(utterances):
+    rows: Sequence[Row] = table.rows  # type: ignore[assignment]
+    counts = Counts(len(rows), _with_text(rows, columns.text), table.notes)
+    if not counts.rows:
         raise InputError(f"{config.source} is a dataset without rows")
-    return utterances
+    logger.log(logging.WARNING if counts.notes else logging.INFO, "%s: %s", config.source, counts)
+    return Utterances(rows, columns, config, folder=table.folder, counts=counts)
 
 
-def find_columns(table: Table, config: DataConfig) -> Columns:
-    """The columns that were named, else the usual names that are there."""
-
-    def find(named: str | None, usual: Sequence[str], kind: str) -> str | None:
-        if named is None:
-            return next((name for name in usual if name in table.columns), None)
-        if named not in table.columns:
-            raise InputError(
-                f"{config.source} has no {kind} column {named}; it has {', '.join(table.columns)}"
-            )
-        return named
-
-    audio = find(config.audio_column, AUDIO, "audio")
-    if audio is None:
-        raise InputError(
-            f"{config.source} has no column that looks like audio ({', '.join(AUDIO)}); it has "
-            f"{', '.join(table.columns)}: name one as audio_column"
-        )
-    transcript = find(config.transcript_column, TRANSCRIPT, "transcript")
-    text = find(config.text_column, [name for name in TEXT if name != transcript], "text")
-    if text is not None and text == transcript:
-        raise InputError(
-            f"{config.source}: {text} holds a teacher's labels, it is the transcript_column; name "
-            "the references as text_column, or leave it out"
-        )
-    return Columns(
-        audio=audio,
-        text=text,
-        id=find(config.id_column, ID, "id"),
-        speaker=find(config.speaker_column, SPEAKER, "speaker"),
-        language=find(config.language_column, LANGUAGE, "language"),
-        recording=find(config.recording_column, RECORDING, "recording"),
-        labelled="token_ids" in table.columns,
-        transcript=transcript,
-    )
+def _with_text(rows: Any, column: str | None) -> int:
+    """How many rows have a text; of Parquet by its statistics, of `datasets` by Arrow."""
+    if column is None:
+        return 0
+    if isinstance(rows, ParquetRows):
+        return len(rows) - rows.null_count(column)
+    if hasattr(rows, "select_columns"):
+        texts = rows.select_columns([column]).with_format("arrow")
+        return sum(len(part) - part[column].null_count for part in texts.iter(10_000))
+    return sum(cell_text(row.get(column)) is not None for row in rows)
 
 
-def to_utterance(row: Row, number: int | str, columns: Columns, config: DataConfig) -> Utterance:
-    """One row as an utterance; `number` names it where nothing else does."""
+def to_utterance(
+    row: Row, number: int | str, columns: Columns, config: DataConfig, folder: Path | None = None
+) -> Utterance:
+    """One row as an utterance; `number` names it where nothing else does.
+
+    A cell that cannot be what its column says is the utterance's `fault`. folder: where relative
+    paths start.
+    """
+
+    def name(column: str | None) -> str | None:
+        return None if column is None else cell_name(row.get(column))
 
     def text(column: str | None) -> str | None:
-        value = None if column is None else row.get(column)
-        return None if value is None else str(value)
+        return None if column is None else cell_text(row.get(column))
 
-    def seconds(column: str) -> float | None:
-        if (value := row.get(column)) is None:
-            return None
+    faults = [
+        f"{config.source} row {number} has {column} {row[column]!r}: it must be seconds"
+        for column in ("duration", "offset")
+        if cell_seconds(row.get(column)) is None and cell_text(row.get(column)) is not None
+    ]
+
+    def tokens(column: str) -> tuple[int, ...] | None:
         try:
-            found = float(value)
-        except (TypeError, ValueError):
-            found = math.nan
-        if not 0 <= found < math.inf:
-            raise InputError(
-                f"{config.source} row {number} has {column} {value!r}: it must be seconds"
+            return cell_tokens(row.get(column))
+        except (TypeError, ValueError, OverflowError):
+            faults.append(
+                f"{config.source} row {number} has a {column} that is no list of integers"
             )
-        return found
+            return None
 
-    audio, path = _audio(row.get(columns.audio))
+    audio, path, rate = cell_audio(row.get(columns.audio), row)
     suffix = Path(path or "").suffix.lower().lstrip(".")
-    offset, tokens, previous = seconds("offset"), row.get("token_ids"), row.get("condition_on_prev")
-    if previous is not None and not isinstance(previous, str):
-        # Before labelling, distil-whisper's column says whether a clip follows on the one before.
-        previous = None if isinstance(previous, bool | int) else tuple(map(int, previous))
+    offset, previous = cell_seconds(row.get("offset")), row.get("condition_on_prev")
+    if isinstance(previous, bool | int):  # whether it follows on the one before, not yet labelled
+        previous = None
+    elif previous is not None:
+        previous = cell_text(previous) if isinstance(previous, str) else tokens("condition_on_prev")
+    label = tokens("token_ids")
     speech = config.speech and truth(row.get("speech"))
     return Utterance(
-        id=text(columns.id) or path or str(number),
-        audio=audio,
+        id=name(columns.id) or (path and escaped(path)) or str(number),
+        audio=located(audio, folder) if isinstance(audio, str) else audio,
         text=text(columns.text) if speech else "",
-        duration=seconds("duration"),
-        speaker=text(columns.speaker),
-        language=text(columns.language) or config.language,
+        duration=cell_seconds(row.get("duration")),
+        speaker=name(columns.speaker),
+        language=name(columns.language) or config.language,
         offset=offset,
         format="g722" if suffix == "g722" else None,
-        token_ids=None if tokens is None else tuple(tokens),
+        rate=rate,
+        token_ids=label,
         stored=read_stored(row),
         transcript=text(columns.transcript),
         previous=previous,
-        recording=text(columns.recording)
-        or (Path(path).name if path and offset is not None else None),
+        recording=name(columns.recording)
+        or (escaped(Path(path).name) if path and offset is not None else None),
         ended=truth(row.get("ended")),
         speech=speech,
+        fault=faults[0] if faults else None,
     )
-
-
-def truth(value: Any) -> bool:
-    """False for what a column of yes and no writes as no; True for all else and for nothing."""
-    if isinstance(value, str):
-        return value.strip().lower() not in ("false", "no", "0")
-    return not (isinstance(value, bool | int | float | np.bool_) and value == 0)
 
 
 def follows(utterance: Utterance, before: Utterance | None) -> bool:
@@ -346,18 +341,6 @@ def follows(utterance: Utterance, before: Utterance | None) -> bool:
         return False
     whose, theirs = ((one.speaker, one.recording) for one in (utterance, before))
     return whose == theirs and whose != (None, None)
-
-
-def _audio(value: Any) -> tuple[str | bytes | np.ndarray, str | None]:
-    """What a cell of an audio column holds, and the path it names; empty bytes where nothing."""
-    if isinstance(value, dict):  # Hugging Face's {bytes, path}; embedded bytes come first
-        path = value.get("path")
-        return value.get("bytes") or path or b"", path
-    if isinstance(value, str | Path):
-        return str(value), str(value)
-    if isinstance(value, bytes | np.ndarray):
-        return value, None
-    return b"", None
 
 
 def to_language(language: str) -> str:
@@ -382,7 +365,10 @@ def listen(utterance: Utterance, longest: float | None = None) -> Float32[np.nda
     source, offset = utterance.audio, utterance.offset
     known = (longest, None if offset is None else utterance.duration or None)
     duration = min((seconds for seconds in known if seconds is not None), default=None)
+    if utterance.fault:
+        raise AudioError(utterance.fault)
     if isinstance(source, np.ndarray):
+        source = waveform(source, utterance.rate or SAMPLE_RATE, utterance.id)
         start = round((offset or 0) * SAMPLE_RATE)
         end = None if duration is None else start + round(duration * SAMPLE_RATE)
         if offset is not None and start >= len(source):

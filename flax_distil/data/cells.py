@@ -1,0 +1,127 @@
+"""What the cells of a row mean: names, texts, times, audio. None is what a row does not tell."""
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from flax_distil.audio.container import RATES
+from flax_distil.audio.load import SAMPLE_RATE, AudioError
+from flax_distil.audio.samples import Piece, by_second, mixed, resampled
+from flax_distil.data.table import Row
+
+UNWRITABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+
+
+def escaped(name: str) -> str:
+    r"""A name as any file can hold it: `\udce9` for a byte that is no UTF-8, `\n` for a new line.
+
+    Opening a file takes the name as it is; all that is written down or shown takes this.
+    """
+    return UNWRITABLE.sub(lambda found: ascii(found[0])[1:-1], name)
+
+
+def cell_name(value: Any) -> str | None:
+    """An id, speaker, recording or language: a string that can be written."""
+    text = _string(value)
+    return None if text is None else escaped(text)
+
+
+def cell_text(value: Any) -> str | None:
+    """What is said; U+FFFD where it holds what is no text."""
+    text = _string(value)
+    return None if text is None else NO_TEXT.sub("\ufffd", text)
+
+
+def _string(value: Any) -> str | None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas' missing value
+        return None
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def cell_seconds(value: Any) -> float | None:
+    """A time; None where it is none."""
+    try:
+        found = math.nan if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    return found if 0 <= found < math.inf else None
+
+
+def cell_number(value: Any) -> int | None:
+    """An integer; None where it is none."""
+    return value if isinstance(value, int) else None
+
+
+def cell_tokens(value: Any) -> tuple[int, ...] | None:
+    """Token ids as Python's integers."""
+    return None if value is None else tuple(np.asarray(value, np.int64).tolist())
+
+
+def truth(value: Any) -> bool:
+    """False for what a column of yes and no writes as no; True for all else and for nothing."""
+    if isinstance(value, str):
+        return value.strip().lower() not in ("false", "no", "0")
+    return not (isinstance(value, bool | int | float | np.bool_) and value == 0)
+
+
+def cell_audio(value: Any, row: Row) -> tuple[str | bytes | np.ndarray, str | None, float | None]:
+    """What a cell of an audio column holds, the path it names, and the rate of samples."""
+    path, rate = None, None
+    if isinstance(value, dict):  # Hugging Face's {bytes, path}, or {array, sampling_rate, path}
+        path, rate = value.get("path"), value.get("sampling_rate")
+        path = path if isinstance(path, str) else None
+        samples = value.get("array")
+        value = value.get("bytes") or (path if samples is None else samples)
+    if isinstance(value, list | np.ndarray):
+        known = (rate, row.get("sampling_rate"), row.get("sample_rate"))
+        rate = next((one for one in known if one is not None), None)
+        return _array(value), path, rate
+    if isinstance(value, str | Path):
+        return str(value), str(value), None
+    return (value if isinstance(value, bytes) else b""), path, None
+
+
+def _array(value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError:  # lists of different lengths
+        return np.zeros(0, object)
+
+
+def located(path: str, folder: Path | None) -> str:
+    """Where a file is that a row names: seen from the table's folder, or from the one above."""
+    if folder is None or "://" in path or os.path.isabs(path):
+        return path
+    bases = (folder, folder.parent, Path())
+    return str(next((base for base in bases if os.path.isfile(base / path)), folder) / path)
+
+
+def waveform(samples: np.ndarray, rate: float, name: str) -> Float32[np.ndarray, "n"]:
+    """Samples as a dataset holds them: one channel at 16 kHz in [-1, 1].
+
+    samples: [n], [channels, n] or [n, channels]; integers are of 16 bits where all fit, else of 32.
+    Raises AudioError where they are no sound.
+    """
+    channels = np.atleast_2d(samples)
+    if channels.ndim != 2 or channels.dtype.kind not in "iuf" or rate not in RATES:
+        raise AudioError(
+            f"{name}: an array of {channels.dtype} {samples.shape} at {rate} Hz is no sound: "
+            f"store [n] floats in [-1, 1] with a sampling_rate of {RATES.start} to {RATES.stop - 1}"
+        )
+    channels = channels if len(channels) <= channels.shape[1] else channels.T
+    if channels.dtype.kind in "iu":
+        scale = 2.0**15 if np.abs(channels).max(initial=0) <= 2**15 else 2.0**31
+        channels = channels / scale
+    if not channels.size or not np.isfinite(channels).all():
+        raise AudioError(f"{name}: the samples are none, or hold NaN or infinity")
+    piece = Piece(int(rate), 0, np.ascontiguousarray(channels, np.float32))
+    pieces = [mixed(one)[0] for one in by_second([piece])]
+    if rate != SAMPLE_RATE:
+        pieces = list(resampled(pieces, SAMPLE_RATE))
+    return np.concatenate([one.samples[0] for one in pieces])

@@ -1,0 +1,318 @@
+"""A folder of files as one table: Parquet, lists of audio, and audio with its texts beside it.
+
+Audio that no list names stays, without text: a list may be of some clips only, and what is to be
+labelled needs none. Splits are never mixed: they are told by names of Parquet files, of lists and
+of folders, as `datasets` tells them, and not by names of audio files.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flax_distil.config import DataConfig
+from flax_distil.data.lists import (
+    SURROGATE,
+    List,
+    audio_base,
+    audio_names,
+    is_audio,
+    list_kind,
+    names_audio,
+    open_text,
+    read_list,
+)
+from flax_distil.data.parquet import read_parquet
+from flax_distil.data.table import (
+    AUDIO,
+    FILE_COLUMNS,
+    LANGUAGE,
+    RECORDING,
+    SPEAKER,
+    TEXT,
+    Row,
+    Table,
+)
+from flax_distil.errors import InputError
+
+SHARD_NAME = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*\.parquet")
+# fmt: off
+SPLITS = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}
+# fmt: on
+LIBRISPEECH_NAME = re.compile(r"(?P<chapter>(?P<speaker>\d+)-\d+)-\d+")
+BESIDE = (".txt", ".normalized.txt", ".lab")  # of the file that holds the text of one clip
+
+
+class Split(NamedTuple):
+    """The part of a dataset that a file belongs to."""
+
+    name: str
+    kind: str
+    """train, validation or test where the name says so, else the name."""
+    of_list: bool = False
+    """Whether a list is called so: what it does not name is then not of the split."""
+
+
+def read_folder(folder: Path, config: DataConfig) -> Table:
+    """Whatever lies in a folder and below it. Raises InputError like `read_files`."""
+    return read_files(sorted(map(Path, _walk(folder))), folder, config)
+
+
+def read_files(files: Sequence[Path], root: Path, config: DataConfig) -> Table:
+    """Files below `root` as one table, of the split that was named.
+
+    Raises InputError for several splits where none is named, a split that is not there, and files
+    that hold no clip.
+    """
+    parquet = [path for path in files if path.suffix == ".parquet"]
+    parquet = [path for path in parquet if path.name != "metadata.parquet"] or parquet
+    audio = [path for path in files if is_audio(path)]
+    if parquet and not (audio and _only_names(parquet[0], config)):
+        splits = {path: _split(path, root, config) for path in parquet}
+        chosen = _choice(splits.values(), config)
+        table = read_parquet([path for path in parquet if chosen(splits[path])], config.source)
+        if audio and not _name(next(iter(table.rows), {}), audio_names(config)):
+            table = _noted(table, len(audio), "audio files beside the Parquet files not read")
+        return table
+
+    lists = parquet + [path for path in files if list_kind(path) and names_audio(path, config)]
+    splits = {path: _split(path, root, config) for path in (*lists, *audio)}
+    chosen = _choice(splits.values(), config)
+    lists = [path for path in lists if splits[path] is None or chosen(splits[path])]
+    tables = []
+    for path in lists:
+        table = list_table(path, config, root)
+        if config.split and splits[path] is None:
+            rows = [row for row in table.rows if chosen(_split(_file(row), root, config))]
+            table = replace(table, rows=rows)
+        tables.append(table)
+    joined = _joined(tables)
+    alone = [path for path in audio if chosen(splits[path])]
+    if joined.rows:
+        listed = {os.path.abspath(_file(row)) for row in joined.rows}
+        alone = [path for path in alone if os.path.abspath(path) not in listed]
+    if any(split.of_list for path in lists if (split := splits[path])):
+        return _noted(joined, len(alone), "audio files that the list of this split does not name")
+    found = _with_audio(joined, alone, _Beside(files), root)
+    if not found.rows:
+        raise InputError(
+            f"{config.source} has no Parquet, no list of audio (.csv, .tsv, .jsonl, .json), and no "
+            "audio: nothing to read"
+        )
+    return found
+
+
+# --- splits -------------------------------------------------------------------------------------
+
+
+def _split(path: Path, root: Path, config: DataConfig) -> Split | None:
+    """The split that names of folders, or that of a list or Parquet file, tell."""
+    if match := SHARD_NAME.fullmatch(path.name):
+        name = match["split"]
+        return Split(name, SPLITS.get(name, name))
+    stem = path.name.partition(".")[0]
+    if path.suffix == ".tsv" and (path.parent / "clips").is_dir():  # Common Voice
+        return Split(stem, SPLITS.get(stem, stem), of_list=True)
+    try:
+        folders = path.relative_to(root).parts[:-1]
+    except ValueError:  # a list may name files elsewhere
+        return None
+    for name in folders:
+        if name == config.split or _kind(name):
+            return Split(name, _kind(name) or name)
+    if not is_audio(path) and (kind := _kind(stem)):
+        return Split(stem, kind, of_list=True)
+    return None
+
+
+def _kind(name: str) -> str | None:
+    """train, validation or test where a word of the name is one of them."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), None)
+
+
+def _choice(splits: Iterable[Split | None], config: DataConfig) -> Callable[[Split | None], bool]:
+    """Which splits are read. Raises InputError where that is unclear, or nothing."""
+    known = {split for split in splits if split}
+    names = ", ".join(sorted({split.name for split in known})) or "none"
+    if config.split is None:
+        if len({split.kind for split in known}) > 1:
+            raise InputError(f"{config.source} has the splits {names}: name one as split")
+        return lambda _: True
+    asked = {split for split in known if split.name == config.split}
+    kind = SPLITS.get(config.split, config.split)
+    asked = asked or {split for split in known if split.kind == kind}
+    if not asked:
+        raise InputError(f"{config.source} has no split {config.split}; it has {names}")
+    return lambda split: split in asked
+
+
+# --- lists --------------------------------------------------------------------------------------
+
+
+def list_table(path: Path, config: DataConfig, root: Path | None = None) -> Table:
+    """The rows of a list; relative names of files start at its folder, or where they are found.
+
+    Ids are the names as they are written, the same on every machine; below `root`, from there.
+    """
+    if path.suffix == ".parquet":
+        found = List(pq.read_table(path).to_pylist())
+    else:
+        found = read_list(path, config)
+    names = dict.fromkeys((*audio_names(config), *FILE_COLUMNS))
+    written = [name for row in found.rows if (name := _name(row, names)) and _is_relative(name)]
+    base, suffix = audio_base(path.parent, written)
+    above = path.parent.relative_to(root).as_posix() + "/" if root else "./"
+    for row in found.rows:
+        if row.get("id") is None and (name := _name(row, names)):
+            name = name if not _is_relative(name) or above == "./" else above + name
+            row["id"] = name if row.get("offset") is None else f"{name}@{row['offset']}"
+        for column in names:
+            value = row.get(column)
+            if isinstance(value, str) and _is_relative(value):
+                row[column] = str(base / (value + suffix))
+            elif isinstance(value, dict) and _is_relative(value.get("path")):
+                row[column] = {**value, "path": str(base / (value["path"] + suffix))}
+    columns = dict.fromkeys(chain(("id",), *found.rows))
+    file = next((name for name in names if name in columns), "")
+    for row in found.rows:
+        if file and row.get(file) is None:  # a list whose rows name it differently
+            row[file] = _name(row, names)
+    return Table(tuple(columns), found.rows, found.notes())
+
+
+def _name(row: Row, columns: Iterable[str]) -> str | None:
+    """The first file that a row names and does not hold."""
+    for column in columns:
+        value = row.get(column)
+        if isinstance(value, dict):
+            value = None if value.get("bytes") else value.get("path")
+        if isinstance(value, str) and value:
+            return value
+    return None
+
+
+def _file(row: Row) -> Path:
+    return Path(_name(row, (*AUDIO, *row)) or "")
+
+
+def _is_relative(name: Any) -> bool:
+    return isinstance(name, str) and name != "" and "://" not in name and not os.path.isabs(name)
+
+
+def _joined(tables: Sequence[Table]) -> Table:
+    """Lists one after the other, under the columns of the first; what is listed twice, once."""
+    columns: dict[str, None] = {}
+    rows: dict[Any, Row] = {}
+    twice = 0
+    for number, table in enumerate(tables):
+        other_names = _other_names(columns, table.columns)
+        columns.update(dict.fromkeys(other_names.get(name, name) for name in table.columns))
+        before = set(rows)
+        for place, row in enumerate(table.rows):
+            row = {other_names.get(name, name): value for name, value in row.items()}
+            clip = (os.path.abspath(_file(row)), row.get("offset"))
+            if clip in before:
+                twice += 1
+                rows[clip].update({k: v for k, v in row.items() if rows[clip].get(k) is None})
+            else:
+                rows[clip if clip not in rows else (clip, number, place)] = row
+    notes = tuple(note for table in tables for note in table.notes)
+    return _noted(Table(tuple(columns), list(rows.values()), notes), twice, "clips listed twice")
+
+
+def _other_names(columns: Iterable[str], others: Sequence[str]) -> dict[str, str]:
+    """Columns of another list → those that hold the same in the lists before it."""
+    names = {}
+    for usual in (AUDIO, TEXT, SPEAKER, LANGUAGE, RECORDING):
+        here = next((name for name in usual if name in columns), None)
+        there = next((name for name in usual if name in others), None)
+        if here and there and here not in others:
+            names[there] = here
+    return names
+
+
+def _noted(table: Table, count: int, words: str) -> Table:
+    return replace(table, notes=(*table.notes, f"{count:,} {words}")) if count else table
+
+
+# --- audio --------------------------------------------------------------------------------------
+
+
+def _with_audio(table: Table, audio: Sequence[Path], texts: "_Beside", root: Path) -> Table:
+    """A table and the audio that it does not name, with the texts that lie beside it."""
+    names = _other_names(table.columns, ("audio", "text"))
+    rows = []
+    for path in audio:
+        name = path.relative_to(root).as_posix()
+        row = {"id": name, "audio": str(path), **texts.of(path)}
+        rows.append({names.get(column, column): value for column, value in row.items()})
+    columns = tuple(dict.fromkeys(chain(table.columns, ("id",), *rows)))
+    found = Table(columns, [*table.rows, *rows], table.notes)
+    return _noted(found, len(rows) if table.rows else 0, "audio files that no list names")
+
+
+class _Beside:
+    """Texts of clips in files beside them: a file for each clip, or LibriSpeech's for a chapter."""
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = set(map(str, files))
+        self.chapters: dict[str, str] = {}
+        for path in files:
+            if path.name.endswith(".trans.txt"):
+                for line in _text(path).splitlines():
+                    name, _, text = line.strip().partition(" ")
+                    self.chapters[str(path.parent / name)] = text.strip()
+
+    def of(self, audio: Path) -> Row:
+        """What is known of a clip: columns of a row."""
+        stem = str(audio)[: -len(audio.suffix)]
+        if stem in self.chapters:
+            whose = LIBRISPEECH_NAME.fullmatch(audio.stem)
+            known = {"speaker": whose["speaker"], "recording": whose["chapter"]} if whose else {}
+            return {"text": self.chapters[stem], **known}
+        for ending in BESIDE:
+            if stem + ending in self.files:
+                return {"text": _text(Path(stem + ending)).strip()}
+        return {}
+
+
+def _text(path: Path) -> str:
+    with open_text(path) as file:
+        text = file.read()
+    if SURROGATE.search(text):
+        raise InputError(f"{path} is no UTF-8 text: save it as UTF-8")
+    return text
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """All files below a folder, through links too; not those that systems hide there."""
+    entered = {os.path.realpath(folder)}
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith((".", "__MACOSX"))
+            and (real := os.path.realpath(os.path.join(path, name))) not in entered
+            and not entered.add(real)
+        ]
+        yield from (os.path.join(path, name) for name in files if not name.startswith("._"))
+
+
+def _only_names(path: Path, config: DataConfig) -> bool:
+    """Whether a Parquet file names audio files and holds no audio itself."""
+    schema = pq.read_schema(path)
+    kinds = [schema.field(name).type for name in audio_names(config) if name in schema.names]
+    return bool(kinds) and all(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds
+    )

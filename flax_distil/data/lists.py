@@ -1,0 +1,358 @@
+"""Lists of clips in text files: JSONL, JSON, CSV and TSV, compressed or not, in any UTF.
+
+Own readers, because the CSV reader of `datasets` loses rows of files as people have them: it takes
+what stands after a comma in an unquoted text for one more column and the file name for an index,
+and a quote that nothing closes swallows the rows behind it.
+"""
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from flax_distil.config import DataConfig
+from flax_distil.data.table import AUDIO, AUDIO_SUFFIXES, ID, TEXT, Row
+from flax_distil.errors import InputError
+
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+OTHER_DELIMITERS = ("|", "\t", ";", ",")
+# The longer marks first: that of UTF-32 begins with that of UTF-16.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+LONGEST_FIELD = 100  # lines of a quoted field: a quote that is open for longer was meant as text
+WITHOUT_HEADER = ("file_name", "text", "normalized_text")  # the columns of LJSpeech
+SUBFOLDERS = ("", "clips", "wavs", "audio", "wav", "..")  # where files lie, seen from their list
+USUAL_SUFFIXES = ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")  # that names may lack
+PROBED = 20  # names of a list that are looked for there
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass
+class List:
+    """The rows of a list as they are written, and what reading them took for granted."""
+
+    rows: list[Row]
+    guesses: dict[str, list[int]] = field(default_factory=dict)
+    """What reading took for granted, and in which lines."""
+
+    def guess(self, what: str, line: int) -> None:
+        self.guesses.setdefault(what, []).append(line)
+
+    def notes(self) -> tuple[str, ...]:
+        """The guesses in words."""
+        return tuple(
+            f"{what}: {len(lines):,} (line {', '.join(map(str, lines[:3]))}"
+            f"{', …' if len(lines) > 3 else ''})"
+            for what, lines in self.guesses.items()
+        )
+
+
+def list_kind(path: Path) -> str | None:
+    """The suffix that tells how a list is written, compression aside; None for other files."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in (*JSON_SUFFIXES, *DELIMITERS) else None
+
+
+def read_list(path: Path, config: DataConfig) -> List:
+    """The rows of a list as they are written.
+
+    Raises InputError for what cannot be read: which line, what is wrong, what to do.
+    """
+    delimiter = DELIMITERS.get(list_kind(path) or "")
+    with open_text(path) as file:
+        if delimiter:
+            found = _delimited(path, list(file), delimiter, config)
+        else:
+            found = List(list(_json_rows(path, file)))
+    if not found.rows:
+        raise InputError(f"{path} has no rows")
+    return found
+
+
+def names_audio(path: Path, config: DataConfig) -> bool:
+    """Whether a file beside audio is a list of it; its first row tells."""
+    delimiter = DELIMITERS.get(list_kind(path) or "")
+    try:
+        with open_text(path) as file:
+            if delimiter:
+                columns = _header(path, file.readline(), delimiter, config).columns
+            else:
+                columns = tuple(next(_json_rows(path, file), {}))
+    except InputError:
+        return False
+    return any(name in columns for name in audio_names(config))
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A text file, decompressed and decoded; bytes that are no UTF-8 are surrogates in it.
+
+    Raises InputError where compression or encoding is damaged.
+    """
+    opener: Any = COMPRESSED.get(path.suffix.lower(), open)
+    try:
+        with opener(path, "rb") as file:
+            head = file.peek(4)[:4]
+            encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
+            if encoding is None and 0 in head[:2]:  # UTF-16 without its mark
+                encoding = "utf-16-be" if head[0] == 0 else "utf-16-le"
+            yield io.TextIOWrapper(file, encoding or "utf-8", errors="surrogateescape", newline="")
+    except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, UnicodeError) as error:
+        raise InputError(f"{path} is damaged ({error}): write it again") from None
+
+
+def audio_base(folder: Path, names: Sequence[str]) -> tuple[Path, str]:
+    """Where the relative names of a list start, and the suffix that they lack.
+
+    The first name that is there tells, at last in the working directory; where none is, names start
+    at the list's folder.
+    """
+    for name in names[:PROBED]:
+        for base in (*(folder / sub for sub in SUBFOLDERS), Path()):
+            for suffix in USUAL_SUFFIXES:
+                if os.path.isfile(base / (name + suffix)):
+                    return base, suffix
+    return folder, ""
+
+
+def is_audio(name: str | Path) -> bool:
+    """Whether a name ends like a file of sound."""
+    return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES
+
+
+def audio_names(config: DataConfig) -> tuple[str, ...]:
+    """The columns that can name a file: the one that the user named, or the usual ones."""
+    return AUDIO if config.audio_column is None else (config.audio_column,)
+
+
+def _checked(path: Path, line: int, row: Row) -> Row:
+    """A row whose texts were UTF-8: others would be learnt wrongly. File names may be any bytes."""
+    for name, value in row.items():
+        if name not in (*AUDIO, *ID) and isinstance(value, str) and SURROGATE.search(value):
+            raise InputError(
+                f"{path} is no UTF-8 text (line {line}, column {name}): save it as UTF-8"
+            )
+    return row
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def _json_rows(path: Path, file: TextIO) -> Iterator[Row]:
+    """The objects of JSON lines, or of one array, alone or in an object (`{"data": [...]}`)."""
+    start = 1
+    while (head := file.read(1)).isspace():
+        start += head == "\n"
+    lines: Any = chain([head + file.readline()], file)
+    if head == "[" or list_kind(path) == ".json":
+        text = "".join(lines)
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if head == "[":
+                raise InputError(f"{path} is not JSON: {error}") from None
+            lines = io.StringIO(text)
+        else:
+            bad = SURROGATE.search(text)
+            for number, row in enumerate(_objects(whole), 1):
+                if not isinstance(row, dict):
+                    raise InputError(f"{path} row {number} must be an object such as {{...}}")
+                yield _checked(path, number, row) if bad else row
+            return
+    for number, line in enumerate(lines, start):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path} line {number} must be an object such as {{...}}")
+        yield _checked(path, number, row) if SURROGATE.search(line) else row
+
+
+def _objects(whole: Any) -> list[Any]:
+    """The rows of a document: its list, the only list of objects in it, or itself."""
+    if not isinstance(whole, dict):
+        return whole if isinstance(whole, list) else [whole]
+    lists = [
+        value
+        for value in whole.values()
+        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value)
+    ]
+    return lists[0] if len(lists) == 1 and not set(AUDIO) & set(whole) else [whole]
+
+
+# --- CSV and TSV --------------------------------------------------------------------------------
+
+
+class Header(NamedTuple):
+    """How the rows of a file are written."""
+
+    columns: tuple[str, ...]
+    delimiter: str
+    quoted: bool = True
+    """Whether quotes can surround a field."""
+    written: bool = True
+    """Whether the file begins with the names of its columns."""
+
+    def place(self, names: Sequence[str]) -> int | None:
+        """Where the first of these columns is."""
+        return next((self.columns.index(name) for name in names if name in self.columns), None)
+
+
+def _header(path: Path, line: str, default: str, config: DataConfig) -> Header:
+    """From the first line: names of columns, or already a row where it begins with a file."""
+    line = line.rstrip("\r\n")
+    for delimiter in (default, *OTHER_DELIMITERS):
+        columns = tuple(name.strip() for name in _fields(line, delimiter).values)
+        if any(name in columns for name in audio_names(config)):
+            return Header(columns, delimiter)
+    for delimiter in (default, *OTHER_DELIMITERS):
+        first, *others = line.split(delimiter)
+        if others and (is_audio(first) or audio_base(path.parent, [first])[1]):
+            if len(others) >= len(WITHOUT_HEADER):
+                raise InputError(
+                    f"{path} has {len(others) + 1} columns without names: begin it with a line "
+                    "such as file_name,text"
+                )
+            columns = WITHOUT_HEADER[: len(others) + 1]
+            return Header(columns, delimiter, quoted=delimiter != "|", written=False)
+    return Header(tuple(name.strip() for name in _fields(line, default).values), default)
+
+
+def _delimited(path: Path, lines: list[str], default: str, config: DataConfig) -> List:
+    at = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
+    if at == len(lines):
+        return List([])
+    header = _header(path, lines[at], default, config)
+    file = header.place(audio_names(config))
+    at += header.written
+    found = List([])
+    while at < len(lines):
+        number, (fields, used, stray) = at + 1, _record(lines, at, header, file)
+        at += used
+        if not any(fields):
+            continue
+        if stray:
+            found.guess("quotes without their pair taken for text", number)
+        if len(fields) > len(header.columns):
+            fields = _rejoined(path, number, fields, header, config)
+            found.guess("delimiters outside quotes taken for text", number)
+        row = dict.fromkeys(header.columns)
+        row.update(zip(header.columns, (value or None for value in fields), strict=False))
+        whole = any(SURROGATE.search(line) for line in lines[number - 1 : at])
+        found.rows.append(_checked(path, number, row) if whole else row)
+    return found
+
+
+class Fields(NamedTuple):
+    """The fields of a record."""
+
+    values: list[str]
+    stray: bool = False
+    """Whether one begins with a quote that does not end it."""
+    open: bool = False
+    """Whether one is in quotes to the end, so that it may go on in the next line."""
+
+
+def _fields(record: str, delimiter: str) -> Fields:
+    if '"' not in record:
+        return Fields(record.split(delimiter))
+    quoted = re.compile(rf'"((?:[^"]|"")*+)(?:"(?={re.escape(delimiter)}|\Z)|(\Z))')
+    values, at, stray, open_ = [], 0, False, False
+    while True:
+        match = quoted.match(record, at)
+        if match and match[2] is None:
+            values.append(match[1].replace('""', '"'))
+            end = match.end()
+        else:
+            open_ |= match is not None and not stray  # nothing but its end is missing
+            stray |= record.startswith('"', at)
+            end = record.find(delimiter, at)
+            end = len(record) if end < 0 else end
+            values.append(record[at:end])
+        if end == len(record):
+            return Fields(values, stray, open_)
+        at = end + 1
+
+
+def _record(
+    lines: Sequence[str], at: int, header: Header, file: int | None
+) -> tuple[list[str], int, bool]:
+    """The fields of the record that begins at a line, its lines, and whether a quote is a stray.
+
+    A field in quotes may hold line breaks. A quote that nothing closes before the next line that is
+    a row by itself was meant as text, as in `a.flac,"Well said the guide`.
+    """
+    line, delimiter = lines[at].rstrip("\r\n"), header.delimiter
+    if not header.quoted:
+        return line.split(delimiter), 1, False
+    found = alone = _fields(line, delimiter)
+    for end in range(at + 1, min(at + LONGEST_FIELD, len(lines))):
+        if not found.open or _is_row(lines[end].rstrip("\r\n"), header, alone.values, file):
+            break
+        if '"' in lines[end]:
+            found = _fields("".join(lines[at : end + 1]).rstrip("\r\n"), delimiter)
+            if not found.stray and len(found.values) == len(header.columns):
+                return found.values, end + 1 - at, False
+    return alone.values, 1, alone.stray
+
+
+def _is_row(line: str, header: Header, before: Sequence[str], file: int | None) -> bool:
+    """Whether a line is a row and not the rest of a field of the one before."""
+    fields = line.split(header.delimiter)
+    if file is None or file >= min(len(fields), len(before)):
+        return False
+    if is_audio(before[file]):
+        return is_audio(fields[file].strip('"'))
+    return '"' not in line and len(fields) == len(header.columns)
+
+
+def _rejoined(
+    path: Path, number: int, fields: list[str], header: Header, config: DataConfig
+) -> list[str]:
+    """As many fields as there are columns: what is too much belongs to the text, or to the name.
+
+    Raises InputError where two columns hold text.
+    """
+    size, surplus = len(header.columns), len(fields) - len(header.columns)
+    if not any(fields[size:]):
+        return fields[:size]
+
+    def joined(place: int) -> list[str]:
+        end = place + surplus + 1
+        return [*fields[:place], header.delimiter.join(fields[place:end]), *fields[end:]]
+
+    file = header.place(audio_names(config))
+    names = TEXT if config.text_column is None else (config.text_column,)
+    texts = [place for place, name in enumerate(header.columns) if name in names]
+    ways = [joined(texts[0])] if len(texts) == 1 else []
+    if file is not None and not is_audio(fields[file]) and is_audio(joined(file)[file]):
+        ways = [way for way in ways if is_audio(way[file])] or [joined(file)]
+    if ways:
+        return ways[0]
+    raise InputError(
+        f"{path} line {number} has {len(fields)} fields for {size} columns "
+        f"({', '.join(header.columns)}): put quotes around the one that holds {header.delimiter!r}"
+    )

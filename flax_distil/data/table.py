@@ -1,0 +1,118 @@
+"""What every source ends as: a table of rows, the meaning of its columns, and how many it has."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax_distil.config import DataConfig
+from flax_distil.errors import InputError
+
+Row = dict[str, Any]
+
+# fmt: off
+# What FFmpeg can open and people keep speech in, the sound of videos included.
+AUDIO_SUFFIXES = frozenset((
+    ".3ga", ".3gp", ".aa", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".au", ".avi",
+    ".caf", ".dts", ".f4a", ".flac", ".flv", ".g722", ".gsm", ".m2ts", ".m4a", ".m4b", ".m4v",
+    ".mka", ".mkv", ".mov", ".mp1", ".mp2", ".mp3", ".mp4", ".mpeg", ".mpg", ".mpga", ".mts",
+    ".nist", ".oga", ".ogg", ".ogv", ".opus", ".rf64", ".snd", ".sph", ".spx", ".tak", ".ts",
+    ".tta", ".voc", ".w64", ".wav", ".wave", ".weba", ".webm", ".wma", ".wmv", ".wv",
+))
+# fmt: on
+
+# The usual names, in the order they are looked for.
+FILE_COLUMNS = ("file_name", "audio", "audio_filepath", "audio_path", "path", "file")
+AUDIO = ("audio", *FILE_COLUMNS)
+TEXT = ("text", "sentence", "transcription", "transcript", "normalized_text", "reference")
+ID = ("id", "utterance_id", "segment_id", "file_name")
+SPEAKER = ("speaker", "speaker_id", "client_id")
+LANGUAGE = ("language", "lang", "locale")
+RECORDING = ("recording", "recording_id", "chapter_id", "session_id", "meeting_id")
+TRANSCRIPT = ("whisper_transcript",)  # of distil-whisper's label sets, and of ours
+
+# Place of an utterance in the dataset that was labelled, in a label store.
+NUMBER = "utterance_number"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one dataset; a stream has an Iterable where the others have a Sequence."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[Row] | Iterable[Row]
+    notes: tuple[str, ...] = ()
+    """What its reader left out, added or corrected, with numbers."""
+    folder: Path | None = None
+    """Where relative paths in its cells start."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a table holds what."""
+
+    audio: str
+    text: str | None
+    id: str | None
+    speaker: str | None
+    language: str | None
+    recording: str | None
+    labelled: bool
+    """Whether there are pseudo-labels as token ids."""
+    transcript: str | None = None
+    """Pseudo-labels as text."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What reading a dataset gave."""
+
+    rows: int
+    with_text: int
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        counts = f"{self.rows:,} rows, {self.with_text:,} with text"
+        if without := self.rows - self.with_text:
+            counts += f", {without:,} without"
+        return "; ".join((counts, *self.notes))
+
+
+def find_columns(table: Table, config: DataConfig) -> Columns:
+    """The columns that were named, else the usual names that are there.
+
+    Raises InputError for a name that is not there, and for a table without audio.
+    """
+
+    def find(named: str | None, usual: Sequence[str], kind: str) -> str | None:
+        if named is None:
+            return next((name for name in usual if name in table.columns), None)
+        if named not in table.columns:
+            raise InputError(
+                f"{config.source} has no {kind} column {named}; it has {', '.join(table.columns)}"
+            )
+        return named
+
+    audio = find(config.audio_column, AUDIO, "audio")
+    if audio is None:
+        raise InputError(
+            f"{config.source} has no column that looks like audio ({', '.join(FILE_COLUMNS)}); it "
+            f"has {', '.join(table.columns)}: name one as audio_column"
+        )
+    transcript = find(config.transcript_column, TRANSCRIPT, "transcript")
+    text = find(config.text_column, [name for name in TEXT if name != transcript], "text")
+    if text is not None and text == transcript:
+        raise InputError(
+            f"{config.source}: {text} holds a teacher's labels, it is the transcript_column; name "
+            "the references as text_column, or leave it out"
+        )
+    return Columns(
+        audio=audio,
+        text=text,
+        id=find(config.id_column, ID, "id"),
+        speaker=find(config.speaker_column, SPEAKER, "speaker"),
+        language=find(config.language_column, LANGUAGE, "language"),
+        recording=find(config.recording_column, RECORDING, "recording"),
+        labelled="token_ids" in table.columns,
+        transcript=transcript,
+    )
