@@ -4,16 +4,28 @@ Every encoder pass costs 30 s, whatever the window holds. So consecutive utteran
 and language share one, as in the later published recipes (distil-large-v3).
 """
 
+import hashlib
+import math
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, AudioError, audio_duration
+from flax_distil.cache import cache_folder
+from flax_distil.config import DataConfig
 from flax_distil.data.utterances import Utterance, Utterances
 from flax_distil.errors import InputError
+
+HEADERS_AT_ONCE = 8  # files that are opened to learn their durations
+HEADERS_KEPT = 1000  # so many or more are remembered; fewer take less than a second
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,8 @@ class Packed(Sequence[Utterance]):
     utterances: Utterances
     groups: Sequence[tuple[int, ...]]
     pause: float
+    seconds: Float64[np.ndarray, "n"]
+    """Of each row, as they were planned with; NaN of one that cannot be read."""
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -30,8 +44,14 @@ class Packed(Sequence[Utterance]):
     def __getitem__(self, index) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        parts = tuple(self.utterances[row] for row in self.groups[index])
-        return join(parts, self.pause)
+        return join(tuple(self._part(row) for row in self.groups[index]), self.pause)
+
+    def _part(self, row: int) -> Utterance:
+        """A row with the duration that its header told, so that nobody reads that again."""
+        part, seconds = self.utterances[row], float(self.seconds[row])
+        if part.duration is not None or part.offset is not None or math.isnan(seconds):
+            return part
+        return replace(part, duration=seconds)
 
     def since(self, start: int) -> Iterator[Utterance]:
         """The windows from `start` on."""
@@ -60,16 +80,104 @@ def pack(utterances: Utterances, seconds: float, pause: float) -> Packed:
         raise InputError(f"pack_pause is {pause:g} s: it must not be negative")
     groups: list[list[int]] = []
     open_groups: dict[tuple[str | None, ...], tuple[list[int], float]] = {}
-    for row, utterance in enumerate(utterances.since(0)):
-        key = (utterance.speaker, utterance.recording, utterance.language)
-        duration = min(length(utterance, unknown=seconds), seconds)
+    planned = durations(utterances)
+    for row, key in enumerate(owners(utterances)):
+        duration = seconds if math.isnan(planned[row]) else min(planned[row], seconds)
         group, filled = open_groups.get(key, ([], 0.0))
         if not group or filled + pause + duration > seconds + 1e-6:
             group, filled = [], -pause
             groups.append(group)
         group.append(row)
         open_groups[key] = (group, filled + pause + duration)
-    return Packed(utterances, [tuple(group) for group in groups], pause)
+    return Packed(utterances, [tuple(group) for group in groups], pause, planned)
+
+
+def owners(utterances: Utterances) -> list[tuple[str | None, ...]]:
+    """Speaker, recording and language of each row, read without its audio."""
+    columns, default = utterances.columns, utterances.config.language
+    read = lambda name: utterances.column(name) if name else [None] * len(utterances)
+    text = lambda value: None if value is None else str(value)
+    recordings = [text(value) for value in read(columns.recording)]
+    offsets = utterances.column("offset")
+    if any(offset is not None for offset in offsets):  # several clips of one file
+        recordings = [
+            utterances[row].recording if offset is not None and recording is None else recording
+            for row, (offset, recording) in enumerate(zip(offsets, recordings, strict=True))
+        ]
+    languages = [text(value) or default for value in read(columns.language)]
+    return list(zip(map(text, read(columns.speaker)), recordings, languages, strict=True))
+
+
+def durations(utterances: Utterances) -> Float64[np.ndarray, "n"]:
+    """Seconds of each row, as the dataset tells; else of its header, and NaN where that fails.
+
+    Many headers are read once: what they told is kept in the cache.
+    """
+    told = [seconds_of(value) for value in utterances.column("duration")]
+    found = np.array([math.nan if value is None else value for value in told], np.float64)
+    silent = [row for row, value in enumerate(told) if value is None]
+    if not silent:
+        return found
+    path = None
+    if len(silent) >= HEADERS_KEPT:
+        path = cache_folder() / "durations" / f"{identity_digest(utterances)}.npy"
+        with suppress(OSError, ValueError):
+            kept = np.load(path, allow_pickle=False)
+            if kept.shape == (len(silent),):
+                found[silent] = kept
+                return found
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        read = lambda row: length(utterances[row], unknown=math.nan)
+        for start in range(0, len(silent), HEADERS_AT_ONCE * 64):
+            rows = silent[start : start + HEADERS_AT_ONCE * 64]
+            found[rows] = list(pool.map(read, rows))
+    if path is not None:
+        keep(path, found[silent])
+    return found
+
+
+def keep(path: Path, seconds: Float64[np.ndarray, "n"]) -> None:
+    """Put the durations into the cache, where it can be written to."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        with partial.open("wb") as file:
+            np.save(file, seconds)
+        partial.replace(path)
+
+
+def seconds_of(value: Any) -> float | None:
+    """A duration of a table's cell; None of one that is none, which reading the row will say."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if 0 <= found < math.inf else None
+
+
+def identity(utterances: Any) -> tuple[Any, ...]:
+    """What decides which sound each clip of a dataset has, without reading any: where the dataset
+    is and how it is read, ids, paths, offsets and durations of its rows, and its windows."""
+    rows, windows = utterances, None
+    if isinstance(utterances, Packed):
+        rows, windows = utterances.utterances, (tuple(utterances.groups), utterances.pause)
+    data = {field.name: getattr(rows.config, field.name) for field in fields(DataConfig)}
+    if Path(data["source"]).exists():  # the same relative path is another one elsewhere
+        data["source"] = str(Path(data["source"]).resolve())
+    names = [rows.columns.id, "offset", "duration"]
+    if isinstance(rows.rows[0].get(rows.columns.audio), str):  # a path; contents stay unread
+        names.append(rows.columns.audio)
+    return data, [rows.column(name) for name in names if name], windows
+
+
+def identity_digest(utterances: Utterances) -> str:
+    """A name for the dataset as it is now: another file in its place has another time."""
+    source, stamp = Path(utterances.config.source), None
+    with suppress(OSError, ValueError):
+        about = source.stat()
+        stamp = (about.st_mtime_ns, about.st_size)
+    contents = repr((identity(utterances), stamp, getattr(utterances.rows, "_fingerprint", None)))
+    return hashlib.sha256(contents.encode(errors="surrogateescape")).hexdigest()[:32]
 
 
 def join(parts: tuple[Utterance, ...], pause: float) -> Utterance:
@@ -77,12 +185,12 @@ def join(parts: tuple[Utterance, ...], pause: float) -> Utterance:
     first, *rest = parts
     if not rest:
         return first
-    texts = [part.text for part in parts]
+    texts, told = [part.text for part in parts], [part.duration for part in parts]
     return Utterance(
         id=f"{first.id}+{len(rest)}",
         audio=b"",
         text=None if None in texts else " ".join(filter(None, texts)),
-        duration=sum(length(part) for part in parts) + pause * len(rest),
+        duration=None if None in told else sum(told) + pause * len(rest),  # type: ignore[arg-type]
         speaker=first.speaker,
         language=first.language,
         ended=parts[-1].ended,
@@ -106,7 +214,11 @@ def length(utterance: Utterance, unknown: float = 0.0) -> float:
     """
     if utterance.duration is not None:
         return utterance.duration
-    try:
-        return audio_duration(utterance.audio) or unknown  # type: ignore[arg-type]
-    except AudioError:
-        return unknown
+    if isinstance(utterance.audio, np.ndarray):
+        seconds = len(utterance.audio) / SAMPLE_RATE
+    else:
+        try:
+            seconds = audio_duration(utterance.audio, utterance.format)
+        except AudioError:
+            return unknown
+    return max(seconds - (utterance.offset or 0.0), 0.0) or unknown

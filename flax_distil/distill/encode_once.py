@@ -2,18 +2,17 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from flax_distil.config import DataConfig, DistillConfig
+from flax_distil.config import DistillConfig
 from flax_distil.data.audio_states import AudioStates, StateFolder, audio_states, clip_names
 from flax_distil.data.augment import masks_log_mel
 from flax_distil.data.mixing import Source
-from flax_distil.data.packing import Packed
+from flax_distil.data.packing import identity
 from flax_distil.data.utterances import NUMBER, Joined, Utterances
 from flax_distil.decode.recognizer import listen
 from flax_distil.errors import InputError
@@ -81,18 +80,3 @@ def state_folder(
             return StateFolder(states_of(root, encoder, read_settings(store)), names)
     digest = hashlib.sha256(repr(identity(utterances)).encode() + lengths.tobytes()).hexdigest()
     return StateFolder(root / fingerprint(encoder) / digest[:16], clip_names(range(len(lengths))))
-
-
-def identity(utterances: Any) -> tuple[Any, ...]:
-    """What decides which sound each clip of a dataset has, without reading any: where the dataset
-    is and how it is read, ids, paths, offsets and durations of its rows, and its windows."""
-    rows, windows = utterances, None
-    if isinstance(utterances, Packed):
-        rows, windows = utterances.utterances, (tuple(utterances.groups), utterances.pause)
-    data = {field.name: getattr(rows.config, field.name) for field in fields(DataConfig)}
-    if Path(data["source"]).exists():  # the same relative path is another one elsewhere
-        data["source"] = str(Path(data["source"]).resolve())
-    names = [rows.columns.id, "offset", "duration"]
-    if isinstance(rows.rows[0].get(rows.columns.audio), str):  # a path; contents stay unread
-        names.append(rows.columns.audio)
-    return data, [rows.column(name) for name in names if name], windows

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from test_batches import BEGIN, MULTILINGUAL
 
-from flax_distil.audio.load import SAMPLE_RATE
+from flax_distil.audio.load import SAMPLE_RATE, audio_duration
 from flax_distil.config import TrainingDataConfig
+from flax_distil.data import packing
 from flax_distil.data.batches import TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import open_source
-from flax_distil.data.packing import pack
-from flax_distil.data.utterances import listen, read_dataset
+from flax_distil.data.packing import length, pack
+from flax_distil.data.utterances import Utterance, listen, read_dataset
 from flax_distil.errors import InputError
 
 CLIPS = [("a", 1.0), ("b", 2.0), ("a", 1.5), ("a", 0.5), ("b", 1.0), ("a", 4.0)]
@@ -70,6 +71,49 @@ def test_a_clip_that_cannot_be_read_stays_alone(manifest):
 def test_no_window_is_longer_than_the_encoder_s(manifest):
     with pytest.raises(InputError, match="pack_seconds is 31: a window has at most 30 s"):
         pack(read_dataset(manifest), seconds=31, pause=0.25)
+
+
+def test_what_a_dataset_tells_is_not_read_from_its_audio(manifest, monkeypatch):
+    """With durations, windows are planned from columns: no row with its sound is touched."""
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows = [row | {"duration": seconds} for row, (_, seconds) in zip(rows, CLIPS, strict=True)]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    utterances = read_dataset(manifest)
+    monkeypatch.setattr(packing, "audio_duration", lambda *_: pytest.fail("a header is read"))
+    monkeypatch.setattr(type(utterances), "__getitem__", lambda *_: pytest.fail("a row is read"))
+    windows = pack(utterances, seconds=3.25, pause=0.25)
+    assert list(windows.groups) == [(0, 2), (1, 4), (3,), (5,)]
+
+
+def test_headers_are_read_once(manifest, monkeypatch, tmp_path):
+    """What was read is found again, also by another process; not for other data."""
+    monkeypatch.setenv("FLAX_DISTIL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(packing, "HEADERS_KEPT", 1)
+    read = []
+
+    def counted(source, *arguments):
+        read.append(source)
+        return audio_duration(source, *arguments)
+
+    monkeypatch.setattr(packing, "audio_duration", counted)
+    first = pack(read_dataset(manifest), seconds=3.25, pause=0.25)
+    assert len(read) == 3  # every second clip has a duration
+    assert [window.duration for window in first] == [2.75, 3.25, 0.5, 4.0]
+    assert len(read) == 3
+    again = pack(read_dataset(manifest), seconds=3.25, pause=0.25)
+    assert again.groups == first.groups
+    assert len(read) == 3
+    rows = manifest.read_text().replace("4.flac", "0.flac")
+    manifest.write_text(rows)
+    other = pack(read_dataset(manifest), seconds=3.25, pause=0.25)
+    assert len(read) == 6
+    assert other.seconds.tolist() == [1.0, 2.0, 1.5, 0.5, 1.0, 4.0]
+
+
+def test_lengths_of_samples_and_of_parts(flac):
+    assert length(Utterance("a", np.zeros(8000, np.float32))) == 0.5
+    assert length(Utterance("a", flac(2.0), offset=0.5)) == 1.5
+    assert length(Utterance("a", flac(2.0), offset=2.5), unknown=30.0) == 30.0
 
 
 def test_a_window_keeps_to_its_recording(manifest):
