@@ -6,6 +6,8 @@ A folder holds one dataset's, in files of any number of clips that appear whole 
                      seconds   float32 [n]            length of each; 0 where it was not heard
                      states    bfloat16 [n, S, D]; or int8 with
                      steps     float32 [n, 1, D]      what 1 stands for, by clip and channel
+                     parts     float32 [n, P]         of packed windows: length of each part, NaN
+                                                      of one that is not in the clip
 
 Who wrote a file does not matter: the labeller, which encodes every clip anyway, or training, for
 what is not there yet, each host a part of it. Filtering labels leaves it as it is. A clip takes
@@ -41,6 +43,7 @@ FILE_CLIPS = 64  # that training writes at a time, and that a kill can cost
 ENCODING_SECONDS = 30 * 24 * 3600.0  # hosts wait for each other as long as they live
 
 Stored = Literal["bfloat16", "int8"]
+STORED_TOO = ("steps", "parts")  # where they are needed
 
 # Waveforms of one static batch to audio states.
 Encode = Callable[[Int16[np.ndarray, "B N"]], Float[Array, "B S D"]]
@@ -59,6 +62,7 @@ class StateFile(NamedTuple):
 
     states: Any
     steps: Float32[np.ndarray, "n 1 D"] | None
+    parts: Float32[np.ndarray, "n P"] | None = None
 
     def read(self, place: int) -> BFloat16[np.ndarray, "S D"]:
         """The states of one clip."""
@@ -81,6 +85,13 @@ class AudioStates:
         """The states of these clips."""
         return np.stack([self.files[file].read(at) for file, at in self.places[list(clips)]])
 
+    def parts(self, clip: int) -> list[float] | None:
+        """Seconds of each part of a packed window, NaN of one whose sound is not in the states;
+        None of a clip that is no window or could not be decoded."""
+        file, at = self.places[clip]
+        parts = self.files[file].parts
+        return None if parts is None or np.isnan(parts[at]).all() else parts[at].tolist()
+
 
 def clip_names(*columns: Iterable[Any]) -> UInt64[np.ndarray, "n"]:
     """A name for each clip of a dataset, of what tells it from others: a value of each column."""
@@ -97,8 +108,11 @@ def write_states(
     seconds: Sequence[float],
     states: Sequence[BFloat16[np.ndarray, "S D"]],
     stored: Stored = "bfloat16",
+    parts: Sequence[Sequence[float | None]] = (),
 ) -> None:
     """Put a file in its place: there or not there, never half.
+
+    parts: of packed windows, seconds of each part, None of one that is not in the clip.
 
     Raises InputError where the disk is full.
     """
@@ -106,6 +120,9 @@ def write_states(
     tensors = {"clips": names, "seconds": np.array(seconds, np.float32), "states": np.stack(states)}
     if stored == "int8":
         tensors["states"], tensors["steps"] = in_steps(tensors["states"])
+    if longest := max(map(len, parts), default=0):
+        filled = [[*row, *[None] * (longest - len(row))] for row in parts]
+        tensors["parts"] = np.array(filled, np.float32)
     try:
         write_whole(path, save(tensors))
     except OSError as error:
@@ -156,10 +173,12 @@ def audio_states(
     with tqdm(total=total, desc="encoding", unit="clip", disable=not total) as bar:
         for folder, start, rows in mine:
             clips = (utterances[start + row] for row in rows)
-            seconds, states = _encoded(clips, encode, batch_size, workers, bar)
+            seconds, states, parts = _encoded(clips, encode, batch_size, workers, bar)
             names = folder.names[rows]
             digest = hashlib.blake2b(names.tobytes(), digest_size=8).hexdigest()
-            write_states(folder.path / f"{digest}.safetensors", names, seconds, states, stored)
+            write_states(
+                folder.path / f"{digest}.safetensors", names, seconds, states, stored, parts
+            )
     barrier(f"{folders[0].path} written", ENCODING_SECONDS)
     if work:
         found = [find(folder) for folder in folders]
@@ -187,8 +206,9 @@ def find(folder: StateFolder) -> Found:
         try:
             file = safe_open(path, framework="numpy")
             names, seconds = file.get_tensor("clips"), file.get_tensor("seconds")
-            steps = file.get_tensor("steps") if "steps" in file.keys() else None  # noqa: SIM118
-            files.append(StateFile(file.get_slice("states"), steps))
+            optional = set(file.keys())
+            more = [file.get_tensor(one) if one in optional else None for one in STORED_TOO]
+            files.append(StateFile(file.get_slice("states"), *more))
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"{path} is damaged ({error}): delete it, and its clips are encoded again"
@@ -210,14 +230,16 @@ def _joined(found: Sequence[Found]) -> AudioStates:
 
 def _encoded(
     utterances: Iterable[Utterance], encode: Encode, batch_size: int, workers: int, bar: tqdm
-) -> tuple[list[float], list[np.ndarray]]:
-    """Seconds and states of some clips; 0 and silence for one that cannot be heard."""
+) -> tuple[list[float], list[np.ndarray], list[Sequence[float | None]]]:
+    """Seconds, states and parts of some clips; 0 and silence for one that cannot be decoded."""
     seconds: list[float] = []
+    parts: list[Sequence[float | None]] = []
     states: list[np.ndarray] = []
     clips = in_order(hear, utterances, workers, ahead=2 * batch_size)
     while some := list(islice(clips, batch_size)):
         waveforms = np.zeros((batch_size, CLIP_SAMPLES), np.int16)
         for waveform, clip in zip(waveforms, some, strict=False):
+            parts.append(() if isinstance(clip, Skipped) else clip.parts)
             if isinstance(clip, Skipped):
                 log.warning("%s is left out: %s", clip.id, clip.reason)
                 seconds.append(0.0)
@@ -227,4 +249,4 @@ def _encoded(
         encoded = np.asarray(encode(waveforms)).astype(ml_dtypes.bfloat16)
         states += list(encoded[: len(some)])
         bar.update(len(some))
-    return seconds, states
+    return seconds, states, parts

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
+from math import isnan
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from flax_distil.data.batches import (
 )
 from flax_distil.data.chance import Purpose, generator
 from flax_distil.data.mixing import STREAMED, Place, Source, places, rows_by_lane
+from flax_distil.data.packing import measured
 from flax_distil.data.streams import LanePlace, Streamed, check_lanes, read_lane
 from flax_distil.data.usable import language_reason
 from flax_distil.data.utterances import Joined, Skipped, Utterance
@@ -250,6 +252,8 @@ class Loader:
         clip = None if self.states else hear(utterance, place.passes)
         if isinstance(clip, Clip):
             utterance = clip.utterance  # a window's with the times of its sound
+        if self.states and (seconds := self.states.parts(self._number(place))):
+            utterance = measured(utterance, [None if isnan(one) else one for one in seconds])
         targets = example(utterance, self.tokens, options, (seed, *place), before)
         if len(targets.tokens) > max(options.buckets):
             return self._left_out(utterance, f"its label has {len(targets.tokens)} tokens")

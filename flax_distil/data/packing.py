@@ -201,6 +201,14 @@ def join(parts: tuple[Utterance, ...], pause: float) -> Utterance:
     )
 
 
+def measured(window: Utterance, seconds: Sequence[float | None]) -> Utterance:
+    """A window with the durations that its parts have, without those of None."""
+    pairs = zip(window.parts, seconds, strict=False)
+    parts = tuple(replace(part, duration=one) for part, one in pairs if one is not None)
+    found = join(parts, window.pause)
+    return replace(found, id=window.id) if len(parts) == len(window.parts) else found
+
+
 def beginnings(window: Utterance) -> list[float]:
     """Second at which each part of a window begins."""
     lengths = [length(part) + window.pause for part in window.parts]

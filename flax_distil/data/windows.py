@@ -8,7 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int16
 
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, AudioError, to_int16
-from flax_distil.data.packing import join
+from flax_distil.data.packing import measured
 from flax_distil.data.utterances import Skipped, Utterance, listen, to_language
 from flax_distil.errors import InputError
 
@@ -35,6 +35,8 @@ class Clip:
 
     utterance: Utterance
     samples: Int16[np.ndarray, "n"]
+    parts: tuple[float | None, ...] = ()
+    """Of a packed window: seconds of each planned part, None of one that is not in the clip."""
 
     @property
     def duration(self) -> float:
@@ -110,20 +112,29 @@ def hear_all(utterance: Utterance) -> list[Clip | Skipped]:
     if not utterance.parts:
         return [_decoded(utterance)]
     decoded = [_decoded(part) for part in utterance.parts]
-    pause = np.zeros(round(utterance.pause * SAMPLE_RATE), np.int16)
-    groups: list[list[Clip]] = []
+    pause = round(utterance.pause * SAMPLE_RATE)
+    groups: list[dict[int, Clip]] = []  # clips by the number of their part
     room = 0
-    for clip in decoded:
+    for number, clip in enumerate(decoded):
         if isinstance(clip, Skipped):
             continue
-        room -= len(pause) + len(clip.samples)
+        room -= pause + len(clip.samples)
         if not groups or room < 0:
-            groups.append([])
+            groups.append({})
             room = CLIP_SAMPLES + SLACK_SAMPLES - len(clip.samples)
-        groups[-1].append(clip)
-    whole = [len(group) == len(utterance.parts) for group in groups]
-    clips = [_window(utterance, *one, pause) for one in zip(groups, whole, strict=True)]
+        groups[-1][number] = clip
+    clips = [_window(utterance, group) for group in groups]
     return [*clips, *(one for one in decoded if isinstance(one, Skipped))]
+
+
+def _window(window: Utterance, clips: dict[int, Clip]) -> Clip:
+    """Some parts of a window one after the other, with the times that they have there."""
+    pause = np.zeros(round(window.pause * SAMPLE_RATE), np.int16)
+    pieces = [piece for clip in clips.values() for piece in (pause, clip.samples)]
+    samples = np.concatenate(pieces[1:])[:CLIP_SAMPLES]
+    numbers = range(len(window.parts))
+    seconds = tuple(clips[one].duration if one in clips else None for one in numbers)
+    return Clip(measured(window, seconds), samples, seconds)
 
 
 def _decoded(utterance: Utterance) -> Clip | Skipped:
@@ -140,16 +151,6 @@ def _decoded(utterance: Utterance) -> Clip | Skipped:
         more = " or more" if seconds >= longest else ""
         return Skipped(utterance.id, f"too long: {seconds:.2f} s{more}, a window has 30 s")
     return Clip(utterance, samples[:CLIP_SAMPLES])
-
-
-def _window(window: Utterance, parts: list[Clip], whole: bool, pause: np.ndarray) -> Clip:
-    """The clips one after the other, and their utterances with the times that they have there."""
-    pieces = [piece for clip in parts for piece in (pause, clip.samples)]
-    samples = np.concatenate(pieces[1:])[:CLIP_SAMPLES]
-    measured = tuple(replace(clip.utterance, duration=clip.duration) for clip in parts)
-    if whole:
-        return Clip(replace(window, parts=measured, duration=len(samples) / SAMPLE_RATE), samples)
-    return Clip(join(measured, window.pause), samples)
 
 
 def stack(clips: Sequence[Clip], batch_size: int) -> Windows:

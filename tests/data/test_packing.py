@@ -10,6 +10,7 @@ from test_batches import BEGIN, MULTILINGUAL
 from flax_distil.audio.load import SAMPLE_RATE, audio_duration
 from flax_distil.config import TrainingDataConfig
 from flax_distil.data import packing
+from flax_distil.data.audio_states import StateFolder, audio_states, clip_names
 from flax_distil.data.batches import TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import open_source
@@ -189,6 +190,27 @@ def test_times_are_the_sound_s_and_not_the_manifest_s(tmp_path, flac):
     ]
     np.testing.assert_array_equal(batches[0].tokens, batches[1].tokens)
     np.testing.assert_array_equal(batches[0].waveforms, batches[1].waveforms)
+
+
+def test_audio_states_keep_the_times_of_their_sound(tmp_path, flac):
+    """Labels beside states are those beside sound, though the manifest's durations are not; a part
+    that cannot be decoded is in neither."""
+    told = [{"duration": seconds} for seconds in (1.0, 0.5, 1.5, 2.0, 1.0)]
+    config = spoken_as(tmp_path, flac, told)
+    (tmp_path / "4.flac").write_bytes(b"no audio")
+    options = TargetOptions(buckets=(32,), timestamp_probability=1.0)
+    (source,) = open_source(config, options, MULTILINGUAL)
+    folder = StateFolder(tmp_path / "states", clip_names(range(len(source.utterances))))
+    encode = lambda waveforms: np.zeros((len(waveforms), 2, 2), np.float32)
+    loaders = [Loader((source,), MULTILINGUAL, 4)]
+    for _ in range(2):  # encoded now, and from disk
+        states = audio_states([folder], source.utterances, encode, batch_size=2)
+        loaders.append(Loader((source,), MULTILINGUAL, 4, states=states))
+    batches = [next(iter(loader.batches(LoaderState(3))))[0] for loader in loaders]
+    for batch in batches[1:]:
+        np.testing.assert_array_equal(batch.tokens, batches[0].tokens)
+        np.testing.assert_array_equal(batch.seconds, batches[0].seconds)
+    assert sorted(set(batches[0].seconds.tolist())) == [2.0, 4.0]
 
 
 def test_a_window_that_grows_is_learnt_in_turns(tmp_path, flac):
