@@ -96,16 +96,15 @@ def owners(utterances: Utterances) -> list[tuple[str | None, ...]]:
     """Speaker, recording and language of each row, read without its audio."""
     columns, default = utterances.columns, utterances.config.language
     read = lambda name: utterances.column(name) if name else [None] * len(utterances)
-    text = lambda value: None if value is None else str(value)
-    recordings = [text(value) for value in read(columns.recording)]
+    recordings = read(columns.recording)
     offsets = utterances.column("offset")
     if any(offset is not None for offset in offsets):  # several clips of one file
         recordings = [
             utterances[row].recording if offset is not None and recording is None else recording
             for row, (offset, recording) in enumerate(zip(offsets, recordings, strict=True))
         ]
-    languages = [text(value) or default for value in read(columns.language)]
-    return list(zip(map(text, read(columns.speaker)), recordings, languages, strict=True))
+    languages = [language or default for language in read(columns.language)]
+    return list(zip(read(columns.speaker), recordings, languages, strict=True))
 
 
 def durations(utterances: Utterances) -> Float64[np.ndarray, "n"]:
@@ -113,7 +112,7 @@ def durations(utterances: Utterances) -> Float64[np.ndarray, "n"]:
 
     Many headers are read once: what they told is kept in the cache.
     """
-    told = [seconds_of(value) for value in utterances.column("duration")]
+    told = utterances.column("duration")
     found = np.array([math.nan if value is None else value for value in told], np.float64)
     silent = [row for row, value in enumerate(told) if value is None]
     if not silent:
@@ -144,15 +143,6 @@ def keep(path: Path, seconds: Float64[np.ndarray, "n"]) -> None:
         with partial.open("wb") as file:
             np.save(file, seconds)
         partial.replace(path)
-
-
-def seconds_of(value: Any) -> float | None:
-    """A duration of a table's cell; None of one that is none, which reading the row will say."""
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        return None
-    return found if 0 <= found < math.inf else None
 
 
 def identity(utterances: Any) -> tuple[Any, ...]:
@@ -223,7 +213,7 @@ def length(utterance: Utterance, unknown: float = 0.0) -> float:
     if utterance.duration is not None:
         return utterance.duration
     if isinstance(utterance.audio, np.ndarray):
-        seconds = len(utterance.audio) / SAMPLE_RATE
+        seconds = max(utterance.audio.shape, default=0) / (utterance.rate or SAMPLE_RATE)
     else:
         try:
             seconds = audio_duration(utterance.audio, utterance.format)
