@@ -360,7 +360,10 @@ class DistillConfig:
     train_encoder: bool = False
     """Train the encoder as well; it is then no longer shared with the teacher."""
     max_skipped: int = 10
-    """Stop after so many non-finite updates in a row."""
+    """Stop after so many updates in a row that are not finite or have nothing to learn from."""
+    max_skipped_share: float = 0.5
+    """Stop where more than this share of the clips could not be used, after the first max_skipped
+    updates."""
     seed: int = 0
     """Of the data order and all that is random in the step."""
     loss: LossConfig = LossConfig()

@@ -1,7 +1,6 @@
 """From two checkpoints and a configuration to what the train step takes."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ from flax_distil.model.dims import WhisperDims
 from flax_distil.model.spec import HALVES, Params, Spec, unstack_layers
 from flax_distil.model.student import layer_map, same_arrays
 from flax_distil.parallel.mesh import data_shards
-from flax_distil.pseudo_label.store import SETTINGS, read_settings
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +93,7 @@ def check_numbers(config: DistillConfig) -> None:
             f"{optimizer.warmup_steps} warm-up steps do not fit into {optimizer.steps} steps: "
             "choose fewer"
         )
-    for name in ("timestamp_probability", "prompt_probability"):
+    for name in ("timestamp_probability", "prompt_probability", "max_skipped_share"):
         if not 0 <= (value := getattr(config, name)) <= 1:
             raise InputError(f"{name} {value:g} must be between 0 and 1")
     for part, names in COUNTS.items():
@@ -108,19 +106,6 @@ def check_numbers(config: DistillConfig) -> None:
             raise InputError(f"{name} {value:g} must be positive")
     if not config.label_buckets or not all(1 <= one <= 448 for one in config.label_buckets):
         raise InputError(f"label_buckets {config.label_buckets}: name lengths from 1 to 448 tokens")
-
-
-def check_tasks(config: DistillConfig) -> None:
-    """Raises InputError where labels were written for another task than prompts would name."""
-    taught = [(path, "transcribe") for path in config.labels]
-    taught += [(Path(one.source), one.task) for one in config.data if one.target != "text"]
-    for path, task in taught:
-        written = read_settings(path)["task"] if (path / SETTINGS).is_file() else task
-        if written != task:
-            raise InputError(
-                f"{path} was labelled to {written} and would be taught to {task}: name it in a "
-                f'[[distill.data]] table that says task = "{written}"'
-            )
 
 
 def split_parameters(

@@ -8,7 +8,7 @@ import platform
 import secrets
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from flax_distil.config import DistillConfig
 from flax_distil.data.batches import Batch
@@ -135,7 +136,8 @@ class Done(NamedTuple):
 class Watch:
     """Reads the metrics of each step one step late, so that the devices never wait for the host.
 
-    Raises InputError after `config.max_skipped` non-finite updates in a row.
+    Raises InputError after `config.max_skipped` updates in a row that were not finite or had
+    nothing to learn, and where more than `config.max_skipped_share` of the clips could not be used.
     """
 
     def __init__(
@@ -144,6 +146,8 @@ class Watch:
         self.config, self.tracker, self.speed, self.names = config, tracker, speed, names
         self.waiting: Done | None = None
         self.loss: float | None = None
+        self.batches = self.empty_in_row = self.clips = self.unused = 0
+        self.first_unused: list[int] = []
 
     def dispatched(self, done: Done) -> None:
         """A step was sent; the one before it is read."""
@@ -171,6 +175,7 @@ class Watch:
         hosts = jax.process_count()
         self.loss = values["loss"]
         self.speed.finished(hosts * len(batch.rows), hosts * float(batch.seconds.sum()), flops)
+        self._check_clips(step, values["tokens"], batch)
         if values["skipped_in_row"]:
             self._skipped(step, int(values["skipped_in_row"]), batch)
         if step % self.config.run.log_every == 0:
@@ -178,8 +183,39 @@ class Watch:
             self.tracker.scalars(step, values)
             log.info("%s", line(step, self.config.optimizer.steps, values))
 
+    def ended(self, step: int) -> None:
+        """Raises InputError where a run that is over had too little to learn from."""
+        self._check_share(step, last=True)
+
+    def _check_clips(self, step: int, tokens: float, batch: Batch) -> None:
+        learnt = np.count_nonzero(batch.weights, axis=1) > 0
+        self.batches, self.clips = self.batches + 1, self.clips + len(learnt)
+        unused = np.asarray(batch.rows)[~learnt].tolist()
+        self.unused, self.first_unused = self.unused + len(unused), self.first_unused + unused
+        del self.first_unused[3:]
+        self.empty_in_row = 0 if tokens else self.empty_in_row + 1
+        if self.empty_in_row >= self.config.max_skipped:
+            raise InputError(
+                f"the last {self.empty_in_row} batches, to step {step}, had no clip to learn from "
+                f"({self._ids(self.first_unused)}, …): the warnings above say why. Is the audio "
+                "where the labels name it?"
+            )
+        self._check_share(step)
+
+    def _check_share(self, step: int, last: bool = False) -> None:
+        share, most = self.unused / max(self.clips, 1), self.config.max_skipped_share
+        if share > most and (last or self.batches >= self.config.max_skipped):
+            raise InputError(
+                f"{self.unused} of {self.clips} clips could not be used to step {step} "
+                f"({self._ids(self.first_unused)}, …), more than max_skipped_share {most:g}: the "
+                "warnings above say why"
+            )
+
+    def _ids(self, rows: Iterable[int]) -> str:
+        return ", ".join("streamed" if row < 0 else self.names[int(row)].id for row in rows)
+
     def _skipped(self, step: int, in_row: int, batch: Batch) -> None:
-        ids = ", ".join("streamed" if row < 0 else self.names[int(row)].id for row in batch.rows)
+        ids = self._ids(batch.rows)
         log.warning("step %d was not finite and is skipped; its clips: %s", step, ids)
         if in_row >= self.config.max_skipped:
             raise InputError(

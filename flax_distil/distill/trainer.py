@@ -21,11 +21,17 @@ from flax_distil.data.utterances import Utterance
 from flax_distil.distill.checkpoints import Checkpoints, Progress, has_checkpoints
 from flax_distil.distill.encode_once import kept_states
 from flax_distil.distill.flops import measured_peak, step_flops, vocabulary_tokens
+from flax_distil.distill.labels import (
+    check_ids,
+    check_tasks,
+    check_vocabulary,
+    warn_of_prompts,
+    warn_of_teacher,
+)
 from flax_distil.distill.replicas import check_replicas
 from flax_distil.distill.runs import RECIPE
 from flax_distil.distill.setup import (
     check_numbers,
-    check_tasks,
     make_plan,
     split_parameters,
     whole_student,
@@ -58,7 +64,8 @@ from flax_distil.text.tokens import load_tokens
 log = logging.getLogger(__name__)
 
 VERSIONS = "versions.json"
-CHANGEABLE = {"output_dir", "compute", "validation", "run", "max_skipped"}  # when a run resumes
+CHANGEABLE = {"output_dir", "compute", "validation", "run"}  # when a run resumes
+CHANGEABLE |= {"max_skipped", "max_skipped_share"}
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,13 @@ def run(config: DistillConfig) -> TrainSummary:
     check_wandb(config)
     check_tasks(config)
     teacher, student = load_checkpoint(config.teacher), load_checkpoint(config.student)
-    check_stored_teacher(config, teacher)
     tokens = load_tokens(student.source)
+    check_vocabulary(config, tokens)
+    check_stored_teacher(config, teacher)
+    warn_of_teacher(config, teacher)
     sources = training_sources(config, tokens)
+    check_ids(sources, tokens)
+    warn_of_prompts(config, sources)
     loader = Loader(
         sources,
         tokens,
@@ -173,6 +184,7 @@ def train(
                     if due:
                         save(checkpoints, state, progress, program)
                 watch.pause()
+                watch.ended(step)
             except Exception:
                 rescue(checkpoints, state, progress, program, watch)
                 raise

@@ -274,3 +274,29 @@ def test_padding_is_no_work_of_the_vocabulary(config, teacher, student, make_bat
     a_token = 4 * vocabulary_flops(teacher.dims, 1)
     saved = flops(program, fed) - flops(program, less)
     assert saved == a_token * (tokens(batch) - tokens(short)) > 0
+
+
+def test_a_run_without_sound_is_no_success(config, teacher, student, make_batch):
+    """No clip of any batch can be used: it stops, and does not end with a loss of 0."""
+    silent = lambda batch: replace(batch, weights=0 * batch.weights)
+    with pytest.raises(
+        InputError, match=r"the last 2 batches, to step 3, .*clip-0, clip-1, clip-2"
+    ):
+        train(config, teacher, student, Batches(make_batch, {2: silent, 3: silent}))
+    short = replace(
+        config, output_dir=config.output_dir / "short", max_skipped=10,
+        optimizer=replace(config.optimizer, steps=2),
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"16 of 16 clips could not be used to step 2"):
+        train(short, teacher, student, Batches(make_batch, {1: silent, 2: silent}))
+
+
+def test_too_many_clips_that_cannot_be_used_stop_a_run(config, teacher, student, make_batch):
+    def five_lost(batch):
+        return replace(batch, weights=batch.weights * (np.arange(8) >= 5)[:, None])
+
+    lost = Batches(make_batch, dict.fromkeys(range(1, 7), five_lost))
+    with pytest.raises(InputError, match=r"10 of 16 clips .* step 2 .* max_skipped_share 0\.5"):
+        train(config, teacher, student, lost)
+    more = replace(config, output_dir=config.output_dir / "more", max_skipped_share=0.7)
+    assert train(more, teacher, student, lost).finished

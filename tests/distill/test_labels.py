@@ -1,0 +1,98 @@
+"""Labels of another vocabulary, of another teacher, without anything before them."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flax_distil.config import DistillConfig, TrainingDataConfig
+from flax_distil.data.mixing import training_sources
+from flax_distil.distill.labels import check_ids, check_vocabulary, warn_of_prompts, warn_of_teacher
+from flax_distil.distill.trainer import run
+from flax_distil.errors import InputError
+from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.pseudo_label.labeller import fingerprint
+from flax_distil.text.tokens import load_tokens
+
+
+@pytest.fixture
+def config(random_folders, tmp_path) -> DistillConfig:
+    teacher, student = map(str, random_folders)
+    return DistillConfig(teacher, student, tmp_path / "run")
+
+
+def store(folder: Path, **settings) -> Path:
+    folder.mkdir()
+    made = {"model": "whisper-base", "task": "transcribe", "timestamps": True, "weights": "other"}
+    (folder / "labels.json").write_text(json.dumps(made | settings))
+    return folder
+
+
+def manifest(folder: Path, *labels: list[int], **columns: str) -> tuple[TrainingDataConfig, ...]:
+    path = folder / "clips.jsonl"
+    rows = [{"audio": f"{n}.wav", "token_ids": ids} | columns for n, ids in enumerate(labels)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (TrainingDataConfig(str(path), target="label"),)
+
+
+def test_labels_of_another_vocabulary_are_refused_before_training(config, tmp_path):
+    theirs = store(tmp_path / "labels", vocabulary=51_865)
+    message = r"labels holds token ids of whisper-base, .* 51,865 tokens, and the student .* 51,864"
+    with pytest.raises(InputError, match=message):
+        run(replace(config, labels=(theirs,)))
+    with pytest.raises(InputError, match=message):
+        run(replace(config, data=(TrainingDataConfig(str(theirs)),)))
+    assert not config.output_dir.exists()
+
+
+def test_times_of_large_v2_are_refused_by_large_v3(config, base_folder, tmp_path):
+    """Whose first time is the other's <|notimestamps|>; with the vocabulary's size and without."""
+    v2 = load_tokens(base_folder)
+    v3 = replace(v2, no_timestamps=v2.no_timestamps + 1)
+    labels = (store(tmp_path / "labels", vocabulary=v2.vocabulary),)
+    check_vocabulary(replace(config, labels=labels), v2)
+    with pytest.raises(InputError, match=r"51,865 tokens, and the student .* 51,866"):
+        check_vocabulary(replace(config, labels=labels), v3)
+    data = manifest(tmp_path, [v2.timestamp(0), 440, v2.timestamp(2)])
+    sources = training_sources(replace(config, data=data, language="en"), v2)
+    check_ids(sources, v2)
+    with pytest.raises(InputError, match=r"the token id 50364 in labels, .* of 51,866 tokens"):
+        check_ids(sources, v3)
+
+
+def test_ids_that_the_student_lacks_are_refused(config, tmp_path, tiny_en_folder):
+    data = manifest(tmp_path, [7, 8], [51_864])
+    tokens = load_tokens(tiny_en_folder)
+    sources = training_sources(replace(config, data=data), tokens)
+    with pytest.raises(InputError, match=r"the token id 51864, and .* has 51,864 tokens"):
+        check_ids(sources, tokens)
+
+
+def test_another_teacher_is_said_once(config, tmp_path, caplog):
+    teacher = load_checkpoint(config.teacher)
+    ours = store(tmp_path / "ours", weights=fingerprint(teacher.params))
+    one, two = store(tmp_path / "one"), store(tmp_path / "two")
+    warn_of_teacher(replace(config, labels=(ours,)), teacher)
+    assert not caplog.records
+    warn_of_teacher(replace(config, labels=(one, ours, two)), teacher)
+    (record,) = caplog.records
+    assert f"{one} by whisper-base (other), {two} by whisper-base" in record.getMessage()
+    assert str(ours) not in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("columns", "probability", "said"),
+    [({}, 0.2, 1), ({}, 0.0, 0), ({"speaker": "a"}, 0.2, 0)],
+)
+def test_prompts_that_nothing_can_give_are_said_once(
+    config, tmp_path, tiny_en_folder, caplog, columns, probability, said
+):
+    data = manifest(tmp_path, [7], [8], [9], **columns)
+    config = replace(config, data=data, prompt_probability=probability)
+    sources = training_sources(config, load_tokens(tiny_en_folder))
+    with caplog.at_level(logging.WARNING, "flax_distil.distill"):
+        caplog.clear()
+        warn_of_prompts(config, sources)
+    assert len(caplog.records) == said
