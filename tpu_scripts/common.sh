@@ -2,7 +2,8 @@
 # Sourced by every script here: settings, --dry-run, and how to reach all workers.
 #
 # Settings are environment variables, or lines NAME=value of the file that TPU_ENV names (tpu.env in
-# the current folder); the environment outranks the file. tpu.env.example explains each.
+# the current folder); the environment outranks the file. tpu.env.example explains each. The file is
+# data: no other variable can be set by it, and no value has characters that a shell would act on.
 
 set -euo pipefail
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
@@ -12,6 +13,19 @@ fi
 
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 SECRETS=(HF_TOKEN WANDB_API_KEY)
+# What a value must look like. Numbers reach (( )), which would run a command in them, and have no
+# leading zero, which means octal there.
+WORD='[A-Za-z0-9][-A-Za-z0-9_.]*' NUMBER='0|[1-9][0-9]{0,5}' NAMES='[A-Za-z0-9][-A-Za-z0-9_./:@]*'
+declare -A FORMS=(
+  [TPU_NAME]='[a-z][-a-z0-9]*' [TPU_ZONE]=$WORD [TPU_PROJECT]=$NAMES [TPU_TYPE]=$WORD
+  [TPU_CAPACITY]='[a-z-]+' [TPU_RUNTIME]=$WORD [TPU_VALID_UNTIL]=$WORD [TPU_NETWORK]=$NAMES
+  [TPU_SUBNETWORK]=$NAMES [TPU_SERVICE_ACCOUNT]=$NAMES [TPU_INTERNAL_IP]='yes|no'
+  [TPU_BUCKET]=$WORD [TPU_PYTHON]='/?'$NAMES [TPU_EXTRAS]='[a-z0-9][-a-z0-9_,]*' [TPU_RUN]=$WORD
+  [TPU_POLL_SECONDS]="($NUMBER)(\\.[0-9]+)?" [TPU_PARALLEL]='[1-9][0-9]{0,5}'
+  [TPU_STOP_SECONDS]=$NUMBER [TPU_STATE]='[^-].*' [TPU_KEEP_COMMIT]='yes|no'
+  [XPK_CLUSTER]=$WORD [XPK_IMAGE]=$NAMES [XPK_STORAGE]=$WORD [XPK_ENV_FILE]='[^-].*'
+  [HF_TOKEN]='.*' [WANDB_API_KEY]='.*'
+)
 DRY_RUN=no
 exec 3>&1 # what a dry run prints must not end in $(…)
 SCRATCH=$(mktemp -d)
@@ -48,27 +62,62 @@ read_arguments() {
 }
 
 read_settings() {
-  local file=${TPU_ENV:-tpu.env} name value
+  local file=${TPU_ENV:-tpu.env} name
   if [[ -f $file ]]; then
-    while IFS='=' read -r name value || [[ -n $name ]]; do
-      [[ $name =~ ^[A-Z_]+$ ]] || continue
-      [[ -v $name ]] || export "$name=$value"
-    done <"$file"
+    read_file "$file"
   elif [[ -n ${TPU_ENV:-} ]]; then
     die "TPU_ENV names $file, which is not there"
   fi
   for name in TPU_NAME TPU_ZONE; do
     [[ -n ${!name:-} ]] || die "$name is not set: see tpu_scripts/tpu.env.example"
   done
-  [[ $TPU_NAME =~ ^[a-z][-a-z0-9]*$ ]] || die "TPU_NAME=$TPU_NAME must be of a-z, 0-9 and -"
+  for name in "${!FORMS[@]}"; do
+    [[ -z ${!name:-} || ${!name} =~ ^(${FORMS[$name]})$ ]] ||
+      die "$name=${!name} must match ${FORMS[$name]}: see tpu_scripts/tpu.env.example"
+  done
   TPU_RUN=${TPU_RUN:-run}
-  [[ $TPU_RUN =~ ^[-A-Za-z0-9_.]+$ ]] || die "TPU_RUN=$TPU_RUN must be of letters, digits, - _ ."
   POLL_SECONDS=${TPU_POLL_SECONDS:-60}
   PLACE=("--zone=$TPU_ZONE")
   [[ -z ${TPU_PROJECT:-} ]] || PLACE+=("--project=$TPU_PROJECT")
   REACH=("${PLACE[@]}" --quiet)
   [[ ${TPU_INTERNAL_IP:-no} == no ]] || REACH+=(--internal-ip)
   STATE=${TPU_STATE:-runs/tpu}/$TPU_NAME # what the next script has to know
+}
+
+# Exports the lines NAME=value of a file, where NAME is a setting that the environment lacks.
+read_file() {
+  local line name number=0
+  while read -r line || [[ -n $line ]]; do
+    ((++number))
+    line=${line%$'\r'} name=${line%%=*}
+    [[ -n $line && $line != '#'* ]] || continue
+    # Without the value, which may be a secret.
+    [[ $line == *=* && $name =~ ^[A-Z_]+$ ]] || die "$1, line $number is not NAME=value"
+    [[ -v FORMS[$name] ]] || die "$1, line $number: there is no setting $name"
+    [[ -v $name ]] || export "$name=${line#*=}"
+  done <"$1"
+}
+
+# Ends where a word of the command has the value of a secret, here or in a file of lines NAME=value:
+# process tables, logs and the cluster keep commands.
+refuse_secrets() {
+  local file=$1 name line secret argument values=()
+  shift
+  for name in "${SECRETS[@]}"; do
+    values+=("$name=${!name:-}")
+  done
+  if [[ -n $file ]]; then
+    [[ -f $file ]] || die "there is no file $file"
+    while read -r line || [[ -n $line ]]; do values+=("${line%$'\r'}"); done <"$file"
+  fi
+  for line in "${values[@]}"; do
+    name=${line%%=*} secret=${line#*=}
+    [[ $line == *=* && -n $secret && $name =~ (TOKEN|KEY|SECRET|PASSWORD)$ ]] || continue
+    for argument in "$@"; do
+      [[ $argument != *"$secret"* ]] ||
+        die "the command contains the value of $name, which workers get otherwise: leave it out"
+    done
+  done
 }
 
 # Runs a command, or prints it so that it could be pasted.
@@ -110,7 +159,7 @@ find_workers() {
     --format='value(networkEndpoints.len())') || count=0
   if [[ $DRY_RUN == yes ]]; then
     WORKERS=(all)
-  elif ((count > 0)); then
+  elif [[ $count =~ ^[1-9][0-9]*$ ]]; then
     mapfile -t WORKERS < <(seq 0 $((count - 1)))
   else
     say "the workers of $TPU_NAME in $TPU_ZONE cannot be listed: is it there? create.sh makes it"

@@ -11,13 +11,7 @@ main() {
   read_arguments "$@"
   read_settings
   ((${#ARGUMENTS[@]})) || die "what shall run? launch.sh python run_distill_flax.py --recipe …"
-  local name argument
-  for name in "${SECRETS[@]}"; do
-    for argument in "${ARGUMENTS[@]}"; do
-      [[ -z ${!name:-} || $argument != *"${!name}"* ]] ||
-        die "the command contains the value of $name, which setup.sh gives to the workers: leave it out"
-    done
-  done
+  refuse_secrets '' "${ARGUMENTS[@]}"
   if [[ ${ARGUMENTS[*]} == *distill* && ${ARGUMENTS[*]} != *resume* ]]; then
     say "note: without --run.resume auto this cannot go on after a preemption"
   fi

@@ -61,7 +61,10 @@ class Pod:
             state |= json.loads(file.read_text())
         file.write_text(json.dumps(state | changes))
 
-    def run(self, script: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
+    def run(
+        self, script: str, *arguments: str, **settings: str | None
+    ) -> subprocess.CompletedProcess:
+        """Runs a script to its end; a setting that is None is not set."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")}
         own = {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
@@ -76,7 +79,7 @@ class Pod:
         return subprocess.run(
             [SCRIPTS / script, *arguments],
             cwd=self.folder / "here",
-            env=clean | own | settings,
+            env={k: v for k, v in (clean | own | settings).items() if v is not None},
             capture_output=True,
             text=True,
             timeout=60,
@@ -188,6 +191,61 @@ def test_settings_file(pod):
     (pod.folder / "here" / "tpu.env").write_text("# mine\nTPU_NAME=other\nTPU_CAPACITY=spot\n")
     assert pod.run("create.sh").returncode == 0
     assert pod.calls()[1] == CREATE + " --spot"  # TPU_NAME of the environment wins
+
+
+COMMAND = "a[$(touch ran)]"
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ("stop.sh", f"TPU_STOP_SECONDS={COMMAND}"),
+        ("stop.sh", f"TPU_PARALLEL={COMMAND}"),
+        ("stop.sh", "TPU_PARALLEL=0"),
+        ("stop.sh", "TPU_STOP_SECONDS=010"),
+        ("stop.sh", "TPU_RUN=.."),
+        ("create.sh", "TPU_POLL_SECONDS=infinity"),
+        ("create.sh", "TPU_TYPE=$(touch ran)"),
+        ("setup.sh", "TPU_BUCKET=--key-file=x"),
+        ("setup.sh", "TPU_EXTRAS=tpu];touch ran;["),
+        ("gke/xpk.sh", "XPK_IMAGE=image;touch ran"),
+    ],
+)
+def test_settings_that_a_shell_would_act_on(pod, script, line):
+    pod.state(queue="ACTIVE", node="READY")
+    pod.program("xpk", "touch ran")
+    (pod.folder / "here" / "tpu.env").write_text(line)
+    name, _, value = line.partition("=")
+    unset = {name: None} if name in ("TPU_STOP_SECONDS", "TPU_POLL_SECONDS", "TPU_TYPE") else {}
+    settings = {"XPK_CLUSTER": "c"} | ({} if name == "XPK_IMAGE" else {"XPK_IMAGE": "i"})
+    result = pod.run(script, *(["x"] if "xpk" in script else []), **settings, **unset)
+    assert result.returncode == 1
+    assert f"{name}={value} must match" in result.stderr
+    assert pod.calls() == []
+    assert not list(pod.folder.rglob("ran"))
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("BASH_ENV=evil.sh", "there is no setting BASH_ENV"),
+        ("PATH=.", "there is no setting PATH"),
+        ("FORMS=x", "there is no setting FORMS"),
+        ("TPU_NAMES=pod", "there is no setting TPU_NAMES"),
+        ("export TPU_NAME=pod", "is not NAME=value"),
+        ("hf_secret", "is not NAME=value"),
+    ],
+)
+def test_lines_of_the_settings_file_that_are_no_settings(pod, line, complaint):
+    here = pod.folder / "here"
+    (here / "evil.sh").write_text("touch ran")
+    (here / "tpu.env").write_text(f"# mine\r\nTPU_CAPACITY=spot\r\n{line}")
+    result = pod.run("teardown.sh")
+    assert result.returncode == 1
+    assert "tpu.env, line 3" in result.stderr
+    assert complaint in result.stderr
+    assert "hf_secret" not in result.stderr
+    assert not (here / "ran").exists()
 
 
 def test_setup_brings_the_commit_and_its_environment(pod):
@@ -443,6 +501,22 @@ def test_xpk(pod):
     ]
     assert pod.run("gke/xpk.sh", "--dry-run", "x", **settings).stdout.startswith("+ xpk workload")
     assert "XPK_IMAGE is not set" in pod.run("gke/xpk.sh", "x", XPK_CLUSTER="c").stderr
+
+
+@pytest.mark.parametrize("kept", ["environment", "file"])
+def test_xpk_refuses_a_secret_in_the_command(pod, kept):
+    pod.program("xpk", "touch ran")
+    token = SECRETS["HF_TOKEN"]
+    file = pod.folder / "here" / "secrets.env"
+    file.write_text(f"JAX_PLATFORMS=train\nHF_TOKEN={token}")
+    where = {"XPK_ENV_FILE": "secrets.env"} if kept == "file" else SECRETS
+    settings = {"XPK_CLUSTER": "c", "XPK_IMAGE": "image:1"} | where
+    result = pod.run("gke/xpk.sh", "train", f"--token={token}", **settings)
+    assert result.returncode == 1
+    assert "the command contains the value of HF_TOKEN" in result.stderr
+    assert token not in result.stdout + result.stderr
+    assert not list(pod.folder.rglob("ran"))
+    assert pod.run("gke/xpk.sh", "train", **settings).returncode == 0
 
 
 def test_shellcheck():

@@ -15,6 +15,7 @@ main() {
     [[ -n ${!name:-} ]] || die "$name is not set"
   done
   ((${#ARGUMENTS[@]})) || die "what shall run? gke/xpk.sh python run_distill_flax.py --recipe …"
+  refuse_secrets "${XPK_ENV_FILE:-}" "${ARGUMENTS[@]}"
   case ${TPU_CAPACITY:-on-demand} in
     on-demand) flags+=(--on-demand) ;;
     spot) flags+=(--spot) ;;

@@ -48,6 +48,7 @@ start() {
 
 stop() {
   local folder=$1 group second
+  [[ $2 =~ ^[0-9]+$ ]] || { echo "seconds must be a number, not $2" >&2 && return 2; }
   if ! alive "$folder"; then
     echo "not running"
     return
@@ -72,7 +73,7 @@ status() {
     echo absent
   elif [[ ! -f $folder/status ]]; then
     echo "failed: killed from outside"
-  elif read -r code <"$folder/status" && ((code == 0)); then
+  elif read -r code <"$folder/status" && [[ $code == 0 ]]; then
     echo ended
   else
     echo "failed: status $code; the log ends so:"
