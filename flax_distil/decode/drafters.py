@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_distil.decode.greedy import Prompt, Sampling, likeliest, prefill
 from flax_distil.decode.rules import Progress, RuleSet, advance, apply
+from flax_distil.model.precision import product
 from flax_distil.model.spec import Params, Spec
 from flax_distil.model.whisper import Cache
 from flax_distil.text.tokens import WhisperTokens
@@ -133,15 +134,13 @@ class ModelDrafter:
 
     def _projection(self):
         """Hidden states [B D] to logits over all ids, -inf on those it may not guess."""
-        wide = jnp.promote_types(self.head_DU.dtype, jnp.float32)
-        product = partial(jnp.einsum, "bd,du->bu", preferred_element_type=wide)
         if self.vocabulary is None:
-            return lambda hidden_BD: product(hidden_BD, self.head_DU)
+            return lambda hidden_BD: product("bd,du->bu", hidden_BD, self.head_DU)
         size = len(self.vocabulary)
         place_V = jnp.full(self.spec.dims.vocab, size).at[self.vocabulary].set(jnp.arange(size))
 
         def project(hidden_BD: Array) -> Array:
-            logits_BU = product(hidden_BD, self.head_DU)
+            logits_BU = product("bd,du->bu", hidden_BD, self.head_DU)
             padded_BU = jnp.pad(logits_BU, ((0, 0), (0, 1)), constant_values=-jnp.inf)
             return padded_BU[:, place_V]
 

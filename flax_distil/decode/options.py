@@ -44,7 +44,7 @@ class DecodeOptions:
     hotwords: str | None = None
     """Words to expect, put in front of all other text that went before, in every window."""
     prefix: str | None = None
-    """How the text of the window begins; it is not repeated in the result."""
+    """How the text begins: of the first window, and of every chunk. The result begins so too."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens that were written in this window before less probable."""
     no_repeat_ngram: int = 0

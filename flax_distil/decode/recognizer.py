@@ -190,7 +190,8 @@ def decode(
         copies = options.best_of if drawn else 1
         penalty = options.length_penalty
         found = greedy(*arguments, drawn, copies, penalty, recognizer.head_DV)
-    return read(jax.device_get(found), windows, tokens, jax.device_get(tally))
+    prefix = prefix_ids(tokens, options)
+    return read(jax.device_get(found), windows, tokens, prefix, jax.device_get(tally))
 
 
 def drafting_pays(windows: Sequence[Window], rows: int) -> bool:
@@ -292,7 +293,7 @@ def prompt_ids(recognizer: Recognizer, options: DecodeOptions, window: Window) -
         InputError: hotwords or prefix are too long, or the model lacks the language or task.
     """
     tokens, half = recognizer.tokens, recognizer.spec.dims.text_positions // 2
-    prefix = text_ids(tokens, options.prefix)
+    prefix = prefix_ids(tokens, options)
     room = room_before(recognizer, options)
     previous = text_ids(tokens, options.hotwords) + (window.previous[-room:] if room else ())
     language = window.language if tokens.multilingual else None
@@ -302,6 +303,13 @@ def prompt_ids(recognizer: Recognizer, options: DecodeOptions, window: Window) -
         raise InputError(f"the prefix has {len(prefix)} tokens: use at most {most}")
     before = tokens.prompt(language, options.task, options.timestamps, previous)
     return [*before, *prefix]
+
+
+def prefix_ids(tokens: WhisperTokens, options: DecodeOptions) -> tuple[int, ...]:
+    """How the text begins; with timestamps at 0.00 s, for a model that reads words without one
+    closes them at once and writes no more."""
+    prefix = text_ids(tokens, options.prefix)
+    return (tokens.timestamp_begin, *prefix) if prefix and options.timestamps else prefix
 
 
 def room_before(recognizer: Recognizer, options: DecodeOptions) -> int:
@@ -327,6 +335,7 @@ def rule_set(tokens: WhisperTokens, options: DecodeOptions) -> RuleSet:
         timestamp_begin=tokens.timestamp_begin if options.timestamps else None,
         no_timestamps=tokens.no_timestamps,
         max_initial=round(options.max_initial_timestamp / 0.02),
+        prefixed=options.timestamps and bool(text_ids(tokens, options.prefix)),
         repetition_penalty=options.repetition_penalty,
         no_repeat_ngram=options.no_repeat_ngram,
     )
@@ -359,13 +368,17 @@ def make_prompt(prompts: Sequence[Sequence[int]], sot: int) -> Prompt:
 
 
 def read(
-    found: Found, windows: Sequence[Window], tokens: WhisperTokens, tally: Tally | None = None
+    found: Found,
+    windows: Sequence[Window],
+    tokens: WhisperTokens,
+    prefix: tuple[int, ...] = (),
+    tally: Tally | None = None,
 ) -> list[Hypothesis]:
-    """Hypotheses out of the first rows of a search's result."""
+    """Hypotheses out of the first rows of a search's result, which `prefix` goes before."""
     hypotheses = []
     for row, window in enumerate(windows):
         length = int(found.lengths[row])
-        ids = tuple(int(token) for token in found.tokens[row, :length])
+        ids = (*prefix, *(int(token) for token in found.tokens[row, :length]))
         text = tokens.decode(ids).strip()
         hypotheses.append(
             Hypothesis(

@@ -40,6 +40,7 @@ class RuleSet:
 
     timestamp_begin: the token of 0.00 s; timestamps are off where it is None.
     max_initial: the largest first timestamp, in steps of 0.02 s.
+    prefixed: with timestamps, the prompt ends in 0.00 s and the first words of the text.
     repetition_penalty: divides positive and multiplies negative logits of tokens written before.
     no_repeat_ngram: no run of so many tokens is written twice; 0 allows it.
     """
@@ -51,6 +52,7 @@ class RuleSet:
     timestamp_begin: int | None = None
     no_timestamps: int = -1
     max_initial: int = 50
+    prefixed: bool = False
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
 
@@ -69,7 +71,9 @@ class RuleSet:
         rules += [suppress_first(self.suppressed_first), suppress(self.suppressed)]
         if self.timestamp_begin is not None:
             rules.append(suppress((self.no_timestamps,)))
-            rules.append(timestamps(self.timestamp_begin, self.end, self.max_initial))
+            rules.append(
+                timestamps(self.timestamp_begin, self.end, self.max_initial, self.prefixed)
+            )
         return rules
 
 
@@ -119,23 +123,28 @@ def suppress_first(tokens: Sequence[int]) -> Rule:
     return rule
 
 
-def timestamps(begin: int, end: int, max_initial: int) -> Rule:
+def timestamps(begin: int, end: int, max_initial: int, prefixed: bool = False) -> Rule:
     """Timestamps come in pairs, never go back, open the text, and win where their mass is larger.
 
-    begin: token of 0.00 s. end: the end-of-text token. max_initial: steps of 0.02 s.
+    begin: token of 0.00 s. end: the end-of-text token. max_initial: steps of 0.02 s. prefixed: the
+    text was opened by the prompt, at 0.00 s.
     """
 
     def rule(logits_BV: Array, progress: Progress) -> Array:
         token = jnp.arange(logits_BV.shape[-1])
         is_time = token >= begin
-        first = (progress.index == 0)[..., None]
-        stamped = (progress.last >= begin)[:, None]
-        paired = stamped & ((progress.before >= begin) | (progress.index < 2))[:, None]
+        latest, first = progress.latest, (progress.index == 0)[..., None]
+        stamped, before = (progress.last >= begin)[:, None], progress.before >= begin
+        if prefixed:
+            latest, first = jnp.maximum(latest, begin), jnp.zeros_like(first)
+        else:
+            before |= progress.index < 2
+        paired = stamped & before[:, None]
         # After a pair comes text; after a closing timestamp its twin or the end.
         forbidden = (paired & is_time) | (stamped & ~paired & (token < end))
         # A closing timestamp may repeat the opening one only as the next one's beginning.
-        floor = progress.latest[:, None] + jnp.where(stamped & ~paired, 0, 1)
-        forbidden |= (progress.latest >= 0)[:, None] & is_time & (token < floor)
+        floor = latest[:, None] + jnp.where(stamped & ~paired, 0, 1)
+        forbidden |= (latest >= 0)[:, None] & is_time & (token < floor)
         forbidden |= first & (~is_time | (token > begin + max_initial))
         logits_BV = jnp.where(forbidden, -jnp.inf, logits_BV)
         log_probability_BV = jax.nn.log_softmax(logits_BV)

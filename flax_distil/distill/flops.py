@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_distil.distill.step import Plan
 from flax_distil.model.dims import WhisperDims
+from flax_distil.model.precision import product as multiply
 
 
 def step_flops(
@@ -98,7 +99,7 @@ def measured_peak(mesh: Mesh, dtype: str, seconds: float = 0.5) -> float:
 
     @partial(jax.jit, out_shardings=each)
     def product(left: jax.Array, right: jax.Array) -> jax.Array:
-        wide = jnp.einsum("nij,njk->nik", left, right, preferred_element_type=jnp.float32)
+        wide = multiply("nij,njk->nik", left, right)
         return (wide / side).astype(left.dtype)
 
     ones = jax.jit(lambda: jnp.ones(shape, dtype), out_shardings=each)()

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_distil.config import LossConfig
+from flax_distil.model.precision import product
 
 
 class Heard(NamedTuple):
@@ -114,7 +115,6 @@ _fused.defvjp(_forward, _backward)
 def _sweep(hidden_GND, embedding_GVD, rows: Rows, theirs, config: LossConfig, chunk: int):
     """The sums, and the gradients of the total, chunk by chunk of the tokens that count."""
     narrow, wide = hidden_GND.dtype, jnp.promote_types(hidden_GND.dtype, jnp.float32)
-    product = partial(jnp.einsum, preferred_element_type=wide)
     ours, theirs = jax.tree.map(lambda x: x.astype(narrow), (embedding_GVD, theirs))
     order_GN = jnp.argsort(rows.weights == 0, axis=1, stable=True)
     used = jnp.max(jnp.sum(rows.weights != 0, axis=1))

@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Bool, Float
 
+from flax_distil.model.precision import product
 from flax_distil.parallel.mesh import in_mesh, on_each_device, on_tpu
 
 QUERY_BLOCK = 300  # queries at a time where they divide: 1500 audio positions are 5 blocks
@@ -100,13 +101,11 @@ def attend_side_by_side(
     """
     clips, _, width = k_CSD.shape
     own_HD = np.arange(width) // (width // heads) == np.arange(heads)[:, None]
-    wide = jnp.promote_types(q_BQD.dtype, jnp.float32)
-    product = partial(jnp.einsum, preferred_element_type=wide)
     q_CQHD = q_BQD.reshape(clips, -1, 1, width) * own_HD.astype(q_BQD.dtype)
     scores_CQHS = product("cqhd,csd->cqhs", q_CQHD, k_CSD)
     if mask_QS is not None:
         mask_QHS = mask_QS[:, None] if mask_QS.ndim == 2 else mask_QS.swapaxes(1, 2)
-        scores_CQHS = jnp.where(mask_QHS, scores_CQHS, jnp.finfo(wide).min)
+        scores_CQHS = jnp.where(mask_QHS, scores_CQHS, jnp.finfo(scores_CQHS.dtype).min)
     weights = jnp.exp(scores_CQHS - scores_CQHS.max(axis=-1, keepdims=True))
     mixed_CQHD = product("cqhs,csd->cqhd", weights.astype(v_CSD.dtype), v_CSD)
     mixed_CQHD = mixed_CQHD / weights.sum(axis=-1, keepdims=True)
@@ -176,11 +175,9 @@ def _block(length: int) -> int:
 
 def _attend(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, mask_QS: Array | None = None) -> Array:
     """Normalises after the value product: dividing [Q, K] numbers instead of [Q, S]."""
-    wide = jnp.promote_types(q_BHQK.dtype, jnp.float32)
-    product = partial(jnp.einsum, preferred_element_type=wide)
     scores = product("bhqk,bhsk->bhqs", q_BHQK, k_BHSK)
     if mask_QS is not None:
-        scores = jnp.where(mask_QS, scores, jnp.finfo(wide).min)
+        scores = jnp.where(mask_QS, scores, jnp.finfo(scores.dtype).min)
     top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)

@@ -3,8 +3,9 @@
 Letters, here and everywhere: B batch, T mel frames (3000), S audio positions (1500), L tokens,
 D width, H heads, K head size, F feed-forward, V vocabulary, M mel bins, N layers.
 
-Pure maths: no loading, generation, sharding or loss. Compute runs in `dtype`; softmax, layer norm
-and logits in float32. The key/value cache goes in and comes out.
+Pure maths: no loading, generation, sharding or loss. Compute runs in `dtype`, as exactly as that
+says (`model.precision`); softmax, layer norm and logits in float32. The key/value cache goes in and
+comes out.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_distil.model.attention import FEW_QUERIES, attend_side_by_side, attention, filled
 from flax_distil.model.dims import WhisperDims
+from flax_distil.model.precision import precision, product
 from flax_distil.parallel.mesh import on_tpu
 
 
@@ -61,7 +63,14 @@ class Encoder(nnx.Module):
     """Two convolutions (the second halves time), fixed sinusoids, N self-attention layers."""
 
     def __init__(self, dims: WhisperDims, dtype: Any, remat: bool, rngs: nnx.Rngs):
-        conv = partial(nnx.Conv, kernel_size=(3,), padding=1, dtype=dtype, rngs=rngs)
+        conv = partial(
+            nnx.Conv,
+            kernel_size=(3,),
+            padding=1,
+            dtype=dtype,
+            precision=precision(dtype),
+            rngs=rngs,
+        )
         self.conv1 = conv(dims.mels, dims.width)
         self.conv2 = conv(dims.width, dims.width, strides=2)
         self.positions = nnx.Param(sinusoids(dims.audio_positions, dims.width))
@@ -148,8 +157,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Scores over the vocabulary in float32, tied to the token embedding."""
         embedding_VD = self.tokens.embedding[...].astype(hidden_BLD.dtype)
-        wide = jnp.promote_types(hidden_BLD.dtype, jnp.float32)
-        return jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=wide)
+        return product("bld,vd->blv", hidden_BLD, embedding_VD)
 
     def projection(
         self, head_DV: Float[Array, "D V"] | None = None
@@ -158,13 +166,9 @@ class Decoder(nnx.Module):
 
         head_DV: that copy, where the caller keeps one; else it is made.
         """
-        if head_DV is None:
-            embedding_VD = self.tokens.embedding[...].astype(self.tokens.dtype)
-            head_DV = jax.lax.optimization_barrier(embedding_VD.T)
-        wide = jnp.promote_types(self.tokens.dtype, jnp.float32)
-        return lambda hidden_BLD: jnp.einsum(
-            "bld,dv->blv", hidden_BLD, head_DV, preferred_element_type=wide
-        )
+        own_VD = self.tokens.embedding[...].astype(self.tokens.dtype)
+        kept_DV = jax.lax.optimization_barrier(own_VD.T) if head_DV is None else head_DV
+        return lambda hidden_BLD: product("bld,dv->blv", hidden_BLD, kept_DV)
 
     def start(
         self, audio_BSD: Float[Array, "B S D"], length: int, side_by_side: bool = False
@@ -258,7 +262,9 @@ class Attention(nnx.Module):
     """Projections around `attention`; Whisper's keys have no bias."""
 
     def __init__(self, width: int, heads: int, dtype: Any, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, width, width, dtype=dtype, rngs=rngs)
+        linear = partial(
+            nnx.Linear, width, width, dtype=dtype, precision=precision(dtype), rngs=rngs
+        )
         self.query = linear()
         self.key = linear(use_bias=False)
         self.value = linear()
@@ -293,9 +299,7 @@ class Attention(nnx.Module):
     def scores(self, x_BLD: Float[Array, "B L D"], seen: KeyValues) -> Float[Array, "B H L S"]:
         """Scaled products of queries and keys, before the softmax."""
         q_BHLK = self.to_heads(self.query, x_BLD)
-        wide = jnp.promote_types(q_BHLK.dtype, jnp.float32)
-        scale = q_BHLK.shape[-1] ** -0.5
-        return scale * jnp.einsum("bhlk,bhsk->bhls", q_BHLK, seen.keys, preferred_element_type=wide)
+        return q_BHLK.shape[-1] ** -0.5 * product("bhlk,bhsk->bhls", q_BHLK, seen.keys)
 
     def to_heads(self, linear: nnx.Linear, x_BLD: Float[Array, "B L D"]) -> Array:
         """What `linear` makes of x, [B H L K]: heads before time, the layout that decodes fastest.
@@ -306,7 +310,8 @@ class Attention(nnx.Module):
             return self.split(linear(x_BLD))
         width, dtype = x_BLD.shape[-1], linear.dtype
         kernel_DHK = linear.kernel[...].astype(dtype).reshape(width, self.heads, -1)
-        y_BHLK = jnp.einsum("bld,dhk->bhlk", x_BLD.astype(dtype), kernel_DHK)
+        x_BLD, exact = x_BLD.astype(dtype), precision(dtype)
+        y_BHLK = jnp.einsum("bld,dhk->bhlk", x_BLD, kernel_DHK, precision=exact)
         if linear.bias is None:
             return y_BHLK
         return y_BHLK + linear.bias[...].astype(dtype).reshape(self.heads, 1, -1)
@@ -318,7 +323,8 @@ class Attention(nnx.Module):
             return self.out(x_BHLK.swapaxes(1, 2).reshape(batch, length, heads * size))
         dtype = self.out.dtype
         kernel_HKD = self.out.kernel[...].astype(dtype).reshape(heads, size, -1)
-        y_BLD = jnp.einsum("bhlk,hkd->bld", x_BHLK.astype(dtype), kernel_HKD)
+        x_BHLK, exact = x_BHLK.astype(dtype), precision(dtype)
+        y_BLD = jnp.einsum("bhlk,hkd->bld", x_BHLK, kernel_HKD, precision=exact)
         bias_D = self.out.bias
         assert bias_D is not None
         return y_BLD + bias_D[...].astype(dtype)
@@ -333,8 +339,9 @@ class FeedForward(nnx.Module):
     """Two projections around an exact GELU."""
 
     def __init__(self, width: int, ffn: int, dtype: Any, rngs: nnx.Rngs):
-        self.up = nnx.Linear(width, ffn, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(ffn, width, dtype=dtype, rngs=rngs)
+        linear = partial(nnx.Linear, dtype=dtype, precision=precision(dtype), rngs=rngs)
+        self.up = linear(width, ffn)
+        self.down = linear(ffn, width)
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         return self.down(gelu(self.up(x_BLD)))

@@ -74,6 +74,7 @@ class Reading:
     unaided: int = 0  # windows until an assistant is asked again
     pause: int = 0  # how many they were the last time
     told: int = 0  # frames that the caller knows to be read
+    fresh: bool = True  # whether its first window is to be decoded
 
     @property
     def offset(self) -> float:
@@ -153,7 +154,12 @@ def transcribe_sequentially(
                 return
             reading[following[0]] = begin(recognizer, following[1], known, prompt, sequential)
             continue
-        advance(recognizer, list(reading.values()), options, sequential, assistant)
+        # As in faster-whisper, only the first window begins with the prefix.
+        first = [one for one in reading.values() if one.fresh and options.prefix]
+        later = [one for one in reading.values() if not (one.fresh and options.prefix)]
+        for some, prefix in ((first, options.prefix), (later, None)):
+            if some:
+                advance(recognizer, some, replace(options, prefix=prefix), sequential, assistant)
         for number, one in reading.items():
             yield number, one.tell(min(one.seek, len(one.mel))), None
 
@@ -214,6 +220,7 @@ def advance(
     for one, part, hypothesis in zip(reading, parts, found, strict=True):
         one.count(hypothesis.tally, assistant.break_even if assistant else 0)
         take(one, part)
+        one.fresh = False
         hot = hypothesis.temperature > FORGET_ABOVE
         if not part.passed_over and (hot or not sequential.condition_on_previous_text):
             one.forgotten = len(one.written)

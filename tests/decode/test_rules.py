@@ -1,5 +1,6 @@
 """The rules against openai-whisper's filters, on random logits and random histories."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -32,6 +33,27 @@ def theirs(filters, logits: np.ndarray, history: np.ndarray) -> np.ndarray:
     for each in filters:
         each.apply(logits, tokens)
     return logits.numpy()
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 7])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_timestamps_behind_a_prefix_equal_openai_s_behind_written_text(length, by_row):
+    """The prompt's 0.00 s and words count as written: the next token need be no timestamp."""
+    rng = np.random.default_rng(length)
+    text, time = rng.integers(0, END, (200, length)), rng.integers(BEGIN, VOCAB, (200, length))
+    history = np.where(rng.random((200, length)) < 0.5, text, time)
+    logits = rng.normal(size=(200, VOCAB)) * rng.uniform(0.1, 8, (200, 1))
+    logits[:, BEGIN:] += rng.uniform(-6, 3, (200, 1))
+    logits = logits.astype(np.float32)
+    filters = [
+        SuppressTokens(RULES.suppressed),
+        ApplyTimestampRules(TOKENS, PROMPT, RULES.max_initial),
+    ]
+    prefixed = replace(RULES, prefixed=True, suppressed_first=())
+    opened = np.concatenate([np.tile([BEGIN, 5], (200, 1)), history], axis=1)
+    result = ours(prefixed, logits, history, by_row)
+    np.testing.assert_array_equal(result, theirs(filters, logits, opened))
+    assert (result[:, :END] > -np.inf).any()
 
 
 def ours(rules: RuleSet, logits: np.ndarray, history: np.ndarray, by_row: bool) -> np.ndarray:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import whisper
 
+from flax_distil.config import ExportConfig
 from flax_distil.decode.assistant import make_assistant
 from flax_distil.decode.options import DecodeOptions, Hypothesis, Tally
 from flax_distil.decode.recognizer import Window, make_recognizer, prompt_ids
 from flax_distil.errors import InputError
+from flax_distil.export import run
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import init_student
@@ -223,3 +225,34 @@ def test_an_assistant_with_ears_of_its_own(monkeypatch, random_folders, long_for
     found = transcribe(audio, recognizer, **arguments, assistant=assistant)
     assert plain.segments
     assert [one.tokens for one in found.segments] == [one.tokens for one in plain.segments]
+
+
+@pytest.fixture(scope="module")
+def faster_tiny_en(tiny_en_folder, tmp_path_factory):
+    from faster_whisper import WhisperModel
+
+    folder = tmp_path_factory.mktemp("faster") / "tiny.en"
+    run(ExportConfig(str(tiny_en_folder), folder, format=("ctranslate2",)))
+    return WhisperModel(str(folder), device="cpu", compute_type="float32", cpu_threads=1)
+
+
+def test_a_prefix_opens_the_first_window_as_in_faster_whisper(
+    tiny_en, faster_tiny_en, human_clips, talk
+):
+    """A prefix without a time before it is closed at once, and the rest of the sentence lost."""
+    options = {
+        "language": "en",
+        "temperature": 0.0,
+        "beam_size": 1,
+        "condition_on_previous_text": False,
+    }
+    recordings = [(human_clips[5][0], "There is currently"), (talk[: 40 * 16_000], "That agent is already")]
+    plain = replace(PLAIN, condition_on_previous_text=False)
+    for waveform, prefix in recordings:
+        theirs = list(faster_tiny_en.transcribe(waveform, prefix=prefix, **options)[0])
+        ours = transcribe(waveform, tiny_en, options=DecodeOptions(prefix=prefix), long_form=plain)
+        expected = "".join(segment.text for segment in theirs)
+        assert expected.startswith(f" {prefix}")
+        assert word_errors([expected], [ours.text]).rate <= 0.005
+        assert ours.segments[0].start == theirs[0].start == 0
+        assert ours.segments[0].end == pytest.approx(theirs[0].end, abs=0.2)

@@ -1,0 +1,25 @@
+"""How exactly matrices are multiplied: as their type says, on every device.
+
+Unless told, GPUs round float32 factors to TF32 (10 bits) and TPUs to bfloat16 (7 bits).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.lax import Precision
+from jaxtyping import Array, Float
+
+
+def precision(dtype: Any) -> Precision | None:
+    """What products of this type ask of XLA: float32 is float32; others have one way only."""
+    return Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def product(
+    subscripts: str, left: Float[Array, "..."], right: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """`einsum` of two arrays of one type, summed and returned in float32 or wider."""
+    wide = jnp.promote_types(left.dtype, jnp.float32)
+    return jnp.einsum(
+        subscripts, left, right, precision=precision(left.dtype), preferred_element_type=wide
+    )
