@@ -25,8 +25,8 @@ class DataConfig:
     """Where speech comes from, and which columns hold what."""
 
     source: Positional[str]
-    """Hub name, folder of audio (with metadata.csv or .jsonl, or none), JSONL manifest, Parquet
-    (folder, file or glob), folder saved by `datasets`, or a label store."""
+    """Hub name, folder of audio (with lists of it, texts beside it, or neither), list (JSONL, JSON,
+    CSV, TSV), Parquet, pattern of such files, folder saved by `datasets`, or a label store."""
     config: str | None = None
     """Configuration of a hub dataset, such as clean."""
     split: str | None = None

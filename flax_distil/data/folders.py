@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flax_distil.config import DataConfig
+from flax_distil.data.cells import cell_seconds
 from flax_distil.data.lists import (
     SURROGATE,
     List,
@@ -50,6 +51,7 @@ SPLITS = {
 }
 # fmt: on
 LIBRISPEECH_NAME = re.compile(r"(?P<chapter>(?P<speaker>\d+)-\d+)-\d+")
+SPANS = (("start", "end"), ("start_time", "end_time"), ("begin", "end"))  # seconds
 BESIDE = (".txt", ".normalized.txt", ".lab")  # of the file that holds the text of one clip
 
 
@@ -81,35 +83,38 @@ def read_files(files: Sequence[Path], root: Path, config: DataConfig) -> Table:
         splits = {path: _split(path, root, config) for path in parquet}
         chosen = _choice(splits.values(), config)
         table = read_parquet([path for path in parquet if chosen(splits[path])], config.source)
-        if audio and not _name(next(iter(table.rows), {}), audio_names(config)):
-            table = _noted(table, len(audio), "audio files beside the Parquet files not read")
-        return table
+        held = not _name(next(iter(table.rows), {}), audio_names(config))
+        return _noted(table, len(audio) * held, "audio files beside the Parquet files not read")
 
-    lists = parquet + [path for path in files if list_kind(path) and names_audio(path, config)]
+    texts = [path for path in files if list_kind(path) and path.is_file()]
+    lists = parquet + [path for path in texts if names_audio(path, config)]
     splits = {path: _split(path, root, config) for path in (*lists, *audio)}
     chosen = _choice(splits.values(), config)
-    lists = [path for path in lists if splits[path] is None or chosen(splits[path])]
+    read = [path for path in lists if splits[path] is None or chosen(splits[path])]
     tables = []
-    for path in lists:
+    for path in read:
         table = list_table(path, config, root)
         if config.split and splits[path] is None:
             rows = [row for row in table.rows if chosen(_split(_file(row), root, config))]
             table = replace(table, rows=rows)
         tables.append(table)
-    joined = _joined(tables)
+    table = _joined(tables)
+    listed = {os.path.abspath(_file(row)) for row in table.rows}
     alone = [path for path in audio if chosen(splits[path])]
-    if joined.rows:
-        listed = {os.path.abspath(_file(row)) for row in joined.rows}
-        alone = [path for path in alone if os.path.abspath(path) not in listed]
-    if any(split.of_list for path in lists if (split := splits[path])):
-        return _noted(joined, len(alone), "audio files that the list of this split does not name")
-    found = _with_audio(joined, alone, _Beside(files), root)
-    if not found.rows:
+    alone = [path for path in alone if os.path.abspath(path) not in listed]
+    if any(split.of_list for path in read if (split := splits[path])):
+        return _noted(table, len(alone), "audio files that the list of this split does not name")
+    table = _with_audio(table, alone, _Beside(files), root)
+    if not table.rows:
         raise InputError(
             f"{config.source} has no Parquet, no list of audio (.csv, .tsv, .jsonl, .json), and no "
             "audio: nothing to read"
         )
-    return found
+    others = [path for path in texts if path not in lists and list_kind(path) != ".json"]
+    if others and any(all(row.get(name) is None for name in TEXT) for row in table.rows):
+        words = f"lists without a usual column of audio not read, such as {others[0].name}"
+        return _noted(table, len(others), words)
+    return table
 
 
 # --- splits -------------------------------------------------------------------------------------
@@ -123,10 +128,10 @@ def _split(path: Path, root: Path, config: DataConfig) -> Split | None:
     stem = path.name.partition(".")[0]
     if path.suffix == ".tsv" and (path.parent / "clips").is_dir():  # Common Voice
         return Split(stem, SPLITS.get(stem, stem), of_list=True)
-    try:
-        folders = path.relative_to(root).parts[:-1]
-    except ValueError:  # a list may name files elsewhere
+    path, root = Path(os.path.abspath(path)), Path(os.path.abspath(root))
+    if not path.is_relative_to(root):  # a list may name files elsewhere
         return None
+    folders = path.relative_to(root).parts[:-1]
     for name in folders:
         if name == config.split or _kind(name):
             return Split(name, _kind(name) or name)
@@ -139,6 +144,12 @@ def _kind(name: str) -> str | None:
     """train, validation or test where a word of the name is one of them."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((SPLITS[word] for word in words if word in SPLITS), None)
+
+
+def check_split(path: Path, config: DataConfig) -> None:
+    """Raises InputError where neither a file nor its folder is called after the split asked for."""
+    if config.split is not None:
+        _choice([_split(path, path.parent.parent, config)], config)
 
 
 def _choice(splits: Iterable[Split | None], config: DataConfig) -> Callable[[Split | None], bool]:
@@ -169,6 +180,8 @@ def list_table(path: Path, config: DataConfig, root: Path | None = None) -> Tabl
         found = List(pq.read_table(path).to_pylist())
     else:
         found = read_list(path, config)
+    if not found.rows and root is None:
+        raise InputError(f"{path} has no rows")
     names = dict.fromkeys((*audio_names(config), *FILE_COLUMNS))
     written = [name for row in found.rows if (name := _name(row, names)) and _is_relative(name)]
     base, suffix = audio_base(path.parent, written)
@@ -183,12 +196,27 @@ def list_table(path: Path, config: DataConfig, root: Path | None = None) -> Tabl
                 row[column] = str(base / (value + suffix))
             elif isinstance(value, dict) and _is_relative(value.get("path")):
                 row[column] = {**value, "path": str(base / (value["path"] + suffix))}
+    _cut(found, names)
     columns = dict.fromkeys(chain(("id",), *found.rows))
     file = next((name for name in names if name in columns), "")
     for row in found.rows:
         if file and row.get(file) is None:  # a list whose rows name it differently
             row[file] = _name(row, names)
     return Table(tuple(columns), found.rows, found.notes())
+
+
+def _cut(found: List, columns: Iterable[str]) -> None:
+    """Rows that name one file several times, with start and end: clips of it."""
+    for start, end in SPANS:
+        if any("offset" in row for row in found.rows):
+            return
+        files = [_name(row, columns) for row in found.rows if start in row and end in row]
+        if len(set(files)) == len(files):
+            continue
+        for row in found.rows:
+            first, last = cell_seconds(row.get(start)), cell_seconds(row.get(end))
+            if first is not None and last is not None and first < last:
+                row["offset"], row["duration"] = first, last - first
 
 
 def _name(row: Row, columns: Iterable[str]) -> str | None:
@@ -284,6 +312,10 @@ class _Beside:
         for ending in BESIDE:
             if stem + ending in self.files:
                 return {"text": _text(Path(stem + ending)).strip()}
+        if stem + ".json" in self.files:
+            (row, *_) = (*read_list(Path(stem + ".json"), DataConfig("")).rows, {})
+            usual = (*TEXT, *SPEAKER, *LANGUAGE, *RECORDING, "duration")
+            return {name: value for name, value in row.items() if name in usual}
         return {}
 
 
@@ -298,7 +330,11 @@ def _text(path: Path) -> str:
 def _walk(folder: Path) -> Iterator[str]:
     """All files below a folder, through links too; not those that systems hide there."""
     entered = {os.path.realpath(folder)}
-    for path, folders, files in os.walk(folder, followlinks=True):
+
+    def failed(error: OSError) -> None:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+    for path, folders, files in os.walk(folder, followlinks=True, onerror=failed):
         folders[:] = [
             name
             for name in folders

@@ -81,12 +81,8 @@ def read_list(path: Path, config: DataConfig) -> List:
     delimiter = DELIMITERS.get(list_kind(path) or "")
     with open_text(path) as file:
         if delimiter:
-            found = _delimited(path, list(file), delimiter, config)
-        else:
-            found = List(list(_json_rows(path, file)))
-    if not found.rows:
-        raise InputError(f"{path} has no rows")
-    return found
+            return _delimited(path, list(file), delimiter, config)
+        return List(list(_json_rows(path, file)))
 
 
 def names_audio(path: Path, config: DataConfig) -> bool:

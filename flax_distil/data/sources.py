@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_distil.config import DataConfig
-from flax_distil.data.folders import list_table, read_files, read_folder
+from flax_distil.data.folders import check_split, list_table, read_files, read_folder
 from flax_distil.data.lists import COMPRESSED, list_kind
 from flax_distil.data.parquet import read_parquet
 from flax_distil.data.table import Table
@@ -31,6 +31,7 @@ def read_table(config: DataConfig) -> Table:
             return _saved(path, config)
         return read_folder(path, config)
     if path.is_file():
+        check_split(path, config)
         if path.suffix == ".parquet":
             return read_parquet([path], source)
         if list_kind(path):

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import PseudoLabelConfig
 from flax_distil.data.audio_states import Stored, clip_names, write_states
+from flax_distil.data.cells import escaped
 from flax_distil.data.packing import Packed, pack
 from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.data.utterances import (
@@ -289,7 +291,13 @@ def _heard(utterance: Utterance, store_audio: str) -> Skipped | tuple[Clip, dict
             f"{utterance.id} is not a file of its own, so its audio cannot be referred to: use "
             "store_audio embed"
         )
-    return clip, {"bytes": None, "path": utterance.audio}
+    if escaped(utterance.audio) != utterance.audio:
+        return Skipped(
+            utterance.id, "Parquet cannot hold its name: rename it, or use store_audio embed"
+        )
+    # The store may be read from elsewhere than it was made.
+    path = utterance.audio if "://" in utterance.audio else os.path.abspath(utterance.audio)
+    return clip, {"bytes": None, "path": path}
 
 
 def _label_shard(

@@ -62,8 +62,10 @@ def test_parquet_of_several_splits(tmp_path, flac, names):
         read_dataset(tmp_path)
     with pytest.raises(InputError, match="has the splits test, train"):
         read_dataset(str(tmp_path / "**" / "*.parquet"))
-    for split in ("train", "test"):
+    for split, name in zip(("train", "test"), names, strict=True):
         assert texts(tmp_path, split=split) == {split: split}
+        with pytest.raises(InputError, match="has no split validation"):
+            read_dataset(DataConfig(str(tmp_path / name), split="validation"))
     with pytest.raises(InputError, match="has no split validation; it has test, train"):
         read_dataset(DataConfig(str(tmp_path), split="validation"))
 
@@ -181,6 +183,32 @@ def test_two_lists_of_the_same_clips(folder, caplog):
     assert [one.id for one in read_dataset(clips)] == ["a.flac@0", "a.flac@0.05"]
 
 
+def test_lists_that_are_none(folder, caplog):
+    """An empty list, one whose columns are not known, and a file that is none at all."""
+    files = {"a.flac": None, "metadata.csv": "file_name,text\n", "b.csv": "wav,words\na.flac,one\n"}
+    clips = folder(files)
+    with caplog.at_level(logging.INFO):
+        assert texts(clips) == {"a.flac": None}
+    assert "1 lists without a usual column of audio not read, such as b.csv" in caplog.text
+    assert texts(clips, audio_column="wav", text_column="words") == {"a.flac": "one"}
+    with pytest.raises(InputError, match=r"metadata\.csv has no rows"):
+        read_dataset(clips / "metadata.csv")
+    os.mkfifo(clips / "pipe.jsonl")
+    assert len(texts(clips)) == 1
+
+
+def test_starts_and_ends_of_one_recording_are_clips(folder):
+    rows = [{"audio": "a.flac", "start": 0.0, "end": 0.05}, {"audio": "a.flac", "start": 0.05}]
+    clips = folder({"a.flac": None, "b.flac": None})
+    path = clips / "m.jsonl"
+    path.write_text("\n".join(json.dumps(row | {"end": row["start"] + 0.05}) for row in rows))
+    assert [len(listen(one)) for one in read_dataset(path)] == [800, 800]
+    path.write_text(
+        '{"audio": "a.flac", "start": 0.0, "end": 0.05}'
+    )  # may be of what it was cut from
+    assert [len(listen(one)) for one in read_dataset(path)] == [1600]
+
+
 def test_brackets_are_names(folder, tmp_path, flac):
     clips = folder(
         {"a.flac": None, "list [v2].csv": "file_name,text\na.flac,one\n"}, "talks [2024]"
@@ -276,9 +304,12 @@ def test_texts_beside_audio(folder):
             "deep/b.normalized.txt": "two",
             "c.flac": None,
             "notes.txt": "three",
+            "d.flac": None,
+            "d.json": '{"id": "x", "wav": "d", "text": "four", "speaker": "s"}',
         }
     )
-    assert texts(clips) == {"a.wav": "one", "c.flac": None, "deep/b.flac": "two"}
+    expected = {"a.wav": "one", "c.flac": None, "d.flac": "four", "deep/b.flac": "two"}
+    assert texts(clips) == expected
     (clips / "c.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match=r"c\.txt is no UTF-8 text"):
         read_dataset(clips)

@@ -398,3 +398,24 @@ def test_empty_text_stays_text():
     rows = [{"audio": "a", "text": ""}, {"audio": "a", "text": None}]
     found = Utterances(rows, read_columns(rows), DataConfig("rows"))
     assert [(one.text, one.speech) for one in found] == [("", True), (None, True)]
+
+
+def test_a_revision_is_asked_of_the_hub(monkeypatch):
+    """Of the names of its splits as well, which may be others than those of the newest one."""
+    import datasets
+
+    asked = []
+    saved = datasets.Dataset.from_dict({"audio": [b"x"], "text": ["one"]})
+
+    def known(name, *_, revision=None, **__):
+        asked.append((name, revision))
+        return ["train"]
+
+    def loaded(name, *_, split, revision=None, **__):
+        asked.append((name, split, revision))
+        return saved
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", known)
+    monkeypatch.setattr(datasets, "load_dataset", loaded)
+    assert read_dataset(DataConfig("some/set", revision="v1"))[0].text == "one"
+    assert asked == [("some/set", "v1"), ("some/set", "train", "v1")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from fake_teacher import clip, fake_teacher, label_with
 from flax_distil.audio.load import load_audio, to_int16
 from flax_distil.config import DataConfig
 from flax_distil.data.audio_states import StateFolder, audio_states
-from flax_distil.data.utterances import UtteranceStream, read_dataset
+from flax_distil.data.utterances import UtteranceStream, listen, read_dataset
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label.distributions import Explained
 from flax_distil.pseudo_label.labeller import label, settings, stored_names, summary_table
@@ -254,6 +255,22 @@ def test_audio_by_reference(config, speech):
     found = rows(config.output_dir)
     assert found[0]["audio"] == {"bytes": None, "path": str(speech / "0.flac")}
     assert len(read_dataset(config.output_dir)) == 21
+
+
+def test_a_store_of_references_is_read_from_anywhere(config, speech, monkeypatch):
+    """Relative names are absolute in the store; what Parquet cannot hold is skipped."""
+    odd = os.fsencode(speech / "odd-") + b"\xe9.flac"
+    Path(os.fsdecode(odd)).write_bytes((speech / "0.flac").read_bytes())
+    (speech / "manifest.jsonl").write_bytes(
+        b'{"audio": "0.flac"}\n{"audio": "odd-\xe9.flac"}\n{"audio": "1.flac"}\n'
+    )
+    monkeypatch.chdir(speech)
+    data = dataclasses.replace(config.data, source="manifest.jsonl")
+    summary = label_with(dataclasses.replace(config, store_audio="reference", data=data))
+    assert summary.labels == 2
+    assert [one.id for one in summary.skipped] == [r"odd-\udce9.flac"]
+    monkeypatch.chdir("/")
+    assert all(len(listen(one)) for one in read_dataset(config.output_dir))
 
 
 def test_a_part_of_a_recording_cannot_be_referred_to(config, speech):
