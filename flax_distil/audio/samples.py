@@ -179,8 +179,12 @@ def by_second(pieces: Iterable[Piece], whole: bool = False) -> Iterator[Piece]:
 
 
 def joined(pieces: list[Piece]) -> Piece:
-    """Pieces that follow each other as one."""
-    return pieces[0]._replace(samples=np.concatenate([one.samples for one in pieces], axis=1))
+    """Pieces that follow each other as one, each channel in a row of memory."""
+    first, last = pieces[0], pieces[-1]
+    samples = np.empty((len(first.samples), last.end - first.index), np.float32)
+    return first._replace(
+        samples=np.concatenate([one.samples for one in pieces], axis=1, out=samples)
+    )
 
 
 def mixed(piece: Piece) -> tuple[Piece, bool]:
@@ -193,14 +197,19 @@ def mixed(piece: Piece) -> tuple[Piece, bool]:
     if channels == 1:
         return piece, False
     mean = piece.samples.mean(axis=0, keepdims=True)
-    powers = np.square(piece.samples, dtype=np.float64).mean(axis=1)
-    power = np.square(mean, dtype=np.float64).mean()
+    powers = np.array([power_of(channel) for channel in piece.samples])
+    power = power_of(mean[0])
     unrelated = powers.sum() / channels**2
     if unrelated < STEP_POWER or power >= CANCELLED * unrelated:  # also where they hold NaN
         return piece._replace(samples=mean), False
     # Of equally loud ones always the first: the other one has the opposite sign.
     louder = int(np.argmax(powers >= powers.max() / 2))
     return piece._replace(samples=piece.samples[louder : louder + 1]), True
+
+
+def power_of(samples: Float32[np.ndarray, "n"]) -> float:
+    """Mean square."""
+    return float(samples @ samples) / max(len(samples), 1)
 
 
 def resampled(pieces: Iterable[Piece], rate: int) -> Iterator[Piece]:
