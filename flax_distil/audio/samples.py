@@ -78,17 +78,15 @@ class Clock:
 
     def seconds(self, frame: AudioFrame) -> float | None:
         """Where in the recording a frame begins, as far as it tells."""
-        return (
-            None
-            if frame.pts is None
-            else (frame.pts - self.origin) / self.tick.denominator * self.tick.numerator
-        )
+        if frame.pts is None:
+            return None
+        return (frame.pts - self.origin) * float(self.tick)
 
     def index(self, frame: AudioFrame) -> int | None:
         """The same as a number of samples."""
-        return (
-            None if frame.pts is None else round((frame.pts - self.origin) * self.tick * frame.rate)
-        )
+        if frame.pts is None:
+            return None
+        return round((frame.pts - self.origin) * self.tick * frame.rate)
 
 
 def placed(
