@@ -92,7 +92,7 @@ def synthetic_store(folder: Path, clips: int, seconds: float) -> Path:
                 reference_words=None,
             )
         )
-    store.write_index([store.write(0, labels, [])], complete=True)
+    store.write_index([store.write(0, labels, {})], complete=True)
     return folder
 
 

@@ -92,8 +92,14 @@ class PseudoLabelConfig:
     """Folder of the label store."""
     task: Literal["transcribe", "translate"] = "transcribe"
     """Write in the language spoken, or in English."""
-    timestamps: bool = False
-    """Let the teacher write timestamps, so that the student can learn them."""
+    timestamps: bool = True
+    """Let the teacher write timestamps, so that the student can learn them: reading long audio
+    sequentially, as transcribe does, needs them."""
+    beams: int = 1
+    """Texts that the teacher follows at once by beam search; 1 is greedy search."""
+    error_rate: Literal["auto", "wer", "cer"] = "auto"
+    """What labels are compared with their references by: words, or characters. auto: characters
+    for languages without spaces between words (zh, ja, th, lo, my, yue, km, bo), else words."""
     teacher_states: bool = False
     """Store what the teacher's decoder makes its logits of at each token (width x 2 bytes), so that
     distilling runs no teacher (distill --stored-teacher): exact at every temperature."""
@@ -128,6 +134,11 @@ class PseudoLabelConfig:
     """Utterances in one shard: what a kill can cost, and what processes share the work by."""
     claim_patience: float = 600.0
     """Seconds without a sign of life after which another process's shard is taken over."""
+    max_skipped_share: float | None = None
+    """Stop where more than this share of the clips cannot be labelled; where not given, where more
+    than a tenth cannot, the first 100 aside."""
+    verify: bool = False
+    """Read finished shards whole, and make those again that are damaged inside."""
     store_audio: Literal["embed", "reference"] = "embed"
     """Keep the audio in the shards as 16 kHz FLAC, or only the path of the original file."""
     workers: int = 4
@@ -152,6 +163,22 @@ class FilterConfig:
     """Keep labels the teacher was at least so sure of, reference or not; it doubts below -1."""
     max_compression_ratio: float | None = None
     """Keep labels that compress at most so far, reference or not; 2.4 is mostly a loop."""
+    max_part_wer: float | None = 50.0
+    """Keep packed windows each of whose parts has a WER, in percent, below this: text that was made
+    up in one part hides behind the others'. None judges windows whole."""
+    max_no_speech_probability: float | None = None
+    """Keep labels of clips that the teacher took for no speech with at most this probability."""
+    agree_with: Path | None = None
+    """Label store of another teacher for the same dataset."""
+    max_disagreement: float = 10.0
+    """Keep labels that differ from the other teacher's by an error rate, in percent, below this."""
+    keep_all_caps: bool = False
+    """Keep labels in capitals throughout, of scripts that have small letters: mostly large-v3's
+    errors."""
+    keep_unended: bool = False
+    """Keep labels that were cut at the longest label."""
+    keep_non_speech: bool = False
+    """Keep clips without speech, whose label is not judged: training can learn silence of them."""
     allow_missing_reference: bool = False
     """Keep clips without a reference though nothing judges them."""
     thresholds: tuple[float, ...] = (5.0, 10.0, 15.0, 20.0, 40.0, 80.0, 100.0)
@@ -411,8 +438,11 @@ class EvaluateConfig:
     language: str | None = None
     """Language spoken, such as en; without it each clip's own, else English. Also chooses the
     normaliser."""
+    error_rate: Literal["auto", "wer", "cer"] = "auto"
+    """What transcripts are judged by: words, or characters. auto: characters for languages without
+    spaces between words (zh, ja, th, lo, my, yue, km, bo), else words."""
     character_errors: bool = False
-    """Report CER too, for scripts that do not part words."""
+    """Report CER beside WER."""
     passes: int = 1
     """How often each batch is timed; the median counts."""
     max_tokens: int = 224

@@ -46,12 +46,16 @@ class BeamSearch:
 
 
 class _Texts(NamedTuple):
-    """Some texts of each clip. priority: orders the ended ones; `NEVER` is an empty place."""
+    """Some texts of each clip. priority: orders the ended ones; `NEVER` is an empty place.
+
+    whole: whether the model ended the text; False where it goes on or was cut.
+    """
 
     tokens: Array  # [B K L]
     lengths: Array  # [B K]
     sums: Array  # [B K]
     priority: Array  # [B K]
+    whole: Array  # [B K]
 
 
 class _Loop(NamedTuple):
@@ -116,9 +120,9 @@ def beam(
     progress = begin(batch * beams, max_tokens if rules.look_back else 0)
     start = _Loop(multiply(cache, beams), first_BKV, going, ended, ~active_B, progress)
     loop = jax.lax.while_loop(more, write, start)
-    tokens, lengths, sums, _ = choose(loop.going, loop.ended, search)
+    text = choose(loop.going, loop.ended, search)
     no_speech = jax.nn.softmax(logits_B2V[:, 0])[:, rules.no_speech]
-    return Found(tokens, lengths, sums, no_speech)
+    return Found(text.tokens, text.lengths, text.sums, no_speech, text.whole)
 
 
 def gains(logits_BKV: Array, allow, progress: Progress, as_transformers: bool) -> Array:
@@ -146,7 +150,9 @@ def continuations(
     tokens_BCL = jnp.take_along_axis(going.tokens, parent_BC[..., None], axis=1)
     tokens_BCL = tokens_BCL.at[:, :, at].set(token_BC)
     lengths_BC = jnp.full(parent_BC.shape, at + 1, jnp.int32)
-    return parent_BC, token_BC, _Texts(tokens_BCL, lengths_BC, sums_BC, jnp.zeros_like(sums_BC))
+    no_BC = jnp.zeros(parent_BC.shape, bool)
+    longer = _Texts(tokens_BCL, lengths_BC, sums_BC, jnp.zeros_like(sums_BC), no_BC)
+    return parent_BC, token_BC, longer
 
 
 def collect(
@@ -171,7 +177,9 @@ def collect(
     new_BC = new_BC & ~done_B[:, None] & (next.sums > NEVER / 2)
     # The end is no token of the text; one that was cut off has none.
     fresh = next._replace(
-        lengths=next.lengths - ends_BC, priority=jnp.where(new_BC, priority_BC, NEVER)
+        lengths=next.lengths - ends_BC,
+        priority=jnp.where(new_BC, priority_BC, NEVER),
+        whole=ends_BC,
     )
     merged = jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), ended, fresh)
     return _pick(merged, jax.lax.top_k(merged.priority, search.collected)[1])
@@ -220,4 +228,5 @@ def _nothing(batch: int, places: int, room: int, end: int) -> _Texts:
         lengths=jnp.zeros((batch, places), jnp.int32),
         sums=zeros,
         priority=zeros + NEVER,
+        whole=jnp.zeros((batch, places), bool),
     )

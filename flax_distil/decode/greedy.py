@@ -44,12 +44,14 @@ class Found(NamedTuple):
     lengths: tokens before the end.
     log_probability: sum over the tokens, the end included where it was reached.
     no_speech: probability of the no-speech token at the start of transcript.
+    ended: whether the end was reached; None where `lengths` tell: below what there was room for.
     """
 
     tokens: Int[Array, "B L"]
     lengths: Int[Array, " B"]
     log_probability: Float[Array, " B"]
     no_speech: Float[Array, " B"]
+    ended: Bool[Array, " B"] | None = None
 
 
 class _Loop(NamedTuple):
@@ -195,4 +197,4 @@ def best(found: Found, copies: int, length_penalty: float | None) -> Found:
         return found
     scores = score(found.log_probability, found.lengths, length_penalty).reshape(-1, copies)
     rows_B = jnp.arange(len(scores)) * copies + scores.argmax(axis=1)
-    return Found(*(leaf[rows_B] for leaf in found))
+    return jax.tree.map(lambda leaf: leaf[rows_B], found)

@@ -191,7 +191,8 @@ def decode(
         penalty = options.length_penalty
         found = greedy(*arguments, drawn, copies, penalty, recognizer.head_DV)
     prefix = prefix_ids(tokens, options)
-    return read(jax.device_get(found), windows, tokens, prefix, jax.device_get(tally))
+    most = [min(room, spec.dims.text_positions + 1 - len(prompt)) for prompt in prompts]
+    return read(jax.device_get(found), windows, tokens, most, prefix, jax.device_get(tally))
 
 
 def drafting_pays(windows: Sequence[Window], rows: int) -> bool:
@@ -371,13 +372,18 @@ def read(
     found: Found,
     windows: Sequence[Window],
     tokens: WhisperTokens,
+    most: Sequence[int],
     prefix: tuple[int, ...] = (),
     tally: Tally | None = None,
 ) -> list[Hypothesis]:
-    """Hypotheses out of the first rows of a search's result, which `prefix` goes before."""
+    """Hypotheses out of the first rows of a search's result, which `prefix` goes before.
+
+    most: tokens that each row had room for, the end included.
+    """
     hypotheses = []
     for row, window in enumerate(windows):
         length = int(found.lengths[row])
+        ended = length < most[row] if found.ended is None else bool(found.ended[row])
         ids = (*prefix, *(int(token) for token in found.tokens[row, :length]))
         text = tokens.decode(ids).strip()
         hypotheses.append(
@@ -390,6 +396,7 @@ def read(
                 compression_ratio=compression_ratio(text),
                 temperature=window.temperature,
                 tally=tally and Tally(*(int(column[row]) for column in tally)),
+                ended=ended,
             )
         )
     return hypotheses

@@ -164,8 +164,13 @@ class Watch:
         wer = {f"validation/{name}": value for name, value in validation.wer.items()}
         average = validation.macro_average
         self.tracker.scalars(step, wer | {"validation/wer": average})
-        sets = ", ".join(f"{name} {value:.2f}" for name, value in validation.wer.items())
-        log.info("validation at step %d: WER %.2f %% (%s)", step, average, sets)
+        rates = validation.rates
+        sets = ", ".join(
+            f"{name} {value:.2f}" + (f" {rates[name]}" if rates.get(name, "WER") != "WER" else "")
+            for name, value in validation.wer.items()
+        )
+        rate = "/".join(sorted(set(rates.values()), reverse=True)) or "WER"
+        log.info("validation at step %d: %s %.2f %% (%s)", step, rate, average, sets)
 
     def _read(self) -> None:
         if self.waiting is None:

@@ -128,6 +128,7 @@ def run(config: DistillConfig) -> TrainSummary:
     check_vocabulary(config, tokens)
     check_stored_teacher(config, teacher)
     warn_of_teacher(config, teacher)
+    validate = make_validate(config, student)
     sources = training_sources(config, tokens)
     check_ids(sources, tokens)
     warn_of_prompts(config, sources)
@@ -144,7 +145,7 @@ def run(config: DistillConfig) -> TrainSummary:
         add_noise=open_noise(config.augment),
         masks=masks_log_mel(config.augment),
     )
-    return train(config, teacher, student, loader, make_validate(config, student))
+    return train(config, teacher, student, loader, validate)
 
 
 def train(

@@ -1,8 +1,8 @@
-"""Word error rates by generation: what the student writes, not how it scores labels."""
+"""Error rates by generation: what the student writes, not how it scores labels."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -13,16 +13,15 @@ from tqdm import tqdm
 
 from flax_distil.config import DataConfig, DistillConfig
 from flax_distil.data.utterances import Utterance, Utterances, read_dataset, to_language
-from flax_distil.data.windows import Skipped, window_batches
+from flax_distil.data.windows import Clip, Skipped, hear, window_batches
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import Recognizer, recognize
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.spec import Params, Spec
 from flax_distil.parallel.multihost import host_slice
-from flax_distil.text.normalize import normalizer
-from flax_distil.text.tokens import load_tokens
-from flax_distil.text.wer import ErrorCounts, word_errors
+from flax_distil.text.tokens import WhisperTokens, load_tokens
+from flax_distil.text.wer import ErrorCounts, error_rate
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +30,13 @@ SAMPLE = "  %s\n    said   %s\n    wrote  %s"
 
 @dataclass(frozen=True)
 class Validation:
-    """WER in percent by set, and their unweighted mean, by which checkpoints are compared."""
+    """Error rates in percent by set, and their unweighted mean, by which checkpoints are compared.
+
+    rates: WER or CER by set, or WER/CER where there are clips of both: what was counted.
+    """
 
     wer: dict[str, float]
+    rates: dict[str, str] = field(default_factory=dict)
 
     @property
     def macro_average(self) -> float:
@@ -49,24 +52,32 @@ def make_validate(config: DistillConfig, student: Checkpoint) -> Validate | None
     """Recognition over the sets of `config.validation`; None where there is no set.
 
     Raises:
-        InputError: a set cannot be read, is a stream, or two are called the same.
+        InputError: a set cannot be read, is a stream, has no clip that can be judged, or two are
+            called the same.
     """
-    sets = open_sets(config)
-    if not sets:
+    if not config.validation.labels:
         return None
-    spec = Spec(student.dims, config.compute.dtype)
     tokens = load_tokens(student.source)
+    sets = open_sets(config, tokens)
+    spec = Spec(student.dims, config.compute.dtype)
 
     def validate(params: Params) -> Validation:
         recognizer = Recognizer(spec, params, tokens)
-        counts = {name: judge(recognizer, utterances, config) for name, utterances in sets.items()}
-        return Validation({name: 100 * one.rate for name, one in counts.items()})
+        judged = {name: judge(recognizer, utterances, config) for name, utterances in sets.items()}
+        return Validation(
+            {name: 100 * counts.rate for name, (counts, _) in judged.items()},
+            {name: rate for name, (_, rate) in judged.items()},
+        )
 
     return validate
 
 
-def open_sets(config: DistillConfig) -> dict[str, Utterances]:
-    """The validation sets by name: the last parts of their paths."""
+def open_sets(config: DistillConfig, tokens: WhisperTokens) -> dict[str, Utterances]:
+    """The validation sets by name: the last parts of their paths. One clip of each is decoded.
+
+    Raises:
+        InputError: as `make_validate`.
+    """
     sets: dict[str, Utterances] = {}
     for path in config.validation.labels:
         name = Path(path).stem
@@ -75,22 +86,64 @@ def open_sets(config: DistillConfig) -> dict[str, Utterances]:
         found = read_dataset(DataConfig(str(path), limit=config.validation.max_clips))
         if not isinstance(found, Utterances):
             raise InputError(f"{path} is a stream: validate on files")
-        text = found.columns.text
-        if text is None or not any(found.column(text)):
-            raise InputError(f"{path} has no reference, which validation needs: leave it out")
+        check_usable(path, found, config, tokens)
         sets[name] = found
     return sets
 
 
+def check_usable(
+    path: Path, utterances: Utterances, config: DistillConfig, tokens: WhisperTokens
+) -> None:
+    """Raises InputError where no clip of a set has a reference and can be decoded."""
+    columns, blank = utterances.columns, [None] * len(utterances)
+    texts = utterances.column(columns.text) if columns.text else blank
+    languages = utterances.column(columns.language) if columns.language else blank
+    reason = "its references are blank"
+    for number, (text, language) in enumerate(zip(texts, languages, strict=True)):
+        if not (text and str(text).strip()):
+            continue
+        against = unusable(text, language or config.language, tokens)
+        clip = against or hear(utterances[number])
+        if isinstance(clip, Clip):
+            return
+        reason = clip if isinstance(clip, str) else f"{clip.id}: {clip.reason}"
+    raise InputError(
+        f"{path} has no clip with a reference to validate on ({reason}): mend it or leave it out"
+    )
+
+
+def unusable(text: str, language: str | None, tokens: WhisperTokens) -> str | None:
+    """Why nothing can be judged by this reference in this language; None where it can."""
+    try:
+        code = to_language(language) if language else None
+    except InputError as error:
+        return str(error)
+    if reason := tokens.lacks(code):
+        return reason
+    blank = not error_rate(code or "en").normalize(text)
+    return "nothing is left of its references by the normaliser" if blank else None
+
+
 def judge(
     recognizer: Recognizer, utterances: Sequence[Utterance], config: DistillConfig
-) -> ErrorCounts:
-    """Errors of normalised transcripts on all clips that have a reference and can be heard.
+) -> tuple[ErrorCounts, str]:
+    """Errors of normalised transcripts on all clips that have a reference and can be heard, and
+    whether words (WER) or characters (CER) were counted.
 
     Several hosts judge a part each, and all are told the whole.
     """
-    counts, left, shown = ErrorCounts(), 0, config.validation.samples
+    counts = {"WER": ErrorCounts(), "CER": ErrorCounts()}
+    left, shown, tokens = 0, config.validation.samples, recognizer.tokens
     skipped: list[Skipped] = []
+
+    def usable(utterances: Iterable[Utterance]) -> Iterator[Utterance]:
+        for utterance in utterances:
+            if not utterance.text or not utterance.text.strip():
+                continue
+            if reason := unusable(utterance.text, utterance.language or config.language, tokens):
+                skipped.append(Skipped(utterance.id, reason))
+            else:
+                yield utterance
 
     def language(utterance: Utterance) -> str | None:
         code = utterance.language or config.language
@@ -99,24 +152,24 @@ def judge(
     mine = range(len(utterances))[host_slice(len(utterances))]
     waiting = (utterances[number] for number in mine)
     judged = tqdm(waiting, "validation", len(mine), unit="clip", leave=False, delay=5)
-    for code, group in groupby((u for u in judged if u.text), key=language):
-        normalise = normalizer(code or (None if recognizer.tokens.multilingual else "en"))
+    for code, group in groupby(usable(judged), key=language):
         options = DecodeOptions(language=code, max_tokens=config.validation.max_tokens)
         size, workers = config.validation.batch_size, config.run.workers
         for windows in window_batches(group, size, workers, skipped.append):
             found = recognize(recognizer, windows.waveforms, options)[: len(windows.utterances)]
-            references = [normalise(utterance.text or "") for utterance in windows.utterances]
-            counts += word_errors(references, [normalise(one.text) for one in found])
             for utterance, one in zip(windows.utterances, found, strict=True):
+                rate = error_rate(one.language)
+                counts[rate.unit] += rate.count([utterance.text or ""], [one.text])
                 if left < shown:
                     log.info(SAMPLE, utterance.id, utterance.text, one.text)
                     left += 1
     if skipped:
-        log.warning("%d clips could not be heard, the first: %s", len(skipped), skipped[0])
-    counts = over_hosts(counts)
-    if not counts.reference_words:
+        log.warning("%d clips are not judged, the first: %s", len(skipped), skipped[0])
+    counts = {unit: over_hosts(part) for unit, part in counts.items()}
+    whole = counts["WER"] + counts["CER"]
+    if not whole.reference_words:
         raise InputError("a validation set has no clip with a reference that can be heard")
-    return counts
+    return whole, "/".join(unit for unit, part in counts.items() if part.reference_words)
 
 
 def over_hosts(counts: ErrorCounts) -> ErrorCounts:

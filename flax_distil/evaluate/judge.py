@@ -16,7 +16,7 @@ from jaxtyping import Float32
 from rich.console import Console
 from tqdm import tqdm
 
-from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, AudioError, pad_or_trim
+from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, pad_or_trim
 from flax_distil.config import DataConfig, EvaluateConfig
 from flax_distil.data.utterances import Utterance, listen, read_dataset, to_language
 from flax_distil.decode.options import DecodeOptions, Hypothesis
@@ -25,8 +25,7 @@ from flax_distil.errors import InputError, check_writable, writing
 from flax_distil.evaluate.report import Entry, Judged, Report, Score
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.parallel.multihost import from_all_hosts, is_main_host, start
-from flax_distil.text.normalize import normalizer
-from flax_distil.text.wer import character_errors, word_errors
+from flax_distil.text.wer import ErrorCounts, ErrorRate, error_rate
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +70,12 @@ def run(config: EvaluateConfig) -> Report:
 def compare(config: EvaluateConfig) -> Report:
     """Let all models hear all datasets; writes nothing.
 
-    Short-form: clips over 30 s, without a reference or with broken audio are left out and listed.
+    Short-form: clips over 30 s, without a reference, with broken audio or in a language that one of
+    the models lacks are left out and listed.
 
     Raises:
-        InputError: a model or dataset cannot be used, names collide, or no clip is left to judge.
+        InputError: a model or dataset cannot be used, a model lacks `config.language`, names
+            collide, or no clip is left to judge.
     """
     names = model_names(config)
     for name in ("batch_size", "passes", "max_tokens"):
@@ -85,6 +86,8 @@ def compare(config: EvaluateConfig) -> Report:
         name: make_recognizer(load_checkpoint(source), config.dtype)
         for name, source in names.items()
     }
+    if config.language and (reason := lacks(recognizers, to_language(config.language))):
+        raise InputError(reason)
     heard: dict[str, list[Heard]] = {}
     skipped: dict[str, list[str]] = {}
     for name, utterances in sets.items():
@@ -106,7 +109,7 @@ def compare(config: EvaluateConfig) -> Report:
             for dataset, rounds in heard.items()
             for one in rounds
             for name in names
-            for line in _judged(dataset, name, one)
+            for line in _judged(dataset, name, one, config)
         ),
     )
 
@@ -134,6 +137,14 @@ def dataset_names(sources: Sequence[str]) -> dict[str, str]:
         if len(names) == len(sources):
             return names
     raise InputError(f"two datasets are called the same: {', '.join(sources)}")
+
+
+def lacks(recognizers: Mapping[str, Recognizer], language: str) -> str | None:
+    """Which model cannot read a language, and why; None where all can."""
+    for name, recognizer in recognizers.items():
+        if reason := recognizer.tokens.lacks(language):
+            return f"{name}: {reason}"
+    return None
 
 
 def batches(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
@@ -187,7 +198,7 @@ def hear_together(
     skipped: list[str] = []
     total = len(range(host, len(utterances), hosts)) if isinstance(utterances, Sized) else None
     ours = tqdm(islice(utterances, host, None, hosts), name, total, unit="clip")
-    clips = _usable(ours, skipped, config.language)
+    clips = _usable(ours, skipped, config, recognizers)
     heard = list(hear(recognizers, batches(clips, config.batch_size), config))
     told = from_all_hosts((heard, skipped))
     return [one for part, _ in told for one in part], [why for _, part in told for why in part]
@@ -214,20 +225,21 @@ def _open(source: str, config: EvaluateConfig):
 
 
 def _usable(
-    utterances: Iterable[Utterance], skipped: list[str], asked: str | None
+    utterances: Iterable[Utterance],
+    skipped: list[str],
+    config: EvaluateConfig,
+    recognizers: Mapping[str, Recognizer],
 ) -> Iterator[Clip]:
-    """The clips that can be judged; the others are added to `skipped`, with the reason.
-
-    asked: the language of all, whatever the dataset says.
-    """
+    """The clips that can be judged; the others are added to `skipped`, with the reason."""
     for utterance in utterances:
-        language = to_language(asked or utterance.language or "en")
-        if not normalizer(language)(utterance.text or ""):
-            skipped.append(f"{utterance.id}: no reference")
-            continue
         try:
+            language = to_language(config.language or utterance.language or "en")
+            if reason := lacks(recognizers, language):
+                raise InputError(reason)
+            if not _rate(language, config).normalize(utterance.text or ""):
+                raise InputError("no reference")
             waveform = listen(utterance)
-        except AudioError as error:
+        except (InputError, OSError) as error:
             skipped.append(f"{utterance.id}: {error}")
             continue
         seconds = waveform.size / SAMPLE_RATE
@@ -253,40 +265,43 @@ def _entry(
         relative_speed=relative_speed(
             [one.seconds[first] for one in rounds], [one.seconds[name] for one in rounds]
         ),
-        scores=tuple(
-            _score(dataset, name, ones, config.character_errors) for dataset, ones in heard.items()
-        ),
+        scores=tuple(_score(dataset, name, ones, config) for dataset, ones in heard.items()),
     )
 
 
-def _score(dataset: str, name: str, heard: list[Heard], with_characters: bool) -> Score:
-    pairs = [_normalised(one, name) for one in heard]
-    references = [reference for batch, _ in pairs for reference in batch]
-    texts = [text for _, batch in pairs for text in batch]
+def _score(dataset: str, name: str, heard: list[Heard], config: EvaluateConfig) -> Score:
+    words, characters, units = ErrorCounts(), ErrorCounts(), set()
+    for one in heard:
+        rate, texts = _rate(one.clips[0].language, config), _texts(one, name)
+        words += (counts := rate.count(*texts))
+        units.add(rate.unit)
+        if config.character_errors:
+            in_characters = error_rate(one.clips[0].language, "cer")
+            characters += counts if rate.unit == "CER" else in_characters.count(*texts)
     return Score(
         dataset=dataset,
-        clips=len(texts),
+        clips=sum(len(one.clips) for one in heard),
         audio_seconds=sum(clip.seconds for one in heard for clip in one.clips),
         seconds=sum(one.seconds[name] for one in heard),
-        words=word_errors(references, texts),
-        characters=character_errors(references, texts) if with_characters else None,
+        words=words,
+        characters=characters if config.character_errors else None,
+        rate="/".join(sorted(units, reverse=True)),
     )
 
 
-def _normalised(heard: Heard, name: str) -> tuple[list[str], list[str]]:
+def _rate(language: str, config: EvaluateConfig) -> ErrorRate:
+    return error_rate(language, config.error_rate)
+
+
+def _texts(heard: Heard, name: str) -> tuple[list[str], list[str]]:
     """References and one model's texts of a batch."""
-    normalize = normalizer(heard.clips[0].language)
-    return (
-        [normalize(clip.reference) for clip in heard.clips],
-        [normalize(hypothesis.text) for hypothesis in heard.hypotheses[name]],
-    )
+    texts = [hypothesis.text for hypothesis in heard.hypotheses[name]]
+    return [clip.reference for clip in heard.clips], texts
 
 
-def _judged(dataset: str, name: str, heard: Heard) -> Iterator[Judged]:
-    references, texts = _normalised(heard, name)
-    for clip, hypothesis, reference, text in zip(
-        heard.clips, heard.hypotheses[name], references, texts, strict=True
-    ):
+def _judged(dataset: str, name: str, heard: Heard, config: EvaluateConfig) -> Iterator[Judged]:
+    rate = _rate(heard.clips[0].language, config)
+    for clip, hypothesis in zip(heard.clips, heard.hypotheses[name], strict=True):
         yield Judged(
             dataset=dataset,
             id=clip.id,
@@ -295,9 +310,10 @@ def _judged(dataset: str, name: str, heard: Heard) -> Iterator[Judged]:
             duration=clip.seconds,
             reference=clip.reference,
             text=hypothesis.text,
-            wer=100 * word_errors([reference], [text]).rate,
+            wer=100 * rate.count([clip.reference], [hypothesis.text]).rate,
             mean_log_probability=hypothesis.mean_log_probability,
             compression_ratio=hypothesis.compression_ratio,
+            rate=rate.unit,
         )
 
 

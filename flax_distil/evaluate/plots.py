@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def plot_errors(report: Report) -> "Figure":
-    """Bars of WER in percent, parted in substitutions, deletions and insertions."""
+    """Bars of the error rate in percent, parted in substitutions, deletions and insertions."""
     from matplotlib import pyplot
 
     bars = {
@@ -25,13 +25,13 @@ def plot_errors(report: Report) -> "Figure":
         ]
         axes.bar(list(bars), heights, bottom=floor, label=part, width=0.6)
         floor = [low + height for low, height in zip(floor, heights, strict=True)]
-    axes.set_ylabel("WER, %")
+    axes.set_ylabel(f"{report.rate}, %")
     axes.legend(frameon=False)
     return figure
 
 
 def plot_speed(report: Report) -> "Figure":
-    """Each model's WER against its speed relative to the first; area grows with parameters."""
+    """Each model's error rate against its speed; area grows with parameters."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
@@ -39,6 +39,6 @@ def plot_speed(report: Report) -> "Figure":
         axes.scatter(entry.relative_speed, entry.wer, s=4 * (entry.parameters / 1e6) ** 0.75)
         axes.annotate(entry.name, (entry.relative_speed, entry.wer), ha="center", va="bottom")
     axes.set_xlabel(f"speed relative to {report.entries[0].name}")
-    axes.set_ylabel("WER, %")
+    axes.set_ylabel(f"{report.rate}, %")
     axes.margins(0.2)
     return figure

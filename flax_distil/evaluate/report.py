@@ -1,6 +1,7 @@
 """What an evaluation found, as a table for the eye, Markdown for the page, JSON for the machine.
 
-Error rates are percent of the reference's words, as in the papers. RTF, the real-time factor, is
+Error rates are percent of the reference's words, as in the papers, and of its characters for
+languages without spaces between words; columns and `rate` say which. RTF, the real-time factor, is
 processing time over audio time: 0.1 takes six seconds a minute. Relative speed is how many times
 faster than the first model, so 2.0 is twice as fast.
 """
@@ -35,6 +36,8 @@ class Judged:
     """Percent, both texts normalised."""
     mean_log_probability: float
     compression_ratio: float
+    rate: str = "WER"
+    """WER or CER: whether that counts words or characters."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,12 @@ class Score:
     """Processing time: from waveforms to texts, loading and compilation left out."""
     words: ErrorCounts
     characters: ErrorCounts | None = None
+    rate: str = "WER"
+    """WER or CER, or WER/CER where there are clips of both: what `words` counts."""
 
     @property
     def wer(self) -> float:
-        """Word error rate in percent."""
+        """Error rate in percent, of what `rate` says."""
         return 100 * self.words.rate
 
     @property
@@ -100,6 +105,7 @@ class Entry:
                 {
                     "name": score.dataset,
                     "wer": score.wer,
+                    "rate": score.rate,
                     "cer": score.cer,
                     "rtf": score.rtf,
                     "clips": score.clips,
@@ -123,6 +129,12 @@ class Report:
     """How it was measured: device, precision, batch size, versions."""
     judged: tuple[Judged, ...] = ()
 
+    @property
+    def rate(self) -> str:
+        """WER, CER or WER/CER: what the error rates of all datasets count."""
+        units = {part for e in self.entries for s in e.scores for part in s.rate.split("/")}
+        return "/".join(sorted(units, reverse=True)) or "WER"
+
     def to_json(self) -> dict[str, Any]:
         """The content of report.json."""
         models = [entry.to_json() for entry in self.entries]
@@ -130,7 +142,7 @@ class Report:
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Heads and cells of the table: one row a model and dataset, and the mean over several."""
-        heads = ["model", "parameters", "data", "WER %", "sub", "del", "ins"]
+        heads = ["model", "parameters", "data", f"{self.rate} %", "sub", "del", "ins"]
         with_cer = any(score.cer is not None for entry in self.entries for score in entry.scores)
         heads += ["CER %"] * with_cer + ["RTF", "speed"]
         rows = []
@@ -148,7 +160,14 @@ class Report:
                 cer = [f"{score.cer:.1f}" if score.cer is not None else ""] * with_cer
                 alone = len(entry.scores) == 1
                 speed = f"{entry.relative_speed:.2f}×" if alone else ""
-                cells = [score.dataset, f"{score.wer:.1f}", *shares, *cer, f"{score.rtf:.3f}"]
+                unit = f" ({score.rate})" if score.rate != self.rate else ""
+                cells = [
+                    score.dataset + unit,
+                    f"{score.wer:.1f}",
+                    *shares,
+                    *cer,
+                    f"{score.rtf:.3f}",
+                ]
                 rows.append([*first, *cells, speed])
                 first = ["", ""]
             if len(entry.scores) > 1:
@@ -173,11 +192,12 @@ class Report:
     def to_markdown(self) -> str:
         """The content of report.md."""
         lines = [markdown_table(*self.rows(), TEXT_COLUMNS), ""]
+        units = {"WER": "words", "CER": "characters"}.get(self.rate, "words or characters")
         lines += [
-            "WER and its parts are percent of the reference words after the Whisper normaliser. "
-            "RTF is processing time over audio time, loading and compilation left out. Speed is "
-            f"relative to {self.entries[0].name}: the median over batches that all models decoded "
-            "in turn.",
+            f"{self.rate} and its parts are percent of the reference {units} after the Whisper "
+            "normaliser. RTF is processing time over audio time, loading and compilation left out. "
+            f"Speed is relative to {self.entries[0].name}: the median over batches that all models "
+            "decoded in turn.",
             "",
             *(f"- {key}: {value}" for key, value in self.settings.items()),
         ]

@@ -8,6 +8,10 @@ writes it anew while it works; one that stayed the same for `patience` seconds b
 that died, and whoever creates the next number has its shard. Nobody's clock is compared with
 another's: each waits by its own. Should an owner only have been slow, both make the same shard,
 byte for byte, and the second puts it over the first.
+
+Whether an owner's process still runs can be asked only where its number means the same as here: on
+the same machine since it was started (two may have the same name), in the same PID namespace (each
+container has its own).
 """
 
 import json
@@ -16,6 +20,8 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 from flax_distil.pseudo_label.folder import Folder
 
@@ -71,7 +77,10 @@ class Claims:
         return bool(refused)
 
     def clear(self) -> None:
-        """Remove the folder once nothing is claimed, and what killed processes left in it."""
+        """Remove the folder once every shard is there, with what killed processes left in it."""
+        for name in self.folder.names("claims"):
+            if name[0].isdigit():
+                self.folder.remove(f"claims/{name}")
         if not self.folder.local:
             return
         claims = self.folder.path / "claims"
@@ -91,8 +100,9 @@ class Claims:
         return newest is None or self._dead(newest)
 
     def _sign(self) -> bytes:
-        owner = {"host": socket.gethostname(), "process": os.getpid(), "beat": self.beats}
-        return json.dumps(owner).encode()
+        process = os.getpid()
+        owner = {"host": here(), "process": process, "started": started(process)}
+        return json.dumps(owner | {"beat": self.beats}).encode()
 
     def _dead(self, name: str) -> bool:
         """Whether the owner of a claim is known or presumed to be dead."""
@@ -106,16 +116,36 @@ class Claims:
         except ValueError:  # read while it was written, or killed while it wrote
             patience = min(patience, UNSIGNED)
         else:
-            if owner["host"] == socket.gethostname() and not alive(owner["process"]):
+            known = owner["host"] == here()
+            if known and not alive(owner["process"], owner.get("started")):
                 return True
         if self.seen.get(name, (None,))[0] != said:
             self.seen[name] = (said, time.monotonic())
         return time.monotonic() - self.seen[name][1] > patience
 
 
-def alive(process: int) -> bool:
-    """Whether another process of this number runs on this machine; our own number is an earlier
-    process's, who died."""
+@cache
+def here() -> str:
+    """Where process numbers mean the same: this machine, since its start, in this namespace."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # not on every system
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def started(process: int) -> str | None:
+    """When a process was started, in the kernel's ticks; None where that is not known."""
+    try:
+        # Behind the name, which may hold spaces and brackets, it is the 20th field (man proc).
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def alive(process: int, since: str | None = None) -> bool:
+    """Whether another process of this number runs here, started at `since` where that is known;
+    our own number is an earlier process's, who died."""
     if process == os.getpid():
         return False
     try:
@@ -123,5 +153,5 @@ def alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    return None in (since, now := started(process)) or since == now

@@ -23,24 +23,33 @@ from flax_distil.config import FilterConfig
 from flax_distil.errors import InputError, check_writable
 from flax_distil.pseudo_label.store import (
     LabelStore,
+    error_rates,
     open_store,
     read_settings,
     shard_files,
     write_json,
 )
+from flax_distil.text.wer import error_rate
 
 logger = logging.getLogger(__name__)
 
 KEPT = "kept"
 REASONS: tuple[str, ...] = (
+    "non-speech",
     "no reference",
     "empty reference",
     "too long",
     "too many tokens",
+    "not ended",
     "low log-probability",
     "high compression ratio",
+    "no-speech probability",
+    "all capitals",
+    "disagreement",
+    "WER of a part",
     "WER",
 )
+OF_ANY_CLIP = ("non-speech", "too long")  # others judge a label, which non-speech has none of
 MEASURED = (
     "word_errors",
     "reference_words",
@@ -48,6 +57,15 @@ MEASURED = (
     "token_ids",
     "mean_log_probability",
     "compression_ratio",
+    "no_speech_probability",
+    "whisper_transcript",
+    "language",
+    "utterance_number",
+    "error_rate",
+    "ended",
+    "speech",
+    "part_errors",
+    "part_words",
 )
 
 
@@ -55,13 +73,25 @@ MEASURED = (
 class Measures:
     """What filtering looks at, for the rows of one shard."""
 
+    speech: Bool[np.ndarray, "n"]
     referenced: Bool[np.ndarray, "n"]
     errors: Int[np.ndarray, "n"]
     words: Int[np.ndarray, "n"]
     seconds: Float[np.ndarray, "n"]
     tokens: Int[np.ndarray, "n"]
     log_probability: Float[np.ndarray, "n"]
+    ended: Bool[np.ndarray, "n"]
     compression: Float[np.ndarray, "n"]
+    no_speech: Float[np.ndarray, "n"]
+    capitals: Bool[np.ndarray, "n"]
+    """Whether the label has letters, none of them small, in a script that has small ones."""
+    disagreement: Float[np.ndarray, "n"]
+    """Error rate against the other teacher's label, in percent: 0 where none is asked, infinite
+    where it has none."""
+    worst_part: Float[np.ndarray, "n"]
+    """Highest error rate of a window's parts, in percent; 0 where no parts are known."""
+    rates: tuple[str, ...]
+    """WER, CER or both: what errors and words count."""
 
 
 @dataclass
@@ -107,11 +137,15 @@ class FilterReport:
     wer: float | None
     """Percent, of all labels against their references."""
     kept: int
+    non_speech: int
+    """Of those kept."""
     kept_hours: float
     kept_wer: float | None
     dropped: dict[str, int]
     """How many were dropped for each reason."""
     table: tuple[Threshold, ...]
+    rate: str = "WER"
+    """WER, CER or both: what the error rates count."""
 
 
 def run(config: FilterConfig) -> FilterReport:
@@ -150,11 +184,13 @@ def measure_all(files: list[Path], config: FilterConfig) -> FilterReport:
     thresholds = sorted({*config.thresholds, *asked})
     whole, chosen, at = Kept(), Kept(), {threshold: Kept() for threshold in thresholds}
     dropped = dict.fromkeys(REASONS, 0)
-    missing = 0
+    missing, non_speech, rates = 0, 0, set()
     for path in tqdm(files, desc="measuring", leave=False):
-        measures = measure(path)
-        missing += int((~measures.referenced).sum())
+        measures = measure(path, config)
+        missing += int((measures.speech & ~measures.referenced).sum())
+        rates.update(measures.rates)
         verdicts = judge(measures, config)
+        non_speech += int(((verdicts == KEPT) & ~measures.speech).sum())
         whole.add(measures, np.ones(len(verdicts), bool))
         chosen.add(measures, verdicts == KEPT)
         for reason in REASONS:
@@ -165,8 +201,8 @@ def measure_all(files: list[Path], config: FilterConfig) -> FilterReport:
     if missing and not judges_unreferenced(config):
         raise InputError(
             f"{missing} of {whole.labels} labels have no reference, so their WER is not known: "
-            "judge them by --min-mean-log-probability or --max-compression-ratio, or keep them "
-            "all with --allow-missing-reference"
+            "judge them by --min-mean-log-probability, --max-compression-ratio or --agree-with, "
+            "or keep them all with --allow-missing-reference"
         )
     rows = tuple(
         Threshold(
@@ -183,50 +219,113 @@ def measure_all(files: list[Path], config: FilterConfig) -> FilterReport:
         hours=whole.seconds / 3600,
         wer=whole.wer,
         kept=chosen.labels,
+        non_speech=non_speech,
         kept_hours=chosen.seconds / 3600,
         kept_wer=chosen.wer,
         dropped=dropped,
         table=rows if whole.words else (),
+        rate="/".join(sorted(rates, reverse=True)) or "WER",
     )
 
 
-def measure(path: Path) -> Measures:
-    """The columns that filtering looks at. Raises InputError when the shard is damaged."""
-    columns = dict(zip(MEASURED, _read(path, MEASURED).columns, strict=True))
+def measure(path: Path, config: FilterConfig) -> Measures:
+    """What filtering looks at in one shard. Raises InputError when the shard is damaged.
+
+    Columns that older stores lack are taken as: speech, ended, words counted, no parts known.
+    """
+    table = _read(path, MEASURED)
+    columns = dict(zip(table.column_names, table.columns, strict=True))
     tokens = pc.list_value_length(columns["token_ids"])  # type: ignore[attr-defined]
 
     def numbers(column: pa.ChunkedArray) -> np.ndarray:
         return column.fill_null(0).to_numpy()
 
+    def flags(name: str) -> np.ndarray:
+        found = columns.get(name)
+        return np.ones(len(table), bool) if found is None else found.fill_null(True).to_numpy()
+
+    def rows(name: str) -> list:
+        return columns[name].to_pylist() if name in columns else [None] * len(table)
+
+    parts = zip(rows("part_errors"), rows("part_words"), strict=True)
     return Measures(
+        speech=flags("speech"),
         referenced=columns["reference_words"].is_valid().to_numpy(),
         errors=numbers(columns["word_errors"]),
         words=numbers(columns["reference_words"]),
         seconds=numbers(columns["duration"]),
         tokens=numbers(tokens),
         log_probability=numbers(columns["mean_log_probability"]),
+        ended=flags("ended"),
         compression=numbers(columns["compression_ratio"]),
+        no_speech=numbers(columns["no_speech_probability"]),
+        capitals=np.array([all_capitals(text or "") for text in rows("whisper_transcript")], bool),
+        disagreement=disagreements(table, path, config),
+        worst_part=np.array([worst(*part) for part in parts], float),
+        rates=tuple(error_rates(table)),
     )
+
+
+def worst(errors: list[int] | None, words: list[int] | None) -> float:
+    """The highest error rate of a window's parts, in percent; 0 where no parts are known."""
+    pairs = zip(errors or (), words or (), strict=True)
+    return max((100 * wrong / size for wrong, size in pairs if size), default=0.0)
+
+
+def all_capitals(text: str) -> bool:
+    """Whether there are letters that could be small, and none is (as the published code asks)."""
+    return text.upper() == text != text.lower()
+
+
+def disagreements(table: pa.Table, path: Path, config: FilterConfig) -> Float[np.ndarray, "n"]:
+    """Error rate in percent of each label against the other teacher's; see `Measures`."""
+    if config.agree_with is None:
+        return np.zeros(len(table))
+    asked = read_settings(config.source).get("error_rate", "auto")
+    theirs, other = {}, shard_files(config.agree_with).get(int(path.stem))
+    if other is not None:
+        texts = _read(other, ("utterance_number", "whisper_transcript"))
+        theirs = dict(zip(*(column.to_pylist() for column in texts.columns), strict=True))
+    names = ("utterance_number", "whisper_transcript", "language")
+    found = np.full(len(table), np.inf)
+    for row, (number, text, language) in enumerate(
+        zip(*(table.column(name).to_pylist() for name in names), strict=True)
+    ):
+        if number in theirs:
+            found[row] = 100 * error_rate(language, asked).count([theirs[number]], [text]).rate
+    return found
 
 
 def judge(measures: Measures, config: FilterConfig) -> np.ndarray:
     """ "kept" or the first reason against it, for each row."""
-    log_probability, compression = config.min_mean_log_probability, config.max_compression_ratio
     none = np.zeros(len(measures.words), bool)
-    by_wer = config.max_wer is not None
+
+    def beyond(values: np.ndarray, most: float | None) -> np.ndarray:
+        return none if most is None else values > most
+
+    least, by_wer = config.min_mean_log_probability, config.max_wer is not None
     against = {
+        "non-speech": none if config.keep_non_speech else ~measures.speech,
         "no reference": none if judges_unreferenced(config) else ~measures.referenced,
         "empty reference": measures.referenced & (measures.words == 0) if by_wer else none,
         "too long": measures.seconds > config.max_duration,
         "too many tokens": measures.tokens > config.max_label_tokens,
-        "low log-probability": none
-        if log_probability is None
-        else measures.log_probability < log_probability,
-        "high compression ratio": none
-        if compression is None
-        else measures.compression > compression,
+        "not ended": none if config.keep_unended else ~measures.ended,
+        "low log-probability": none if least is None else measures.log_probability < least,
+        "high compression ratio": beyond(measures.compression, config.max_compression_ratio),
+        "no-speech probability": beyond(measures.no_speech, config.max_no_speech_probability),
+        "all capitals": none if config.keep_all_caps else measures.capitals,
+        "disagreement": none
+        if config.agree_with is None
+        else measures.disagreement >= config.max_disagreement,
+        "WER of a part": none
+        if config.max_part_wer is None
+        else measures.worst_part >= config.max_part_wer,
         "WER": none if config.max_wer is None else over(measures, config.max_wer),
     }
+    for reason, rows in against.items():
+        if reason not in OF_ANY_CLIP:
+            against[reason] = rows & measures.speech
     return np.select([against[reason] for reason in REASONS], REASONS, KEPT)
 
 
@@ -242,12 +341,14 @@ def judges_unreferenced(config: FilterConfig) -> bool:
         or config.max_wer is None
         or config.min_mean_log_probability is not None
         or config.max_compression_ratio is not None
+        or config.agree_with is not None
     )
 
 
 def report_table(report: FilterReport, config: FilterConfig) -> Table:
     """The reasons, then what each threshold would keep, like the paper's table 10."""
-    table = Table("", "labels", "dropped %", "hours", "WER %", title=f"{config.source}")
+    rate = report.rate
+    table = Table("", "labels", "dropped %", "hours", f"{rate} %", title=f"{config.source}")
 
     def row(name: str, labels: int, dropped: float, hours: float | None, wer: float | None):
         shown = [f"{labels:,}", f"{dropped:.1f}"]
@@ -257,13 +358,16 @@ def report_table(report: FilterReport, config: FilterConfig) -> Table:
     row("all", report.labels, 0.0, report.hours, report.wer)
     for reason, count in report.dropped.items():
         if count:
-            row(f"dropped: {reason}", count, 100 * count / report.labels, None, None)
+            name = reason.replace("WER", rate)
+            row(f"dropped: {name}", count, 100 * count / report.labels, None, None)
     dropped = 100 * (1 - report.kept / max(report.labels, 1))
     row("kept", report.kept, dropped, report.kept_hours, report.kept_wer)
+    if report.non_speech:
+        table.add_row("  of it non-speech", f"{report.non_speech:,}")
     table.add_section()
     for line in report.table:
         mark = " ←" if line.max_wer == config.max_wer else ""
-        name = f"WER < {line.max_wer:g} %{mark}"
+        name = f"{rate} < {line.max_wer:g} %{mark}"
         row(name, line.kept, line.dropped_percent, line.hours, line.wer)
     return table
 
@@ -272,20 +376,20 @@ def _write_kept(store: LabelStore, files: dict[int, Path], config: FilterConfig)
     """One output shard for each shard that has anything to keep, under the same number."""
     shards = []
     for number, path in tqdm(files.items(), desc="writing", leave=False):
-        keep = judge(measure(path), config) == KEPT
+        keep = judge(measure(path, config), config) == KEPT
         if keep.any():
             shards.append(store.put(number, _read(path).filter(pa.array(keep))))
     store.write_index(shards, complete=True)
 
 
 def _read(path: Path, columns: tuple[str, ...] | None = None) -> pa.Table:
+    """A shard, or those of `columns` that it has."""
     try:
-        return pq.read_table(
-            path, columns=columns and list(columns), page_checksum_verification=True
-        )
+        names = columns and [name for name in columns if name in pq.read_schema(path).names]
+        return pq.read_table(path, columns=names, page_checksum_verification=True)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise InputError(
-            f"{path} is damaged ({error}): run pseudo-label again, which makes it anew"
+            f"{path} is damaged ({error}): run pseudo-label --verify, which makes it anew"
         ) from None
 
 
@@ -293,11 +397,25 @@ def _criteria(config: FilterConfig) -> dict:
     chosen = dataclasses.asdict(config)
     for name in ("source", "output_dir", "thresholds", "overwrite"):
         del chosen[name]
-    return chosen
+    return chosen | {"agree_with": config.agree_with and str(config.agree_with)}
+
+
+def _check_same_data(config: FilterConfig) -> None:
+    """Raises InputError where the other teacher's labels are of other clips."""
+    ours = read_settings(config.source)
+    if config.agree_with is None:
+        return
+    theirs = read_settings(config.agree_with)
+    for name in ("data", "utterances", "shard_size", "pack_seconds", "pack_pause"):
+        if ours.get(name) != theirs.get(name):
+            raise InputError(
+                f"{config.agree_with} cannot judge {config.source}: {name} is {theirs.get(name)!r} "
+                f"there and {ours.get(name)!r} here"
+            )
 
 
 def _check_folders(config: FilterConfig) -> None:
-    read_settings(config.source)
+    _check_same_data(config)
     check_writable(config.output_dir)
     if config.output_dir.resolve() == config.source.resolve():
         raise InputError("source and output_dir are the same folder: take another output_dir")

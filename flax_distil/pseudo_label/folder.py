@@ -30,9 +30,14 @@ class Folder:
         """Whether it is on a disk."""
         return "://" not in self.address
 
-    def read(self, name: str) -> bytes:
-        """A file's contents. Raises FileNotFoundError."""
-        return self._system.cat_file(self._at(name))
+    def read(self, name: str, start: int = 0) -> bytes:
+        """A file's contents from byte `start` on. Raises FileNotFoundError."""
+        return self._system.cat_file(self._at(name), start=start)
+
+    def size(self, name: str) -> int:
+        """A file's bytes. Raises FileNotFoundError."""
+        self._system.invalidate_cache()
+        return self._system.size(self._at(name))
 
     def write(self, name: str, contents: bytes) -> None:
         """Put a whole file in its place, over an older one."""
@@ -69,12 +74,17 @@ class Folder:
 
     def names(self, inner: str = "") -> list[str]:
         """The files right in it, or in a folder inside, by their last names; hidden ones too."""
+        return sorted(self.sizes(inner))
+
+    def sizes(self, inner: str = "") -> dict[str, int]:
+        """Bytes of what `names` gives."""
         self._system.invalidate_cache()
         try:
-            found = self._system.ls(self._at(inner), detail=False)
+            found = self._system.ls(self._at(inner), detail=True)
         except FileNotFoundError:
-            return []
-        return sorted(name for path in found if (name := path.rstrip("/").rpartition("/")[2]))
+            return {}
+        named = ((one["name"].rstrip("/").rpartition("/")[2], one["size"]) for one in found)
+        return {name: size for name, size in named if name}
 
     def has(self, name: str) -> bool:
         """Whether a file is there."""

@@ -10,11 +10,12 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int16
@@ -43,17 +44,24 @@ from flax_distil.files import remove_partial
 from flax_distil.parallel.multihost import is_main_host, start
 from flax_distil.pseudo_label.claims import Claims
 from flax_distil.pseudo_label.store import LabelStore, PseudoLabel, Shard, open_store
-from flax_distil.text.normalize import normalizer
-from flax_distil.text.wer import word_errors
+from flax_distil.text.wer import error_rate
 
 log = logging.getLogger(__name__)
 
 # Settings that decide nothing about the labels.
 PLACE_AND_PACE = ("batch_size", "workers", "output_dir", "claim_patience")
 PLACE_AND_PACE += ("audio_states", "audio_states_dtype", "assistant", "guesses")
+PLACE_AND_PACE += ("max_skipped_share", "verify")
+
+# Skipped clips that stop a run, where nothing else was asked for.
+SKIPPED_SHARE, SKIPPED_AT_LEAST = 0.1, 100
+REASONS_SHOWN = 3
 
 # (waveforms int16 [B, 480000], language or None to detect it) → one hypothesis a row
 Teacher = Callable[[Int16[np.ndarray, "B N"], str | None], Sequence[Hypothesis]]
+
+# language or None to detect it → why the teacher cannot read it; None where it can
+Lacks = Callable[[str | None], str | None]
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class LabelSummary:
     """Of labelled audio, earlier runs included."""
     word_errors: int
     reference_words: int
+    rate: str
+    """WER, CER or both: whether these two count words or characters."""
     skipped: tuple[Skipped, ...]
     labelled_now: float
     """Seconds of audio labelled in this run."""
@@ -73,7 +83,7 @@ class LabelSummary:
 
     @property
     def wer(self) -> float | None:
-        """Of all labels that have a reference, as a fraction."""
+        """Of all labels that have a reference, as a fraction; of characters where `rate` says."""
         return self.word_errors / self.reference_words if self.reference_words else None
 
     @property
@@ -98,7 +108,7 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     from flax_distil.pseudo_label.distributions import check_form, explain
 
     start()
-    for name in ("batch_size", "shard_size", "workers", "max_tokens"):
+    for name in ("batch_size", "shard_size", "workers", "max_tokens", "beams"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
     if config.guesses != PseudoLabelConfig.guesses and not config.assistant:
@@ -113,7 +123,10 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
             log.warning("on a CPU the assistant is asked for batches of one: use --batch-size 1")
         assistant = load_assistant(recognizer, config.assistant, config.guesses)
     options = DecodeOptions(
-        task=config.task, timestamps=config.timestamps, max_tokens=config.max_tokens
+        task=config.task,
+        timestamps=config.timestamps,
+        max_tokens=config.max_tokens,
+        beams=config.beams,
     )
     weights, vocabulary = fingerprint(checkpoint.params), recognizer.tokens.vocabulary
     chosen = settings(config, utterances, weights, vocabulary, checkpoint.dims.width)
@@ -129,7 +142,8 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     )
     if states:
         remove_partial(states)
-    summary = label(utterances, teacher, store, config, states)
+    lacks = partial(recognizer.tokens.lacks, task=config.task)
+    summary = label(utterances, teacher, store, config, states, lacks)
     if is_main_host():
         Console().print(summary_table(summary, store.files.address))
     return summary
@@ -193,47 +207,66 @@ def label(
     store: LabelStore,
     config: PseudoLabelConfig,
     states: Path | None = None,
+    lacks: Lacks = lambda language: None,
 ) -> LabelSummary:
     """Make every shard of `store` that is not there yet. The teacher always gets full batches.
+
+    A store that is complete is gone through for clips that were skipped and can be read now; the
+    shards of those are made again.
 
     states: receives what the teacher's encoder says, a file a shard, before the shard is there.
 
     Any number of processes may do so at once: each makes the shards that it can claim, and all
     return when the last one is there.
+    Raises InputError where too many clips are skipped, or all.
     """
     begun, ours = time.monotonic(), set()
     claims = Claims(store.files, config.claim_patience)
-    done = store.finished(progress)
+    _remove_partial(store)
+    done = store.finished(progress, verify=config.verify)
+    listen_to = partial(_heard, store_audio=config.store_audio, lacks=lacks)
+    stale: dict[int, Shard] = {}
     left = not (isinstance(utterances, UtteranceStream) and store.complete() and done)
+    if not isinstance(utterances, UtteranceStream) and store.complete():
+        stale = readable_now(utterances, done, listen_to, config.workers)
+        done = {number: shard for number, shard in done.items() if number not in stale}
     while left:
         heard = in_order(
-            lambda numbered: (numbered[0], _heard(numbered[1], config.store_audio)),
-            pending(utterances, config.shard_size, store, done, claims),
+            lambda numbered: (numbered[0], listen_to(numbered[1])),
+            pending(utterances, config.shard_size, store, done, claims, stale),
             config.workers,
             ahead=2 * config.batch_size,
         )
+        limit = SkipLimit(utterances, config.max_skipped_share, done.values())
         with AudioBar(utterances, done.values()) as bar:
             for number, clips in groupby(heard, lambda item: item[0] // config.shard_size):
-                labels, skipped = _label_shard(clips, teacher, config, bar, claims)
+                labels, skipped = _label_shard(clips, teacher, config, bar, claims, limit)
+                limit.read(len(labels))
                 if states and labels:
                     keep_states(states, number, labels, config.audio_states_dtype)
                 done[number] = store.write(number, labels, skipped)
                 ours.add(number)
                 claims.done(number)
-                store.write_index(done.values())
         if left := claims.wait():
-            done = store.finished(progress, done)
+            found = store.finished(progress, done)
+            done = {number: s for number, s in found.items() if s != stale.get(number)}
     claims.clear()
+    _remove_partial(store)
     store.write_index(done.values(), complete=True)
     shards = [shard for _, shard in sorted(done.items())]
     skipped = [clip for shard in shards for clip in shard.skipped]
     lines = [json.dumps(dataclasses.asdict(clip), ensure_ascii=False) + "\n" for clip in skipped]
     store.files.write("skipped.jsonl", "".join(lines).encode())
+    if not any(shard.rows for shard in shards):
+        raise InputError(
+            f"none of {len(skipped)} clips could be labelled; the first: {reasons(skipped)}"
+        )
     return LabelSummary(
         labels=sum(shard.rows for shard in shards),
         seconds=sum(shard.seconds for shard in shards),
         word_errors=sum(shard.word_errors for shard in shards),
         reference_words=sum(shard.reference_words for shard in shards),
+        rate="/".join(sorted({name for s in shards for name in s.rates}, reverse=True)) or "WER",
         skipped=tuple(skipped),
         labelled_now=sum(shard.seconds for shard in shards if shard.number in ours),
         wall=time.monotonic() - begun,
@@ -251,14 +284,19 @@ def pending(
     store: LabelStore,
     done: Iterable[int],
     claims: Claims,
+    stale: Mapping[int, Shard],
 ) -> Iterator[tuple[int, Utterance]]:
-    """The utterances of shards that are not done and that no one else makes, with their numbers."""
-    done, there = set(done), store.numbers()
+    """The utterances of shards that are not done and that no one else makes, with their numbers.
+
+    stale: what shards say that are there and are made again.
+    """
+    done = set(done)
 
     def ours(number: int) -> bool:
         if number in done or not claims.take(number):
             return False
-        if number in there or number not in store.numbers():  # there and not done: damaged
+        # Looked at once nobody else can be at it: it may have been finished since `done`.
+        if (there := store.whole(number)) is None or there == stale.get(number):
             return True
         claims.done(number)  # someone was faster
         claims.refused.add(number)
@@ -278,11 +316,86 @@ def pending(
                 yield from rows
 
 
-def _heard(utterance: Utterance, store_audio: str) -> Skipped | tuple[Clip, dict[str, Any]]:
+def _remove_partial(store: LabelStore) -> None:
+    """Remove what killed processes left beside the store's files."""
+    if store.files.local:
+        for folder in (store.files.path, store.files.path / "data"):
+            remove_partial(folder)
+
+
+def readable_now(
+    utterances: Utterances | Packed,
+    done: Mapping[int, Shard],
+    listen_to: Callable[[Utterance], Skipped | tuple],
+    workers: int,
+) -> dict[int, Shard]:
+    """The shards with a clip that was skipped and would not be any more."""
+    numbered = [(shard, clip) for shard in done.values() for clip in shard.skipped_numbers]
+    numbered = [(shard, clip) for shard, clip in numbered if clip < len(utterances)]
+    heard = in_order(
+        lambda one: (one[0], listen_to(utterances[one[1]])), numbered, workers, ahead=2 * workers
+    )
+    return {shard.number: shard for shard, clip in heard if not isinstance(clip, Skipped)}
+
+
+def reasons(skipped: Sequence[Skipped]) -> str:
+    """The first few clips that were skipped, and why."""
+    return "; ".join(f"{clip.id}: {clip.reason}" for clip in skipped[:REASONS_SHOWN])
+
+
+class SkipLimit:
+    """How many clips of a dataset may be skipped, and how many were.
+
+    Of a stream, whose end is not known, the share is that of what was read.
+    """
+
+    def __init__(
+        self,
+        utterances: Utterances | UtteranceStream | Packed,
+        share: float | None,
+        done: Iterable[Shard],
+    ):
+        self.total = None if isinstance(utterances, UtteranceStream) else len(utterances)
+        self.share = SKIPPED_SHARE if share is None else share
+        self.least = SKIPPED_AT_LEAST if share is None else 0
+        self.first: list[Skipped] = []
+        self.skipped = self.labelled = 0
+        for shard in done:
+            self.first += shard.skipped[:REASONS_SHOWN]
+            self.skipped += len(shard.skipped)
+            self.labelled += shard.rows
+
+    def add(self, clip: Skipped) -> None:
+        """One more clip that was skipped. Raises InputError where it is one too many."""
+        self.skipped += 1
+        self.first.append(clip)
+        if self.total is not None:
+            self._check(self.total)
+
+    def read(self, labelled: int) -> None:
+        """So many more clips were labelled. Raises InputError as `add` does."""
+        self.labelled += labelled
+        if self.total is None:
+            self._check(self.labelled + self.skipped)
+
+    def _check(self, of: int) -> None:
+        if self.skipped > max(self.share * of, self.least):
+            raise InputError(
+                f"{self.skipped} of {of} clips were skipped, and max_skipped_share is "
+                f"{self.share:g}: mend the dataset or raise it; the first: {reasons(self.first)}"
+            )
+
+
+def _heard(
+    utterance: Utterance, store_audio: str, lacks: Lacks
+) -> Skipped | tuple[Clip, dict[str, Any]]:
     """The decoded clip and the audio cell of its row; runs in the loader's threads."""
     clip = hear(utterance)
     if isinstance(clip, Skipped):
         return clip
+    language = utterance.language and to_language(utterance.language)
+    if reason := lacks(language):
+        return Skipped(utterance.id, reason)
     if store_audio == "embed":
         contents = encode_flac(clip.samples.astype(np.float32) / 32768.0)
         return clip, {"bytes": contents, "path": f"{utterance.id}.flac"}
@@ -306,24 +419,27 @@ def _label_shard(
     config: PseudoLabelConfig,
     bar: "AudioBar",
     claims: Claims,
-) -> tuple[list[PseudoLabel], list[Skipped]]:
+    limit: SkipLimit,
+) -> tuple[list[PseudoLabel], dict[int, Skipped]]:
     """Labels of one shard, in order; batches hold one language, which the prompt names."""
     rows: dict[int, PseudoLabel] = {}
-    skipped: list[Skipped] = []
+    skipped: dict[int, Skipped] = {}
     groups: dict[str | None, list] = {}
 
     def flush(language: str | None, group: list) -> None:
         batch = stack([clip for _, clip, _ in group], config.batch_size)
         hypotheses = teacher(batch.waveforms, language)
         for (number, clip, audio), hypothesis in zip(group, hypotheses, strict=False):
-            rows[number] = pseudo_label(number, clip, audio, hypothesis, config.task)
+            made = pseudo_label(number, clip, audio, hypothesis, config.task, config.error_rate)
+            rows[number] = made
         bar.add(sum(clip.duration for _, clip, _ in group), len(group))
         claims.touch()
         group.clear()
 
     for number, found in clips:
         if isinstance(found, Skipped):
-            skipped.append(found)
+            skipped[number] = found
+            limit.add(found)
             bar.add(0.0, 1)
             continue
         clip, audio = found
@@ -366,14 +482,38 @@ def keep_states(folder: Path, number: int, labels: Sequence[PseudoLabel], stored
     write_states(path, names, [label.duration for label in labels], states, stored)
 
 
+def speaks(utterance: Utterance) -> bool:
+    """Whether anybody speaks in it, as far as is known: not where its reference is empty."""
+    if utterance.parts:
+        return any(map(speaks, utterance.parts))
+    return utterance.speech and (utterance.text is None or bool(utterance.text.strip()))
+
+
 def pseudo_label(
-    number: int, clip: Clip, audio: dict[str, Any], hypothesis: Hypothesis, task: str = "transcribe"
+    number: int,
+    clip: Clip,
+    audio: dict[str, Any],
+    hypothesis: Hypothesis,
+    task: str = "transcribe",
+    asked: Literal["auto", "wer", "cer"] = "auto",
 ) -> PseudoLabel:
-    """One row: the hypothesis beside the reference, both normalised to count the errors."""
-    utterance, errors = clip.utterance, None
-    if utterance.text is not None:
-        normalize = normalizer("en" if task == "translate" else hypothesis.language)
-        errors = word_errors([normalize(utterance.text)], [normalize(hypothesis.text)])
+    """One row: the hypothesis beside the reference, both normalised to count the errors.
+
+    Without speech nothing is counted: whatever was written was made up.
+    """
+    utterance, errors, parts, judged = clip.utterance, None, None, {}
+    speech = speaks(utterance)
+    rate = error_rate("en" if task == "translate" else hypothesis.language, asked)
+    if utterance.text is not None and speech:
+        errors = rate.count([utterance.text], [hypothesis.text])
+        parts = [part.text or "" for part in utterance.parts]
+    if parts:
+        counts = rate.count_parts(parts, hypothesis.text)
+        judged = {
+            "part_references": tuple(parts),
+            "part_errors": tuple(errors for errors, _ in counts),
+            "part_words": tuple(words for _, words in counts),
+        }
     return PseudoLabel(
         id=utterance.id,
         audio=audio,
@@ -391,6 +531,10 @@ def pseudo_label(
         wer=errors.rate if errors and errors.reference_words else None,
         word_errors=errors and errors.errors,
         reference_words=errors and errors.reference_words,
+        error_rate=errors and rate.unit,
+        ended=hypothesis.ended,
+        speech=speech,
+        **judged,
         distributions=getattr(hypothesis, "distributions", None),
         audio_SD=getattr(hypothesis, "audio_SD", None),
     )
@@ -437,7 +581,7 @@ def summary_table(summary: LabelSummary, title: str) -> Table:
     table.add_row("labels", f"{summary.labels:,}")
     table.add_row("audio", f"{summary.seconds / 3600:.2f} h")
     wer = "no references" if summary.wer is None else f"{100 * summary.wer:.2f} %"
-    table.add_row("WER against the references", wer)
+    table.add_row(f"{summary.rate} against the references", wer)
     if summary.rtf is not None:
         table.add_row("real-time factor", f"{summary.rtf:.3f} ({1 / summary.rtf:.1f}x)")
     table.add_row("skipped", f"{len(summary.skipped):,}")

@@ -2,17 +2,19 @@
 
     labels.json         what made them: teacher, options, data; written first, never changed
     data/00000.parquet  labels of utterances 0 … shard_size − 1, and so on
-    shards.json         the shards that are whole; made from them, and made again when it is lost
+    shards.json         an index of the shards, written once all are there
     skipped.jsonl       utterances without a label, and why; written at the end
     README.md           tells `datasets.load_dataset(folder)` where the shards are
 
 A shard is a fixed range of utterances, says so itself, and depends on nothing but them. It appears
 under its name only when it is whole and on disk. So any process may make any shard, in any order.
+Its footer holds the sums and skips that a run needs to know of it: to go on costs the footers'
+reading, and nothing that grows with the store is written beside each shard.
 """
 
 import dataclasses
-import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +29,15 @@ from flax_distil.data.utterances import NUMBER, Skipped
 from flax_distil.errors import InputError, check_writable
 from flax_distil.pseudo_label.folder import Folder, write_whole
 
+log = logging.getLogger(__name__)
+
 SETTINGS = "labels.json"
-FORMAT = 2  # 1 had neither recording nor utterance_number
+# 1 had neither recording nor utterance_number; 2 none of ended, speech, error_rate and parts.
+FORMAT = 3
 ROW_GROUP = 4  # rows; training reads at random, and a whole row group at a time
 METADATA_KEY = b"flax_distil.shard"
+MAGIC = b"PAR1"  # at both ends of a Parquet file
+TAIL = 1 << 16  # bytes read for a footer at first; most are smaller
 
 SCHEMA = pa.schema(
     [
@@ -50,6 +57,12 @@ SCHEMA = pa.schema(
         ("wer", pa.float64()),
         ("word_errors", pa.int32()),
         ("reference_words", pa.int32()),
+        ("error_rate", pa.string()),
+        ("ended", pa.bool_()),
+        ("speech", pa.bool_()),
+        ("part_references", pa.list_(pa.string())),
+        ("part_errors", pa.list_(pa.int32())),
+        ("part_words", pa.list_(pa.int32())),
     ]
 )
 
@@ -91,6 +104,18 @@ class PseudoLabel:
     """Substitutions, deletions and insertions; None without a reference."""
     reference_words: int | None
     """Words of the normalised reference; None without a reference."""
+    error_rate: str | None = None
+    """WER or CER: whether these three count words or characters; None without a reference."""
+    ended: bool = True
+    """Whether the teacher ended the text; False where it was cut at the longest label."""
+    speech: bool = True
+    """Whether anybody speaks; where not, the transcript is what the teacher made up."""
+    part_references: tuple[str, ...] | None = None
+    """Of a packed window, the texts of its parts; None where it is none or one has no text."""
+    part_errors: tuple[int, ...] | None = None
+    """Of each part, by the alignment of the window's words."""
+    part_words: tuple[int, ...] | None = None
+    """Words (or characters) of each part's normalised text."""
     distributions: StoredTeacher | None = dataclasses.field(default=None, repr=False)
     """The teacher at each token and at the end behind them, where the store keeps it."""
     audio_SD: np.ndarray | None = dataclasses.field(default=None, repr=False)
@@ -106,8 +131,13 @@ class Shard:
     seconds: float
     word_errors: int
     reference_words: int
+    rates: tuple[str, ...]
+    """WER, CER or both: what was counted."""
     skipped: tuple[Skipped, ...]
-    sha256: str
+    skipped_numbers: tuple[int, ...]
+    """Of these utterances in what was labelled."""
+    bytes: int
+    """Of the file."""
 
     @property
     def utterances(self) -> int:
@@ -128,9 +158,9 @@ class LabelStore:
         return Folder(self.folder)
 
     def write(
-        self, number: int, labels: Sequence[PseudoLabel], skipped: Sequence[Skipped]
+        self, number: int, labels: Sequence[PseudoLabel], skipped: Mapping[int, Skipped]
     ) -> Shard:
-        """Make a shard of labels."""
+        """Make a shard of labels; clips that have none are known by their numbers."""
         rows = [{name: getattr(label, name) for name in SCHEMA.names} for label in labels]
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
         if form := StoredForm.of(self.settings):
@@ -138,56 +168,92 @@ class LabelStore:
                 table = table.append_column(name, column)
         return self.put(number, table, skipped)
 
-    def put(self, number: int, table: pa.Table, skipped: Sequence[Skipped] = ()) -> Shard:
+    def put(
+        self, number: int, table: pa.Table, skipped: Mapping[int, Skipped] | None = None
+    ) -> Shard:
         """Put a whole shard in its place: there or not there, never half."""
-        facts = {"shard": number, "skipped": [dataclasses.asdict(clip) for clip in skipped]}
+        skipped = skipped or {}
+        sums = {
+            name: sum(value or 0 for value in table.column(name).to_pylist())
+            for name in ("duration", "word_errors", "reference_words")
+        }
+        facts = {
+            "number": number,
+            "rows": table.num_rows,
+            "seconds": sums["duration"],
+            "word_errors": sums["word_errors"],
+            "reference_words": sums["reference_words"],
+            "rates": error_rates(table),
+            "skipped": [dataclasses.asdict(clip) for clip in skipped.values()],
+            "skipped_numbers": list(skipped),
+        }
         contents = parquet_bytes(table.replace_schema_metadata({METADATA_KEY: json.dumps(facts)}))
-        self.files.write(name := f"data/{number:05d}.parquet", contents)
-        return _shard(contents, name)
-
-    def numbers(self) -> set[int]:
-        """The shards that are there, whole or not."""
-        return {int(name.partition(".")[0]) for name in self._shards()}
+        self.files.write(_name(number), contents)
+        return _made(facts | {"bytes": len(contents)})
 
     def finished(
-        self, progress: Any = iter, read: Mapping[int, Shard] | None = None
+        self, progress: Any = iter, read: Mapping[int, Shard] | None = None, verify: bool = False
     ) -> dict[int, Shard]:
         """The shards that are there and whole, by number; others are made again.
 
-        One that the index knows must have its checksum; one that it does not know must read
-        through. `progress` wraps the list of files; what was `read` before is not read again.
+        A shard of the size that the index tells is taken for whole, of any other the footer is
+        read; what was `read` before is not read again. `progress` wraps the list of files.
+
+        verify: read all of every shard instead, and remove those with a damaged page.
         """
-        known = {shard.number: shard for shard in self._index()}
+        known = {} if verify else {shard.number: shard for shard in self._index()}
         found = dict(read or {})
-        for name in progress(self._shards()):
+        for name, size in progress(sorted(self._shards().items())):
             if (number := int(name.partition(".")[0])) in found:
                 continue
-            contents = self.files.read(f"data/{name}")
-            if number not in known:
-                try:
-                    found[number] = _shard(contents, name)
-                except InputError:
-                    continue
-            elif hashlib.sha256(contents).hexdigest() == known[number].sha256:
+            if number in known and known[number].bytes == size:
                 found[number] = known[number]
+            elif shard := self.whole(number, size, verify):
+                found[number] = shard
+            elif verify:
+                self.files.remove(_name(number))
         return found
 
+    def whole(self, number: int, size: int | None = None, verify: bool = False) -> Shard | None:
+        """What a shard of `size` bytes says of itself; None where it is not there, or damaged.
+
+        verify: as far as every page shows, and not the footer alone.
+        """
+        try:
+            if verify:
+                contents = self.files.read(_name(number))
+                pq.read_table(pa.BufferReader(contents), page_checksum_verification=True)
+            return _made(self._facts(_name(number), size))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            log.warning("%s is not a whole shard: %s", _name(number), error)
+            return None
+
+    def _facts(self, name: str, size: int | None) -> dict[str, Any]:
+        """The footer's contents, and the file's size."""
+        size = self.files.size(name) if size is None else size
+        tail = self.files.read(name, max(size - TAIL, 0))
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if length > len(tail):
+            tail = self.files.read(name, max(size - length, 0))
+        # Arrow reads a footer alone as a file of nothing else.
+        footer = pq.read_metadata(pa.BufferReader(MAGIC + tail[-length:]))
+        return json.loads((footer.metadata or {})[METADATA_KEY]) | {"bytes": size}
+
     def write_index(self, shards: Iterable[Shard], complete: bool = False) -> None:
-        """Keep what `finished` would find; `complete` once no utterance is left."""
+        """Write what `finished` would find; `complete` once no utterance is left."""
         entries = [dataclasses.asdict(shard) for shard in sorted(shards, key=lambda s: s.number)]
         self.files.write("shards.json", as_json({"complete": complete, "shards": entries}))
 
-    def _shards(self) -> list[str]:
-        names = self.files.names("data")
-        return [name for name in names if name[0].isdigit() and name.endswith(".parquet")]
+    def _shards(self) -> dict[str, int]:
+        """The sizes of the shards that are there, whole or not, by file name."""
+        sizes = self.files.sizes("data").items()
+        return {n: size for n, size in sizes if n[0].isdigit() and n.endswith(".parquet")}
 
     def _index(self) -> list[Shard]:
         try:
-            entries = json.loads(self.files.read("shards.json"))["shards"]
-            return [
-                Shard(**entry | {"skipped": tuple(Skipped(**one) for one in entry["skipped"])})
-                for entry in entries
-            ]
+            return [_made(one) for one in json.loads(self.files.read("shards.json"))["shards"]]
         except (OSError, ValueError, KeyError, TypeError):
             return []  # lost or damaged: the shards tell the same
 
@@ -294,23 +360,20 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, as_json(value))
 
 
-def _shard(contents: bytes, path: str) -> Shard:
-    """A shard's facts out of its bytes. Raises InputError when a page is damaged."""
-    try:
-        table = pq.read_table(pa.BufferReader(contents), page_checksum_verification=True)
-        facts = json.loads(table.schema.metadata[METADATA_KEY])
-        sums = {
-            name: sum(value or 0 for value in table.column(name).to_pylist())
-            for name in ("duration", "word_errors", "reference_words")
-        }
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise InputError(f"{path} is not a whole shard: {error}") from None
-    return Shard(
-        number=facts["shard"],
-        rows=table.num_rows,
-        seconds=sums["duration"],
-        word_errors=sums["word_errors"],
-        reference_words=sums["reference_words"],
-        skipped=tuple(Skipped(**clip) for clip in facts["skipped"]),
-        sha256=hashlib.sha256(contents).hexdigest(),
-    )
+def error_rates(table: pa.Table) -> list[str]:
+    """What the rows' errors are counted in: WER, CER, both, or neither."""
+    if "error_rate" not in table.column_names:
+        return ["WER"] if table.column("reference_words").null_count < len(table) else []
+    return sorted({value for value in table.column("error_rate").to_pylist() if value})
+
+
+def _name(number: int) -> str:
+    return f"data/{number:05d}.parquet"
+
+
+def _made(facts: dict[str, Any]) -> Shard:
+    skipped = tuple(Skipped(**clip) for clip in facts["skipped"])
+    tuples = {name: tuple(facts[name]) for name in ("rates", "skipped_numbers")}
+    made: dict[str, Any] = facts | tuples
+    made["skipped"] = skipped
+    return Shard(**made)

@@ -123,7 +123,8 @@ ALIASES = {
     "Mandarin": "zh",
 }
 
-WITHOUT_SPACES = ("zh", "ja", "th", "lo", "my", "yue")  # between words
+# Scripts without spaces between words. Error rates count their characters (text/wer.py).
+WITHOUT_SPACES = ("zh", "ja", "th", "lo", "my", "yue", "km", "bo")
 
 CODES = {name.lower(): code for code, name in LANGUAGES.items()} | {
     name.lower(): code for name, code in ALIASES.items()

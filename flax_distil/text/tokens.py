@@ -90,6 +90,14 @@ class WhisperTokens:
             )
         return [self.languages[code], self.translate if task == "translate" else self.transcribe]
 
+    def lacks(self, language: str | None, task: str = "transcribe") -> str | None:
+        """Why the checkpoint cannot read a language; None where it can, or may detect one."""
+        try:
+            self._language_task(language or ("en" if self.multilingual else None), task)
+        except InputError as error:
+            return str(error)
+        return None
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; nothing in it is taken for a special token.
 

@@ -1,10 +1,16 @@
 """Word and character error counts, and the compression ratio that gives away loops."""
 
 import zlib
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from typing import Any, Literal
 
 from flax_distil.errors import InputError
+from flax_distil.text.languages import WITHOUT_SPACES, to_language_code
+from flax_distil.text.normalize import normalizer
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,64 @@ class ErrorCounts:
         )
 
 
+@dataclass(frozen=True)
+class ErrorRate:
+    """How transcripts in one language are compared with their references."""
+
+    unit: Literal["WER", "CER"]
+    """Whether words or characters are counted."""
+    normalize: Callable[[str], str]
+    process: Callable[..., Any]
+    """jiwer's comparison of normalised texts."""
+    spaces: bool = False
+    """Whether spaces are counted."""
+
+    def count(self, references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
+        """Errors of texts that are not normalised yet."""
+        normalised = (list(map(self.normalize, texts)) for texts in (references, hypotheses))
+        return _count(self.process, *normalised)
+
+    def count_parts(self, parts: Sequence[str], hypothesis: str) -> list[tuple[int, int]]:
+        """(errors, reference units) of each part of a text, by the alignment of the whole.
+
+        An insertion between two parts counts for the one before, or the first that has any text.
+        """
+        texts = [self.normalize(part) for part in parts]
+        sizes = [len(text if self.spaces else text.split()) for text in texts]
+        errors = [0] * len(parts)
+        spoken = [number for number, text in enumerate(texts) if text]
+        if not spoken:
+            return list(zip(errors, sizes, strict=True))
+        ends = list(accumulate(sizes[number] + self.spaces for number in spoken))
+        joined = " ".join(texts[number] for number in spoken)
+        for chunk in self.process([joined], [self.normalize(hypothesis)]).alignments[0]:
+            if chunk.type == "insert":
+                place = bisect_right(ends, max(chunk.ref_start_idx - 1, 0))
+                errors[spoken[place]] += chunk.hyp_end_idx - chunk.hyp_start_idx
+            elif chunk.type != "equal":
+                for unit in range(chunk.ref_start_idx, chunk.ref_end_idx):
+                    errors[spoken[bisect_right(ends, unit)]] += 1
+        return list(zip(errors, sizes, strict=True))
+
+
+@cache
+def error_rate(language: str | None, asked: Literal["auto", "wer", "cer"] = "auto") -> ErrorRate:
+    """WER, or CER for languages that are written without spaces between words.
+
+    Their characters are counted as in the Whisper paper, without spaces; where CER is asked for in
+    any other language, spaces count, as in jiwer.
+    Raises InputError for an unknown language.
+    """
+    from jiwer import process_characters, process_words
+
+    code = None if language is None else to_language_code(language)
+    if asked == "wer" or (asked == "auto" and code not in WITHOUT_SPACES):
+        return ErrorRate("WER", normalizer(code, split_letters=False), process_words)
+    if code in WITHOUT_SPACES:
+        return ErrorRate("CER", normalizer(code), process_words)
+    return ErrorRate("CER", normalizer(code), process_characters, spaces=True)
+
+
 def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
     """Counts over all pairs, as jiwer counts; texts are compared as they are, normalise before.
 
@@ -52,7 +116,7 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCo
 
 
 def character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
-    """The same in characters, spaces included: for scripts that do not part words."""
+    """The same in characters, spaces included."""
     from jiwer import process_characters
 
     return _count(process_characters, references, hypotheses)

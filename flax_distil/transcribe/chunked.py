@@ -114,6 +114,7 @@ class Reading:
             ),
             compression_ratio=compression_ratio(text),
             tally=total(one.tally for one in self.heard),
+            ended=all(one.ended for one in self.heard),
         )
 
 

@@ -16,7 +16,6 @@ from flax_distil.decode.recognizer import Recognizer
 from flax_distil.model.dims import CHUNK_FRAMES
 from flax_distil.model.spec import Params, Spec
 from flax_distil.parallel.clips import by_clip
-from flax_distil.text.languages import WITHOUT_SPACES
 from flax_distil.text.tokens import TIMESTAMP_STEP, WhisperTokens
 from flax_distil.transcribe.result import Word
 
@@ -26,6 +25,7 @@ SENTENCE_END = ".。!！?？"
 FILTER = 7  # width of the median filter, in audio positions
 LONGEST_WORD = 0.7  # seconds that the median word may have, where long words are cut
 SLACK = 0.5  # seconds that a segment's own time has to differ by to be preferred
+BY_CHARACTER = ("zh", "ja", "th", "lo", "my", "yue")  # openai-whisper's: a character is a word
 LENGTHS = (32, 64, 128, 256)  # texts are padded to one of these, so that few programs compile
 
 
@@ -245,7 +245,7 @@ def split_words(
     A word keeps the space before it; punctuation is a word.
     """
     characters = split_characters(tokens, text)
-    if language in WITHOUT_SPACES:
+    if language in BY_CHARACTER:
         return characters
     words: list[tuple[str, tuple[int, ...]]] = []
     for part, ids in characters:

@@ -90,7 +90,7 @@ def test_a_run_leaves_everything(random_folders, labels, tmp_path, caplog):
     bare.write_text(json.dumps({"audio": str(labels.parent / "0.wav"), "text": None}))
     for sets, message in [
         ((labels, labels), "two validation sets are called noise"),
-        ((bare,), "bare.jsonl has no reference, which validation needs"),
+        ((bare,), "bare.jsonl has no clip with a reference to validate on"),
     ]:
         validation = replace(config.validation, labels=sets)
         with pytest.raises(InputError, match=message):

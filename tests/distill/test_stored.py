@@ -50,6 +50,7 @@ def stores(random_folders, speech, tmp_path_factory):
         str(random_folders[0]),
         folder / "likeliest",
         max_tokens=1,
+        timestamps=False,
         batch_size=8,
     )
     label(replace(asked, top_k=ALL_BUT_ONE))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -129,8 +130,62 @@ def test_the_language_asked_for_is_that_of_all_clips(manifest):
     rows = [json.loads(line) | {"language": "de"} for line in manifest.read_text().splitlines()]
     manifest.write_text("\n".join(map(json.dumps, rows)))
     for asked, expected in ((None, "de"), ("French", "fr")):
-        utterances = judge._open(str(manifest), EvaluateConfig((), (), language=asked))
-        assert {one.language for one in judge._usable(utterances, [], asked)} == {expected}
+        config = EvaluateConfig((), (), language=asked)
+        clips = judge._usable(judge._open(str(manifest), config), [], config, {})
+        assert {one.language for one in clips} == {expected}
+
+
+def test_a_language_that_a_model_lacks_ends_no_evaluation(random_folders, manifest, tmp_path):
+    """Its clips are left out for all models, with the model and the reason."""
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()][:4]
+    for row, language in zip(rows, ("en", "de", "tlh", None), strict=True):
+        row["language"] = language
+    rows.append({"audio": "missing.flac", "text": "here", "id": "gone"})
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    config = EvaluateConfig(
+        (str(random_folders[1]),), (str(manifest),), tmp_path / "out", max_tokens=4
+    )
+    report = run(config)
+    assert report.entries[0].scores[0].clips == 2
+    german, klingon, gone = report.skipped[manifest.stem]
+    assert german.startswith("clip1: student: an English-only checkpoint cannot transcribe German")
+    assert klingon.startswith('clip2: Whisper knows no language "tlh"')
+    assert gone.startswith("gone: ")
+    with pytest.raises(InputError, match="student: an English-only checkpoint cannot tr"):
+        run(dataclasses.replace(config, language="fr"))
+
+
+def test_clips_are_judged_in_the_unit_of_their_language(random_folders, monkeypatch, tmp_path):
+    texts = {"今天天气很好": ("zh", "今天天汽很好"), "we went home": ("en", "we went hum")}
+
+    def hear(recognizers, batches, config):
+        for batch in batches:
+            said = [hypothesis(texts[clip.reference][1]) for clip in batch]
+            yield judge.Heard(batch, dict.fromkeys(recognizers, said), {"student": 0.5})
+
+    monkeypatch.setattr(judge, "hear", hear)
+    monkeypatch.setattr(judge, "lacks", lambda recognizers, language: None)
+    sets = []
+    (tmp_path / "0.flac").write_bytes(encode_flac(np.zeros(SAMPLE_RATE, np.float32)))
+    for text, (language, _) in texts.items():
+        sets.append(str(tmp_path / f"{language}.jsonl"))
+        row = {"audio": "0.flac", "text": text, "language": language}
+        (tmp_path / f"{language}.jsonl").write_text(json.dumps(row))
+    config = EvaluateConfig((str(random_folders[1]),), tuple(sets), character_errors=True)
+    report = judge.compare(config)
+    chinese, english = report.entries[0].scores
+    assert (chinese.rate, english.rate, report.rate) == ("CER", "WER", "WER/CER")
+    assert (chinese.words.reference_words, chinese.wer) == (6, pytest.approx(100 / 6))
+    assert chinese.cer == chinese.wer
+    assert english.wer == pytest.approx(100 / 3)
+    assert [one.rate for one in report.judged] == ["CER", "WER"]
+    heads, rows = report.rows()
+    assert heads[3] == "WER/CER %"
+    assert [row[2] for row in rows] == ["zh (CER)", "en (WER)", "mean"]
+    report = judge.compare(dataclasses.replace(config, error_rate="cer"))
+    assert [score.rate for score in report.entries[0].scores] == ["CER", "CER"]
+    assert report.rows()[0][3] == "CER %"
+    assert "CER and its parts are percent of the reference characters" in report.to_markdown()
 
 
 def test_results_are_not_lost_over_a_folder_that_is_none(manifest, tmp_path):

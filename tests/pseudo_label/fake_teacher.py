@@ -17,9 +17,8 @@ import pyarrow as pa
 
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import DataConfig, PseudoLabelConfig
-from flax_distil.data.utterances import read_dataset
 from flax_distil.decode.options import Hypothesis
-from flax_distil.pseudo_label.labeller import LabelSummary, label, settings
+from flax_distil.pseudo_label.labeller import LabelSummary, label, settings, windows
 from flax_distil.pseudo_label.store import SCHEMA, open_store
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.wer import word_errors
@@ -49,11 +48,13 @@ def fake_teacher(waveforms_BN: np.ndarray, language: str | None) -> list[Hypothe
     ]
 
 
-def label_with(config: PseudoLabelConfig, teacher=fake_teacher, states=None) -> LabelSummary:
+def label_with(
+    config: PseudoLabelConfig, teacher=fake_teacher, states=None, lacks=lambda language: None
+) -> LabelSummary:
     """`run` with this teacher in place of a Whisper."""
-    utterances = read_dataset(config.data)
+    utterances = windows(config)
     store = open_store(config.output_dir, settings(config, utterances, "fake", 51864))
-    return label(utterances, teacher, store, config, states)
+    return label(utterances, teacher, store, config, states, lacks)
 
 
 def label_telling(manifest: str, output: str, began: int) -> None:

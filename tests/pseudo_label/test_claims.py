@@ -13,9 +13,9 @@ from fake_teacher import fake_teacher, label_with
 from test_labeller import contents
 
 from flax_distil.errors import InputError
-from flax_distil.pseudo_label.claims import Claims, alive
+from flax_distil.pseudo_label.claims import Claims, alive, here, started
 from flax_distil.pseudo_label.folder import Folder
-from flax_distil.pseudo_label.store import shard_files
+from flax_distil.pseudo_label.store import LabelStore, shard_files
 
 PROGRAM = str(Path(__file__).with_name("fake_teacher.py"))
 
@@ -80,7 +80,7 @@ def test_a_claim_of_a_dead_process_is_taken_over_at_once(config, tmp_path, place
     Folder(place).remove("data/00001.parquet")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    claim_of(place, 1, os.uname().nodename, ended.pid)
+    claim_of(place, 1, here(), ended.pid)
     begun = time.monotonic()
     assert label_with(config).labels == whole.labels
     assert time.monotonic() - begun < config.claim_patience / 10
@@ -129,7 +129,7 @@ def test_a_claim_that_is_written_anew_stays(place):
 
 def test_one_of_those_who_see_an_owner_dead_takes_over(place, monkeypatch):
     """Both saw the same silent claim; the slower one finds the next number taken."""
-    monkeypatch.setattr("flax_distil.pseudo_label.claims.alive", lambda process: True)
+    monkeypatch.setattr("flax_distil.pseudo_label.claims.alive", lambda *process: True)
     claim_of(place, 3, "elsewhere", 1)
     first, second = (Claims(Folder(place), patience=0.05) for _ in range(2))
     assert not first.take(3)
@@ -166,5 +166,50 @@ def test_two_processes_that_create_at_once_never_both_succeed(tmp_path):
 
 
 def test_who_is_alive():
-    assert alive(os.getppid())
+    parent = os.getppid()
+    assert alive(parent)
+    assert alive(parent, started(parent))
+    assert not alive(parent, "1")  # an earlier one of the same number
     assert not alive(os.getpid())  # an earlier life of this one, by chance of the same number
+
+
+def test_a_number_in_another_namespace_says_nothing(place):
+    """A container on this machine, or another machine of the same name."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    name, *rest = here().split()
+    for other in (f"{name} {rest[0]} pid:[1]", f"{name} another-boot {rest[1]}", name):
+        claim_of(place, 3, other, ended.pid)
+        assert not Claims(Folder(place), patience=60).take(3)
+        Folder(place).remove("claims/00003.0")
+    claim_of(place, 3, here(), ended.pid)
+    assert Claims(Folder(place), patience=60).take(3)
+
+
+def test_a_shard_that_another_process_has_just_finished_is_not_made_again(
+    config, monkeypatch, tmp_path
+):
+    """It is finished between the listing of what is done and the claim."""
+    config = dataclasses.replace(config, batch_size=2, shard_size=4)
+    label_with(config)
+    finished = LabelStore.finished
+
+    def all_but_one(self, *args, **kwargs):
+        found = finished(self, *args, **kwargs)
+        if not looked:
+            del found[2]
+        looked.append(len(found))
+        return found
+
+    looked, asked = [], []
+
+    def teacher(waveforms, language):
+        asked.append(len(waveforms))
+        return fake_teacher(waveforms, language)
+
+    monkeypatch.setattr(LabelStore, "finished", all_but_one)
+    (config.output_dir / "shards.json").unlink()
+    summary = label_with(config, teacher)
+    assert looked == [5, 6]
+    assert not asked
+    assert (summary.labels, summary.labelled_now) == (21, 0)

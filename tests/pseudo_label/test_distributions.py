@@ -75,8 +75,9 @@ def labelled(config, folder, model, chosen):
     from flax_distil.audio.log_mel import log_mel
 
     data = dataclasses.replace(config.data, limit=4)
-    run(dataclasses.replace(config, data=data, model=str(folder), max_tokens=6))
-    choosing.run(FilterConfig(config.output_dir, chosen, max_wer=None))
+    asked = {"model": str(folder), "max_tokens": 6, "timestamps": False}
+    run(dataclasses.replace(config, data=data, **asked))
+    choosing.run(FilterConfig(config.output_dir, chosen, max_wer=None, keep_unended=True))
     prompt = load_tokens(str(folder)).prompt()
     for row in pq.read_table(chosen / "data" / "00000.parquet").to_pylist():
         heard = pad_or_trim(to_int16(load_audio(row["audio"]["bytes"])))

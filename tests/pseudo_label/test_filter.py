@@ -11,7 +11,7 @@ from fake_teacher import clip
 from flax_distil.config import FilterConfig
 from flax_distil.data.utterances import Skipped, read_dataset
 from flax_distil.errors import InputError
-from flax_distil.pseudo_label.filter import run
+from flax_distil.pseudo_label.filter import REASONS, all_capitals, report_table, run
 from flax_distil.pseudo_label.store import PseudoLabel, open_store, read_settings
 
 # id: reference words, errors, seconds, tokens, mean log-probability, compression ratio
@@ -30,8 +30,9 @@ LABELS = {
 UNREFERENCED = {"silent": (None, None, 6.0, 9, -0.5, 1.5), "loop": (None, None, 6.0, 9, -0.5, 3.0)}
 
 
-def store(folder, labels=LABELS):
-    made = open_store(folder, {"teacher": "hand", "vocabulary": 51864})
+def store(folder, labels=LABELS, change=None, **settings):
+    """change: fields of some rows, by their ids."""
+    made = open_store(folder, {"teacher": "hand", "vocabulary": 51864} | settings)
     rows = [
         PseudoLabel(
             id=name,
@@ -50,13 +51,15 @@ def store(folder, labels=LABELS):
             wer=errors / words if words else None,
             word_errors=errors,
             reference_words=words,
+            error_rate=None if words is None else "WER",
         )
         for number, (name, (words, errors, seconds, tokens, log_probability, ratio)) in enumerate(
             labels.items()
         )
     ]
+    rows = [dataclasses.replace(row, **(change or {}).get(row.id, {})) for row in rows]
     shards = [
-        made.write(n, rows[4 * n : 4 * n + 4], [Skipped("x", "damaged")])
+        made.write(n, rows[4 * n : 4 * n + 4], {4 * n: Skipped("x", "damaged")})
         for n in range(-(-len(rows) // 4))
     ]
     made.write_index(shards, complete=True)
@@ -77,15 +80,8 @@ def test_what_is_kept_and_why_the_rest_is_not(config):
     assert kept(config) == ["perfect", "five", "thirty seconds"]
     assert report.labels == 10
     assert report.kept == 3
-    assert report.dropped == {
-        "no reference": 0,
-        "empty reference": 1,
-        "too long": 1,
-        "too many tokens": 1,
-        "low log-probability": 0,
-        "high compression ratio": 0,
-        "WER": 4,
-    }
+    counted = {"empty reference": 1, "too long": 1, "too many tokens": 1, "WER": 4}
+    assert report.dropped == dict.fromkeys(REASONS, 0) | counted
     assert report.kept_hours == pytest.approx(48 / 3600)
     assert report.hours == pytest.approx(129.5 / 3600)
     assert report.kept_wer == pytest.approx(100 * 5 / 120)
@@ -206,3 +202,115 @@ def test_a_store_that_was_stopped_is_said(config, caplog):
     (config.source / "shards.json").unlink()
     run(config)
     assert "labels is not complete" in caplog.text
+
+
+GOOD = (10, 0, 6.0, 9, -0.1, 1.2)
+
+
+def test_a_label_that_was_cut_is_dropped(tmp_path):
+    labels = {"whole": GOOD, "cut": GOOD}
+    source = store(tmp_path / "labels", labels, {"cut": {"ended": False}})
+    config = FilterConfig(source, tmp_path / "chosen")
+    assert run(config).dropped["not ended"] == 1
+    assert kept(config) == ["whole"]
+    run(dataclasses.replace(config, overwrite=True, keep_unended=True))
+    assert kept(config) == ["whole", "cut"]
+
+
+def test_a_bad_part_cannot_hide_in_a_window(tmp_path):
+    """Of 100 words five are wrong: 5 % of the window, 5 of 8 words of the second part."""
+    window = (100, 5, 28.0, 120, -0.1, 1.4)
+    parts = {"part_references": ("a", "b", "c"), "part_words": (50, 8, 42)}
+    changes = {
+        "spread": parts | {"part_errors": (2, 1, 2)},
+        "hidden": parts | {"part_errors": (0, 5, 0)},
+    }
+    labels = {"spread": window, "hidden": window, "not packed": window}
+    config = FilterConfig(store(tmp_path / "labels", labels, changes), tmp_path / "chosen")
+    report = run(config)
+    assert (report.dropped["WER of a part"], report.dropped["WER"]) == (1, 0)
+    assert kept(config) == ["spread", "not packed"]
+    run(dataclasses.replace(config, overwrite=True, max_part_wer=12.5))  # 1 of 8 is not below
+    assert kept(config) == ["not packed"]
+    run(dataclasses.replace(config, overwrite=True, max_part_wer=None))
+    assert kept(config) == ["spread", "hidden", "not packed"]
+
+
+def test_clips_without_speech_are_counted_and_kept_where_asked(tmp_path):
+    """Whatever their label looks like; only too long ones go."""
+    made_up = (None, None, 6.0, 600, -3.0, 9.0)
+    labels = {"said": GOOD, "noise": made_up, "long noise": (None, None, 31.0, 9, -0.1, 1.0)}
+    changes = {name: {"speech": False, "ended": False} for name in ("noise", "long noise")}
+    config = FilterConfig(store(tmp_path / "labels", labels, changes), tmp_path / "chosen")
+    report = run(config)
+    assert (report.dropped["non-speech"], report.non_speech) == (2, 0)
+    assert kept(config) == ["said"]
+    report = run(dataclasses.replace(config, overwrite=True, keep_non_speech=True))
+    assert (report.dropped["non-speech"], report.dropped["too long"]) == (0, 1)
+    assert report.non_speech == 1
+    assert report_table(report, config).columns[0]._cells[3] == "  of it non-speech"
+    assert kept(config) == ["said", "noise"]
+    assert [one.speech for one in read_dataset(config.output_dir)] == [True, False]
+    assert report.kept_wer == 0.0
+
+
+def test_labels_in_capitals_are_dropped_where_letters_can_be_small(tmp_path):
+    said = {"small": " Yes.", "loud": " YES, INDEED.", "chinese": " 是的", "digits": " 1984"}
+    changes = {name: {"whisper_transcript": text} for name, text in said.items()}
+    labels = dict.fromkeys(said, GOOD)
+    config = FilterConfig(store(tmp_path / "labels", labels, changes), tmp_path / "chosen")
+    assert run(config).dropped["all capitals"] == 1
+    assert kept(config) == ["small", "chinese", "digits"]
+    run(dataclasses.replace(config, overwrite=True, keep_all_caps=True))
+    assert kept(config) == list(said)
+    assert not all_capitals("")
+
+
+def test_no_speech_probability_and_another_teacher(tmp_path):
+    """Of six words one, two or none is another; the third clip has no second label."""
+    heard = {"sure": 0.1, "agreed": 0.1, "alone": 0.1, "differing": 0.1, "doubtful": 0.7}
+    texts = {name: {"no_speech_probability": p} for name, p in heard.items()}
+    for name in texts:
+        texts[name]["whisper_transcript"] = " We went up the old road"
+    labels = dict.fromkeys(heard, (None, None, 6.0, 9, -0.1, 1.2))
+    same = {"data": {"source": "speech"}, "shard_size": 4}
+    source = store(tmp_path / "labels", labels, texts, **same)
+    others = dict(texts)
+    others["agreed"] = {"whisper_transcript": " we went, up the old road now"}
+    others["differing"] = {"whisper_transcript": " we want up the cold road"}
+    folder = tmp_path / "others"
+    store(folder, labels, others, **same)
+    table = pq.read_table(folder / "data" / "00000.parquet")
+    pq.write_table(table.filter([True, True, False, True]), folder / "data" / "00000.parquet")
+    config = FilterConfig(source, tmp_path / "chosen", agree_with=folder, max_disagreement=20.0)
+    report = run(config)
+    assert report.dropped["disagreement"] == 2
+    assert kept(config) == ["sure", "agreed", "doubtful"]
+    assert read_settings(config.output_dir)["filter"]["agree_with"] == str(folder)
+    config = dataclasses.replace(config, overwrite=True, max_no_speech_probability=0.6)
+    assert run(config).dropped["no-speech probability"] == 1
+    other = store(tmp_path / "of others", labels, data={"source": "elsewhere"}, shard_size=4)
+    with pytest.raises(InputError, match=r"of others cannot judge .*labels: data is .*elsewhere"):
+        run(dataclasses.replace(config, agree_with=other))
+
+
+def test_stores_of_both_units_are_judged_by_row(tmp_path):
+    changes = {"characters": {"error_rate": "CER", "language": "zh"}}
+    labels = {"words": (10, 0, 6.0, 9, -0.1, 1.2), "characters": (30, 2, 6.0, 9, -0.1, 1.2)}
+    config = FilterConfig(store(tmp_path / "labels", labels, changes), tmp_path / "chosen")
+    report = run(config)
+    assert (report.rate, report.kept) == ("WER/CER", 2)
+    shown = report_table(report, config)
+    assert shown.columns[4].header == "WER/CER %"
+    assert "WER/CER < 10 % ←" in shown.columns[0]._cells
+
+
+def test_a_store_of_an_older_format_is_read(config):
+    """Without the columns that came later: its labels are speech that ended, in words."""
+    for path in (config.source / "data").iterdir():
+        table = pq.read_table(path)
+        later = ["error_rate", "ended", "speech", "part_references", "part_errors", "part_words"]
+        pq.write_table(table.drop_columns(later), path)
+    report = run(config)
+    assert (report.kept, report.rate) == (3, "WER")
+    assert kept(config) == ["perfect", "five", "thirty seconds"]

@@ -96,6 +96,80 @@ def test_an_empty_reference_has_no_wer(config, speech):
     label_with(config)
     (row,) = rows(config.output_dir)
     assert (row["reference"], row["wer"], row["reference_words"]) == ("(...)", None, 0)
+    assert (row["error_rate"], row["speech"]) == ("WER", True)
+
+
+def test_whether_a_label_ended_is_kept(config):
+    def cut(waveforms, language):
+        found = fake_teacher(waveforms, language)
+        return [dataclasses.replace(one, ended=one.tokens[2] % 2 == 0) for one in found]
+
+    label_with(config, cut)
+    assert [row["ended"] for row in rows(config.output_dir)] == [
+        n % 2 == 0 for n in range(23) if n not in (5, 13)
+    ]
+
+
+def test_clips_without_speech_are_kept_beside_what_was_made_up(config, speech):
+    manifest = speech / "manifest.jsonl"
+    listed = [{"audio": f"{n}.flac", "text": text} for n, text in enumerate(["One", "", " \n"])]
+    listed.append({"audio": "3.flac", "text": "Clip number 3", "speech": False})
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in listed))
+    summary = label_with(config)
+    found = rows(config.output_dir)
+    assert [row["speech"] for row in found] == [True, False, False, False]
+    assert found[1]["whisper_transcript"] == " clip number 1"
+    assert found[1]["reference"] == ""
+    assert [row["word_errors"] for row in found[1:]] == [None] * 3
+    assert (summary.labels, summary.reference_words) == (4, 1)
+
+    noise = dataclasses.replace(config.data, speech=False)
+    label_with(dataclasses.replace(config, data=noise, output_dir=speech / "noise"))
+    assert not any(row["speech"] for row in rows(speech / "noise"))
+
+
+def test_windows_keep_what_their_parts_are_and_where_the_errors_fall(config, speech):
+    listed = [{"audio": f"{n}.flac", "text": f"Clip number {n}."} for n in range(3)]
+    manifest = speech / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in listed))
+
+    def teacher(waveforms, language):
+        text = " Clip number 0. Clip number none, thank you. Clip number 2."
+        return [dataclasses.replace(one, text=text) for one in fake_teacher(waveforms, language)]
+
+    label_with(dataclasses.replace(config, pack_seconds=30.0), teacher)
+    (row,) = rows(config.output_dir)
+    assert row["part_references"] == ["Clip number 0.", "Clip number 1.", "Clip number 2."]
+    assert (row["part_words"], row["part_errors"]) == ([3, 3, 3], [0, 3, 0])
+    assert (row["reference_words"], row["word_errors"]) == (9, 3)
+    label_with(dataclasses.replace(config, output_dir=speech / "single"))
+    assert {row["part_words"] for row in rows(speech / "single")} == {None}
+
+
+def test_languages_without_spaces_are_compared_by_characters(config, speech):
+    reference, label = "今天天气很好", "今天天汽很好"
+    listed = [
+        {"audio": "1.flac", "text": reference, "language": "zh"},
+        {"audio": "2.flac", "text": "Clip number 2", "language": "de"},
+    ]
+    manifest = speech / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in listed))
+
+    def teacher(waveforms, language):
+        found = fake_teacher(waveforms, language)
+        return [dataclasses.replace(one, text=label) if language == "zh" else one for one in found]
+
+    summary = label_with(config, teacher)
+    chinese, german = rows(config.output_dir)
+    assert (chinese["error_rate"], chinese["reference_words"], chinese["word_errors"]) == (
+        *("CER", 6, 1),
+    )
+    assert (german["error_rate"], german["reference_words"]) == ("WER", 3)
+    assert summary.rate == "WER/CER"
+    assert summary_table(summary, "").columns[0]._cells[2] == "WER/CER against the references"
+    by_words = dataclasses.replace(config, error_rate="wer", output_dir=speech / "words")
+    label_with(by_words, teacher)
+    assert rows(by_words.output_dir)[0]["wer"] == 1.0
 
 
 def test_where_each_utterance_stood_is_kept(config, speech):
@@ -150,10 +224,10 @@ def test_kill_at_any_moment_and_go_on(speech, tmp_path):
     assert len(killed_at) >= 12
     assert len(set(killed_at)) >= 6
     whole, killed = contents(tmp_path / "whole"), contents(tmp_path / "killed")
-    assert {name: killed[name] for name in whole} == whole
+    assert killed == whole  # with nothing beside it
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "flip without index", "remove", "remove index"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "flip, not verified", "remove", "remove index"])
 def test_a_damaged_shard_is_made_again(config, damage):
     label_with(config)
     whole = contents(config.output_dir)
@@ -166,7 +240,7 @@ def test_a_damaged_shard_is_made_again(config, damage):
         shard.write_bytes(bytes(changed))
     elif damage == "remove":
         shard.unlink()
-    if "index" in damage:
+    if damage == "remove index":
         (config.output_dir / "shards.json").unlink()
     asked = []
 
@@ -174,12 +248,12 @@ def test_a_damaged_shard_is_made_again(config, damage):
         asked.append(len(waveforms))
         return fake_teacher(waveforms, language)
 
-    summary = label_with(config, teacher)
+    summary = label_with(dataclasses.replace(config, verify=damage == "flip"), teacher)
     # Shard 2 has four clips: one batch of 3 and one filled up to 3.
-    assert asked == ([] if damage == "remove index" else [3, 3])
+    assert asked == ([3, 3] if damage in ("cut", "flip", "remove") else [])
     assert summary.labels == 21
     assert summary.wer == 0.0
-    assert contents(config.output_dir) == whole
+    assert (contents(config.output_dir) == whole) == (damage != "flip, not verified")
 
 
 def test_states_are_there_before_their_shard(config, monkeypatch, tmp_path):
@@ -334,9 +408,11 @@ def test_a_whisper_from_the_command_line(config, speech, random_folders, capsys)
         [pad_or_trim(to_int16(load_audio(speech / row["id"]))) for row in found[:2]]
     )
     recognizer = make_recognizer(load_checkpoint(teacher))
-    expected = recognize(recognizer, waveforms, DecodeOptions(max_tokens=6))
+    expected = recognize(recognizer, waveforms, DecodeOptions(max_tokens=6, timestamps=True))
     assert [tuple(row["token_ids"]) for row in found[:2]] == [one.tokens for one in expected]
     assert all(row["token_ids"] for row in found)
 
-    assert main([*command.split(), "--timestamps"]) == 2
-    assert "timestamps was False and is True" in capsys.readouterr().err
+    assert not any(row["ended"] for row in found)  # it never learned to end
+
+    assert main([*command.split(), "--no-timestamps"]) == 2
+    assert "timestamps was True and is False" in capsys.readouterr().err

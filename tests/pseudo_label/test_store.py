@@ -5,6 +5,7 @@ from fake_teacher import label_with
 
 from flax_distil.data.utterances import listen, read_dataset
 from flax_distil.pseudo_label import folder
+from flax_distil.pseudo_label import store as store_module
 from flax_distil.pseudo_label.store import LabelStore
 
 
@@ -39,18 +40,41 @@ def test_a_label_store_is_a_dataset(config):
     assert found.label_lengths().tolist() == [3] * 21
 
 
-def test_shards_that_were_read_are_not_read_again(config, monkeypatch):
+def test_to_go_on_costs_footers_alone(config, monkeypatch):
+    """And nothing of the shards that the index knows, or that were read before."""
     label_with(config)
     store = LabelStore(config.output_dir, {})
-    whole = store.finished()
-    one = {0: whole[0]}
-    read = []
+    whole, read = store.finished(), []
 
-    def notice(self, name, before=folder.Folder.read):
-        read.append(name)
-        return before(self, name)
+    def notice(self, name, start=0, before=folder.Folder.read):
+        contents = before(self, name, start)
+        read.append((name, len(contents)))
+        return contents
 
+    monkeypatch.setattr(store_module, "TAIL", 8)  # so that a footer and no more is read
     monkeypatch.setattr(folder.Folder, "read", notice)
-    assert store.finished(read=one) == whole
-    assert "data/00001.parquet" in read
-    assert "data/00000.parquet" not in read
+    assert store.finished() == whole
+    assert [name for name, _ in read] == ["shards.json"]
+    read.clear()
+    store.files.remove("shards.json")
+    assert store.finished(read={0: whole[0]}) == whole
+    assert "data/00000.parquet" not in dict(read)
+    assert read[0][0] == "data/00001.parquet"
+    assert all(size < whole[1].bytes for _, size in read)
+    read.clear()
+    assert store.finished(verify=True) == whole
+    assert ("data/00000.parquet", whole[0].bytes) in read
+
+
+def test_a_run_writes_its_index_once(config, monkeypatch):
+    written = []
+
+    def notice(self, name, contents, before=folder.Folder.write):
+        written.append(name)
+        before(self, name, contents)
+
+    monkeypatch.setattr(folder.Folder, "write", notice)
+    label_with(config)
+    assert [name for name in written if "/" not in name] == [
+        *("labels.json", "README.md", "shards.json", "skipped.jsonl")
+    ]

@@ -1,0 +1,94 @@
+"""What a validation set is judged by, and which sets are refused before training."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from flax_distil.audio.load import SAMPLE_RATE, encode_flac
+from flax_distil.config import DistillConfig, ValidationConfig
+from flax_distil.data.utterances import read_dataset
+from flax_distil.decode.options import Hypothesis
+from flax_distil.distill import validation
+from flax_distil.distill.validation import judge, open_sets
+from flax_distil.errors import InputError
+from flax_distil.text.tokens import load_tokens
+
+
+@pytest.fixture
+def tokens(random_folders):
+    """Of an English-only student."""
+    return load_tokens(random_folders[1])
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Writes a manifest of clips that can be heard, unless their file is named otherwise."""
+    (tmp_path / "clip.flac").write_bytes(encode_flac(np.zeros(SAMPLE_RATE, np.float32)))
+
+    def write(*rows: dict):
+        path = tmp_path / "clips.jsonl"
+        whole = [{"audio": "clip.flac", "id": str(n)} | row for n, row in enumerate(rows)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in whole))
+        return path
+
+    return write
+
+
+def asked(path, **fields) -> DistillConfig:
+    return DistillConfig("", "", path, validation=ValidationConfig((path,)), **fields)
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"text": " "}, {"text": ""}, {}], "its references are blank"),
+        ([{"text": "(coughs)"}], "nothing is left of its references"),
+        ([{"text": "Hallo", "language": "de"}], "cannot transcribe German"),
+        ([{"text": "nuqneH", "language": "tlh"}], 'knows no language "tlh"'),
+        ([{"text": "here", "audio": "gone.flac"}], "0: .*gone.flac"),
+    ],
+)
+def test_a_set_without_a_clip_to_judge_is_refused_at_once(clips, tokens, rows, reason):
+    config = asked(clips(*rows))
+    with pytest.raises(InputError, match=f"clips.jsonl has no clip with a reference .*{reason}"):
+        open_sets(config, tokens)
+    config = asked(clips(*rows, {"text": "Hello", "language": "en"}))
+    assert list(open_sets(config, tokens)) == ["clips"]
+
+
+def recognised(monkeypatch, texts: dict[str, str]) -> None:
+    """Clips of each language are heard as its text."""
+
+    def recognize(recognizer, waveforms, options):
+        language = options.language or "en"
+        one = Hypothesis((1,), texts[language], language, -0.1, 0.0, 1.0)
+        return [one] * len(waveforms)
+
+    monkeypatch.setattr(validation, "recognize", recognize)
+
+
+def test_clips_in_languages_that_the_student_lacks_are_left_out(clips, tokens, monkeypatch, caplog):
+    recognised(monkeypatch, {"en": "we went"})
+    path = clips(
+        {"text": "We went home", "language": "English"},
+        {"text": "eins", "language": "de"},
+        {"text": "wa'", "language": "tlh"},
+        {"text": " "},
+        {"text": "one", "audio": "gone.flac"},
+    )
+    counts, rate = judge(SimpleNamespace(tokens=tokens), read_dataset(path), asked(path))
+    assert (counts.reference_words, counts.deletions, rate) == (3, 1, "WER")
+    assert "3 clips are not judged, the first: Skipped(id='1'" in caplog.text
+
+
+def test_languages_without_spaces_are_judged_by_characters(clips, monkeypatch):
+    recognised(monkeypatch, {"ja": "今天天汽很好", "en": "we went"})
+    every = SimpleNamespace(tokens=SimpleNamespace(lacks=lambda language: None))
+    path = clips({"text": "今天天气很好", "language": "ja"})
+    counts, rate = judge(every, read_dataset(path), asked(path))
+    assert (counts.reference_words, counts.substitutions, rate) == (6, 1, "CER")
+    path = clips({"text": "今天天气很好", "language": "ja"}, {"text": "we went"})
+    counts, rate = judge(every, read_dataset(path), asked(path, language="en"))
+    assert (counts.reference_words, rate) == (8, "WER/CER")
