@@ -169,7 +169,8 @@ class Utterances(Sequence[Utterance]):
     def follows(self) -> np.ndarray:
         """bool[n]: whether the row before is the utterance before, of speaker and recording.
 
-        A label store numbers its utterances, so that a gap left by filtering is seen.
+        A label store numbers its utterances, so that a gap left by filtering is seen; clips of one
+        window that was split share a number.
         """
         known = [name for name in (self.columns.speaker, self.columns.recording) if name]
         offsets = self.column("offset")
@@ -183,7 +184,7 @@ class Utterances(Sequence[Utterance]):
             numbers = self.taken.tolist()
         same = [False]
         for (one, two), (first, second) in zip(pairwise(whose), pairwise(numbers), strict=True):
-            adjacent = None in (first, second) or second == first + 1
+            adjacent = None in (first, second) or second in (first, first + 1)
             same.append(adjacent and one == two and any(name is not None for name in two))
         return np.array(same)
 

@@ -92,6 +92,15 @@ def hear(utterance: Utterance, turn: int = 0) -> Clip | Skipped:
 
     Of a packed window that needs several clips it is one after the other, by `turn`.
     """
+    clips = hear_clips(utterance)
+    return clips if isinstance(clips, Skipped) else clips[turn % len(clips)]
+
+
+def hear_clips(utterance: Utterance) -> list[Clip] | Skipped:
+    """The clips of an utterance, at least one, or why there is none; see `hear_all`.
+
+    Parts of a window that are left out are warned of.
+    """
     found = hear_all(utterance)
     clips = [one for one in found if isinstance(one, Clip)]
     skipped = [one for one in found if isinstance(one, Skipped)]
@@ -99,7 +108,7 @@ def hear(utterance: Utterance, turn: int = 0) -> Clip | Skipped:
         return Skipped(utterance.id, "; ".join(dict.fromkeys(one.reason for one in skipped)))
     for one in skipped:
         logger.warning("%s is left out of its window: %s", one.id, one.reason)
-    return clips[turn % len(clips)]
+    return clips
 
 
 def hear_all(utterance: Utterance) -> list[Clip | Skipped]:

@@ -37,7 +37,7 @@ from flax_distil.data.utterances import (
     read_dataset,
     to_language,
 )
-from flax_distil.data.windows import Clip, hear, in_order, stack
+from flax_distil.data.windows import Clip, hear_clips, in_order, stack
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.errors import InputError
 from flax_distil.files import remove_partial
@@ -59,6 +59,9 @@ REASONS_SHOWN = 3
 
 # (waveforms int16 [B, 480000], language or None to detect it) → one hypothesis a row
 Teacher = Callable[[Int16[np.ndarray, "B N"], str | None], Sequence[Hypothesis]]
+
+# The clips of an utterance, each with the audio cell of its row: several of a window that is split.
+Heard = list[tuple[Clip, dict[str, Any]]]
 
 # language or None to detect it → why the teacher cannot read it; None where it can
 Lacks = Callable[[str | None], str | None]
@@ -326,7 +329,7 @@ def _remove_partial(store: LabelStore) -> None:
 def readable_now(
     utterances: Utterances | Packed,
     done: Mapping[int, Shard],
-    listen_to: Callable[[Utterance], Skipped | tuple],
+    listen_to: Callable[[Utterance], Skipped | Heard],
     workers: int,
 ) -> dict[int, Shard]:
     """The shards with a clip that was skipped and would not be any more."""
@@ -386,19 +389,16 @@ class SkipLimit:
             )
 
 
-def _heard(
-    utterance: Utterance, store_audio: str, lacks: Lacks
-) -> Skipped | tuple[Clip, dict[str, Any]]:
-    """The decoded clip and the audio cell of its row; runs in the loader's threads."""
-    clip = hear(utterance)
-    if isinstance(clip, Skipped):
-        return clip
+def _heard(utterance: Utterance, store_audio: str, lacks: Lacks) -> Skipped | Heard:
+    """The decoded clips and the audio cells of their rows; runs in the loader's threads."""
+    clips = hear_clips(utterance)
+    if isinstance(clips, Skipped):
+        return clips
     language = utterance.language and to_language(utterance.language)
     if reason := lacks(language):
         return Skipped(utterance.id, reason)
     if store_audio == "embed":
-        contents = encode_flac(clip.samples.astype(np.float32) / 32768.0)
-        return clip, {"bytes": contents, "path": f"{utterance.id}.flac"}
+        return [(clip, embedded(clip)) for clip in clips]
     if not isinstance(utterance.audio, str) or utterance.offset is not None:
         raise InputError(
             f"{utterance.id} is not a file of its own, so its audio cannot be referred to: use "
@@ -410,11 +410,17 @@ def _heard(
         )
     # The store may be read from elsewhere than it was made.
     path = utterance.audio if "://" in utterance.audio else os.path.abspath(utterance.audio)
-    return clip, {"bytes": None, "path": path}
+    return [(clip, {"bytes": None, "path": path}) for clip in clips]
+
+
+def embedded(clip: Clip) -> dict[str, Any]:
+    """The audio cell of a clip whose samples are in the store."""
+    contents = encode_flac(clip.samples.astype(np.float32) / 32768.0)
+    return {"bytes": contents, "path": f"{clip.utterance.id}.flac"}
 
 
 def _label_shard(
-    clips: Iterable[tuple[int, Skipped | tuple[Clip, dict[str, Any]]]],
+    clips: Iterable[tuple[int, Skipped | Heard]],
     teacher: Teacher,
     config: PseudoLabelConfig,
     bar: "AudioBar",
@@ -422,16 +428,16 @@ def _label_shard(
     limit: SkipLimit,
 ) -> tuple[list[PseudoLabel], dict[int, Skipped]]:
     """Labels of one shard, in order; batches hold one language, which the prompt names."""
-    rows: dict[int, PseudoLabel] = {}
+    rows: dict[tuple[int, int], PseudoLabel] = {}  # by utterance and clip of it
     skipped: dict[int, Skipped] = {}
     groups: dict[str | None, list] = {}
 
     def flush(language: str | None, group: list) -> None:
         batch = stack([clip for _, clip, _ in group], config.batch_size)
         hypotheses = teacher(batch.waveforms, language)
-        for (number, clip, audio), hypothesis in zip(group, hypotheses, strict=False):
-            made = pseudo_label(number, clip, audio, hypothesis, config.task, config.error_rate)
-            rows[number] = made
+        for (place, clip, audio), hypothesis in zip(group, hypotheses, strict=False):
+            made = pseudo_label(place[0], clip, audio, hypothesis, config.task, config.error_rate)
+            rows[place] = made
         bar.add(sum(clip.duration for _, clip, _ in group), len(group))
         claims.touch()
         group.clear()
@@ -442,17 +448,17 @@ def _label_shard(
             limit.add(found)
             bar.add(0.0, 1)
             continue
-        clip, audio = found
-        spoken = clip.utterance.language
-        language = None if spoken is None else to_language(spoken)
-        group = groups.setdefault(language, [])
-        group.append((number, clip, audio))
-        if len(group) == config.batch_size:
-            flush(language, group)
+        for piece, (clip, audio) in enumerate(found):
+            spoken = clip.utterance.language
+            language = None if spoken is None else to_language(spoken)
+            group = groups.setdefault(language, [])
+            group.append(((number, piece), clip, audio))
+            if len(group) == config.batch_size:
+                flush(language, group)
     for language, group in groups.items():
         if group:
             flush(language, group)
-    return [rows[number] for number in sorted(rows)], skipped
+    return [rows[place] for place in sorted(rows)], skipped
 
 
 def stored_names(
@@ -545,7 +551,9 @@ class AudioBar:
 
     def __init__(self, utterances: Utterances | UtteranceStream | Packed, done: Iterable[Shard]):
         total = None if isinstance(utterances, UtteranceStream) else len(utterances)
-        self.left = None if total is None else total - sum(shard.utterances for shard in done)
+        # A window that was split has several labels.
+        made = sum(shard.utterances for shard in done)
+        self.left = None if total is None else max(total - made, 0)
         self.heard, self.seconds, self.start = 0, 0.0, time.monotonic()
         self.bar = tqdm(
             desc="labelling",

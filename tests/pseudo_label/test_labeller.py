@@ -146,6 +146,25 @@ def test_windows_keep_what_their_parts_are_and_where_the_errors_fall(config, spe
     assert {row["part_words"] for row in rows(speech / "single")} == {None}
 
 
+def test_a_window_that_grows_past_30_s_is_labelled_in_two(config, speech):
+    """Three clips of 11 s that claim 5 s, and one that is damaged: every clip has its label."""
+    listed = []
+    for number in range(3):
+        (speech / f"{number}.flac").write_bytes(clip(number, 11.0))
+        listed.append({"audio": f"{number}.flac", "text": f"Clip {number}.", "duration": 5.0})
+    listed.insert(1, {"audio": "5.flac", "text": "Clip 5.", "duration": 5.0})
+    (speech / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    summary = label_with(dataclasses.replace(config, pack_seconds=30.0))
+    found = rows(config.output_dir)
+    assert [row["reference"] for row in found] == ["Clip 0. Clip 1.", "Clip 2."]
+    assert [row["duration"] for row in found] == [22 + config.pack_pause, 11.0]
+    assert [row["utterance_number"] for row in found] == [0, 0]
+    assert [row["token_ids"][2] for row in found] == [0, 2]
+    assert len({row["id"] for row in found}) == 2
+    assert (summary.labels, summary.skipped) == (2, ())
+    assert label_with(dataclasses.replace(config, pack_seconds=30.0)).labels == 2  # it goes on
+
+
 def test_languages_without_spaces_are_compared_by_characters(config, speech):
     reference, label = "今天天气很好", "今天天汽很好"
     listed = [
