@@ -207,6 +207,9 @@ class LossConfig:
 
     kl: float = 0.8
     """Weight of the KL divergence (paper 0.8; the published code has 1.0)."""
+    kl_end: float | None = None
+    """Weight of the KL divergence at the end of the run, to which it goes linearly (arXiv
+    2601.19919); without it, the same in all of the run."""
     ce: float = 1.0
     """Weight of the cross-entropy on pseudo-labels (paper 1.0; the published code has 0.8)."""
     mse: float = 0.0
@@ -223,10 +226,17 @@ class OptimizerConfig:
 
     steps: int = 80_000
     """Updates in the whole run."""
+    epochs: float | None = None
+    """Length of the run in place of `steps`: how often as many clips as the datasets have."""
+    schedule: Literal["linear", "constant", "constant_with_warmup"] = "linear"
+    """How the rate goes on after the warm-up: linearly to 0 at `steps`, or as it is. constant has
+    no warm-up. Named as in Transformers."""
+    freeze_embed_positions: bool = False
+    """Leave the student's position embeddings as they are."""
     learning_rate: float = 1e-4
     """The peak, reached at the end of the warm-up."""
     warmup_steps: int = 500
-    """Updates of linear warm-up; then the rate falls linearly to 0 at `steps`."""
+    """Updates of linear warm-up."""
     beta1: float = 0.9
     """Decay of the gradient's mean."""
     beta2: float = 0.999

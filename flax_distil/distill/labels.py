@@ -8,7 +8,8 @@ from typing import Any
 
 from flax_distil.config import DistillConfig
 from flax_distil.data.mixing import Source
-from flax_distil.data.utterances import Joined, Utterances
+from flax_distil.data.usable import language_reason
+from flax_distil.data.utterances import Joined, Utterances, to_language
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.pseudo_label.labeller import fingerprint
@@ -108,6 +109,27 @@ def knows_previous(source: Source) -> bool:
         return source.own_prompts or bool(source.follows.any())
     columns = source.utterances.columns  # type: ignore[union-attr]
     return (columns.speaker, columns.recording) != (None, None)
+
+
+def spoken(sources: Sequence[Source], tokens: WhisperTokens) -> dict[str, Any]:
+    """Languages and tasks that are learnt, sorted; languages are None where not all are known."""
+    languages, tasks = set(), set()
+    for source in sources:
+        if not source.speech:
+            continue
+        tasks.add(source.options.task)
+        default = source.options.language or (None if tokens.multilingual else "en")
+        for utterances in parts([source]):
+            columns, named = utterances.columns, utterances.config.language or default
+            if columns.language is None:
+                languages.add(named)
+            elif isinstance(utterances, Utterances):
+                languages.update(one or named for one in set(utterances.column(columns.language)))
+            else:  # a stream's rows are not read yet
+                languages.add(None)
+    known = None not in languages
+    codes = {to_language(one) for one in languages if one and not language_reason(one, tokens)}
+    return {"languages": sorted(codes) if known else None, "tasks": sorted(tasks)}
 
 
 def parts(sources: Sequence[Source]) -> Iterator[Any]:

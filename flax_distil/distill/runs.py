@@ -1,16 +1,17 @@
 """What a finished or running run has to give: its recipe and its student."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flax_distil.config import DistillConfig
 from flax_distil.distill.checkpoints import read_params
 from flax_distil.distill.setup import trainable_part, trained_checkpoint
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, read_json
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.recipe import load_recipe
 
-RECIPE = "recipe.toml"
+RECIPE, VERSIONS = "recipe.toml", "versions.json"
 
 
 def is_run(folder: Path) -> bool:
@@ -23,7 +24,8 @@ def trained_student(
 ) -> tuple[int, Checkpoint]:
     """The step and the whole student of a run's checkpoint, with tokenizer and configurations.
 
-    What was not trained comes from the student the run began with, as its recipe names it.
+    What was not trained comes from the student the run began with, as its recipe names it. A
+    multilingual one that was trained on one language and task has both in its generation config.
 
     Raises:
         InputError: the folder is no run, has no such checkpoint, or that student is gone.
@@ -35,4 +37,16 @@ def trained_student(
     scanned = config.compute.scan_layers
     like = trainable_part(student.params, config.train_encoder, scanned)
     step, trained = read_params(run, like, which)
-    return step, trained_checkpoint(trained, student, scanned)
+    student = trained_checkpoint(trained, student, scanned)
+    return step, replace(student, generation=generation_of(run, student))
+
+
+def generation_of(run: Path, student: Checkpoint) -> dict[str, Any]:
+    """The generation config of a run's student: with the language and task of its data, where it
+    is multilingual and there was one of each."""
+    facts = read_json(run / VERSIONS) if (run / VERSIONS).is_file() else {}
+    languages, tasks = facts.get("languages") or [], facts.get("tasks") or []
+    if not student.dims.multilingual or len(languages) != 1 or len(tasks) != 1:
+        return student.generation
+    kept = {key: one for key, one in student.generation.items() if key != "forced_decoder_ids"}
+    return kept | {"language": f"<|{languages[0]}|>", "task": tasks[0]}

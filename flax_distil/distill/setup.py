@@ -1,6 +1,9 @@
 """From two checkpoints and a configuration to what the train step takes."""
 
 import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_distil.config import DistillConfig
+from flax_distil.data.mixing import Source
 from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.data.utterances import to_language
 from flax_distil.distill.step import Frozen, Plan
@@ -84,11 +88,19 @@ def check_numbers(config: DistillConfig) -> None:
             f"loss weights kl {loss.kl}, ce {loss.ce}, mse {loss.mse}: none may be negative and "
             "one must be positive"
         )
+    if loss.kl_end is not None and (loss.kl_end < 0 or not loss.kl):
+        raise InputError(
+            f"loss.kl goes from {loss.kl} to kl_end {loss.kl_end}: the first must be positive and "
+            "the second not negative"
+        )
+    if optimizer.epochs is not None and optimizer.epochs <= 0:
+        raise InputError(f"epochs {optimizer.epochs:g} must be positive")
     if loss.temperature <= 0:
         raise InputError(f"temperature {loss.temperature} must be positive: the paper has 2")
     if not 0 <= loss.label_smoothing < 1:
         raise InputError(f"label smoothing {loss.label_smoothing} must be at least 0 and below 1")
-    if optimizer.steps < 1 or not 0 <= optimizer.warmup_steps <= optimizer.steps:
+    warmup = 0 if optimizer.schedule == "constant" else optimizer.warmup_steps
+    if optimizer.steps < 1 or not 0 <= warmup <= optimizer.steps:
         raise InputError(
             f"{optimizer.warmup_steps} warm-up steps do not fit into {optimizer.steps} steps: "
             "choose fewer"
@@ -106,6 +118,24 @@ def check_numbers(config: DistillConfig) -> None:
             raise InputError(f"{name} {value:g} must be positive")
     if not config.label_buckets or not all(1 <= one <= 448 for one in config.label_buckets):
         raise InputError(f"label_buckets {config.label_buckets}: name lengths from 1 to 448 tokens")
+
+
+def resolved(config: DistillConfig, sources: Sequence[Source]) -> DistillConfig:
+    """The configuration with its epochs as steps, the last batch of them filled up.
+
+    Raises InputError where a stream, whose clips are not counted, is among the sources.
+    """
+    epochs, sizes = config.optimizer.epochs, [source.size for source in sources]
+    if epochs is None:
+        return config
+    if None in sizes:
+        raise InputError(
+            f"epochs is {epochs:g} and a stream has no end that is known: give steps instead"
+        )
+    clips = sum(size or 0 for size in sizes)
+    steps = math.ceil(round(epochs * clips, 6) / config.batch_size)
+    log.info("%g epochs of %d clips: %d steps", epochs, clips, steps)
+    return replace(config, optimizer=replace(config.optimizer, steps=steps))
 
 
 def split_parameters(

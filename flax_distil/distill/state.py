@@ -1,6 +1,7 @@
 """What training carries from update to update, and how a gradient becomes an update."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,11 +41,16 @@ def initial_state(params: Params, config: OptimizerConfig, seed: int) -> TrainSt
 
 
 def learning_rate(step: Int[Array, ""], config: OptimizerConfig) -> Float[Array, ""]:
-    """Linear warm-up to the peak, then linear decay to 0 at `config.steps` (paper table 15).
+    """Linear warm-up to the peak, then linear decay to 0 at `config.steps` (paper table 15), or
+    whatever else `config.schedule` names.
 
     The first update has 1 / warmup_steps of the peak, not 0: no update is wasted.
     """
+    if config.schedule == "constant":
+        return jnp.full((), config.learning_rate)
     rising = (step + 1) / max(config.warmup_steps, 1)
+    if config.schedule == "constant_with_warmup":
+        return config.learning_rate * jnp.clip(rising, 0.0, 1.0)
     falling = (config.steps - step) / max(config.steps - config.warmup_steps, 1)
     return config.learning_rate * jnp.clip(jnp.minimum(rising, falling), 0.0, 1.0)
 
@@ -54,15 +60,18 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.max_gradient_norm),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.add_decayed_weights(config.weight_decay, partial(decayed, config=config)),
     )
 
 
-def decayed(params: Params) -> Any:
-    """True for kernels and embeddings, False for biases and layer norms."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )
+def decayed(params: Params, config: OptimizerConfig) -> Any:
+    """True for kernels and embeddings, False for biases, layer norms and what is frozen."""
+
+    def one(path: tuple, _: Any) -> bool:
+        frozen = config.freeze_embed_positions and path[-2].key == "positions"
+        return path[-1].key in ("kernel", "embedding") and not frozen
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def apply_gradients(

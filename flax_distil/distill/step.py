@@ -89,7 +89,7 @@ def train_step(
         guide = teach(frozen, micro, plan)
 
         def loss(params: Params) -> tuple[Array, Losses]:
-            return student_losses(params, frozen, guide, micro, plan)
+            return student_losses(params, frozen, guide, micro, plan, kl_share(state.step, plan))
 
         gradients, losses = jax.grad(loss, has_aux=True)(state.params)
         return jax.tree.map(jnp.add, sums, (losses, gradients)), None
@@ -100,6 +100,8 @@ def train_step(
     total, norm = objective(losses, plan.loss), optax.global_norm(gradients)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
     after = apply_gradients(state, gradients, finite, plan.optimizer)
+    if plan.loss.kl_end is not None:
+        losses = losses._replace(kl=losses.kl / kl_share(state.step, plan))
     return after, losses._asdict() | {
         "loss": total,
         "gradient_norm": norm,
@@ -108,6 +110,14 @@ def train_step(
         "skipped": after.skipped,
         "skipped_in_row": after.skipped_in_row,
     }
+
+
+def kl_share(step: Array, plan: Plan) -> Array | None:
+    """The KL's weight in this update, as a share of that at the start; None where it stays. It
+    would be that of `kl_end` one update after the last."""
+    if plan.loss.kl_end is None:
+        return None
+    return 1 + (plan.loss.kl_end / plan.loss.kl - 1) * step / plan.optimizer.steps
 
 
 def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
@@ -149,9 +159,20 @@ def features(batch: Batch, plan: Plan) -> Float[Array, "B T M"]:
 
 
 def student_losses(
-    params: Params, frozen: Frozen, guide: Guide, batch: Batch, plan: Plan
+    params: Params,
+    frozen: Frozen,
+    guide: Guide,
+    batch: Batch,
+    plan: Plan,
+    kl_share: Array | None = None,
 ) -> tuple[Float[Array, ""], Losses]:
-    """The objective, which has the gradients, and its parts: sums over the batch's label tokens."""
+    """The objective, which has the gradients, and its parts: sums over the batch's label tokens.
+
+    kl_share: what the KL is multiplied by, in both.
+    """
+    if plan.optimizer.freeze_embed_positions:
+        held = jax.lax.stop_gradient(params["decoder"]["positions"])
+        params = params | {"decoder": params["decoder"] | {"positions": held}}
     audio_BSD = guide.audio
     if own := frozen.student_encoder | params.get("encoder", {}):
         audio_BSD = plan.student.encoder(own)(features(batch, plan))
@@ -162,6 +183,10 @@ def student_losses(
     hidden_BLD, every_NBLD = student.hidden_states(tokens_BL, audio_BSD, embedded_BLD)
     weights_BL = jnp.asarray(batch.weights)
     factors_BL2 = None if batch.loss_weights is None else jnp.asarray(batch.loss_weights)
+    of_parts_BL2 = factors_BL2
+    if kl_share is not None:
+        ones_BL2 = jnp.ones((*weights_BL.shape, 2)) if factors_BL2 is None else factors_BL2
+        of_parts_BL2 = ones_BL2 * jnp.stack([kl_share, jnp.ones(())])
     parts = vocabulary_losses(
         hidden_BLD,
         embedding_GVD,
@@ -170,7 +195,7 @@ def student_losses(
         weights_BL,
         plan.loss,
         plan.vocabulary_chunk,
-        factors_BL2,
+        of_parts_BL2,
     )
     mse = jnp.zeros(())
     if plan.loss.mse:

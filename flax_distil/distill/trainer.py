@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
@@ -25,14 +25,16 @@ from flax_distil.distill.labels import (
     check_ids,
     check_tasks,
     check_vocabulary,
+    spoken,
     warn_of_prompts,
     warn_of_teacher,
 )
 from flax_distil.distill.replicas import check_replicas
-from flax_distil.distill.runs import RECIPE
+from flax_distil.distill.runs import RECIPE, VERSIONS
 from flax_distil.distill.setup import (
     check_numbers,
     make_plan,
+    resolved,
     split_parameters,
     whole_student,
 )
@@ -63,7 +65,6 @@ from flax_distil.text.tokens import load_tokens
 
 log = logging.getLogger(__name__)
 
-VERSIONS = "versions.json"
 CHANGEABLE = {"output_dir", "compute", "validation", "run"}  # when a run resumes
 CHANGEABLE |= {"max_skipped", "max_skipped_share"}
 
@@ -132,6 +133,8 @@ def run(config: DistillConfig) -> TrainSummary:
     sources = training_sources(config, tokens)
     check_ids(sources, tokens)
     warn_of_prompts(config, sources)
+    config = resolved(config, sources)
+    check_numbers(config)
     loader = Loader(
         sources,
         tokens,
@@ -145,7 +148,8 @@ def run(config: DistillConfig) -> TrainSummary:
         add_noise=open_noise(config.augment),
         masks=masks_log_mel(config.augment),
     )
-    return train(config, teacher, student, loader, validate)
+    facts = spoken(sources, tokens)
+    return train(config, teacher, student, loader, validate, facts)
 
 
 def train(
@@ -154,9 +158,11 @@ def train(
     student: Checkpoint,
     loader: Batches,
     validate: Validate | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> TrainSummary:
     """The run itself, over models, batches and a judge that someone else made; see `run`.
 
+    facts: are written beside the versions, such as the languages and tasks of the data.
     SIGTERM and Ctrl-C end it after the step at hand, with a checkpoint. So does an error, on a
     single host: no step that was computed is lost.
     """
@@ -164,7 +170,8 @@ def train(
     program, state = prepare(config, teacher, student)
     checkpoints = Checkpoints(config.output_dir, config.run.keep)
     peak, known = peak_flops(config)
-    state, progress = begin(config, checkpoints, state, {"peak_flops": peak, "peak_is": known})
+    facts = {"peak_flops": peak, "peak_is": known, **(facts or {})}
+    state, progress = begin(config, checkpoints, state, facts)
     total, step = config.optimizer.steps, int(state.step)
     speed = Speed(peak * program.mesh.size, total - step)
     with stop_signals() as stop, Tracker(config, step) as tracker, closing(checkpoints):

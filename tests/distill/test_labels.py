@@ -9,7 +9,14 @@ import pytest
 
 from flax_distil.config import DistillConfig, TrainingDataConfig
 from flax_distil.data.mixing import training_sources
-from flax_distil.distill.labels import check_ids, check_vocabulary, warn_of_prompts, warn_of_teacher
+from flax_distil.distill.labels import (
+    check_ids,
+    check_vocabulary,
+    spoken,
+    warn_of_prompts,
+    warn_of_teacher,
+)
+from flax_distil.distill.runs import generation_of
 from flax_distil.distill.trainer import run
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
@@ -32,7 +39,10 @@ def store(folder: Path, **settings) -> Path:
 
 def manifest(folder: Path, *labels: list[int], **columns: str) -> tuple[TrainingDataConfig, ...]:
     path = folder / "clips.jsonl"
-    rows = [{"audio": f"{n}.wav", "token_ids": ids} | columns for n, ids in enumerate(labels)]
+    rows = [
+        {"audio": f"{n}.wav", "duration": 1.0, "token_ids": ids} | columns
+        for n, ids in enumerate(labels)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return (TrainingDataConfig(str(path), target="label"),)
 
@@ -96,3 +106,41 @@ def test_prompts_that_nothing_can_give_are_said_once(
         caplog.clear()
         warn_of_prompts(config, sources)
     assert len(caplog.records) == said
+
+
+def test_languages_and_tasks_of_the_data(config, base_folder, tiny_en_folder, tmp_path):
+    """As rows, tables and the run name them; a row of no known language makes them unknown."""
+    tokens = load_tokens(base_folder)
+    (tmp_path / "more").mkdir()
+    german, plain = (
+        manifest(tmp_path, [7], [8], lang="German"),
+        manifest(tmp_path / "more", [7]),
+    )
+
+    def found(*data, tokens=tokens, **changes):
+        config_ = replace(config, data=data, **changes)
+        return spoken(training_sources(config_, tokens), tokens)
+
+    named = replace(plain[0], language="de-DE", task="translate")
+    assert found(*german) == {"languages": ["de"], "tasks": ["transcribe"]}
+    both = found(*german, named)
+    assert both == {"languages": ["de"], "tasks": ["transcribe", "translate"]}
+    assert found(*german, *plain, language="fr")["languages"] == ["de", "fr"]
+    assert found(*plain, tokens=load_tokens(tiny_en_folder))["languages"] == ["en"]
+
+
+def test_a_student_of_one_language_says_so(tmp_path, base_folder, random_folders):
+    base, english = load_checkpoint(base_folder), load_checkpoint(random_folders[1])
+    forced = replace(base, generation=base.generation | {"forced_decoder_ids": [[1, None]]})
+    assert generation_of(tmp_path, base) == base.generation  # a run before there were facts
+    for languages, tasks, added in [
+        (["ko"], ["transcribe"], {"language": "<|ko|>", "task": "transcribe"}),
+        (["de", "ko"], ["transcribe"], {}),
+        (["de"], ["transcribe", "translate"], {}),
+        (None, ["transcribe"], {}),
+    ]:
+        facts = {"languages": languages, "tasks": tasks}
+        (tmp_path / "versions.json").write_text(json.dumps(facts))
+        assert generation_of(tmp_path, base) == base.generation | added
+        assert generation_of(tmp_path, english) == english.generation
+        assert ("forced_decoder_ids" in generation_of(tmp_path, forced)) is not bool(added)

@@ -315,8 +315,8 @@ def test_schedule(plan):
     assert rate(80_000) == 0
 
 
-def test_decay_spares_biases_and_norms(state):
-    mask = decayed(state.params)["decoder"]
+def test_decay_spares_biases_and_norms(state, plan):
+    mask = decayed(state.params, plan.optimizer)["decoder"]
     layer = mask["layers"][0]
     assert mask["tokens"]["embedding"]
     assert layer["self_attention"]["query"] == {"kernel": True, "bias": False}

@@ -1,0 +1,96 @@
+"""Options that are off by default: schedules, frozen positions, a teacher that fades, epochs."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_distil.config import DistillConfig, LossConfig, OptimizerConfig
+from flax_distil.distill.setup import check_numbers, resolved
+from flax_distil.distill.state import decayed, initial_state, learning_rate
+from flax_distil.distill.step import train_step
+from flax_distil.errors import InputError
+
+
+@pytest.fixture
+def config(tmp_path) -> DistillConfig:
+    return DistillConfig("t", "s", tmp_path, batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("linear", [0.25, 1, 0.5, 0]),
+        ("constant_with_warmup", [0.25, 1, 1, 1]),
+        ("constant", [1, 1, 1, 1]),
+    ],
+)
+def test_schedules(schedule, rates):
+    config = OptimizerConfig(12, schedule=schedule, learning_rate=2.0, warmup_steps=4)
+    found = [float(learning_rate(jnp.array(step), config)) for step in (0, 4, 8, 12)]
+    assert found == pytest.approx([2 * rate for rate in rates])
+
+
+def test_frozen_positions_stay_and_count_in_no_norm(plan, parameters, make_batch, quick_jit):
+    params, frozen = parameters
+    held = replace(plan.optimizer, freeze_embed_positions=True, weight_decay=0.1)
+    found = {}
+    for optimizer in (replace(held, freeze_embed_positions=False), held):
+        state = initial_state(params, optimizer, 0)
+        step = quick_jit(partial(train_step, plan=replace(plan, optimizer=optimizer)))
+        found[optimizer.freeze_embed_positions] = step(state, frozen, make_batch())
+    positions = [found[one][0].params["decoder"]["positions"]["embedding"] for one in (True, False)]
+    np.testing.assert_array_equal(positions[0], params["decoder"]["positions"]["embedding"])
+    assert not np.array_equal(positions[1], params["decoder"]["positions"]["embedding"])
+    assert found[True][1]["loss"] == pytest.approx(float(found[False][1]["loss"]), rel=1e-6)
+    assert found[True][1]["gradient_norm"] < found[False][1]["gradient_norm"]
+    masks = decayed(params, held)["decoder"]
+    assert (masks["positions"]["embedding"], masks["tokens"]["embedding"]) == (False, True)
+
+
+def test_the_teachers_weight_goes_to_its_end(plan, parameters, make_batch, quick_jit):
+    """At update 5 of 20 from 0.8 to 0: as a run whose weight is 0.6 all along, by the loss, its
+    parts and the parameters after it; the MSE keeps its weight."""
+    params, frozen = parameters
+    loss = LossConfig(kl=0.8, kl_end=0.0, mse=0.1)
+    after = []
+    for one in (loss, replace(loss, kl=0.6, kl_end=None)):
+        state = replace(initial_state(params, plan.optimizer, 0), step=jnp.array(5))
+        step = quick_jit(partial(train_step, plan=replace(plan, loss=one)))
+        after.append(step(state, frozen, make_batch()))
+    (fading, shown), (fixed, expected) = after
+    for name in ("loss", "kl", "ce", "mse", "gradient_norm"):
+        assert float(shown[name]) == pytest.approx(float(expected[name]), rel=1e-5), name
+    # Adam's first update is the gradient's sign: its moments tell the gradients apart.
+    jax.tree.map(
+        lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-7),
+        *(state.optimizer for state in (fading, fixed)),
+    )
+
+
+def test_epochs_become_steps(config):
+    sources: list = [SimpleNamespace(size=20), SimpleNamespace(size=10)]
+    for epochs, steps in ((1.0, 4), (2.0, 8), (0.1, 1), (8 / 30, 1)):
+        asked = replace(config, optimizer=OptimizerConfig(epochs=epochs))
+        assert resolved(asked, sources).optimizer.steps == steps
+    assert resolved(config, sources) == config
+    endless = [*sources, SimpleNamespace(size=None)]
+    with pytest.raises(InputError, match=r"epochs is 0\.266667 and a stream .* give steps"):
+        resolved(asked, endless)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": LossConfig(kl=0.0, kl_end=0.5)}, "kl goes from 0.0 to kl_end 0.5"),
+        ({"loss": LossConfig(kl_end=-1.0)}, "kl goes from 0.8 to kl_end -1.0"),
+        ({"optimizer": OptimizerConfig(epochs=0.0)}, "epochs 0 must be positive"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(config, change, message):
+    with pytest.raises(InputError, match=message):
+        check_numbers(replace(config, **change))
