@@ -1,5 +1,6 @@
 """What the cells of a row mean: names, texts, times, audio. None is what a row does not tell."""
 
+import base64
 import math
 import os
 import re
@@ -38,8 +39,13 @@ def cell_text(value: Any) -> str | None:
     return None if text is None else NO_TEXT.sub("\ufffd", text)
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a cell tells nothing: None, or pandas' NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _string(value: Any) -> str | None:
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas' missing value
+    if is_missing(value) or isinstance(value, list | tuple | dict | np.ndarray):
         return None
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
@@ -59,8 +65,11 @@ def cell_number(value: Any) -> int | None:
 
 
 def cell_tokens(value: Any) -> tuple[int, ...] | None:
-    """Token ids as Python's integers."""
-    return None if value is None else tuple(np.asarray(value, np.int64).tolist())
+    """Token ids as Python's integers; None where they are none."""
+    try:
+        return None if value is None else tuple(np.asarray(value, np.int64).tolist())
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def truth(value: Any) -> bool:
@@ -76,8 +85,10 @@ def cell_audio(value: Any, row: Row) -> tuple[str | bytes | np.ndarray, str | No
     if isinstance(value, dict):  # Hugging Face's {bytes, path}, or {array, sampling_rate, path}
         path, rate = value.get("path"), value.get("sampling_rate")
         path = path if isinstance(path, str) else None
-        samples = value.get("array")
-        value = value.get("bytes") or (path if samples is None else samples)
+        samples, contents = value.get("array"), value.get("bytes")
+        if isinstance(contents, str):  # in JSON
+            contents = _base64(contents)
+        value = contents or (path if samples is None else samples)
     if isinstance(value, list | np.ndarray):
         known = (rate, row.get("sampling_rate"), row.get("sample_rate"))
         rate = next((one for one in known if one is not None), None)
@@ -85,6 +96,13 @@ def cell_audio(value: Any, row: Row) -> tuple[str | bytes | np.ndarray, str | No
     if isinstance(value, str | Path):
         return str(value), str(value), None
     return (value if isinstance(value, bytes) else b""), path, None
+
+
+def _base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        return b""
 
 
 def _array(value: Any) -> np.ndarray:

@@ -9,16 +9,16 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from flax_distil.config import DataConfig
 from flax_distil.data.cells import cell_seconds
 from flax_distil.data.lists import (
+    PROBED,
     SURROGATE,
     List,
     audio_base,
@@ -29,7 +29,7 @@ from flax_distil.data.lists import (
     open_text,
     read_list,
 )
-from flax_distil.data.parquet import read_parquet
+from flax_distil.data.parquet import ParquetRows, parquet_footer, read_parquet
 from flax_distil.data.table import (
     AUDIO,
     FILE_COLUMNS,
@@ -95,13 +95,14 @@ def read_files(files: Sequence[Path], root: Path, config: DataConfig) -> Table:
     for path in read:
         table = list_table(path, config, root)
         if config.split and splits[path] is None:
-            rows = [row for row in table.rows if chosen(_split(_file(row), root, config))]
+            rows = [row for row in table.rows if chosen(_split(Path(_file(row)), root, config))]
             table = replace(table, rows=rows)
         tables.append(table)
     table = _joined(tables)
-    listed = {os.path.abspath(_file(row)) for row in table.rows}
     alone = [path for path in audio if chosen(splits[path])]
-    alone = [path for path in alone if os.path.abspath(path) not in listed]
+    if alone:
+        listed = {os.path.abspath(_file(row)) for row in table.rows}
+        alone = [path for path in alone if os.path.abspath(path) not in listed]
     if any(split.of_list for path in read if (split := splits[path])):
         return _noted(table, len(alone), "audio files that the list of this split does not name")
     table = _with_audio(table, alone, _Beside(files), root)
@@ -177,46 +178,48 @@ def list_table(path: Path, config: DataConfig, root: Path | None = None) -> Tabl
     Ids are the names as they are written, the same on every machine; below `root`, from there.
     """
     if path.suffix == ".parquet":
-        found = List(pq.read_table(path).to_pylist())
+        found = List(list(ParquetRows([path])))
     else:
         found = read_list(path, config)
     if not found.rows and root is None:
         raise InputError(f"{path} has no rows")
-    names = dict.fromkeys((*audio_names(config), *FILE_COLUMNS))
-    written = [name for row in found.rows if (name := _name(row, names)) and _is_relative(name)]
-    base, suffix = audio_base(path.parent, written)
+    columns = dict.fromkeys(chain(("id",), *found.rows))
+    usual = dict.fromkeys((*audio_names(config), *FILE_COLUMNS))
+    names = [name for name in usual if name in columns]
+    if _cut(found, names):
+        columns.update(offset=None, duration=None)
+    written = (name for row in found.rows if _is_relative(name := _name(row, names)))
+    base, suffix = audio_base(path.parent, list(islice(written, PROBED)))
     above = path.parent.relative_to(root).as_posix() + "/" if root else "./"
     for row in found.rows:
-        if row.get("id") is None and (name := _name(row, names)):
-            name = name if not _is_relative(name) or above == "./" else above + name
+        name = _name(row, names)
+        if row.get("id") is None and name:
+            name = name if above == "./" or not _is_relative(name) else above + name
             row["id"] = name if row.get("offset") is None else f"{name}@{row['offset']}"
         for column in names:
             value = row.get(column)
-            if isinstance(value, str) and _is_relative(value):
-                row[column] = str(base / (value + suffix))
-            elif isinstance(value, dict) and _is_relative(value.get("path")):
-                row[column] = {**value, "path": str(base / (value["path"] + suffix))}
-    _cut(found, names)
-    columns = dict.fromkeys(chain(("id",), *found.rows))
-    file = next((name for name in names if name in columns), "")
-    for row in found.rows:
-        if file and row.get(file) is None:  # a list whose rows name it differently
-            row[file] = _name(row, names)
+            if isinstance(value, dict) and _is_relative(value.get("path")):
+                row[column] = {**value, "path": os.path.join(base, value["path"] + suffix)}
+            elif _is_relative(value):
+                row[column] = os.path.join(base, value + suffix)
+        if names and row.get(names[0]) is None:  # a list whose rows name it differently
+            row[names[0]] = _name(row, names)
     return Table(tuple(columns), found.rows, found.notes())
 
 
-def _cut(found: List, columns: Iterable[str]) -> None:
-    """Rows that name one file several times, with start and end: clips of it."""
+def _cut(found: List, columns: Sequence[str]) -> bool:
+    """Whether rows name one file several times, with start and end: they become clips of it."""
+    if any("offset" in row for row in found.rows):
+        return False
     for start, end in SPANS:
-        if any("offset" in row for row in found.rows):
-            return
         files = [_name(row, columns) for row in found.rows if start in row and end in row]
-        if len(set(files)) == len(files):
-            continue
-        for row in found.rows:
-            first, last = cell_seconds(row.get(start)), cell_seconds(row.get(end))
-            if first is not None and last is not None and first < last:
-                row["offset"], row["duration"] = first, last - first
+        if len(set(files)) < len(files):
+            for row in found.rows:
+                first, last = cell_seconds(row.get(start)), cell_seconds(row.get(end))
+                if first is not None and last is not None and first < last:
+                    row["offset"], row["duration"] = first, last - first
+            return True
+    return False
 
 
 def _name(row: Row, columns: Iterable[str]) -> str | None:
@@ -230,17 +233,19 @@ def _name(row: Row, columns: Iterable[str]) -> str | None:
     return None
 
 
-def _file(row: Row) -> Path:
-    return Path(_name(row, (*AUDIO, *row)) or "")
+def _file(row: Row) -> str:
+    return _name(row, (*AUDIO, *row)) or ""
 
 
-def _is_relative(name: Any) -> bool:
+def _is_relative(name: Any) -> TypeGuard[str]:
     return isinstance(name, str) and name != "" and "://" not in name and not os.path.isabs(name)
 
 
 def _joined(tables: Sequence[Table]) -> Table:
     """Lists one after the other, under the columns of the first; what is listed twice, once."""
     columns: dict[str, None] = {}
+    if len(tables) == 1:
+        return tables[0]
     rows: dict[Any, Row] = {}
     twice = 0
     for number, table in enumerate(tables):
@@ -347,7 +352,7 @@ def _walk(folder: Path) -> Iterator[str]:
 
 def _only_names(path: Path, config: DataConfig) -> bool:
     """Whether a Parquet file names audio files and holds no audio itself."""
-    schema = pq.read_schema(path)
+    _, schema = parquet_footer(path)
     kinds = [schema.field(name).type for name in audio_names(config) if name in schema.names]
     return bool(kinds) and all(
         pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds

@@ -22,7 +22,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from flax_distil.config import DataConfig
-from flax_distil.data.table import AUDIO, AUDIO_SUFFIXES, ID, TEXT, Row
+from flax_distil.data.table import (
+    AUDIO,
+    AUDIO_SUFFIXES,
+    ID,
+    LANGUAGE,
+    RECORDING,
+    SPEAKER,
+    TEXT,
+    Row,
+)
 from flax_distil.errors import InputError
 
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -188,15 +197,19 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[Row]:
 
 
 def _objects(whole: Any) -> list[Any]:
-    """The rows of a document: its list, the only list of objects in it, or itself."""
+    """The rows of a document: its list, the only list of objects in it, its columns, or itself."""
     if not isinstance(whole, dict):
         return whole if isinstance(whole, list) else [whole]
-    lists = [
-        value
-        for value in whole.values()
-        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value)
-    ]
-    return lists[0] if len(lists) == 1 and not set(AUDIO) & set(whole) else [whole]
+    values = list(whole.values())
+    lists = [value for value in values if isinstance(value, list) and value]
+    objects = [value for value in lists if all(isinstance(one, dict) for one in value)]
+    if len(objects) == 1 and not set(AUDIO) & set(whole):
+        return objects[0]
+    if values and all(isinstance(value, dict) and "0" in value for value in values):  # of pandas
+        lists = values = [list(value.values()) for value in values]
+    if len(values) > 1 and len(lists) == len(values) and len({len(one) for one in lists}) == 1:
+        return [dict(zip(whole, row, strict=True)) for row in zip(*lists, strict=True)]
+    return [whole]
 
 
 # --- CSV and TSV --------------------------------------------------------------------------------
@@ -221,7 +234,7 @@ def _header(path: Path, line: str, default: str, config: DataConfig) -> Header:
     """From the first line: names of columns, or already a row where it begins with a file."""
     line = line.rstrip("\r\n")
     for delimiter in (default, *OTHER_DELIMITERS):
-        columns = tuple(name.strip() for name in _fields(line, delimiter).values)
+        columns = _names(_fields(line, delimiter).values, config)
         if any(name in columns for name in audio_names(config)):
             return Header(columns, delimiter)
     for delimiter in (default, *OTHER_DELIMITERS):
@@ -234,7 +247,17 @@ def _header(path: Path, line: str, default: str, config: DataConfig) -> Header:
                 )
             columns = WITHOUT_HEADER[: len(others) + 1]
             return Header(columns, delimiter, quoted=delimiter != "|", written=False)
-    return Header(tuple(name.strip() for name in _fields(line, default).values), default)
+    return Header(_names(_fields(line, default).values, config), default)
+
+
+def _names(written: Sequence[str], config: DataConfig) -> tuple[str, ...]:
+    """Names of columns; a usual name in other letters (`File_Name`) is that name."""
+    named = {value for name, value in vars(config).items() if name.endswith("_column")}
+    usual = {*AUDIO, *TEXT, *ID, *SPEAKER, *LANGUAGE, *RECORDING, "duration", "offset"}
+    names = (name.strip() for name in written)
+    return tuple(
+        name.lower() if name.lower() in usual and name not in named else name for name in names
+    )
 
 
 def _delimited(path: Path, lines: list[str], default: str, config: DataConfig) -> List:

@@ -32,8 +32,8 @@ class ParquetRows(Sequence[Row]):
         groups, self.columns = [], ()
         self._nulls: list[dict[str, int]] = []  # of each file's text columns
         for number, path in enumerate(self.files):
-            metadata, names = _parquet_footer(path)
-            self.columns = tuple(dict.fromkeys((*self.columns, *names)))
+            metadata, schema = parquet_footer(path)
+            self.columns = tuple(dict.fromkeys((*self.columns, *schema.names)))
             self._nulls.append(_null_counts(metadata))
             groups += [
                 (number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)
@@ -118,10 +118,11 @@ class ParquetRows(Sequence[Row]):
         return table
 
 
-def _parquet_footer(path: Path) -> tuple[pq.FileMetaData, tuple[str, ...]]:
+def parquet_footer(path: Path) -> tuple[pq.FileMetaData, pa.Schema]:
+    """What a file says of itself. Raises InputError for what is not a whole Parquet file."""
     try:
         with pq.ParquetFile(path) as file:
-            return file.metadata, tuple(file.schema_arrow.names)
+            return file.metadata, file.schema_arrow
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path} is not a whole Parquet file ({error}): write it again") from None
 

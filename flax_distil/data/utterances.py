@@ -1,6 +1,7 @@
 """Utterances: one clip of speech each, whatever file or dataset it lies in."""
 
 import logging
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -20,6 +21,7 @@ from flax_distil.data.cells import (
     cell_text,
     cell_tokens,
     escaped,
+    is_missing,
     located,
     truth,
     waveform,
@@ -290,29 +292,11 @@ def to_utterance(
     def text(column: str | None) -> str | None:
         return None if column is None else cell_text(row.get(column))
 
-    faults = [
-        f"{config.source} row {number} has {column} {row[column]!r}: it must be seconds"
-        for column in ("duration", "offset")
-        if cell_seconds(row.get(column)) is None and cell_text(row.get(column)) is not None
-    ]
-
-    def tokens(column: str) -> tuple[int, ...] | None:
-        try:
-            return cell_tokens(row.get(column))
-        except (TypeError, ValueError, OverflowError):
-            faults.append(
-                f"{config.source} row {number} has a {column} that is no list of integers"
-            )
-            return None
-
     audio, path, rate = cell_audio(row.get(columns.audio), row)
     suffix = Path(path or "").suffix.lower().lstrip(".")
     offset, previous = cell_seconds(row.get("offset")), row.get("condition_on_prev")
     if isinstance(previous, bool | int):  # whether it follows on the one before, not yet labelled
         previous = None
-    elif previous is not None:
-        previous = cell_text(previous) if isinstance(previous, str) else tokens("condition_on_prev")
-    label = tokens("token_ids")
     speech = config.speech and truth(row.get("speech"))
     return Utterance(
         id=name(columns.id) or (path and escaped(path)) or str(number),
@@ -324,16 +308,30 @@ def to_utterance(
         offset=offset,
         format="g722" if suffix == "g722" else None,
         rate=rate,
-        token_ids=label,
+        token_ids=cell_tokens(row.get("token_ids")),
         stored=read_stored(row),
         transcript=text(columns.transcript),
-        previous=previous,
+        previous=cell_text(previous) if isinstance(previous, str) else cell_tokens(previous),
         recording=name(columns.recording)
         or (escaped(Path(path).name) if path and offset is not None else None),
         ended=truth(row.get("ended")),
         speech=speech,
-        fault=faults[0] if faults else None,
+        fault=_fault(row, number, columns, config.source),
     )
+
+
+def _fault(row: Row, number: int | str, columns: Columns, source: str) -> str | None:
+    """Which cell of a row cannot be what its column says."""
+    for column, read, what in (
+        ("duration", cell_seconds, "must be seconds"),
+        ("offset", cell_seconds, "must be seconds"),
+        ("token_ids", cell_tokens, "must be a list of integers"),
+        (columns.text, cell_text, "must be text"),
+    ):
+        value = None if column is None else row.get(column)
+        if read(value) is None and not is_missing(value) and str(value).strip():
+            return f"{source} row {number} has {column} {reprlib.repr(value)}: it {what}"
+    return None
 
 
 def follows(utterance: Utterance, before: Utterance | None) -> bool:

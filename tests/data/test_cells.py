@@ -1,5 +1,6 @@
 """What cells of a row mean, and that no cell of a stranger ends a run."""
 
+import base64
 import json
 
 import numpy as np
@@ -47,6 +48,16 @@ def test_seconds(value, seconds):
     assert cell_seconds(value) == seconds
 
 
+def test_numbers_of_parquet_are_no_times(tmp_path):
+    table = pa.table(
+        {"audio": ["a.wav"] * 2, "duration": [[1.0, 2.0], []], "token_ids": [["x"], []]}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    first, second = read_dataset(tmp_path / "a.parquet")
+    assert "must be seconds" in (first.fault or "")
+    assert (second.duration, second.token_ids) == (None, ())
+
+
 def test_what_is_skipped_can_be_written():
     skipped = Skipped("a\ud800", "gone: \udce9\n")
     assert (skipped.id, skipped.reason) == (r"a\ud800", r"gone: \udce9\n")
@@ -62,7 +73,9 @@ def test_hostile_rows_are_faults_of_theirs(tmp_path):
         {"audio": "a.wav", "condition_on_prev": [1, "x"]},
         {"audio": "a.wav", "duration": [1]},
         {"audio": {"path": 3}},
+        {"audio": {"bytes": "no base64"}},
         {"audio": {"array": [[1.0], [2.0, 3.0]], "sampling_rate": 16_000}},
+        {"audio": "a.wav", "text": ["a", "b"]},
         {"audio": 7},
         {},
     ]
@@ -75,7 +88,8 @@ def test_hostile_rows_are_faults_of_theirs(tmp_path):
         with pytest.raises(AudioError) as error:
             listen(utterance)
         Skipped(utterance.id, str(error.value)).reason.encode()
-    assert "row 1 has a token_ids that is no list of integers" in (found[1].fault or "")
+    assert "row 1 has token_ids 'abc': it must be a list of integers" in (found[1].fault or "")
+    assert "row 8 has text ['a', 'b']: it must be text" in (found[8].fault or "")
     assert "row 4 has duration [1]: it must be seconds" in (found[4].fault or "")
 
 
@@ -107,6 +121,13 @@ def test_samples_at_another_rate(tone):
         assert heard[1000:15_000] == pytest.approx(tone(1.0)[1000:15_000], abs=2e-3)
     cut = utterances({"audio": half, "sampling_rate": 8_000, "offset": 0.25, "duration": 0.5})
     assert len(listen(cut[0])) == 8000
+
+
+def test_bytes_in_json(tmp_path, flac):
+    contents = base64.b64encode(flac(0.1)).decode()
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps([{"audio": {"bytes": contents, "path": "a.flac"}}]))
+    assert len(listen(read_dataset(path)[0])) == 1600
 
 
 def test_two_channels_are_averaged(tone):

@@ -128,6 +128,9 @@ def test_metadata_parquet(folder):
     pq.write_table(table, clips / "x" / "metadata.parquet")
     assert texts(clips) == {"x/a.flac": "one", "x/b.flac": "two"}
     assert texts(clips / "x" / "metadata.parquet") == {"a.flac": "one", "b.flac": "two"}
+    (clips / "x" / "metadata.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="not a whole Parquet file"):
+        read_dataset(clips)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +205,9 @@ def test_starts_and_ends_of_one_recording_are_clips(folder):
     clips = folder({"a.flac": None, "b.flac": None})
     path = clips / "m.jsonl"
     path.write_text("\n".join(json.dumps(row | {"end": row["start"] + 0.05}) for row in rows))
-    assert [len(listen(one)) for one in read_dataset(path)] == [800, 800]
+    found = read_dataset(path)
+    assert [len(listen(one)) for one in found] == [800, 800]
+    assert [one.id for one in found] == ["a.flac@0.0", "a.flac@0.05"]
     path.write_text(
         '{"audio": "a.flac", "start": 0.0, "end": 0.05}'
     )  # may be of what it was cut from

@@ -99,7 +99,21 @@ def test_compressed(tmp_path, suffix, pack):
         read(cut)
 
 
-@pytest.mark.parametrize("wrap", [list, lambda rows: {"version": 1, "data": rows}])
+def in_columns(rows, kind=list):
+    names = ("file_name", "text")
+    return {name: kind(row[name] for row in rows) for name in names}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        list,
+        lambda rows: {"version": 1, "data": rows},
+        in_columns,
+        lambda rows: in_columns(rows, lambda column: {str(n): x for n, x in enumerate(column)}),
+    ],
+    ids=["array", "object", "columns", "pandas"],
+)
 @pytest.mark.parametrize("indent", [None, 2])
 def test_json_documents(tmp_path, wrap, indent):
     rows = [{"file_name": name, "text": text} for name, text in ROWS]
@@ -138,6 +152,15 @@ def test_delimiters(tmp_path, delimiter):
     content = "".join(delimiter.join(row) + "\n" for row in [("path", "sentence"), *ROWS])
     for name in ("m.tsv", "m.csv"):
         assert read(written(tmp_path / name, content)) == ROWS
+
+
+def test_usual_names_in_other_letters(tmp_path):
+    path = written(tmp_path / "m.csv", "File_Name, TEXT,Mine\na.flac,b,c\n")
+    assert read_list(path, DataConfig("")).rows == [
+        {"file_name": "a.flac", "text": "b", "Mine": "c"}
+    ]
+    named = read_list(path, DataConfig("", text_column="TEXT")).rows
+    assert named == [{"file_name": "a.flac", "TEXT": "b", "Mine": "c"}]
 
 
 def test_without_a_header(tmp_path):
