@@ -288,6 +288,9 @@ class ValidationConfig:
 
     labels: tuple[Path, ...] = ()
     """Label stores or manifests; the best checkpoint has the lowest macro-average over them."""
+    data: Fixed[tuple[DataConfig, ...]] = ()
+    """Other sets, each with its own configuration, split and columns: a [[distill.validation.data]]
+    table each in the recipe."""
     every: int = 5_000
     """Updates between validations; there is one at the end as well."""
     batch_size: int = 16

@@ -295,7 +295,8 @@ def check_folder(config: DistillConfig) -> None:
 
 def clips(config: DistillConfig) -> tuple[Any, ...]:
     """What word error rates of different steps must share to be compared."""
-    return config.validation.labels, config.validation.max_clips
+    validation = config.validation
+    return validation.labels, validation.data, validation.max_clips
 
 
 def check_recipe(config: DistillConfig) -> DistillConfig:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def make_validate(config: DistillConfig, student: Checkpoint) -> Validate | None
         InputError: a set cannot be read, is a stream, has no clip that can be judged, or two are
             called the same.
     """
-    if not config.validation.labels:
+    if not (config.validation.labels or config.validation.data):
         return None
     tokens = load_tokens(student.source)
     sets = open_sets(config, tokens)
@@ -73,26 +73,29 @@ def make_validate(config: DistillConfig, student: Checkpoint) -> Validate | None
 
 
 def open_sets(config: DistillConfig, tokens: WhisperTokens) -> dict[str, Utterances]:
-    """The validation sets by name: the last parts of their paths. One clip of each is decoded.
+    """The validation sets by name: the last parts of their paths, with configuration and split.
+    One clip of each is decoded.
 
     Raises:
         InputError: as `make_validate`.
     """
     sets: dict[str, Utterances] = {}
-    for path in config.validation.labels:
-        name = Path(path).stem
+    most = config.validation.max_clips
+    for data in (*map(DataConfig, map(str, config.validation.labels)), *config.validation.data):
+        name = "-".join(filter(None, (Path(data.source).stem, data.config, data.split)))
         if name in sets:
             raise InputError(f"two validation sets are called {name}: rename one's folder")
-        found = read_dataset(DataConfig(str(path), limit=config.validation.max_clips))
+        limits = [limit for limit in (data.limit, most) if limit is not None]
+        found = read_dataset(replace(data, limit=min(limits, default=None)))
         if not isinstance(found, Utterances):
-            raise InputError(f"{path} is a stream: validate on files")
-        check_usable(path, found, config, tokens)
+            raise InputError(f"{data.source} is a stream: validate on files")
+        check_usable(data.source, found, config, tokens)
         sets[name] = found
     return sets
 
 
 def check_usable(
-    path: Path, utterances: Utterances, config: DistillConfig, tokens: WhisperTokens
+    source: str, utterances: Utterances, config: DistillConfig, tokens: WhisperTokens
 ) -> None:
     """Raises InputError where no clip of a set has a reference and can be decoded."""
     columns, blank = utterances.columns, [None] * len(utterances)
@@ -102,13 +105,14 @@ def check_usable(
     for number, (text, language) in enumerate(zip(texts, languages, strict=True)):
         if not (text and str(text).strip()):
             continue
-        against = unusable(text, language or config.language, tokens)
+        spoken = language or utterances.config.language or config.language
+        against = unusable(text, spoken, tokens)
         clip = against or hear(utterances[number])
         if isinstance(clip, Clip):
             return
         reason = clip if isinstance(clip, str) else f"{clip.id}: {clip.reason}"
     raise InputError(
-        f"{path} has no clip with a reference to validate on ({reason}): mend it or leave it out"
+        f"{source} has no clip with a reference to validate on ({reason}): mend it or leave it out"
     )
 
 

@@ -4,6 +4,8 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from flax_distil.audio.load import SAMPLE_RATE, encode_flac
@@ -13,6 +15,7 @@ from flax_distil.decode.options import Hypothesis
 from flax_distil.distill import validation
 from flax_distil.distill.validation import judge, open_sets
 from flax_distil.errors import InputError
+from flax_distil.recipe import load_recipe
 from flax_distil.text.tokens import load_tokens
 
 
@@ -92,3 +95,36 @@ def test_languages_without_spaces_are_judged_by_characters(clips, monkeypatch):
     path = clips({"text": "今天天气很好", "language": "ja"}, {"text": "we went"})
     counts, rate = judge(every, read_dataset(path), asked(path, language="en"))
     assert (counts.reference_words, rate) == (8, "WER/CER")
+
+
+def test_sets_by_configuration_split_and_column(clips, tokens, tmp_path):
+    """Two columns of one manifest, and a Parquet folder's split; each with its own language."""
+    path = clips({"text": "Hallo", "said": "Hello"}, {"text": "Welt", "said": "world"})
+    parquet = tmp_path / "speech"
+    parquet.mkdir()
+    row = {"audio": "clip.flac", "text": "Hello", "id": "p"}
+    for split in ("train", "test"):
+        pq.write_table(pa.Table.from_pylist([row | {"id": split}]), parquet / f"{split}.parquet")
+    (parquet / "clip.flac").write_bytes((tmp_path / "clip.flac").read_bytes())
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"""
+        teacher = "t"
+        student = "s"
+        output_dir = "r"
+        [[validation.data]]
+        source = "{path}"
+        text_column = "said"
+        language = "en"
+        limit = 1
+        [[validation.data]]
+        source = "{parquet}"
+        split = "test"
+        """
+    )
+    sets = open_sets(load_recipe(recipe, DistillConfig), tokens)
+    assert {name: [one.text for one in found] for name, found in sets.items()} == {
+        "clips": ["Hello"],
+        "speech-test": ["Hello"],
+    }
+    assert sets["speech-test"][0].id == "test"
