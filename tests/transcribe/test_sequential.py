@@ -246,7 +246,10 @@ def test_a_prefix_opens_the_first_window_as_in_faster_whisper(
         "beam_size": 1,
         "condition_on_previous_text": False,
     }
-    recordings = [(human_clips[5][0], "There is currently"), (talk[: 40 * 16_000], "That agent is already")]
+    recordings = [
+        (human_clips[5][0], "There is currently"),
+        (talk[: 40 * 16_000], "That agent is already"),
+    ]
     plain = replace(PLAIN, condition_on_previous_text=False)
     for waveform, prefix in recordings:
         theirs = list(faster_tiny_en.transcribe(waveform, prefix=prefix, **options)[0])
