@@ -72,13 +72,16 @@ def save_recipe(config: Any, path: str | Path) -> None:
     """Write every field of a stage, under its table, so that `load_recipe` gives an equal one.
 
     Other stages' tables that are in the file already stay. The file is replaced whole, or left
-    alone where nothing in it changes.
+    alone where nothing in it changes. Raises InputError for what TOML cannot hold.
     """
     path, stage = Path(path), stage_name(type(config))
     document = tomlkit.parse(path.read_text(encoding="utf-8") if path.exists() else "")
     document[stage] = _plain(config)
+    text = tomlkit.dumps(document)
+    if odd := re.search("[\ud800-\udfff].*", text):
+        raise InputError(f"{path} cannot hold a name that is no UTF-8 ({odd[0]!a}): rename it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_changed(path, tomlkit.dumps(document))
+    write_changed(path, text)
 
 
 def stage_name(cls: type) -> str:

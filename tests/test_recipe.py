@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from flax_distil.config import EvaluateConfig
+from flax_distil.config import EvaluateConfig, FilterConfig
 from flax_distil.errors import InputError
 from flax_distil.recipe import load_recipe, save_recipe, stage_name
 
@@ -47,6 +47,13 @@ FULL = DistillConfig(
 def test_a_recipe_that_was_saved_is_read_back_equal(tmp_path, config):
     save_recipe(config, tmp_path / "runs" / "recipe.toml")
     assert load_recipe(tmp_path / "runs" / "recipe.toml", DistillConfig) == config
+
+
+def test_a_path_that_toml_cannot_hold_is_refused(tmp_path):
+    config = FilterConfig(Path("caf\udce9"), tmp_path)
+    with pytest.raises(InputError, match=r"no UTF-8 \(.*udce9.*rename it"):
+        save_recipe(config, tmp_path / "recipe.toml")
+    assert not (tmp_path / "recipe.toml").exists()
 
 
 def test_one_file_holds_several_stages(tmp_path):

@@ -209,10 +209,13 @@ class Report:
         """Write report.json, report.md and transcripts.jsonl."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False)
-        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
-        lines = [json.dumps(asdict(one), ensure_ascii=False) for one in self.judged]
-        (folder / "transcripts.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
+        lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in self.judged]
+        for name, contents in (
+            ("report.json", text + "\n"),
+            ("report.md", self.to_markdown()),
+            ("transcripts.jsonl", "".join(lines)),
+        ):  # names of datasets may be paths, and paths any bytes
+            (folder / name).write_bytes(contents.encode(errors="backslashreplace"))
 
 
 def markdown_table(

@@ -351,8 +351,9 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def as_json(value: Any) -> bytes:
-    """A JSON file's contents."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    """A JSON file's contents; bytes of a path that are no UTF-8 are escaped, as JSON can."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

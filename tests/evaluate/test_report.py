@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 
@@ -41,6 +42,13 @@ def test_the_json_has_the_promised_keys(tmp_path):
     assert first["datasets"][0]["deletions"] == 1
     lines = (tmp_path / "deep" / "er" / "transcripts.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in lines] == ["hallo"]
+
+
+def test_a_dataset_s_path_may_be_any_bytes(tmp_path):
+    clip = dataclasses.replace(REPORT.judged[0], dataset="caf\udce9")
+    dataclasses.replace(REPORT, judged=(clip,)).save(tmp_path)
+    (line,) = (tmp_path / "transcripts.jsonl").read_text().splitlines()
+    assert json.loads(line)["dataset"] == "caf\udce9"
 
 
 def test_the_table_has_a_row_for_each_dataset_and_the_mean():

@@ -1,5 +1,7 @@
 """The standard tools read what we write, and we read it back."""
 
+import json
+
 from datasets import load_dataset
 from fake_teacher import label_with
 
@@ -78,3 +80,8 @@ def test_a_run_writes_its_index_once(config, monkeypatch):
     assert [name for name in written if "/" not in name] == [
         *("labels.json", "README.md", "shards.json", "skipped.jsonl")
     ]
+
+
+def test_settings_of_a_path_of_any_bytes_are_read_back_equal():
+    settings = {"data.source": "caf\udce9", "text": "\u00e9"}
+    assert json.loads(store_module.as_json(settings)) == settings
