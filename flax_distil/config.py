@@ -84,12 +84,12 @@ class TrainingDataConfig(DataConfig):
 class PseudoLabelConfig:
     """Let a teacher write down a dataset: Parquet shards that continue where they were killed."""
 
-    data: OmitArgPrefixes[DataConfig]
-    """What to label."""
+    data: OmitArgPrefixes[DataConfig] = dataclasses.field(metadata={"several": "datasets"})
+    """What to label; in a recipe [[pseudo-label.data]] tables, one for each of several datasets."""
     model: str
     """Transformers folder, hub name or fetched name of the teacher."""
     output_dir: Path
-    """Folder of the label store."""
+    """Folder of the label store; of several datasets, it holds a store for each."""
     task: Literal["transcribe", "translate"] = "transcribe"
     """Write in the language spoken, or in English."""
     timestamps: bool = True
@@ -139,6 +139,8 @@ class PseudoLabelConfig:
     than a tenth cannot, the first 100 aside."""
     verify: bool = False
     """Read finished shards whole, and make those again that are damaged inside."""
+    datasets: Fixed[tuple[DataConfig, ...]] = ()
+    """The datasets of a recipe that names several; `data` is then the first of them."""
     store_audio: Literal["embed", "reference"] = "embed"
     """Keep the audio in the shards as 16 kHz FLAC, or only the path of the original file."""
     workers: int = 4

@@ -129,8 +129,17 @@ def _typed_fields(where: str, table: Any, cls: type) -> dict[str, Any]:
         raise InputError(f"{where} = {table!r} must be a table with the fields of {cls.__name__}")
     table = {key.replace("-", "_"): value for key, value in table.items()}
     hints = get_type_hints(cls)
+    for name, several in _several(cls).items():
+        if isinstance(table.get(name), list) and table[name]:
+            table = table | {name: table[name][0], several: table[name]}
     _check_names(where, list(table), [field.name for field in _fields(cls)], "field")
     return {key: _typed(f"{where} {key}", value, hints[key]) for key, value in table.items()}
+
+
+def _several(cls: type) -> dict[str, str]:
+    """Fields that may be a list of tables in a recipe, and the field that takes them all."""
+    pairs = ((field.name, field.metadata.get("several")) for field in _fields(cls))
+    return {name: several for name, several in pairs if several}
 
 
 def _typed(where: str, value: Any, hint: Any) -> Any:

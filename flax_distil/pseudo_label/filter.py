@@ -7,7 +7,9 @@ rows at every threshold, and the row of the table at `max_wer` is what is writte
 import dataclasses
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 from flax_distil.config import FilterConfig
+from flax_distil.data.utterances import NUMBER
 from flax_distil.errors import InputError, check_writable
 from flax_distil.pseudo_label.store import (
+    SETTINGS,
     LabelStore,
     error_rates,
     open_store,
@@ -60,7 +64,8 @@ MEASURED = (
     "no_speech_probability",
     "whisper_transcript",
     "language",
-    "utterance_number",
+    NUMBER,
+    "id",
     "error_rate",
     "ended",
     "speech",
@@ -151,42 +156,74 @@ class FilterReport:
 def run(config: FilterConfig) -> FilterReport:
     """Write the labels of `config.source` that can be trusted to `config.output_dir`, and say why.
 
+    Of a folder with several stores each is filtered, into a folder of its name.
     Raises InputError when labels without a reference are there and nothing judges them, when
     nothing is kept, when a shard is damaged, or when the output folder is in use.
     """
-    _check_folders(config)
-    files = shard_files(config.source)
-    report = measure_all(list(files.values()), config)
+    parts = by_store(config)
+    for part in parts:
+        _check_folders(part)
+    files = [list(shard_files(part.source).values()) for part in parts]
+    report = measure_all(parts, files)
     Console().print(report_table(report, config))
     if not report.kept:
         raise InputError(
             f"none of {report.labels} labels is kept: raise max_wer from {config.max_wer}, or see "
             "in the table what else drops them"
         )
+    for part, inside in zip(parts, files, strict=True):
+        of_part = report if len(parts) == 1 else measure_all([part], [inside])
+        if of_part.kept:
+            _write(part, of_part)
+        else:
+            logger.warning("none of %d labels of %s is kept", of_part.labels, part.source)
+    return report
+
+
+def by_store(config: FilterConfig) -> list[FilterConfig]:
+    """A configuration for each label store in `source`, or for itself where it is one."""
+    folders = sorted(path.parent for path in config.source.glob(f"*/{SETTINGS}"))
+    if (config.source / SETTINGS).exists() or not folders:
+        return [config]
+    other = config.agree_with
+    return [
+        dataclasses.replace(
+            config,
+            source=folder,
+            output_dir=config.output_dir / folder.name,
+            agree_with=other and other / folder.name,
+        )
+        for folder in folders
+    ]
+
+
+def _write(config: FilterConfig, report: FilterReport) -> None:
+    """The labels that are kept, as a whole store in the place of an older one."""
     partial = config.output_dir.with_name(config.output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     settings = read_settings(config.source) | {"filter": _criteria(config)}
     store = open_store(partial, settings)
-    _write_kept(store, files, config)
+    _write_kept(store, shard_files(config.source), config)
     write_json(partial / "filter.json", dataclasses.asdict(report))
     if config.output_dir.exists():
         shutil.rmtree(config.output_dir)
     partial.replace(config.output_dir)
-    return report
 
 
-def measure_all(files: list[Path], config: FilterConfig) -> FilterReport:
-    """The report, from the small columns alone; nothing is written.
+def measure_all(parts: Sequence[FilterConfig], files: Sequence[list[Path]]) -> FilterReport:
+    """The report over the files of each store, from the small columns alone; nothing is written.
 
     Raises InputError for labels without a reference that nothing judges.
     """
+    config = parts[0]
     asked = () if config.max_wer is None else (config.max_wer,)
     thresholds = sorted({*config.thresholds, *asked})
     whole, chosen, at = Kept(), Kept(), {threshold: Kept() for threshold in thresholds}
     dropped = dict.fromkeys(REASONS, 0)
     missing, non_speech, rates = 0, 0, set()
-    for path in tqdm(files, desc="measuring", leave=False):
-        measures = measure(path, config)
+    pairs = [(path, part) for part, own in zip(parts, files, strict=True) for path in own]
+    for path, part in tqdm(pairs, desc="measuring", leave=False):
+        measures = measure(path, part)
         missing += int((measures.speech & ~measures.referenced).sum())
         rates.update(measures.rates)
         verdicts = judge(measures, config)
@@ -282,17 +319,16 @@ def disagreements(table: pa.Table, path: Path, config: FilterConfig) -> Float[np
     if config.agree_with is None:
         return np.zeros(len(table))
     asked = read_settings(config.source).get("error_rate", "auto")
-    theirs, other = {}, shard_files(config.agree_with).get(int(path.stem))
+    theirs, names = {}, (NUMBER, "id", "whisper_transcript", "language")
+    clip = itemgetter(NUMBER, "id")  # a window that was split has several of a number
+    other = shard_files(config.agree_with).get(int(path.stem))
     if other is not None:
-        texts = _read(other, ("utterance_number", "whisper_transcript"))
-        theirs = dict(zip(*(column.to_pylist() for column in texts.columns), strict=True))
-    names = ("utterance_number", "whisper_transcript", "language")
+        theirs = {clip(row): row["whisper_transcript"] for row in _read(other, names).to_pylist()}
     found = np.full(len(table), np.inf)
-    for row, (number, text, language) in enumerate(
-        zip(*(table.column(name).to_pylist() for name in names), strict=True)
-    ):
-        if number in theirs:
-            found[row] = 100 * error_rate(language, asked).count([theirs[number]], [text]).rate
+    for place, row in enumerate(table.select(names).to_pylist()):
+        if (text := theirs.get(clip(row))) is not None:
+            rate = error_rate(row["language"], asked)
+            found[place] = 100 * rate.count([text], [row["whisper_transcript"]]).rate
     return found
 
 

@@ -9,19 +9,17 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int16
 from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import PseudoLabelConfig
@@ -43,19 +41,29 @@ from flax_distil.errors import InputError
 from flax_distil.files import remove_partial
 from flax_distil.parallel.multihost import is_main_host, start
 from flax_distil.pseudo_label.claims import Claims
+from flax_distil.pseudo_label.rows import pseudo_label
+from flax_distil.pseudo_label.skipping import SkipLimit, readable_now, reasons
 from flax_distil.pseudo_label.store import LabelStore, PseudoLabel, Shard, open_store
-from flax_distil.text.wer import error_rate
+from flax_distil.pseudo_label.summary import (
+    AudioBar,
+    LabelSummary,
+    progress,
+    summary_table,
+    together,
+)
+
+if TYPE_CHECKING:
+    from flax_distil.decode.drafters import Assistant
+    from flax_distil.decode.recognizer import Recognizer
+    from flax_distil.model.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
 # Settings that decide nothing about the labels.
 PLACE_AND_PACE = ("batch_size", "workers", "output_dir", "claim_patience")
 PLACE_AND_PACE += ("audio_states", "audio_states_dtype", "assistant", "guesses")
-PLACE_AND_PACE += ("max_skipped_share", "verify")
+PLACE_AND_PACE += ("max_skipped_share", "verify", "datasets")
 
-# Skipped clips that stop a run, where nothing else was asked for.
-SKIPPED_SHARE, SKIPPED_AT_LEAST = 0.1, 100
-REASONS_SHOWN = 3
 
 # (waveforms int16 [B, 480000], language or None to detect it) → one hypothesis a row
 Teacher = Callable[[Int16[np.ndarray, "B N"], str | None], Sequence[Hypothesis]]
@@ -67,37 +75,10 @@ Heard = list[tuple[Clip, dict[str, Any]]]
 Lacks = Callable[[str | None], str | None]
 
 
-@dataclass(frozen=True)
-class LabelSummary:
-    """What a label store holds, and how fast this run was."""
-
-    labels: int
-    seconds: float
-    """Of labelled audio, earlier runs included."""
-    word_errors: int
-    reference_words: int
-    rate: str
-    """WER, CER or both: whether these two count words or characters."""
-    skipped: tuple[Skipped, ...]
-    labelled_now: float
-    """Seconds of audio labelled in this run."""
-    wall: float
-    """Seconds this run took."""
-
-    @property
-    def wer(self) -> float | None:
-        """Of all labels that have a reference, as a fraction; of characters where `rate` says."""
-        return self.word_errors / self.reference_words if self.reference_words else None
-
-    @property
-    def rtf(self) -> float | None:
-        """Real-time factor: seconds of work a second of audio; None when all was there already."""
-        return self.wall / self.labelled_now if self.labelled_now else None
-
-
 def run(config: PseudoLabelConfig) -> LabelSummary:
     """Label `config.data` with `config.model`, going on where an earlier run was killed.
 
+    Several datasets are labelled one after the other, each into a store of its own.
     Several processes with the same settings share the work, on one machine or, over a folder that
     they share, on many: hosts of a pod, or any that come and go.
     Raises InputError for a dataset or teacher that cannot be read, and for a store that was begun
@@ -108,7 +89,7 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     from flax_distil.decode.assistant import load_assistant
     from flax_distil.decode.recognizer import make_recognizer
     from flax_distil.model.checkpoint import load_checkpoint
-    from flax_distil.pseudo_label.distributions import check_form, explain
+    from flax_distil.pseudo_label.distributions import check_form
 
     start()
     for name in ("batch_size", "shard_size", "workers", "max_tokens", "beams"):
@@ -116,7 +97,7 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
             raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
     if config.guesses != PseudoLabelConfig.guesses and not config.assistant:
         raise InputError("--guesses would do nothing: add --assistant")
-    utterances = windows(config)
+    parts = [(one, windows(one)) for one in by_dataset(config)]
     checkpoint = load_checkpoint(config.model)
     check_form(config, checkpoint.dims.vocab)
     recognizer = make_recognizer(checkpoint, config.dtype)
@@ -125,6 +106,49 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
         if config.batch_size > 1 and jax.default_backend() == "cpu":
             log.warning("on a CPU the assistant is asked for batches of one: use --batch-size 1")
         assistant = load_assistant(recognizer, config.assistant, config.guesses)
+    summaries = [
+        label_with(checkpoint, recognizer, assistant, utterances, one) for one, utterances in parts
+    ]
+    whole = together(summaries)
+    if is_main_host() and len(summaries) > 1:
+        Console().print(summary_table(whole, f"{len(summaries)} datasets"))
+    return whole
+
+
+def by_dataset(config: PseudoLabelConfig) -> list[PseudoLabelConfig]:
+    """A configuration for each dataset; those of several have stores inside `output_dir`, named by
+    source, configuration and split.
+
+    Raises InputError where two have the same name, or where flags change one of several datasets.
+    """
+    if not config.datasets:
+        return [config]
+    if config.data != config.datasets[0]:
+        raise InputError(
+            f"the recipe names {len(config.datasets)} datasets, and flags change the first: change "
+            "the [[pseudo-label.data]] tables"
+        )
+    named: dict[str, PseudoLabelConfig] = {}
+    for data in config.datasets:
+        parts = (Path(data.source).stem, data.config, data.split)
+        name = "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts if part)
+        if name in named:
+            raise InputError(f"two datasets are called {name}: label one of them by itself")
+        folder = config.output_dir / name
+        named[name] = dataclasses.replace(config, data=data, datasets=(), output_dir=folder)
+    return list(named.values())
+
+
+def label_with(
+    checkpoint: "Checkpoint",
+    recognizer: "Recognizer",
+    assistant: "Assistant | None",
+    utterances: Utterances | UtteranceStream | Packed,
+    config: PseudoLabelConfig,
+) -> LabelSummary:
+    """Label one dataset with a teacher that is loaded; prints the summary."""
+    from flax_distil.pseudo_label.distributions import explain
+
     options = DecodeOptions(
         task=config.task,
         timestamps=config.timestamps,
@@ -276,11 +300,6 @@ def label(
     )
 
 
-def progress(files: Iterable) -> Iterable:
-    """Shows how far the checking of shards has come."""
-    return tqdm(files, desc="checking shards", leave=False)
-
-
 def pending(
     utterances: Utterances | UtteranceStream | Packed,
     shard_size: int,
@@ -324,69 +343,6 @@ def _remove_partial(store: LabelStore) -> None:
     if store.files.local:
         for folder in (store.files.path, store.files.path / "data"):
             remove_partial(folder)
-
-
-def readable_now(
-    utterances: Utterances | Packed,
-    done: Mapping[int, Shard],
-    listen_to: Callable[[Utterance], Skipped | Heard],
-    workers: int,
-) -> dict[int, Shard]:
-    """The shards with a clip that was skipped and would not be any more."""
-    numbered = [(shard, clip) for shard in done.values() for clip in shard.skipped_numbers]
-    numbered = [(shard, clip) for shard, clip in numbered if clip < len(utterances)]
-    heard = in_order(
-        lambda one: (one[0], listen_to(utterances[one[1]])), numbered, workers, ahead=2 * workers
-    )
-    return {shard.number: shard for shard, clip in heard if not isinstance(clip, Skipped)}
-
-
-def reasons(skipped: Sequence[Skipped]) -> str:
-    """The first few clips that were skipped, and why."""
-    return "; ".join(f"{clip.id}: {clip.reason}" for clip in skipped[:REASONS_SHOWN])
-
-
-class SkipLimit:
-    """How many clips of a dataset may be skipped, and how many were.
-
-    Of a stream, whose end is not known, the share is that of what was read.
-    """
-
-    def __init__(
-        self,
-        utterances: Utterances | UtteranceStream | Packed,
-        share: float | None,
-        done: Iterable[Shard],
-    ):
-        self.total = None if isinstance(utterances, UtteranceStream) else len(utterances)
-        self.share = SKIPPED_SHARE if share is None else share
-        self.least = SKIPPED_AT_LEAST if share is None else 0
-        self.first: list[Skipped] = []
-        self.skipped = self.labelled = 0
-        for shard in done:
-            self.first += shard.skipped[:REASONS_SHOWN]
-            self.skipped += len(shard.skipped)
-            self.labelled += shard.rows
-
-    def add(self, clip: Skipped) -> None:
-        """One more clip that was skipped. Raises InputError where it is one too many."""
-        self.skipped += 1
-        self.first.append(clip)
-        if self.total is not None:
-            self._check(self.total)
-
-    def read(self, labelled: int) -> None:
-        """So many more clips were labelled. Raises InputError as `add` does."""
-        self.labelled += labelled
-        if self.total is None:
-            self._check(self.labelled + self.skipped)
-
-    def _check(self, of: int) -> None:
-        if self.skipped > max(self.share * of, self.least):
-            raise InputError(
-                f"{self.skipped} of {of} clips were skipped, and max_skipped_share is "
-                f"{self.share:g}: mend the dataset or raise it; the first: {reasons(self.first)}"
-            )
 
 
 def _heard(utterance: Utterance, store_audio: str, lacks: Lacks) -> Skipped | Heard:
@@ -486,115 +442,3 @@ def keep_states(folder: Path, number: int, labels: Sequence[PseudoLabel], stored
     )
     states = [label.audio_SD for label in labels if label.audio_SD is not None]
     write_states(path, names, [label.duration for label in labels], states, stored)
-
-
-def speaks(utterance: Utterance) -> bool:
-    """Whether anybody speaks in it, as far as is known: not where its reference is empty."""
-    if utterance.parts:
-        return any(map(speaks, utterance.parts))
-    return utterance.speech and (utterance.text is None or bool(utterance.text.strip()))
-
-
-def pseudo_label(
-    number: int,
-    clip: Clip,
-    audio: dict[str, Any],
-    hypothesis: Hypothesis,
-    task: str = "transcribe",
-    asked: Literal["auto", "wer", "cer"] = "auto",
-) -> PseudoLabel:
-    """One row: the hypothesis beside the reference, both normalised to count the errors.
-
-    Without speech nothing is counted: whatever was written was made up.
-    """
-    utterance, errors, parts, judged = clip.utterance, None, None, {}
-    speech = speaks(utterance)
-    rate = error_rate("en" if task == "translate" else hypothesis.language, asked)
-    if utterance.text is not None and speech:
-        errors = rate.count([utterance.text], [hypothesis.text])
-        parts = [part.text or "" for part in utterance.parts]
-    if parts:
-        counts = rate.count_parts(parts, hypothesis.text)
-        judged = {
-            "part_references": tuple(parts),
-            "part_errors": tuple(errors for errors, _ in counts),
-            "part_words": tuple(words for _, words in counts),
-        }
-    return PseudoLabel(
-        id=utterance.id,
-        audio=audio,
-        reference=utterance.text,
-        whisper_transcript=hypothesis.text,
-        token_ids=tuple(hypothesis.tokens),
-        duration=clip.duration,
-        language=hypothesis.language,
-        speaker=utterance.speaker,
-        recording=utterance.recording,
-        utterance_number=number,
-        mean_log_probability=hypothesis.mean_log_probability,
-        compression_ratio=hypothesis.compression_ratio,
-        no_speech_probability=hypothesis.no_speech_probability,
-        wer=errors.rate if errors and errors.reference_words else None,
-        word_errors=errors and errors.errors,
-        reference_words=errors and errors.reference_words,
-        error_rate=errors and rate.unit,
-        ended=hypothesis.ended,
-        speech=speech,
-        **judged,
-        distributions=getattr(hypothesis, "distributions", None),
-        audio_SD=getattr(hypothesis, "audio_SD", None),
-    )
-
-
-class AudioBar:
-    """Progress in audio time: how much was heard, how fast, and how long it still takes."""
-
-    def __init__(self, utterances: Utterances | UtteranceStream | Packed, done: Iterable[Shard]):
-        total = None if isinstance(utterances, UtteranceStream) else len(utterances)
-        # A window that was split has several labels.
-        made = sum(shard.utterances for shard in done)
-        self.left = None if total is None else max(total - made, 0)
-        self.heard, self.seconds, self.start = 0, 0.0, time.monotonic()
-        self.bar = tqdm(
-            desc="labelling",
-            bar_format="{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
-            if self.left
-            else "{desc} [{elapsed}]",
-            total=self.left,
-        )
-
-    def __enter__(self) -> "AudioBar":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    def add(self, seconds: float, utterances: int) -> None:
-        """So many more seconds of audio, from so many utterances."""
-        self.heard, self.seconds = self.heard + utterances, self.seconds + seconds
-        clock = tqdm.format_interval
-        text = f"{clock(self.seconds)} of audio"
-        if self.left and self.heard:  # the whole is not known before it was heard
-            text = f"{clock(self.seconds)} of about {clock(self.seconds * self.left / self.heard)}"
-        if self.seconds:
-            rtf = (time.monotonic() - self.start) / self.seconds
-            text += f", RTF {rtf:.3f} ({1 / rtf:.1f}x)"
-        self.bar.set_description_str(text, refresh=False)
-        self.bar.update(utterances)
-
-
-def summary_table(summary: LabelSummary, title: str) -> Table:
-    """The summary as two columns."""
-    table = Table("", title, show_header=True)
-    table.add_row("labels", f"{summary.labels:,}")
-    table.add_row("audio", f"{summary.seconds / 3600:.2f} h")
-    wer = "no references" if summary.wer is None else f"{100 * summary.wer:.2f} %"
-    table.add_row(f"{summary.rate} against the references", wer)
-    if summary.rtf is not None:
-        table.add_row("real-time factor", f"{summary.rtf:.3f} ({1 / summary.rtf:.1f}x)")
-    table.add_row("skipped", f"{len(summary.skipped):,}")
-    for clip in summary.skipped[:5]:
-        table.add_row("", f"{clip.id}: {clip.reason}")
-    if len(summary.skipped) > 5:
-        table.add_row("", "… the others are in skipped.jsonl")
-    return table

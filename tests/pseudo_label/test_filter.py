@@ -314,3 +314,20 @@ def test_a_store_of_an_older_format_is_read(config):
     report = run(config)
     assert (report.kept, report.rate) == (3, "WER")
     assert kept(config) == ["perfect", "five", "thirty seconds"]
+
+
+def test_several_stores_are_filtered_into_a_folder_each(tmp_path, caplog):
+    """As labelling several datasets leaves them; the table is of all."""
+    for name, label in (("clean", GOOD), ("other", GOOD), ("bad", (2, 2, 3.0, 5, -0.1, 1.0))):
+        store(tmp_path / "labels" / name, {f"{name} {n}": label for n in range(3)})
+    config = FilterConfig(tmp_path / "labels", tmp_path / "chosen")
+    report = run(config)
+    assert (report.labels, report.kept, report.dropped["WER"]) == (9, 6, 3)
+    assert sorted(path.name for path in config.output_dir.iterdir()) == ["clean", "other"]
+    assert "none of 3 labels of" in caplog.text
+    clean = dataclasses.replace(config, output_dir=config.output_dir / "clean")
+    assert kept(clean) == ["clean 0", "clean 1", "clean 2"]
+    written = json.loads((config.output_dir / "clean" / "filter.json").read_text())
+    assert (written["labels"], written["kept"]) == (3, 3)
+    with pytest.raises(InputError, match="clean is in use"):
+        run(config)
