@@ -79,7 +79,9 @@ def read_files(files: Sequence[Path], root: Path, config: DataConfig) -> Table:
     parquet = [path for path in files if path.suffix == ".parquet"]
     parquet = [path for path in parquet if path.name != "metadata.parquet"] or parquet
     audio = [path for path in files if is_audio(path)]
-    if parquet and not (audio and _only_names(parquet[0], config)):
+    if audio:
+        parquet = [path for path in parquet if _audio_types(path, config)]
+    if parquet and not (audio and all(map(is_text, _audio_types(parquet[0], config)))):
         splits = {path: _split(path, root, config) for path in parquet}
         chosen = _choice(splits.values(), config)
         table = read_parquet([path for path in parquet if chosen(splits[path])], config.source)
@@ -98,14 +100,16 @@ def read_files(files: Sequence[Path], root: Path, config: DataConfig) -> Table:
             rows = [row for row in table.rows if chosen(_split(Path(_file(row)), root, config))]
             table = replace(table, rows=rows)
         tables.append(table)
-    table = _joined(tables)
+    table, beside = _joined(tables), _Beside(files)
+    if config.text_column is None:
+        table = _with_texts(table, beside)
     alone = [path for path in audio if chosen(splits[path])]
     if alone:
         listed = {os.path.abspath(_file(row)) for row in table.rows}
         alone = [path for path in alone if os.path.abspath(path) not in listed]
     if any(split.of_list for path in read if (split := splits[path])):
         return _noted(table, len(alone), "audio files that the list of this split does not name")
-    table = _with_audio(table, alone, _Beside(files), root)
+    table = _with_audio(table, alone, beside, root)
     if not table.rows:
         raise InputError(
             f"{config.source} has no Parquet, no list of audio (.csv, .tsv, .jsonl, .json), and no "
@@ -295,21 +299,32 @@ def _with_audio(table: Table, audio: Sequence[Path], texts: "_Beside", root: Pat
     return _noted(found, len(rows) if table.rows else 0, "audio files that no list names")
 
 
+def _with_texts(table: Table, texts: "_Beside") -> Table:
+    """A list with the texts that lie beside its files, where it has none itself."""
+    columns = dict.fromkeys(table.columns)
+    for row in table.rows:
+        if all(row.get(name) is None for name in TEXT):
+            known = texts.of(Path(_file(row)))
+            row.update({name: value for name, value in known.items() if row.get(name) is None})
+            columns.update(dict.fromkeys(known))
+    return replace(table, columns=tuple(columns))
+
+
 class _Beside:
     """Texts of clips in files beside them: a file for each clip, or LibriSpeech's for a chapter."""
 
     def __init__(self, files: Sequence[Path]):
-        self.files = set(map(str, files))
+        self.files = set(map(os.path.abspath, files))
         self.chapters: dict[str, str] = {}
         for path in files:
             if path.name.endswith(".trans.txt"):
                 for line in _text(path).splitlines():
                     name, _, text = line.strip().partition(" ")
-                    self.chapters[str(path.parent / name)] = text.strip()
+                    self.chapters[os.path.abspath(path.parent / name)] = text.strip()
 
     def of(self, audio: Path) -> Row:
         """What is known of a clip: columns of a row."""
-        stem = str(audio)[: -len(audio.suffix)]
+        stem = os.path.abspath(audio.with_suffix("")) if audio.name else ""
         if stem in self.chapters:
             whose = LIBRISPEECH_NAME.fullmatch(audio.stem)
             known = {"speaker": whose["speaker"], "recording": whose["chapter"]} if whose else {}
@@ -350,10 +365,12 @@ def _walk(folder: Path) -> Iterator[str]:
         yield from (os.path.join(path, name) for name in files if not name.startswith("._"))
 
 
-def _only_names(path: Path, config: DataConfig) -> bool:
-    """Whether a Parquet file names audio files and holds no audio itself."""
+def _audio_types(path: Path, config: DataConfig) -> list[pa.DataType]:
+    """Of the columns of a Parquet file that hold or name audio."""
     _, schema = parquet_footer(path)
-    kinds = [schema.field(name).type for name in audio_names(config) if name in schema.names]
-    return bool(kinds) and all(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds
-    )
+    return [schema.field(name).type for name in audio_names(config) if name in schema.names]
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type can only name audio."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)

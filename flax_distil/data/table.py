@@ -72,7 +72,8 @@ class Counts:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        counts = f"{self.rows:,} rows, {self.with_text:,} with text"
+        rows = f"{self.rows:,} row" + "s" * (self.rows != 1)
+        counts = f"{rows}, {self.with_text:,} with text"
         if without := self.rows - self.with_text:
             counts += f", {without:,} without"
         return "; ".join((counts, *self.notes))

@@ -355,6 +355,22 @@ def test_names_that_no_file_can_hold(folder, tmp_path):
     assert texts(clips) == {r"latin-\udce9.flac": "one", r"a\nb.flac": None}
 
 
+def test_a_list_without_texts_and_texts_beside_its_files(folder, monkeypatch):
+    """Parquet of something else is not in the way."""
+    clips = folder(
+        {
+            "wavs/a.flac": None,
+            "wavs/a.txt": "one",
+            "wavs/b.flac": None,
+            "m.jsonl": '{"audio": "wavs/a.flac", "duration": 1}\n{"audio": "wavs/b.flac"}\n',
+        }
+    )
+    pq.write_table(pa.table({"word": ["x"]}), clips / "words.parquet")
+    monkeypatch.chdir(clips.parent)
+    assert texts("set") == {"wavs/a.flac": "one", "wavs/b.flac": None}
+    assert texts(clips) == texts("set")
+
+
 def test_audio_beside_parquet_is_counted(folder, flac, caplog):
     clips = folder({"a.flac": None})
     parquet(clips / "a.parquet", ["x", "y"], flac)
