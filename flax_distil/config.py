@@ -293,6 +293,9 @@ class ValidationConfig:
     data: Fixed[tuple[DataConfig, ...]] = ()
     """Other sets, each with its own configuration, split and columns: a [[distill.validation.data]]
     table each in the recipe."""
+    losses: bool = False
+    """Report KL and cross-entropy at temperature 1 on these sets as well, of their labels, or
+    their references where they have none."""
     every: int = 5_000
     """Updates between validations; there is one at the end as well."""
     batch_size: int = 16

@@ -205,6 +205,21 @@ def student_losses(
     return parts.total + plan.loss.mse * mse, Losses(parts.kl, parts.ce, mse)
 
 
+def evaluation_losses(
+    params: Params, frozen: Frozen, batch: Batch, plan: Plan
+) -> Float[Array, "3"]:
+    """KL at temperature 1, cross-entropy and weights, summed over a batch, without gradients; the
+    KL is 0 where the teacher's decoder is not in memory."""
+    loss = LossConfig(kl=float(plan.asks_teacher), ce=1.0, temperature=1.0)
+    plan = replace(plan, loss=loss, stored=None)
+
+    def add(sums_3: Array, micro: Batch) -> tuple[Array, None]:
+        losses = student_losses(params, frozen, teach(frozen, micro, plan), micro, plan)[1]
+        return sums_3 + jnp.stack([losses.kl, losses.ce, jnp.sum(micro.weights)]), None
+
+    return jax.lax.scan(add, jnp.zeros(3), micro_batches(batch, plan))[0]
+
+
 def look_up(
     embedding_GVD: Float[Array, "G V D"], tokens_BL: Int[Array, "B L"]
 ) -> Float[Array, "B L D"]:

@@ -159,11 +159,17 @@ class Watch:
         self._read()
         self.speed.pause()
 
-    def validated(self, step: int, validation: Validation) -> None:
-        """Record word error rates."""
+    def validated(
+        self, step: int, validation: Validation, losses: Mapping[str, float] | None = None
+    ) -> None:
+        """Record error rates, and losses by set and part, such as `clean/kl`."""
         wer = {f"validation/{name}": value for name, value in validation.wer.items()}
         average = validation.macro_average
-        self.tracker.scalars(step, wer | {"validation/wer": average})
+        parts = {f"validation/{name}": value for name, value in (losses or {}).items()}
+        self.tracker.scalars(step, wer | parts | {"validation/wer": average})
+        if parts:
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in (losses or {}).items())
+            log.info("losses at step %d: %s", step, shown)
         rates = validation.rates
         sets = ", ".join(
             f"{name} {value:.2f}" + (f" {rates[name]}" if rates.get(name, "WER") != "WER" else "")

@@ -21,6 +21,7 @@ from flax_distil.data.utterances import Utterance
 from flax_distil.distill.checkpoints import Checkpoints, Progress, has_checkpoints
 from flax_distil.distill.encode_once import kept_states
 from flax_distil.distill.flops import measured_peak, step_flops, vocabulary_tokens
+from flax_distil.distill.heldout import HeldOut, held_out, score
 from flax_distil.distill.labels import (
     check_ids,
     check_tasks,
@@ -149,7 +150,7 @@ def run(config: DistillConfig) -> TrainSummary:
         masks=masks_log_mel(config.augment),
     )
     facts = spoken(sources, tokens)
-    return train(config, teacher, student, loader, validate, facts)
+    return train(config, teacher, student, loader, validate, facts, held_out(config, tokens))
 
 
 def train(
@@ -159,10 +160,12 @@ def train(
     loader: Batches,
     validate: Validate | None = None,
     facts: Mapping[str, Any] | None = None,
+    sets: dict[str, HeldOut] | None = None,
 ) -> TrainSummary:
     """The run itself, over models, batches and a judge that someone else made; see `run`.
 
     facts: are written beside the versions, such as the languages and tasks of the data.
+    sets: are scored by KL and cross-entropy at each validation.
     SIGTERM and Ctrl-C end it after the step at hand, with a checkpoint. So does an error, on a
     single host: no step that was computed is lost.
     """
@@ -187,7 +190,10 @@ def train(
                     if validate and (step % config.validation.every == 0 or step == total):
                         watch.pause()
                         validation = validate(whole(program, state))
-                        watch.validated(step, validation)
+                        losses = score(
+                            sets or {}, state.params, program.frozen, program.plan, program.mesh
+                        )
+                        watch.validated(step, validation, losses)
                         progress, due = compare(checkpoints, state, progress, validation), True
                     if due:
                         save(checkpoints, state, progress, program)

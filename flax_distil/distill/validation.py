@@ -80,18 +80,26 @@ def open_sets(config: DistillConfig, tokens: WhisperTokens) -> dict[str, Utteran
         InputError: as `make_validate`.
     """
     sets: dict[str, Utterances] = {}
-    most = config.validation.max_clips
-    for data in (*map(DataConfig, map(str, config.validation.labels)), *config.validation.data):
-        name = "-".join(filter(None, (Path(data.source).stem, data.config, data.split)))
-        if name in sets:
-            raise InputError(f"two validation sets are called {name}: rename one's folder")
-        limits = [limit for limit in (data.limit, most) if limit is not None]
-        found = read_dataset(replace(data, limit=min(limits, default=None)))
+    for name, data in data_tables(config).items():
+        found = read_dataset(data)
         if not isinstance(found, Utterances):
             raise InputError(f"{data.source} is a stream: validate on files")
         check_usable(data.source, found, config, tokens)
         sets[name] = found
     return sets
+
+
+def data_tables(config: DistillConfig) -> dict[str, DataConfig]:
+    """Where the validation sets are, by name. Raises InputError where two are called the same."""
+    tables: dict[str, DataConfig] = {}
+    most = config.validation.max_clips
+    for data in (*map(DataConfig, map(str, config.validation.labels)), *config.validation.data):
+        name = "-".join(filter(None, (Path(data.source).stem, data.config, data.split)))
+        if name in tables:
+            raise InputError(f"two validation sets are called {name}: rename one's folder")
+        limits = [limit for limit in (data.limit, most) if limit is not None]
+        tables[name] = replace(data, limit=min(limits, default=None))
+    return tables
 
 
 def check_usable(

@@ -52,7 +52,9 @@ def test_a_run_leaves_everything(random_folders, labels, tmp_path, caplog):
         batch_size=8,
         optimizer=OptimizerConfig(steps=2, warmup_steps=1),
         compute=ComputeConfig(dtype="float32", peak_flops=1e11),
-        validation=ValidationConfig((labels,), batch_size=4, max_clips=3, max_tokens=4),
+        validation=ValidationConfig(
+            (labels,), losses=True, batch_size=4, max_clips=3, max_tokens=4
+        ),
         run=RunConfig(log_every=1),
     )
     with caplog.at_level(logging.INFO, "flax_distil"):
@@ -67,6 +69,7 @@ def test_a_run_leaves_everything(random_folders, labels, tmp_path, caplog):
     assert [line["step"] for line in lines] == [1, 2, 2]
     assert lines[1]["tokens"] > 0
     assert {"samples_per_second", "mfu", "audio_hours_per_hour", "eta_seconds"} <= set(lines[1])
+    assert 0 < lines[2]["validation/noise/kl"] < lines[2]["validation/noise/ce"] < 20
     assert lines[2]["validation/noise"] == lines[2]["validation/wer"] == summary.best_wer
 
     begun = load_checkpoint(student)

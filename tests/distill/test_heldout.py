@@ -1,0 +1,58 @@
+"""Losses on held-out clips, by hand from the logits."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_distil.config import LossConfig
+from flax_distil.data.loader import LoaderState
+from flax_distil.distill.heldout import HeldOut, score
+from flax_distil.distill.step import features
+from flax_distil.parallel.mesh import make_mesh
+
+
+@pytest.fixture
+def held_out(make_batch) -> HeldOut:
+    """Ten clips in batches of 8: six rows of the second one fill it up."""
+
+    def batches(_):
+        for seed in range(9):
+            yield make_batch(8, seed=seed), LoaderState()
+
+    loader: object = SimpleNamespace(batch_size=8, rank=0, hosts=1, batches=batches)
+    return HeldOut(loader, 10)  # type: ignore[arg-type]
+
+
+def test_each_clip_counts_once_at_temperature_1(plan, parameters, make_batch, held_out):
+    params, frozen = parameters
+    plan = replace(plan, loss=LossConfig(temperature=2.0, label_smoothing=0.1), data_shards=2)
+    found = score({"clean": held_out}, params, frozen, plan, make_mesh(2, 1, 1, jax.devices()[:2]))
+
+    sums = np.zeros(3)
+    for seed, rows in ((0, 8), (1, 2)):
+        batch = jax.tree.map(lambda x, rows=rows: x[:rows], make_batch(8, seed=seed))
+        audio = plan.teacher.encoder(frozen.teacher["encoder"])(features(batch, plan))
+        logs = []
+        for spec, half in ((plan.teacher, frozen.teacher), (plan.student, params)):
+            decoder = spec.decoder(half["decoder"])
+            logits = decoder.logits(decoder(jnp.asarray(batch.tokens), audio))
+            logs.append(np.asarray(jax.nn.log_softmax(logits), np.float64))
+        theirs, ours = logs
+        kl = (np.exp(theirs) * (theirs - ours)).sum(-1)
+        ce = -np.take_along_axis(ours, batch.targets[..., None], -1)[..., 0]
+        weights = batch.weights
+        sums += [(kl * weights).sum(), (ce * weights).sum(), weights.sum()]
+    expected = {"clean/kl": sums[0] / sums[2], "clean/ce": sums[1] / sums[2]}
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_the_teachers_decoder_there_is_no_kl(plan, parameters, held_out):
+    params, frozen = parameters
+    plan = replace(plan, loss=LossConfig(kl=0.0))
+    frozen = frozen._replace(teacher={"encoder": frozen.teacher["encoder"]})
+    found = score({"clean": held_out}, params, frozen, plan, make_mesh(1, 1, 1, jax.devices()[:1]))
+    assert list(found) == ["clean/ce"]
