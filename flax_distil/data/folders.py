@@ -52,6 +52,7 @@ SPLITS = {
 # fmt: on
 LIBRISPEECH_NAME = re.compile(r"(?P<chapter>(?P<speaker>\d+)-\d+)-\d+")
 SPANS = (("start", "end"), ("start_time", "end_time"), ("begin", "end"))  # seconds
+TEXT_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".lab", ".srt", ".vtt", ".stm")
 BESIDE = (".txt", ".normalized.txt", ".lab")  # of the file that holds the text of one clip
 
 
@@ -115,10 +116,13 @@ def read_files(files: Sequence[Path], root: Path, config: DataConfig) -> Table:
             f"{config.source} has no Parquet, no list of audio (.csv, .tsv, .jsonl, .json), and no "
             "audio: nothing to read"
         )
-    others = [path for path in texts if path not in lists and list_kind(path) != ".json"]
-    if others and any(all(row.get(name) is None for name in TEXT) for row in table.rows):
-        words = f"lists without a usual column of audio not read, such as {others[0].name}"
-        return _noted(table, len(others), words)
+    if any(all(row.get(name) is None for name in TEXT) for row in table.rows):
+        read = {os.path.abspath(path) for path in lists} | beside.read
+        others = [path for path in files if path.suffix in TEXT_SUFFIXES and path.is_file()]
+        others = [path for path in others if os.path.abspath(path) not in read]
+        if others := [path for path in others if path.stem.lower() not in ("readme", "license")]:
+            words = f"text files not read, such as {others[0].relative_to(root)}"
+            return _noted(table, len(others), words)
     return table
 
 
@@ -315,9 +319,11 @@ class _Beside:
 
     def __init__(self, files: Sequence[Path]):
         self.files = set(map(os.path.abspath, files))
+        self.read: set[str] = set()
         self.chapters: dict[str, str] = {}
         for path in files:
             if path.name.endswith(".trans.txt"):
+                self.read.add(os.path.abspath(path))
                 for line in _text(path).splitlines():
                     name, _, text = line.strip().partition(" ")
                     self.chapters[os.path.abspath(path.parent / name)] = text.strip()
@@ -331,6 +337,7 @@ class _Beside:
             return {"text": self.chapters[stem], **known}
         for ending in BESIDE:
             if stem + ending in self.files:
+                self.read.add(stem + ending)
                 return {"text": _text(Path(stem + ending)).strip()}
         if stem + ".json" in self.files:
             (row, *_) = (*read_list(Path(stem + ".json"), DataConfig("")).rows, {})

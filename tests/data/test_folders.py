@@ -188,11 +188,17 @@ def test_two_lists_of_the_same_clips(folder, caplog):
 
 def test_lists_that_are_none(folder, caplog):
     """An empty list, one whose columns are not known, and a file that is none at all."""
-    files = {"a.flac": None, "metadata.csv": "file_name,text\n", "b.csv": "wav,words\na.flac,one\n"}
+    files = {
+        "t/a.txt": "x",
+        "README.txt": "x",
+        "a.flac": None,
+        "metadata.csv": "file_name,text\n",
+        "b.csv": "wav,words\na.flac,one\n",
+    }
     clips = folder(files)
     with caplog.at_level(logging.INFO):
         assert texts(clips) == {"a.flac": None}
-    assert "1 lists without a usual column of audio not read, such as b.csv" in caplog.text
+    assert "2 text files not read, such as b.csv" in caplog.text
     assert texts(clips, audio_column="wav", text_column="words") == {"a.flac": "one"}
     with pytest.raises(InputError, match=r"metadata\.csv has no rows"):
         read_dataset(clips / "metadata.csv")
