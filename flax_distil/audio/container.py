@@ -38,7 +38,6 @@ FORMATS = (
 )
 OPTIONS = {
     "format_whitelist": ",".join(FORMATS),
-    "protocol_whitelist": "file",
     "enable_drefs": "0",  # of QuickTime: sound in another file
     "use_absolute_path": "0",
 }
@@ -104,18 +103,18 @@ def open_audio(
 
     Raises AudioError for what is missing, of another format, without sound or without that track.
     """
-    name = source_name(source)
+    name, protocols = source_name(source), "none"
     if format is not None and format.split(":")[0] not in FORMATS:
         raise AudioError(f"{name}: {format} is no format of sound: use one of {' '.join(FORMATS)}")
     if isinstance(source, (str, Path)):
         check_regular(name, Path(source))
         # Without the scheme, "10:30.wav" would be taken for a protocol called "10".
-        source = f"file:{source}"
+        source, protocols = f"file:{source}", "file"
     elif isinstance(source, bytes):
         source = io.BytesIO(source)
-    limits = (deadline.seconds, deadline.seconds)
+    options = OPTIONS | {"protocol_whitelist": protocols}
     try:
-        container = av.open(source, "r", format=format, options=OPTIONS, timeout=limits)
+        container = av.open(source, "r", format, options=options, timeout=deadline.seconds)
     except (av.error.FFmpegError, ValueError, OSError) as error:
         deadline.check(name)
         if isinstance(error, av.error.ArgumentError):  # FFmpeg's word for one off the whitelist

@@ -177,10 +177,18 @@ def decode_part(
             name,
             cancelled,
         )
+    return full_scale(waveform, loudest, name), last
+
+
+def full_scale(
+    waveform: Float32[np.ndarray, "n"], loudest: float, name: str
+) -> Float32[np.ndarray, "n"]:
+    """The samples, in place divided by the loudest one where that lies far beyond 1; a warning says
+    so."""
     if loudest > LOUDEST:
         logger.warning("%s: samples reach %g, not 1: divided by that", name, loudest)
         waveform /= np.float32(loudest)
-    return waveform, last
+    return waveform
 
 
 def in_samples(seconds: float, what: str, rate: int) -> int:

@@ -244,6 +244,12 @@ def _encoded(
                 log.warning("%s is left out: %s", clip.id, clip.reason)
                 seconds.append(0.0)
                 continue
+            if lacking := clip.parts.count(None):
+                log.warning(
+                    "%s: %d of %d parts are not in its audio states: they are damaged, or longer "
+                    "than a window together",
+                    *(clip.utterance.id, lacking, len(clip.parts)),
+                )
             waveform[: len(clip.samples)] = clip.samples
             seconds.append(clip.duration)
         encoded = np.asarray(encode(waveforms)).astype(ml_dtypes.bfloat16)

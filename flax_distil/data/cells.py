@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from flax_distil.audio.container import RATES
-from flax_distil.audio.load import SAMPLE_RATE, AudioError
+from flax_distil.audio.load import SAMPLE_RATE, AudioError, full_scale
 from flax_distil.audio.samples import Piece, by_second, mixed, resampled
 from flax_distil.data.table import Row
 
@@ -142,4 +142,5 @@ def waveform(samples: np.ndarray, rate: float, name: str) -> Float32[np.ndarray,
     pieces = [mixed(one)[0] for one in by_second([piece])]
     if rate != SAMPLE_RATE:
         pieces = list(resampled(pieces, SAMPLE_RATE))
-    return np.concatenate([one.samples[0] for one in pieces])
+    found = np.concatenate([one.samples[0] for one in pieces])
+    return full_scale(found, float(np.abs(found).max(initial=0)), name)

@@ -123,6 +123,14 @@ def test_samples_at_another_rate(tone):
     assert len(listen(cut[0])) == 8000
 
 
+def test_floats_far_beyond_1_are_scaled_and_said(tone, caplog):
+    """Float samples written as if full scale were 32768."""
+    sound = tone(0.1)
+    found = waveform(sound * 32_768, 16_000, "loud")
+    np.testing.assert_allclose(found, sound / np.abs(sound).max(), rtol=1e-5)
+    assert "loud: samples reach 983" in caplog.text
+
+
 def test_bytes_in_json(tmp_path, flac):
     contents = base64.b64encode(flac(0.1)).decode()
     path = tmp_path / "m.json"
