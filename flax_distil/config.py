@@ -286,7 +286,7 @@ class ComputeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
-    """Word error rate by generation, during training."""
+    """Error rates by generation, during training."""
 
     labels: tuple[Path, ...] = ()
     """Label stores or manifests; the best checkpoint has the lowest macro-average over them."""
@@ -304,6 +304,8 @@ class ValidationConfig:
     """At most so many clips of each set."""
     max_tokens: int = 224
     """Longest transcript in tokens."""
+    error_rate: Literal["auto", "wer", "cer"] = "auto"
+    """Words or characters; auto: characters for languages without spaces between words."""
     patience: int | None = None
     """Stop after so many validations without a new best; never where not given."""
     samples: int = 3

@@ -114,7 +114,7 @@ def check_usable(
         if not (text and str(text).strip()):
             continue
         spoken = language or utterances.config.language or config.language
-        against = unusable(text, spoken, tokens)
+        against = unusable(str(text), spoken, tokens)
         clip = against or hear(utterances[number])
         if isinstance(clip, Clip):
             return
@@ -170,7 +170,7 @@ def judge(
         for windows in window_batches(group, size, workers, skipped.append):
             found = recognize(recognizer, windows.waveforms, options)[: len(windows.utterances)]
             for utterance, one in zip(windows.utterances, found, strict=True):
-                rate = error_rate(one.language)
+                rate = error_rate(one.language, config.validation.error_rate)
                 counts[rate.unit] += rate.count([utterance.text or ""], [one.text])
                 if left < shown:
                     log.info(SAMPLE, utterance.id, utterance.text, one.text)

@@ -1,6 +1,7 @@
 """What a validation set is judged by, and which sets are refused before training."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -92,6 +93,9 @@ def test_languages_without_spaces_are_judged_by_characters(clips, monkeypatch):
     path = clips({"text": "今天天气很好", "language": "ja"})
     counts, rate = judge(every, read_dataset(path), asked(path))
     assert (counts.reference_words, counts.substitutions, rate) == (6, 1, "CER")
+    words = ValidationConfig((path,), error_rate="wer")
+    counts, rate = judge(every, read_dataset(path), replace(asked(path), validation=words))
+    assert (counts.reference_words, counts.substitutions, rate) == (1, 1, "WER")
     path = clips({"text": "今天天气很好", "language": "ja"}, {"text": "we went"})
     counts, rate = judge(every, read_dataset(path), asked(path, language="en"))
     assert (counts.reference_words, rate) == (8, "WER/CER")
