@@ -44,7 +44,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} is not there: is {path.parent} a Whisper model?")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise InputError(f"{path} is no JSON (nested too deeply): fetch it again") from None
     except ValueError as error:
         raise InputError(f"{path} is no JSON ({error}): fetch it again") from None
     if not isinstance(content, dict):

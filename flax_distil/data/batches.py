@@ -124,10 +124,10 @@ def example(
         return non_speech_example(utterance, tokens, options, code, timestamps)
     spelt = "en" if options.task == "translate" else code
     label = label_ids(utterance, tokens, options.target, spelt)
-    timestamps &= any(token >= tokens.timestamp_begin for token in label)
+    timestamps &= any(token in tokens.times for token in label)
 
     def written(ids: list[int]) -> list[int]:
-        return ids if timestamps else [token for token in ids if token < tokens.timestamp_begin]
+        return ids if timestamps else [token for token in ids if token not in tokens.times]
 
     label = written(label)
     prompt = tokens.prompt(code, options.task, timestamps=timestamps)

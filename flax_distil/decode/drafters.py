@@ -224,7 +224,7 @@ def frequent_ids(
     counts_V = np.zeros(tokens.vocabulary, np.int64)
     for ids in texts:
         np.add.at(counts_V, np.asarray(ids, np.int64), 1)
-    counts_V[list(tokens.suppressed)] = -1
+    counts_V[[token for token in tokens.suppressed if 0 <= token < tokens.vocabulary]] = -1
     ranked = np.argsort(-counts_V[: tokens.eot], kind="stable")[:size]
-    times = np.arange(tokens.timestamp_begin, tokens.vocabulary)
+    times = np.arange(tokens.timestamp_begin, tokens.vocabulary)  # and added words
     return np.concatenate([np.sort(ranked), [tokens.eot], times]).astype(np.int32)

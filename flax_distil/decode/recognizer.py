@@ -2,9 +2,10 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,11 @@ from flax_distil.decode.speculative import speculative
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import CHUNK_SAMPLES
+from flax_distil.model.generation import kept_heads
 from flax_distil.model.spec import Params, Spec
 from flax_distil.parallel.clips import by_clip, chips_of, spread
 from flax_distil.text.languages import to_language_code
-from flax_distil.text.tokens import WhisperTokens, load_tokens
+from flax_distil.text.tokens import WhisperTokens
 from flax_distil.text.wer import compression_ratio
 
 log = logging.getLogger(__name__)
@@ -41,12 +43,15 @@ class Recognizer:
 
     alignment_heads: (layer, head) of the cross-attention that follows the speech; none are known
         where it is empty.
+    language: code of the only language that it was trained on, where its generation config says so:
+        what is spoken where nobody names a language. Without it the language is detected.
     """
 
     spec: Spec
     params: Params
     tokens: WhisperTokens
     alignment_heads: tuple[tuple[int, int], ...] = ()
+    language: str | None = None
 
     @cached_property
     def head_DV(self) -> Float[Array, "D V"] | None:
@@ -80,12 +85,26 @@ def make_recognizer(checkpoint: Checkpoint, dtype: str = "float32") -> Recognize
     Raises:
         InputError: the tokenizer is missing, damaged or another model's.
     """
-    dims, heads = checkpoint.dims, checkpoint.generation.get("alignment_heads") or ()
-    # Published students kept heads of layers that only their teachers have.
-    there = ((layer, head) for layer, head in heads if layer < dims.decoder_layers)
-    tokens = load_tokens(checkpoint.source, checkpoint.generation)
+    dims, tokens = checkpoint.dims, checkpoint.tokens()
+    heads = kept_heads(checkpoint.generation.get("alignment_heads"), dims) or ()
+    language = only_language(checkpoint.generation, tokens)
     params = spread(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.params))
-    return Recognizer(Spec(dims, dtype), params, tokens, tuple(there))
+    pairs = tuple((layer, head) for layer, head in heads)
+    return Recognizer(Spec(dims, dtype), params, tokens, pairs, language)
+
+
+def only_language(generation: Mapping[str, Any], tokens: WhisperTokens) -> str | None:
+    """The code of `language` in a generation config; None where there is none, or all English.
+
+    Raises:
+        InputError: there is no such language, or the model lacks it.
+    """
+    named = generation.get("language")
+    if not named or not tokens.multilingual:
+        return None
+    code = to_language_code(named.strip("<|>"))
+    tokens.prompt(code)  # raises where the model lacks it
+    return code
 
 
 def recognize(
@@ -257,12 +276,12 @@ def detect(recognizer: Recognizer, audio_BSD: Float[Array, "B S D"]) -> list[str
 
 
 def checked_language(recognizer: Recognizer, options: DecodeOptions) -> str | None:
-    """The code of the language asked for, if any.
+    """The code of the language asked for, or of the only one that the model has, if any.
 
     Raises:
         InputError: there is no such language, or the model lacks it or the task.
     """
-    asked = options.language and to_language_code(options.language)
+    asked = to_language_code(options.language) if options.language else recognizer.language
     tokens = recognizer.tokens
     tokens.prompt(asked or ("en" if tokens.multilingual else None), options.task)
     return asked
@@ -331,7 +350,7 @@ def rule_set(tokens: WhisperTokens, options: DecodeOptions) -> RuleSet:
     return RuleSet(
         end=tokens.eot,
         no_speech=tokens.no_speech,
-        suppressed=tokens.suppressed,
+        suppressed=tokens.suppressed + tokens.padding,
         suppressed_first=tokens.suppressed_first,
         timestamp_begin=tokens.timestamp_begin if options.timestamps else None,
         no_timestamps=tokens.no_timestamps,
@@ -339,6 +358,7 @@ def rule_set(tokens: WhisperTokens, options: DecodeOptions) -> RuleSet:
         prefixed=options.timestamps and bool(text_ids(tokens, options.prefix)),
         repetition_penalty=options.repetition_penalty,
         no_repeat_ngram=options.no_repeat_ngram,
+        timestamp_end=tokens.times.stop if tokens.words else None,
     )
 
 

@@ -39,6 +39,7 @@ class RuleSet:
     """The static description of a decoder's rules; hashable, so that it can be static under jit.
 
     timestamp_begin: the token of 0.00 s; timestamps are off where it is None.
+    timestamp_end: the first token behind that of 30 s, where a vocabulary has words there.
     max_initial: the largest first timestamp, in steps of 0.02 s.
     prefixed: with timestamps, the prompt ends in 0.00 s and the first words of the text.
     repetition_penalty: divides positive and multiplies negative logits of tokens written before.
@@ -55,6 +56,7 @@ class RuleSet:
     prefixed: bool = False
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
+    timestamp_end: int | None = None
 
     @property
     def look_back(self) -> bool:
@@ -72,7 +74,13 @@ class RuleSet:
         if self.timestamp_begin is not None:
             rules.append(suppress((self.no_timestamps,)))
             rules.append(
-                timestamps(self.timestamp_begin, self.end, self.max_initial, self.prefixed)
+                timestamps(
+                    self.timestamp_begin,
+                    self.end,
+                    self.max_initial,
+                    self.prefixed,
+                    self.timestamp_end,
+                )
             )
         return rules
 
@@ -88,7 +96,8 @@ def advance(progress: Progress, token_B: Int[Array, " B"], rules: RuleSet) -> Pr
     """The progress after one more token a row."""
     latest = progress.latest
     if rules.timestamp_begin is not None:
-        latest = jnp.where(token_B >= rules.timestamp_begin, token_B, latest)
+        is_time = _is_time(token_B, rules.timestamp_begin, rules.timestamp_end)
+        latest = jnp.where(is_time, token_B, latest)
     written = progress.written
     if written is not None:
         written = written.at[jnp.arange(token_B.size), progress.index].set(token_B)
@@ -123,18 +132,21 @@ def suppress_first(tokens: Sequence[int]) -> Rule:
     return rule
 
 
-def timestamps(begin: int, end: int, max_initial: int, prefixed: bool = False) -> Rule:
+def timestamps(
+    begin: int, end: int, max_initial: int, prefixed: bool = False, stop: int | None = None
+) -> Rule:
     """Timestamps come in pairs, never go back, open the text, and win where their mass is larger.
 
     begin: token of 0.00 s. end: the end-of-text token. max_initial: steps of 0.02 s. prefixed: the
-    text was opened by the prompt, at 0.00 s.
+    text was opened by the prompt, at 0.00 s. stop: where added words begin behind the times.
     """
 
     def rule(logits_BV: Array, progress: Progress) -> Array:
         token = jnp.arange(logits_BV.shape[-1])
-        is_time = token >= begin
+        is_time = _is_time(token, begin, stop)
         latest, first = progress.latest, (progress.index == 0)[..., None]
-        stamped, before = (progress.last >= begin)[:, None], progress.before >= begin
+        stamped = _is_time(progress.last, begin, stop)[:, None]
+        before = _is_time(progress.before, begin, stop)
         if prefixed:
             latest, first = jnp.maximum(latest, begin), jnp.zeros_like(first)
         else:
@@ -142,17 +154,28 @@ def timestamps(begin: int, end: int, max_initial: int, prefixed: bool = False) -
         paired = stamped & before[:, None]
         # After a pair comes text; after a closing timestamp its twin or the end.
         forbidden = (paired & is_time) | (stamped & ~paired & (token < end))
+        if stop is not None:
+            forbidden |= stamped & ~paired & (token >= stop)
         # A closing timestamp may repeat the opening one only as the next one's beginning.
         floor = latest[:, None] + jnp.where(stamped & ~paired, 0, 1)
         forbidden |= (latest >= 0)[:, None] & is_time & (token < floor)
         forbidden |= first & (~is_time | (token > begin + max_initial))
         logits_BV = jnp.where(forbidden, -jnp.inf, logits_BV)
         log_probability_BV = jax.nn.log_softmax(logits_BV)
-        time_mass = jax.nn.logsumexp(log_probability_BV[:, begin:], axis=-1, keepdims=True)
+        times_BV = log_probability_BV[:, begin:stop]
+        time_mass = jax.nn.logsumexp(times_BV, axis=-1, keepdims=True)
         best_text = log_probability_BV[:, :begin].max(axis=-1, keepdims=True)
+        if stop is not None:
+            best_word = log_probability_BV[:, stop:].max(axis=-1, keepdims=True)
+            best_text = jnp.maximum(best_text, best_word)
         return jnp.where((time_mass > best_text) & ~is_time, -jnp.inf, logits_BV)
 
     return rule
+
+
+def _is_time(token: Array, begin: int, stop: int | None) -> Array:
+    is_time = token >= begin
+    return is_time if stop is None else is_time & (token < stop)
 
 
 def penalize_repetition(penalty: float) -> Rule:

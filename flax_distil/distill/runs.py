@@ -46,7 +46,8 @@ def generation_of(run: Path, student: Checkpoint) -> dict[str, Any]:
     is multilingual and there was one of each."""
     facts = read_json(run / VERSIONS) if (run / VERSIONS).is_file() else {}
     languages, tasks = facts.get("languages") or [], facts.get("tasks") or []
-    if not student.dims.multilingual or len(languages) != 1 or len(tasks) != 1:
+    multilingual = student.generation.get("is_multilingual", student.dims.multilingual)
+    if not multilingual or len(languages) != 1 or len(tasks) != 1:
         return student.generation
     kept = {key: one for key, one in student.generation.items() if key != "forced_decoder_ids"}
     return kept | {"language": f"<|{languages[0]}|>", "task": tasks[0]}

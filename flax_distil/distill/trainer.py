@@ -62,7 +62,6 @@ from flax_distil.parallel.multihost import barrier, is_main_host, start
 from flax_distil.parallel.overlap import overlap_options
 from flax_distil.parallel.sharding import check_heads, place, shardings
 from flax_distil.recipe import load_recipe, save_recipe
-from flax_distil.text.tokens import load_tokens
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ def run(config: DistillConfig) -> TrainSummary:
     check_wandb(config)
     check_tasks(config)
     teacher, student = load_checkpoint(config.teacher), load_checkpoint(config.student)
-    tokens = load_tokens(student.source)
+    tokens = student.tokens()
     check_vocabulary(config, tokens)
     check_stored_teacher(config, teacher)
     warn_of_teacher(config, teacher)

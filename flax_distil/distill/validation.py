@@ -20,7 +20,7 @@ from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.spec import Params, Spec
 from flax_distil.parallel.multihost import host_slice
-from flax_distil.text.tokens import WhisperTokens, load_tokens
+from flax_distil.text.tokens import WhisperTokens
 from flax_distil.text.wer import ErrorCounts, error_rate
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def make_validate(config: DistillConfig, student: Checkpoint) -> Validate | None
     """
     if not (config.validation.labels or config.validation.data):
         return None
-    tokens = load_tokens(student.source)
+    tokens = student.tokens()
     sets = open_sets(config, tokens)
     spec = Spec(student.dims, config.compute.dtype)
 

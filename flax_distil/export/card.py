@@ -53,7 +53,7 @@ def model_card(checkpoint: Checkpoint, config: ExportConfig, format: str, folder
     """
     dims = checkpoint.dims
     parameters = sum(leaf.size for leaf in jax.tree.leaves(checkpoint.params))
-    language = "multilingual" if dims.multilingual else "en"
+    language = "multilingual" if checkpoint.generation.get("is_multilingual") else "en"
     head = [f"language: {language}"]
     head += [f"license: {config.license}"] if config.license else []
     library, use = USES[format]

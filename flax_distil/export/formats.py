@@ -3,18 +3,20 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from flax_distil.config import ExportConfig
-from flax_distil.errors import InputError, check_writable, writing
+from flax_distil.errors import InputError, check_writable
 from flax_distil.export.card import model_card
 from flax_distil.export.heads import with_heads_of
 from flax_distil.export.source import read_source
 from flax_distil.export.verify import import_torch, largest_difference
-from flax_distil.model.checkpoint import Checkpoint, save_checkpoint
+from flax_distil.model.checkpoint import STALE, Checkpoint, write_transformers
 from flax_distil.model.ctranslate2 import write_ctranslate2
+from flax_distil.model.folder import replacing
 from flax_distil.model.openai import to_openai
 from flax_distil.model.processor import copy_processor
 from flax_distil.model.weights import to_hf
@@ -27,6 +29,7 @@ WEIGHTS = {
     "openai": "model.pt",
     "ctranslate2": "model.bin",
 }
+KEYS = WEIGHTS | {"transformers": "config.json"}  # without which a folder is no model
 
 
 def run(config: ExportConfig) -> dict[str, Path]:
@@ -51,9 +54,9 @@ def run(config: ExportConfig) -> dict[str, Path]:
         checkpoint = with_heads_of(checkpoint, config.heads_of, config.heads_on)
     cards = {name: model_card(checkpoint, config, name, folder) for name, folder in folders.items()}
     for name, folder in folders.items():
-        with writing(folder):
-            WRITERS[name](checkpoint, folder, config.dtype)
-            (folder / "README.md").write_text(cards[name], encoding="utf-8")
+        with replacing(folder, KEYS[name], STALE) as complete:
+            WRITERS[name](checkpoint, complete, config.dtype)
+            (complete / "README.md").write_text(cards[name], encoding="utf-8")
         log.info("%s: %s", name, folder)
     if config.verify:
         difference = largest_difference(folders["transformers"], config.verify_audio)
@@ -93,22 +96,44 @@ def folders_of(config: ExportConfig) -> dict[str, Path]:
 def write_openai(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     """`model.pt` for `whisper.load_model`, and beside it the tokenizer, which others need."""
     torch = import_torch("an OpenAI .pt")
+    checkpoint = whispers_own(checkpoint)
     sizes, state = to_openai(checkpoint.dims, to_hf(checkpoint.dims, checkpoint.params))
     tensors = {name: torch.tensor(array).to(getattr(torch, dtype)) for name, array in state.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    half_written = folder / "model.pt.part"
-    torch.save({"dims": sizes, "model_state_dict": tensors}, half_written)
-    half_written.replace(folder / "model.pt")
+    torch.save({"dims": sizes, "model_state_dict": tensors}, folder / "model.pt")
     copy_processor(checkpoint.source, folder, checkpoint.dims)
 
 
 def write_faster_whisper(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     """CTranslate2's folder with the tokenizer beside it, as `faster_whisper.WhisperModel` wants."""
+    checkpoint = whispers_own(checkpoint)
     tensors = to_hf(checkpoint.dims, checkpoint.params)
     write_ctranslate2(folder, checkpoint.dims, tensors, checkpoint.generation, dtype)
     copy_processor(checkpoint.source, folder, checkpoint.dims)
     names = json.dumps(token_names(folder, checkpoint.dims.vocab), ensure_ascii=False)
     (folder / "vocabulary.json").write_text(names, encoding="utf-8")
+
+
+def whispers_own(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without the padding of its vocabulary, where its tokenizer is known.
+
+    Raises:
+        InputError: it has added words, which openai-whisper and CTranslate2 would take for times.
+    """
+    if not (checkpoint.source / "tokenizer.json").is_file():
+        return checkpoint
+    tokens = checkpoint.tokens()
+    if tokens.words:
+        raise InputError(
+            f"the vocabulary has {len(tokens.words)} added tokens behind <|30.00|>, which "
+            "openai-whisper and CTranslate2 take for times: export to transformers alone"
+        )
+    decoder = checkpoint.params["decoder"]
+    embedding = {"embedding": decoder["tokens"]["embedding"][: tokens.vocabulary]}
+    return replace(
+        checkpoint,
+        dims=replace(checkpoint.dims, vocab=tokens.vocabulary),
+        params=checkpoint.params | {"decoder": decoder | {"tokens": embedding}},
+    )
 
 
 def token_names(folder: Path, size: int) -> list[str]:
@@ -126,7 +151,7 @@ def token_names(folder: Path, size: int) -> list[str]:
 
 
 WRITERS: dict[str, Callable[[Checkpoint, Path, str], None]] = {
-    "transformers": save_checkpoint,
+    "transformers": write_transformers,
     "openai": write_openai,
     "ctranslate2": write_faster_whisper,
 }

@@ -74,7 +74,7 @@ def differing_texts(folder: Path, clips: Sequence[np.ndarray], max_tokens: int =
         ours = recognize(recognizer, pad_or_trim(clip)[None], options)[0].tokens
         features = extract(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
         theirs = np.asarray(model.generate(features, **limits, **spoken))[0].tolist()
-        if list(ours) != [token for token in theirs if token < recognizer.tokens.eot]:
+        if list(ours) != [token for token in theirs if recognizer.tokens.is_text(token)]:
             differing.append(index)
     return differing
 

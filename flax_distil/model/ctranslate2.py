@@ -7,7 +7,7 @@ self-attention, k, v in cross-attention, with a zero bias for the keys, which ha
 """
 
 import json
-import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 
 from flax_distil.errors import InputError, read_json
 from flax_distil.model.dims import WhisperDims, dims_to_hf
-from flax_distil.model.generation import generation_config, token_ids
+from flax_distil.model.generation import completed, special_ids, token_ids
 
 VERSION = 6
 SPEC = "WhisperSpec"
@@ -29,6 +29,12 @@ DTYPES = tuple(
     for kind in (np.float32, np.int8, np.int16, np.int32, np.float16, ml_dtypes.bfloat16)
 )
 GELU = np.int8(3)
+RANK = 3  # of a convolution's kernel, the largest
+FACTS = {  # Transformers' name of what config.json says -> CTranslate2's
+    "suppress_tokens": "suppress_ids",
+    "begin_suppress_tokens": "suppress_ids_begin",
+    "alignment_heads": "alignment_heads",
+}
 
 
 def read_ctranslate2(
@@ -62,13 +68,9 @@ def read_ctranslate2(
 
     # What it knows about decoding; old folders have none.
     facts = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    generation = generation_config(
-        dims,
-        suppress=facts.get("suppress_ids"),
-        suppress_first=facts.get("suppress_ids_begin"),
-        alignment_heads=facts.get("alignment_heads"),
-    )
-    return dims_to_hf(dims) | token_ids(dims), tensors, generation
+    known = {ours: facts[theirs] for ours, theirs in FACTS.items() if theirs in facts}
+    generation = completed(known, {}, dims, folder)
+    return dims_to_hf(dims) | token_ids(dims, special_ids(dims, folder)), tensors, generation
 
 
 def write_ctranslate2(
@@ -90,21 +92,15 @@ def write_ctranslate2(
     variables = _constants(dims) | {
         name: _fuse(tensors, parts).astype(kinds[dtype]) for name, parts in _names(dims).items()
     }
-    half_written = folder / "model.bin.part"
-    with half_written.open("wb") as file:
+    with (folder / "model.bin").open("wb") as file:
         file.write(struct.pack("<I", VERSION) + _string(SPEC))
         file.write(struct.pack("<II", REVISION, len(variables)))
         for name in sorted(variables):  # CTranslate2 itself writes them in this order
             _write_variable(file, name, np.asarray(variables[name]))
         file.write(struct.pack("<I", 1))
         file.write(_string("decoder/projection/weight") + _string("decoder/embeddings/weight"))
-    os.replace(half_written, folder / "model.bin")
-    facts = {
-        "suppress_ids": generation.get("suppress_tokens", []),
-        "suppress_ids_begin": generation.get("begin_suppress_tokens", []),
-        "alignment_heads": generation.get("alignment_heads", []),
-        "lang_ids": sorted(generation.get("lang_to_id", {}).values()),
-    }
+    facts = {theirs: generation.get(ours) or [] for ours, theirs in FACTS.items()}
+    facts["lang_ids"] = sorted(generation.get("lang_to_id", {}).values())
     (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
@@ -186,6 +182,8 @@ def _read_variables(path: Path) -> dict[str, np.ndarray]:
     variables = {}
     for _ in range(number("I")):
         name, rank = string(), number("B")
+        if rank > RANK:
+            raise InputError(f"{path} is damaged at {name!r}: it has {rank} dimensions")
         shape = tuple(number("I") for _ in range(rank))
         kind, size = number("B"), number("I")
         if kind >= len(DTYPES) or size != DTYPES[kind].itemsize * int(np.prod(shape, dtype=object)):
@@ -211,12 +209,8 @@ def _dims(path: Path, variables: Mapping[str, np.ndarray]) -> WhisperDims:
         return variables[name].shape
 
     def layers(side: str) -> int:
-        numbers = {
-            int(name.split("/")[1].removeprefix("layer_"))
-            for name in variables
-            if name.startswith(f"{side}/layer_") and not name.startswith(f"{side}/layer_norm")
-        }
-        return len(numbers)
+        found = (re.match(rf"{side}/layer_(\d+)/", name) for name in variables)
+        return len({layer[1] for layer in found if layer})
 
     def heads(side: str) -> int:
         shape(f"{side}/num_heads", 0)

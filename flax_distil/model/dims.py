@@ -81,20 +81,53 @@ _HF_FIELDS = {
 }
 
 
-def dims_from_hf(config: Mapping[str, Any]) -> WhisperDims:
+# What would change the numbers, and nothing here computes.
+_ARCHITECTURE = {
+    "activation_function": ("gelu", "models trained with another activation cannot be used"),
+    "scale_embedding": (False, "models that scale their embeddings cannot be used"),
+}
+
+
+def dims_from_hf(config: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> WhisperDims:
     """Dimensions from a Transformers `config.json`.
 
+    sizes: fields of `WhisperDims` that the weights have; `config` may leave them out.
+
     Raises:
-        InputError: it is not a Whisper configuration, or keys are missing (all are named).
+        InputError: it is not a Whisper configuration, keys are missing, are no whole numbers or
+            differ from `sizes` (all are named), or the model computes what ours does not.
     """
-    if config.get("model_type", "whisper") != "whisper":
+    check_architecture(config)
+    known = dict(sizes or {})
+    faults = []
+    for field, key in _HF_FIELDS.items():
+        said = config.get(key, known.get(field))
+        if key not in config and field not in known:
+            faults.append(f"lacks {key}")
+        elif type(said) is not int:
+            faults.append(f"has {key} {str(said)[:40]!r}, which is no whole number")
+        elif said != known.setdefault(field, said):
+            faults.append(f"has {key} {said:,} and the weights have {known[field]:,}")
+    if faults:
+        raise InputError(f"config.json {', '.join(faults)}: is it this Whisper model's?")
+    return WhisperDims(**known)
+
+
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """Raises InputError for a config of another model, or of a Whisper that ours cannot compute."""
+    kind = config.get("model_type", "whisper")
+    if kind != "whisper":
+        raise InputError(f"the checkpoint is of type {str(kind)[:40]!r}: a Whisper one is needed")
+    if config.get("quantization_config"):
         raise InputError(
-            f"the checkpoint is of type {config['model_type']!r}: a Whisper one is needed"
+            "the weights are quantised (quantization_config in config.json): "
+            "use the model that they were made from, or save it dequantised"
         )
-    missing = [key for key in _HF_FIELDS.values() if key not in config]
-    if missing:
-        raise InputError(f"config.json lacks {', '.join(missing)}: is it a Whisper model's?")
-    return WhisperDims(**{field: int(config[key]) for field, key in _HF_FIELDS.items()})
+    for key, (needed, remedy) in _ARCHITECTURE.items():
+        if config.get(key) not in (None, needed):
+            raise InputError(
+                f"config.json has {key} {str(config[key])[:40]!r}, Whisper has {needed!r}: {remedy}"
+            )
 
 
 def dims_to_hf(dims: WhisperDims) -> dict[str, Any]:

@@ -1,12 +1,17 @@
 """What Transformers keeps in `generation_config.json`, for checkpoints that come without one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from flax_distil.errors import InputError
+from flax_distil.errors import InputError, read_json
 from flax_distil.model.dims import WhisperDims
 from flax_distil.text.languages import LANGUAGES
+from flax_distil.text.tokens import added_tokens
 
+VOCABULARIES = range(51_864, 51_867)  # sizes of vocabularies: English-only, multilingual, large-v3
+ENGLISH_END = 50_256  # <|endoftext|> of English-only checkpoints, which keep GPT-2's vocabulary
+TASKS = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")
 BLANK = 220  # the token of one space, in both vocabularies
 # Brackets, notes, quotes and the like: what Whisper was told never to write.
 SYMBOLS_ENGLISH = [
@@ -27,27 +32,39 @@ SYMBOLS_MULTILINGUAL = [
 ]
 
 
-def special_ids(dims: WhisperDims) -> dict[str, int]:
-    """Whisper's special tokens by name; they follow the text tokens in a fixed order.
+def special_ids(dims: WhisperDims, folder: Path | None = None) -> dict[str, int]:
+    """Whisper's special tokens by name, as the folder's tokenizer.json has them.
+
+    Without one they follow the text tokens in a fixed order, which the vocabulary's size decides.
 
     Raises:
-        InputError: the vocabulary is none of Whisper's three.
+        InputError: there is no tokenizer, and the vocabulary is none of Whisper's three.
     """
-    if not 51_864 <= dims.vocab <= 51_866:
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        return _named_ids(folder / "tokenizer.json")
+    if dims.vocab not in VOCABULARIES:
         raise InputError(
-            f"a vocabulary of {dims.vocab:,} tokens is none of Whisper's (51,864 to 51,866): "
-            "use a Transformers folder, which says what its tokens are"
+            f"a vocabulary of {dims.vocab:,} tokens is none of Whisper's (51,864 to 51,866) and "
+            "there is no tokenizer.json that says what its tokens are: add the model's"
         )
     end = 50_257 if dims.multilingual else 50_256
     languages = list(LANGUAGES)[: 100 if dims.vocab == 51_866 else 99]
-    tasks = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")
-    names = ("endoftext", "startoftranscript", *languages, *tasks)
+    names = ("endoftext", "startoftranscript", *languages, *TASKS)
     return {name: end + i for i, name in enumerate(names)}
 
 
-def token_ids(dims: WhisperDims) -> dict[str, Any]:
-    """The token ids that `config.json` has beside the sizes."""
-    ids = special_ids(dims)
+def _named_ids(path: Path) -> dict[str, int]:
+    ids = {token.strip("<|>"): id for token, id in added_tokens(read_json(path), path).items()}
+    ids.setdefault("nospeech", ids.get("nocaptions", -1))  # what older checkpoints call it
+    missing = [name for name in ("endoftext", "startoftranscript", *TASKS) if ids.get(name, -1) < 0]
+    if missing:
+        raise InputError(f"{path} has no token <|{missing[0]}|>: it is not a Whisper tokenizer")
+    return ids
+
+
+def token_ids(dims: WhisperDims, ids: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """The token ids that `config.json` has beside the sizes. ids: those of `special_ids`."""
+    ids = ids or special_ids(dims)
     return {
         "bos_token_id": ids["endoftext"],
         "eos_token_id": ids["endoftext"],
@@ -61,34 +78,117 @@ def generation_config(
     suppress: Sequence[int] | None = None,
     suppress_first: Sequence[int] | None = None,
     alignment_heads: Sequence[Sequence[int]] | None = None,
+    ids: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """A complete `generation_config.json` of Whisper; what is not given is Whisper's own.
+    """A complete `generation_config.json` of Whisper; what is None is Whisper's own.
 
     Alignment heads that are not known are all heads of the upper half of the decoder, as
-    openai-whisper takes them for a model that it does not know.
+    openai-whisper takes them for a model that it does not know. ids: those of `special_ids`.
     """
-    ids = special_ids(dims)
-    symbols = SYMBOLS_MULTILINGUAL if dims.multilingual else SYMBOLS_ENGLISH
+    ids = ids or special_ids(dims)
+    multilingual = ids["endoftext"] != ENGLISH_END
+    symbols = SYMBOLS_MULTILINGUAL if multilingual else SYMBOLS_ENGLISH
     never = ("startoftranscript", "translate", "transcribe", "startoflm", "startofprev", "nospeech")
-    upper_half = [
-        [layer, head]
-        for layer in range(dims.decoder_layers // 2, dims.decoder_layers)
-        for head in range(dims.decoder_heads)
-    ]
-    config = token_ids(dims) | {
-        "alignment_heads": [list(pair) for pair in alignment_heads or upper_half],
-        "begin_suppress_tokens": list(suppress_first or (BLANK, ids["endoftext"])),
-        "is_multilingual": dims.multilingual,
+    if suppress is None:
+        suppress = symbols + [ids[name] for name in never]
+    if suppress_first is None:
+        suppress_first = (BLANK, ids["endoftext"])
+    if alignment_heads is None:
+        alignment_heads = upper_half(dims)
+    config = token_ids(dims, ids) | {
+        "alignment_heads": [list(pair) for pair in alignment_heads],
+        "begin_suppress_tokens": list(suppress_first),
+        "is_multilingual": multilingual,
         "max_initial_timestamp_index": 50,  # one second
         "max_length": dims.text_positions,
         "no_timestamps_token_id": ids["notimestamps"],
         "prev_sot_token_id": ids["startofprev"],
         "return_timestamps": False,
-        "suppress_tokens": list(suppress or symbols + [ids[name] for name in never]),
+        "suppress_tokens": list(suppress),
     }
-    if not dims.multilingual:
+    if not multilingual:
         return config
     return config | {
         "lang_to_id": {f"<|{code}|>": ids[code] for code in LANGUAGES if code in ids},
         "task_to_id": {task: ids[task] for task in ("transcribe", "translate")},
     }
+
+
+def completed(
+    generation: Mapping[str, Any], config: Mapping[str, Any], dims: WhisperDims, folder: Path
+) -> dict[str, Any]:
+    """A `generation_config.json` with what it lacks and without what the model cannot follow.
+
+    Those of 2022 have no tables of languages and tasks, without which Transformers refuses
+    `language` and timestamps. Their `forced_decoder_ids` go: they were copied from model to model,
+    whatever its language. Heads of layers that only a teacher has are left out.
+
+    generation: empty where there is no such file. config: `config.json`, where older checkpoints
+    keep the suppressed tokens.
+
+    Raises:
+        InputError: a list holds other things than whole numbers, or than pairs of them.
+    """
+    suppressed = {}
+    for key in ("suppress_tokens", "begin_suppress_tokens"):
+        said = generation if key in generation else config
+        suppressed[key] = _numbers(said.get(key), key)
+    heads = kept_heads(generation.get("alignment_heads"), dims)
+    if generation and not (dims.vocab in VOCABULARIES or (folder / "tokenizer.json").is_file()):
+        whole = {"alignment_heads": upper_half(dims) if heads is None else heads}  # ids unknown
+    else:
+        ids = special_ids(dims, folder)
+        whole = generation_config(
+            dims, suppressed["suppress_tokens"], suppressed["begin_suppress_tokens"], heads, ids
+        )
+    own = {key: value for key, value in generation.items() if value is not None}
+    own |= {key: [] for key in suppressed if key in generation and generation[key] is None}
+    for key, kind in (("lang_to_id", dict), ("task_to_id", dict), ("language", str), ("task", str)):
+        if key in own and not isinstance(own[key], kind):
+            raise InputError(
+                f"generation_config.json has {key} {str(own[key])[:40]!r}: a {kind.__name__} is "
+                "needed, fetch it again"
+            )
+    # With _from_model_config Transformers would make it anew out of config.json, tables lost.
+    for key in ("forced_decoder_ids", "alignment_heads", "_from_model_config"):
+        own.pop(key, None)
+    return whole | own
+
+
+def kept_heads(heads: Any, dims: WhisperDims) -> list[list[int]] | None:
+    """Those [layer, head] that the model has; None where none are known.
+
+    Raises:
+        InputError: they are no pairs of whole numbers.
+    """
+    if heads is None:
+        return None
+    if not isinstance(heads, list) or not all(
+        isinstance(pair, list | tuple) and len(_numbers(pair, "alignment_heads") or ()) == 2
+        for pair in heads
+    ):
+        raise InputError(
+            f"alignment_heads {str(heads)[:40]} are no [layer, head] pairs: remove them from the "
+            "configuration, or choose them with `flax-distil export --heads-of`"
+        )
+    there = [
+        [layer, head]
+        for layer, head in heads
+        if 0 <= layer < dims.decoder_layers and 0 <= head < dims.decoder_heads
+    ]
+    return there if there or not heads else None
+
+
+def _numbers(said: Any, key: str) -> list[int] | None:
+    """A list of whole numbers, or None. Raises InputError for anything else."""
+    if said is None:
+        return None
+    if not isinstance(said, list | tuple) or any(type(one) is not int for one in said):
+        raise InputError(f"{key} {str(said)[:40]!r} is no list of whole numbers: fetch it again")
+    return list(said)
+
+
+def upper_half(dims: WhisperDims) -> list[list[int]]:
+    """All [layer, head] of the upper half of the decoder."""
+    layers = range(dims.decoder_layers // 2, dims.decoder_layers)
+    return [[layer, head] for layer in layers for head in range(dims.decoder_heads)]

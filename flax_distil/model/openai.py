@@ -8,7 +8,9 @@ import numpy as np
 
 from flax_distil.errors import InputError
 from flax_distil.model.dims import WhisperDims, dims_to_hf
-from flax_distil.model.generation import generation_config, token_ids
+from flax_distil.model.generation import generation_config, special_ids, token_ids
+from flax_distil.model.tensors import Stored, load_torch, stored_torch
+from flax_distil.model.weights import dims_of
 
 DIMS = {
     "mels": "n_mels",
@@ -55,48 +57,39 @@ BARE = {
 
 def read_openai(
     path: str | Path,
-) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Stored], dict[str, Any]]:
     """The Whisper in an OpenAI `.pt` as (config, tensors, generation config) of Transformers.
 
-    Tensors are float32 under Transformers' names; a name that is not in the table keeps its own,
-    for `from_hf` to report. The file is loaded with `weights_only`: it cannot run code.
+    Tensors are under Transformers' names, float32 when read; a name that is not in the table keeps
+    its own, for `from_hf` to report. The file is loaded with `weights_only`: it cannot run code.
 
     Raises:
         InputError: torch is missing, or the file is not an OpenAI Whisper's.
     """
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            f"{path} needs PyTorch to be read: pip install 'flax-distil[torch]', or convert it to "
-            "a Transformers folder elsewhere"
-        ) from None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} is not there") from None
-    except Exception as error:  # torch raises a dozen kinds for a damaged or unsafe file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} cannot be read as an OpenAI checkpoint: {reason}") from error
+    path = Path(path)
+    saved = load_torch(path, "an OpenAI checkpoint")
     if not isinstance(saved, dict) or not {"dims", "model_state_dict"} <= saved.keys():
         raise InputError(f"{path} lacks 'dims' or 'model_state_dict': it is no OpenAI Whisper")
-
-    missing = [key for key in (*DIMS.values(), "n_text_state") if key not in saved["dims"]]
-    if missing:
-        raise InputError(f"{path}: 'dims' lacks {', '.join(missing)}")
-    sizes = {field: int(saved["dims"][key]) for field, key in DIMS.items()}
-    if sizes["width"] != saved["dims"]["n_text_state"]:
+    said = saved["dims"] if isinstance(saved["dims"], dict) else {}
+    keys = (*DIMS.values(), "n_text_state")
+    if wrong := [key for key in keys if type(said.get(key)) is not int]:
+        raise InputError(f"{path}: 'dims' lacks {', '.join(wrong)}, or has no whole numbers there")
+    sizes = {field: said[key] for field, key in DIMS.items()}
+    if sizes["width"] != said["n_text_state"]:
         raise InputError(
-            f"{path}: the encoder is {sizes['width']} wide, the decoder "
-            f"{saved['dims']['n_text_state']}; Whisper's are equal"
+            f"{path}: the encoder is {sizes['width']} wide, the decoder {said['n_text_state']}; "
+            "Whisper's are equal"
         )
+    stored = stored_torch(path, saved["model_state_dict"])
+    blocks = max(sizes["encoder_layers"], sizes["decoder_layers"])
+    if blocks > len(stored):  # before a table of so many names is made
+        raise InputError(f"{path}: 'dims' has {blocks:,} layers, the file {len(stored):,} tensors")
     dims = WhisperDims(**sizes, encoder_ffn=4 * sizes["width"], decoder_ffn=4 * sizes["width"])
-    names = openai_names(dims)
-    tensors = {
-        names.get(str(name), str(name)): tensor.to(torch.float32).numpy()
-        for name, tensor in saved["model_state_dict"].items()
-    }
-    return dims_to_hf(dims) | token_ids(dims), tensors, generation_config(dims)
+    names, config = openai_names(dims), dims_to_hf(dims)
+    tensors = {names.get(name, name): tensor for name, tensor in stored.items()}
+    dims = dims_of(config, {name: tensor.shape for name, tensor in tensors.items()})
+    ids = special_ids(dims, path.parent)
+    return config | token_ids(dims, ids), tensors, generation_config(dims, ids=ids)
 
 
 def to_openai(

@@ -34,8 +34,17 @@ class Spec:
     remat: bool = False
 
     def init(self, key: PRNGKeyArray) -> Params:
-        """Random parameters, float32 (float64 where `dtype` is)."""
-        return _init(self, key)
+        """Random parameters, float32 (float64 where `dtype` is).
+
+        The program has one layer of each half, however many there are: it compiles in seconds.
+        """
+        params = {}
+        for half, own_key in zip((Encoder, Decoder), jax.random.split(key), strict=True):
+            params[_name(half)] = whole = _init(self, half, own_key)
+            if _name(half) not in self.scan_layers:
+                stacked, copies = whole["layers"], range(_layers(self, half))
+                whole |= {"layers": {index: _layer(stacked, index) for index in copies}}
+        return params
 
     def abstract(self) -> Params:
         """Shapes and dtypes of the parameters, nothing allocated."""
@@ -76,21 +85,25 @@ def _structure(spec: Spec, half: type[Encoder] | type[Decoder]) -> nnx.GraphDef:
     return nnx.split(module)[0]
 
 
-@partial(jax.jit, static_argnums=0)
-def _init(spec: Spec, key: PRNGKeyArray) -> Params:
-    def params(half: type[Encoder] | type[Decoder], key: PRNGKeyArray) -> Params:
+@jax.jit
+def _layer(stacked: Params, index: int) -> Params:
+    """One of stacked layers, by one program for all of them."""
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _init(spec: Spec, half: type[Encoder] | type[Decoder], key: PRNGKeyArray) -> Params:
+    """One half's random parameters, its layers stacked."""
+
+    def params(key: PRNGKeyArray) -> Params:
         tree = nnx.to_pure_dict(nnx.split(_build(spec, half, nnx.Rngs(key)))[1])
         wide = jnp.promote_types(spec.dtype, jnp.float32)
         return jax.tree.map(lambda leaf: leaf.astype(wide), tree)
 
-    def whole(half: type[Encoder] | type[Decoder], key: PRNGKeyArray) -> Params:
-        keys = jax.random.split(key, _layers(spec, half))
-        layers = jax.vmap(lambda key: params(half, key)["layers"][0])(keys)
-        stacked = params(half, key) | {"layers": layers}
-        return stacked if _name(half) in spec.scan_layers else unstack_layers(stacked)
-
-    encoder, decoder = jax.random.split(key)
-    return {"encoder": whole(Encoder, encoder), "decoder": whole(Decoder, decoder)}
+    layers = jax.vmap(lambda key: params(key)["layers"][0])(
+        jax.random.split(key, _layers(spec, half))
+    )
+    return params(key) | {"layers": layers}
 
 
 def _build(spec: Spec, half: type[Encoder] | type[Decoder], rngs: nnx.Rngs) -> Encoder | Decoder:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flax_distil.config import InitStudentConfig
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -55,7 +57,7 @@ def init_student(
     dims = replace(dims, **counts)
     params = {half: take_layers(teacher.params[half], layers) for half, layers in kept.items()}
     heads = alignment_heads(
-        teacher.generation.get("alignment_heads") or (), kept["decoder"], dims.decoder_heads
+        teacher.generation.get("alignment_heads"), kept["decoder"], dims.decoder_heads
     )
     return Checkpoint(
         dims=dims,
@@ -89,11 +91,11 @@ def choose_layers(wanted: int | Sequence[int], available: int, half: str) -> tup
 def spaced(count: int, available: int) -> tuple[int, ...]:
     """Maximally spaced indices, first and last among them: 2 of 32 are 0 and 31.
 
-    Rounded down as in the published students (4 of 12: 0, 3, 7, 11); a single one is the last.
+    As the published script has them (create_student_model.py), float rounding included: what
+    `np.linspace` makes of them rounded down, the last one forced, so that a single one is the last.
     """
-    if count == 1:
-        return (available - 1,)
-    return tuple(index * (available - 1) // (count - 1) for index in range(count))
+    places = np.linspace(0, available - 1, count, dtype=int).tolist()
+    return (*places[:-1], available - 1)
 
 
 def take_layers(half: Params, layers: Sequence[int]) -> Params:
@@ -102,16 +104,19 @@ def take_layers(half: Params, layers: Sequence[int]) -> Params:
 
 
 def alignment_heads(
-    teacher_heads: Sequence[Sequence[int]], kept: Sequence[int], heads: int
+    teacher_heads: Sequence[Sequence[int]] | None, kept: Sequence[int], heads: int
 ) -> list[list[int]]:
     """Cross-attention heads that align words, as [layer, head] of the student.
 
-    A head survives when its layer was copied. Where none does, all heads of the upper half of the
-    student's layers serve, which is what Whisper does for a model without known heads: a copied
-    list would name layers that the student lacks, and word timestamps would crash.
+    A head survives when its layer was copied. Where none does, or the teacher's are not known
+    (None), all heads of the upper half of the student's layers serve, as in Whisper for a model
+    without known heads: a copied list would name layers that the student lacks, and word timestamps
+    would crash. An empty list of the teacher's stays empty.
     """
+    if teacher_heads is not None and not teacher_heads:
+        return []
     new = {old: index for index, old in enumerate(kept)}
-    survivors = [[new[layer], head] for layer, head in teacher_heads if layer in new]
+    survivors = [[new[layer], head] for layer, head in teacher_heads or () if layer in new]
     upper_half = range(len(kept) // 2, len(kept))
     return sorted(survivors) or [[layer, head] for layer in upper_half for head in range(heads)]
 

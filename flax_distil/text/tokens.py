@@ -7,12 +7,12 @@ characters, and timestamps are there even when the file leaves them out, as tiny
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from flax_distil.errors import InputError, read_json
 from flax_distil.text.languages import LANGUAGES, to_language_code
@@ -28,7 +28,11 @@ MUSIC = "♩♪♫♬♭♮♯"
 
 @dataclass(frozen=True, eq=False)
 class WhisperTokens:
-    """The vocabulary of one Whisper checkpoint. Ids from `eot` on are special, none is text."""
+    """The vocabulary of one Whisper checkpoint.
+
+    Ids from `eot` on are special, up to the time of 30 s. Behind it may stand words that a
+    fine-tuned checkpoint added, and ids of padding, which mean nothing.
+    """
 
     bpe: Tokenizer = field(repr=False)
     eot: int
@@ -42,6 +46,11 @@ class WhisperTokens:
     languages: dict[str, int] = field(repr=False)  # code → id; empty when English-only
     suppressed: tuple[int, ...] = field(repr=False)  # never generated
     suppressed_first: tuple[int, ...]  # not generated as the first token
+    words: dict[int, str] = field(default_factory=dict, repr=False)  # added; "" where special
+    word_ids: dict[int, int] = field(
+        default_factory=dict, repr=False
+    )  # the bpe's ids of them → ours
+    padding: tuple[int, ...] = field(default=(), repr=False)  # ids of the model that mean nothing
 
     @property
     def timestamp_begin(self) -> int:
@@ -49,9 +58,21 @@ class WhisperTokens:
         return self.no_timestamps + 1
 
     @property
+    def times(self) -> range:
+        """The ids of the timestamps. `id in times` is fast for an `int` alone."""
+        return range(self.timestamp_begin, self.timestamp_begin + TIMESTAMPS)
+
+    @property
     def vocabulary(self) -> int:
-        """Number of ids, timestamps included: 51864, 51865 or 51866 in published checkpoints."""
-        return self.timestamp_begin + TIMESTAMPS
+        """Number of ids, timestamps and added words included, padding not.
+
+        51864, 51865 or 51866 in published checkpoints.
+        """
+        return max(self.words, default=self.times.stop - 1) + 1
+
+    def is_text(self, token: int) -> bool:
+        """Whether a token is a piece of text, and no control and no time."""
+        return token < self.eot or token in self.words
 
     def prompt(
         self,
@@ -104,21 +125,22 @@ class WhisperTokens:
         Bytes of a command line that are no UTF-8, half surrogate pairs in Python, are left out.
         """
         whole = text.encode("utf-8", "ignore").decode("utf-8")
-        return self.bpe.encode(whole, add_special_tokens=False).ids
+        ids = self.bpe.encode(whole, add_special_tokens=False).ids
+        return [self.word_ids.get(token, token) for token in ids]
 
     def decode(self, ids: Iterable[SupportsIndex], timestamps: bool = False) -> str:
         """Text of ids, special tokens left out; `timestamps` writes those as `<|1.08|>`."""
         parts = []
         for moment, run in groupby(map(int, ids), self.seconds):
             if moment is None:
-                parts.append([token for token in run if token < self.eot])
+                parts.append(self._text(run))
             elif timestamps:
                 parts.append(f"<|{moment:.2f}|>" * len(list(run)))
-        return "".join(part if isinstance(part, str) else self._text(part) for part in parts)
+        return "".join(parts)
 
     def seconds(self, token: int) -> float | None:
         """The time a timestamp token stands for, None for any other token."""
-        if token < self.timestamp_begin:
+        if token not in self.times:
             return None
         return round((token - self.timestamp_begin) * TIMESTAMP_STEP, 2)
 
@@ -127,16 +149,26 @@ class WhisperTokens:
         step = round(seconds / TIMESTAMP_STEP)
         return self.timestamp_begin + min(max(step, 0), TIMESTAMPS - 1)
 
-    def _text(self, ids: list[int]) -> str:
-        return self.bpe.decode(ids, skip_special_tokens=False)
+    def _text(self, ids: Iterable[int]) -> str:
+        parts = []
+        for word, run in groupby(ids, self.words.get):
+            if word is None:
+                text = [token for token in run if token < self.eot]
+                parts.append(self.bpe.decode(text, skip_special_tokens=False))
+            else:
+                parts.append(word * len(list(run)))
+        return "".join(parts)
 
 
-def load_tokens(folder: str | Path, generation: Mapping[str, Any] | None = None) -> WhisperTokens:
+def load_tokens(
+    folder: str | Path, generation: Mapping[str, Any] | None = None, vocab: int | None = None
+) -> WhisperTokens:
     """The tokens of a Transformers folder: tokenizer.json and, where there, generation_config.json.
 
     generation: what is known in the place of that file. Suppressed ids come from it; where it does
-    not name them, they are derived as OpenAI does. Raises InputError for a missing or damaged file,
-    a tokenizer that is not Whisper's, or two files that do not belong together.
+    not name them, they are derived as OpenAI does. vocab: ids that the model has. Raises InputError
+    for a missing or damaged file, a tokenizer that is not Whisper's, or files that do not belong
+    together.
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
@@ -148,13 +180,30 @@ def load_tokens(folder: str | Path, generation: Mapping[str, Any] | None = None)
     generation_path = folder / "generation_config.json"
     if generation is None:
         generation = read_json(generation_path) if generation_path.is_file() else {}
-    return read_tokens(read_json(path), generation, str(path))
+    return read_tokens(read_json(path), generation, str(path), vocab)
 
 
-def read_tokens(tokenizer: dict, generation: Mapping[str, Any], name: str) -> WhisperTokens:
-    """`load_tokens` from the two parsed files; `name` is for error messages."""
+def added_tokens(tokenizer: Mapping[str, Any], name: str | Path) -> dict[str, int]:
+    """The ids of what a parsed tokenizer.json has beside its byte pairs.
+
+    Raises:
+        InputError: it is no tokenizer.
+    """
     try:
         special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{name} is no tokenizer ({error!r}): fetch it again") from None
+    if any(type(word) is not str or type(id) is not int or id < 0 for word, id in special.items()):
+        raise InputError(f"{name} is no tokenizer (a token has no text or no id): fetch it again")
+    return special
+
+
+def read_tokens(
+    tokenizer: dict, generation: Mapping[str, Any], name: str, vocab: int | None = None
+) -> WhisperTokens:
+    """`load_tokens` from the two parsed files; `name` is for error messages."""
+    special = added_tokens(tokenizer, name)
+    try:
         bpe = Tokenizer.from_str(
             json.dumps(tokenizer | {"added_tokens": [], "post_processor": None, "truncation": None})
         )
@@ -182,9 +231,11 @@ def read_tokens(tokenizer: dict, generation: Mapping[str, Any], name: str) -> Wh
     multilingual = generation.get("is_multilingual", eot != 50256)
     languages = {token.strip("<|>"): id for token, id in special.items() if sot < id < translate}
     controls = {sot, translate, transcribe, find("startoflm"), previous, no_speech}
+    if not (blank := _ids(bpe, " ")):
+        raise InputError(f"{name} has no token for a space: fetch it again")
     suppressed = generation.get("suppress_tokens", sorted(non_speech(bpe) | controls))
-    suppressed_first = generation.get("begin_suppress_tokens", [*_ids(bpe, " "), eot])
-    return WhisperTokens(
+    suppressed_first = generation.get("begin_suppress_tokens", [*blank, eot])
+    tokens = WhisperTokens(
         bpe=bpe,
         eot=eot,
         sot=sot,
@@ -198,6 +249,44 @@ def read_tokens(tokenizer: dict, generation: Mapping[str, Any], name: str) -> Wh
         suppressed=tuple(suppressed or ()),
         suppressed_first=tuple(suppressed_first or ()),
     )
+    return with_words(tokens, tokenizer["added_tokens"], name, vocab)
+
+
+def with_words(
+    tokens: WhisperTokens, added: Sequence[Mapping[str, Any]], name: str, vocab: int | None
+) -> WhisperTokens:
+    """The tokens with the words that a fine-tuned checkpoint has behind the time of 30 s.
+
+    Raises:
+        InputError: a word has the id of a time, or the model lacks ids that the tokenizer has.
+    """
+    times = tokens.times
+    for token in added:
+        second = tokens.seconds(token["id"])
+        if second is not None and token["content"] != f"<|{second:.2f}|>":
+            raise InputError(
+                f"{name} has {token['content']!r} at {token['id']:,}, the id of <|{second:.2f}|>: "
+                "add the times to the tokenizer first, then the words, and train again"
+            )
+    behind = [token for token in added if token["id"] >= times.stop]
+    words = {token["id"]: "" if token.get("special") else token["content"] for token in behind}
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    tokens.bpe.add_tokens(
+        [
+            AddedToken(token["content"], **{flag: bool(token.get(flag)) for flag in flags})
+            for token in behind
+            if words[token["id"]]
+        ]
+    )
+    word_ids = {tokens.bpe.token_to_id(word): id for id, word in words.items() if word}
+    tokens = replace(tokens, words=words, word_ids=word_ids)
+    if vocab is not None and tokens.vocabulary > vocab:
+        raise InputError(
+            f"{name} has {tokens.vocabulary:,} tokens and the model {vocab:,}: it is another "
+            "model's, or the model was saved before its embedding was resized"
+        )
+    unknown = (id for id in range(times.stop, vocab or 0) if id not in words)
+    return replace(tokens, padding=tuple(unknown))
 
 
 def non_speech(bpe: Tokenizer) -> set[int]:

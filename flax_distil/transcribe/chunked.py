@@ -81,20 +81,19 @@ class Reading:
         piece = self.chunk.piece
         return bool(self.chunk.samples[self.seek * HOP : piece.last - piece.start].any())
 
-    def take(self, found: Hypothesis, timestamp_begin: int | None) -> None:
-        """Adds what was heard in a window; without timestamps nothing is read on."""
+    def take(self, found: Hypothesis, times: range | None) -> None:
+        """Adds what was heard in a window; without timestamps (None) nothing is read on."""
         self.heard.append(found)
-        if timestamp_begin is None:
+        if times is None:
             self.tokens, self.seek = list(found.tokens), self.frames
             return
-        spans, moved = split(found.tokens, timestamp_begin, self.frames - self.seek)
+        spans, moved = split(found.tokens, times, self.frames - self.seek)
         later, longest = self.seek // FRAMES_PER_STEP, self.frames // FRAMES_PER_STEP
         self.seek += moved
         # What is unfinished is heard again, or laid over what the next chunk hears of it.
         ids = [token for *_, ids in spans for token in ids] if self.unread() else found.tokens
         self.tokens += [
-            min(token + later, timestamp_begin + longest) if token >= timestamp_begin else token
-            for token in ids
+            min(token + later, times.start + longest) if token in times else token for token in ids
         ]
 
     def hypothesis(self, recognizer: Recognizer) -> Hypothesis:
@@ -176,9 +175,9 @@ def hear(
     audio_BSD = encode(recognizer.spec, recognizer.params["encoder"], sound)
     heard_BSE = drafter_hears(assistant, windows, encode, sound)
     found = decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
-    begin = recognizer.tokens.timestamp_begin if options.timestamps else None
+    times = recognizer.tokens.times if options.timestamps else None
     for one, hypothesis in zip(reading, found, strict=True):
-        one.take(hypothesis, begin)
+        one.take(hypothesis, times)
 
 
 def cut_all(
@@ -212,7 +211,7 @@ def assemble(
     heard = sorted(heard, key=lambda one: one[0].start)
     pieces, texts = [piece for piece, _ in heard], [found.tokens for _, found in heard]
     if timestamps:
-        spans = merge_timed(texts, pieces, tokens.timestamp_begin)
+        spans = merge_timed(texts, pieces, tokens.times)
     else:
         parts = zip(pieces, merge(texts), strict=True)
         spans = [

@@ -54,16 +54,16 @@ def cut(samples: int, chunked: ChunkedOptions) -> list[Piece]:
 
 
 def merge_timed(
-    texts: Sequence[Sequence[int]], pieces: Sequence[Piece], timestamp_begin: int
+    texts: Sequence[Sequence[int]], pieces: Sequence[Piece], times: range
 ) -> list[Span]:
     """Texts with timestamps as one list of segments, laid over each other as `merge` does.
 
     They are cut where both say the same: in the middle of an overlap half a word of one may meet
     half a word of the other. A segment that neighbours share has the start of the one and the end
-    of the other.
+    of the other. times: the ids of timestamps.
     """
     heard = [
-        spans_of(ids, piece, place, timestamp_begin)
+        spans_of(ids, piece, place, times)
         for place, (ids, piece) in enumerate(zip(texts, pieces, strict=True))
     ]
     bounds = kept([flat([one.tokens for one in spans]) for spans in heard], where_same=True)
@@ -86,16 +86,16 @@ def merge_timed(
     return merged
 
 
-def spans_of(ids: Sequence[int], piece: Piece, place: int, timestamp_begin: int) -> list[Span]:
+def spans_of(ids: Sequence[int], piece: Piece, place: int, times: range) -> list[Span]:
     """A chunk's segments; text that no timestamp closes goes on to the chunk's end."""
     spans: list[Span] = []
     offset, end = piece.start / SAMPLE_RATE, piece.stop / SAMPLE_RATE
     start, text = offset, []
     for token in ids:
-        if token < timestamp_begin:
+        if token not in times:
             text.append(token)
             continue
-        time = round((token - timestamp_begin) * TIMESTAMP_STEP + offset, 2)
+        time = round((token - times.start) * TIMESTAMP_STEP + offset, 2)
         if text:
             spans.append(Span(place, start, time, tuple(text)))
         start, text = time, []

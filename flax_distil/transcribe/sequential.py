@@ -250,7 +250,7 @@ def segments_of(
         sure = doubt is not None and found.mean_log_probability > doubt
         if not sure:
             return Part([], reading.size, True, True)
-    spans, moved = split(found.tokens, tokens.timestamp_begin, reading.size)
+    spans, moved = split(found.tokens, tokens.times, reading.size)
     segments = [
         Segment(
             id=len(reading.segments) + index,
@@ -266,7 +266,7 @@ def segments_of(
         )
         for index, (start, end, ids) in enumerate(spans)
     ]
-    return Part(segments, moved, ends_alone(found.tokens, tokens.timestamp_begin))
+    return Part(segments, moved, ends_alone(found.tokens, tokens.times))
 
 
 def with_words(
@@ -337,7 +337,7 @@ def take(reading: Reading, part: Part) -> None:
 
 
 def split(
-    ids: Sequence[int], timestamp_begin: int, size: int
+    ids: Sequence[int], times: range, size: int
 ) -> tuple[list[tuple[float, float, tuple[int, ...]]], int]:
     """The segments of a window of `size` frames, as (start, end, tokens), and frames to move on.
 
@@ -346,22 +346,22 @@ def split(
     of its own: then nothing is said behind it.
     """
     ids = tuple(ids)
-    stamped = [token >= timestamp_begin for token in ids]
+    stamped = [token in times for token in ids]
     cuts = [at for at in range(1, len(ids)) if stamped[at - 1] and stamped[at]]
-    closed = ends_alone(ids, timestamp_begin)
+    closed = ends_alone(ids, times)
     if not cuts:
         last = max((at for at, is_time in enumerate(stamped) if is_time), default=None)
         end = size / FRAMES_PER_STEP
-        if last is not None and ids[last] != timestamp_begin:
-            end = ids[last] - timestamp_begin
+        if last is not None and ids[last] != times.start:
+            end = ids[last] - times.start
         return [(0.0, float(end), ids)], size
     cuts += [len(ids)] * closed
     parts = [ids[start:stop] for start, stop in zip([0, *cuts], cuts, strict=False)]
-    step = lambda token: float(token - timestamp_begin)
+    step = lambda token: float(token - times.start)
     spans = [(step(part[0]), step(part[-1]), part) for part in parts]
     return spans, size if closed else FRAMES_PER_STEP * int(spans[-1][1])
 
 
-def ends_alone(ids: Sequence[int], timestamp_begin: int) -> bool:
+def ends_alone(ids: Sequence[int], times: range) -> bool:
     """Whether the last token is a timestamp and the one before it is not."""
-    return [token >= timestamp_begin for token in ids[-2:]] == [False, True]
+    return [token in times for token in ids[-2:]] == [False, True]

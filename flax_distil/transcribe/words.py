@@ -3,7 +3,7 @@
 """
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -74,9 +74,9 @@ def word_timestamps(
     zeros = [0.0] * len(windows)
     texts = [[token for span in spans for token in span.tokens] for spans in windows]
     aligned = align(recognizer, audio_BSD, texts, languages, task, frames)
-    eot = recognizer.tokens.eot
+    is_text = recognizer.tokens.is_text
     return [
-        share(*row, eot)
+        share(*row, is_text)
         for row in zip(aligned, windows, offsets or zeros, last_speech or zeros, strict=True)
     ]
 
@@ -98,11 +98,12 @@ def align(
         tokens.prompt(language if tokens.multilingual else None, task) for language in languages
     ]
     room = spec.dims.text_positions - 1 - max(map(len, prompts), default=0)  # 1 is the end of text
-    texts = [[token for token in text if token < tokens.eot][:room] for text in texts]
+    texts = [[token for token in text if tokens.is_text(token)][:room] for text in texts]
     padded, lengths, heard = pad(tokens, spec, prompts, texts, len(audio_BSD), frames)
     heads = recognizer.alignment_heads or upper_half(spec)
+    read, words = (audio_BSD, padded, lengths, heard), tuple(tokens.words)
     attention, probability = jax.device_get(
-        attend(spec, recognizer.params["decoder"], audio_BSD, padded, lengths, heard, heads)
+        attend(spec, recognizer.params["decoder"], *read, heads, words)
     )
     found = []
     for index, (prompt, text, language) in enumerate(zip(prompts, texts, languages, strict=True)):
@@ -142,7 +143,7 @@ def upper_half(spec: Spec) -> tuple[tuple[int, int], ...]:
     return tuple((layer, head) for layer in range(layers // 2, layers) for head in range(heads))
 
 
-@by_clip(static=("spec", "heads"))
+@by_clip(static=("spec", "heads", "words"))
 def attend(
     spec: Spec,
     params: Params,
@@ -151,11 +152,13 @@ def attend(
     lengths_B: Int[Array, " B"],
     heard_B: Int[Array, " B"],
     heads: tuple[tuple[int, int], ...],
+    words: tuple[int, ...] = (),
 ) -> tuple[Float[Array, "B L S"], Float[Array, "B L"]]:
     """How much each token looks at each audio position, and the next token's probability.
 
     params: the decoder's. lengths, heard: tokens and positions that count; the last token that
-    counts is the end of text. heads: (layer, head) of those that follow the speech.
+    counts is the end of text. heads: (layer, head) of those that follow the speech. words: ids of
+    text behind the timestamps.
     """
     decoder = spec.decoder(params)
 
@@ -168,6 +171,8 @@ def attend(
         logits_LV = decoder.logits(hidden_1LD)[0]
         following_L = jnp.roll(tokens_L, -1)
         is_text_V = jnp.arange(logits_LV.shape[-1]) < tokens_L[length - 1]
+        if words:
+            is_text_V = is_text_V.at[np.array(words)].set(True)
         chance_LV = jax.nn.softmax(jnp.where(is_text_V, logits_LV, -jnp.inf))
         return smooth_LS, jnp.take_along_axis(chance_LV, following_L[:, None], axis=1)[:, 0]
 
@@ -301,18 +306,23 @@ def merge_punctuation(words: Sequence[Aligned]) -> list[Aligned]:
 
 
 def share(
-    words: Sequence[Aligned], spans: Sequence[Span], offset: float, last_speech: float, eot: int
+    words: Sequence[Aligned],
+    spans: Sequence[Span],
+    offset: float,
+    last_speech: float,
+    is_text: Callable[[int], bool],
 ) -> list[Timed]:
     """The words of a window to its spans; words that are too long at a pause are cut.
 
     offset: seconds at which the window begins. last_speech: when the last word before it ended.
+    is_text: of a token, whether it belongs to a word.
     """
     durations = [word.end - word.start for word in words if word.end > word.start]
     median = min(LONGEST_WORD, float(np.median(durations))) if durations else 0.0
     rest = merge_punctuation(_cut_at_sentence_ends(words, 2 * median))
     shared = []
     for span in spans:
-        missing = sum(token < eot for token in span.tokens)
+        missing = sum(map(is_text, span.tokens))
         mine = []
         while rest and missing > 0:
             word = rest.pop(0)

@@ -1,5 +1,6 @@
 """What a recogniser accepts and returns, and what it compiles."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -49,6 +50,33 @@ def test_wrong_input_is_refused(random):
         recognize(random, noise(1), DecodeOptions(language="englisch"))
     with pytest.raises(InputError, match="English-only checkpoint cannot transcribe German"):
         recognize(random, noise(1), DecodeOptions(language="de"))
+
+
+def test_added_words_are_written_and_padding_is_not(random_folders, tmp_path):
+    """A row of the embedding that is larger than a written token's wins its place."""
+    base = load_checkpoint(random_folders[0])
+    tokenizer = json.loads((base.source / "tokenizer.json").read_text())
+    word = {"id": 51_864, "content": " poundkey", "special": False}
+    tokenizer["added_tokens"].append(word)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    options = DecodeOptions(max_tokens=6)
+    before = recognize(make_recognizer(base), noise(1), options)[0]
+    decoder = base.params["decoder"]
+    embedding_VD = decoder["tokens"]["embedding"]
+    row_D = embedding_VD[before.tokens[0]]
+    more = np.concatenate([embedding_VD, [1.5 * row_D, 3 * row_D, 3 * row_D]])
+
+    def with_rows(rows, source):
+        params = base.params | {"decoder": decoder | {"tokens": {"embedding": more[:rows]}}}
+        dims = replace(base.dims, vocab=rows)
+        return make_recognizer(replace(base, dims=dims, params=params, source=source))
+
+    written = recognize(with_rows(51_867, tmp_path), noise(1), options)[0]
+    assert written.tokens[0] == 51_864
+    assert written.text.startswith("poundkey")
+    assert max(written.tokens) == 51_864  # those behind it are padding
+    padded = recognize(with_rows(51_867, base.source), noise(1), options)[0]
+    assert padded.tokens == before.tokens
 
 
 def test_heads_of_layers_that_a_student_lacks_are_left_out(random_folders):

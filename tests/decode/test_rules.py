@@ -88,6 +88,33 @@ def test_timestamps_equal_openai(length, by_row):
     assert only_time.all() if length == 0 else 0.05 < only_time.mean() < 0.95
 
 
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 7])
+def test_words_behind_the_times_are_text(length):
+    """The same as with those words among the text: only the ids differ."""
+    rng, rows, words, texts = np.random.default_rng(length), 200, 4, END - 4
+    place = np.r_[:texts, END:VOCAB, texts:END]  # of the ids behind, those of RULES
+    behind = np.argsort(place)
+    time = rng.integers(BEGIN, VOCAB, (rows, length))
+    text = rng.choice(np.r_[:3, texts:END], (rows, length))  # many of the words
+    history = np.where(rng.random((rows, length)) < 0.5, text, time)
+    logits = rng.normal(size=(rows, VOCAB)).astype(np.float32)
+    logits[:, BEGIN:] += rng.uniform(-6, 3, (rows, 1))
+    logits[::2, texts:END] += 5
+    moved = replace(
+        RULES,
+        end=END - words,
+        no_speech=36 - words,
+        suppressed=tuple(int(behind[token]) for token in RULES.suppressed),
+        suppressed_first=(3, END - words),
+        timestamp_begin=BEGIN - words,
+        no_timestamps=NO_TIMESTAMPS - words,
+        timestamp_end=VOCAB - words,
+    )
+    expected = ours(RULES, logits, history, False)[:, place]
+    found = ours(moved, logits[:, place], behind[history], False)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_plain_text_equals_openai():
     rng = np.random.default_rng(0)
     rules = RuleSet(END, 36, RULES.suppressed, RULES.suppressed_first)

@@ -1,7 +1,9 @@
 import json
+import os
 import warnings
 from dataclasses import replace
 from functools import partial, partialmethod
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from flax_distil.errors import InputError
 from flax_distil.evaluate.report import Entry, Report, Score
 from flax_distil.export import formats, run
 from flax_distil.export.verify import largest_difference, synthetic_clip
-from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.model.checkpoint import load_checkpoint, save_checkpoint
 from flax_distil.model.student import same_arrays
 from flax_distil.recipe import save_recipe
 from flax_distil.text.wer import ErrorCounts
@@ -188,6 +190,53 @@ def test_what_cannot_work_is_refused_before_anything_is_written(random_folders, 
         with pytest.raises(InputError, match=complaint):
             run(replace(config, **wrong))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_padded_vocabulary_is_cut_and_added_words_have_no_other_form(
+    random_folders, student, tmp_path
+):
+    """openai-whisper and CTranslate2 take all ids behind <|notimestamps|> for times."""
+    decoder = student.params["decoder"]
+    embedding = decoder["tokens"]["embedding"]
+    more = {"tokens": {"embedding": np.concatenate([embedding, embedding[:8]])}}
+    dims = replace(student.dims, vocab=51_872)
+    padded = replace(student, dims=dims, params=student.params | {"decoder": decoder | more})
+    save_checkpoint(padded, tmp_path / "padded")
+    every = ("transformers", "openai", "ctranslate2")
+    folders = run(ExportConfig(str(tmp_path / "padded"), tmp_path / "out", every))
+    for name, vocab in zip(every, (51_872, 51_864, 51_864), strict=True):
+        assert load_checkpoint(folders[name]).dims.vocab == vocab
+    assert same_arrays(load_checkpoint(folders["openai"]).params, student.params)
+
+    tokenizer = json.loads((tmp_path / "padded" / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({"id": 51_864, "content": " poundkey", "special": False})
+    (tmp_path / "padded" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words = run(ExportConfig(str(tmp_path / "padded"), tmp_path / "words"))["transformers"]
+    assert load_checkpoint(words).tokens().words == {51_864: " poundkey"}
+    for name in every[1:]:
+        with pytest.raises(InputError, match=r"1 added tokens behind.*transformers alone"):
+            run(ExportConfig(str(tmp_path / "padded"), tmp_path / name, (name,)))
+        assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(("name", "key"), formats.KEYS.items())
+def test_an_export_that_stops_leaves_the_old_one(random_folders, tmp_path, monkeypatch, name, key):
+    config = ExportConfig(str(random_folders[1]), tmp_path / "out", (name,))
+    run(config)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    real, done = os.replace, []
+
+    def stop(source, target):
+        done.append(Path(target).name)
+        if len(done) == 5:
+            raise OSError("stopped")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(InputError, match="nothing there has changed: stopped"):
+        run(replace(config, dtype="float16"))
+    assert done[0] == key
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
 def test_a_folder_may_be_written_again(random_folders, tmp_path):

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_wrong_keys_are_all_named(teacher, tmp_path):
         assert name in str(caught.value)
 
 
-def test_damage_and_pickles(teacher, tmp_path):
+def test_damage_and_pickles(teacher, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     save_checkpoint(teacher, folder)
     weights = folder / "model.safetensors"
@@ -145,12 +146,16 @@ def test_damage_and_pickles(teacher, tmp_path):
     with pytest.raises(InputError, match="damaged"):
         load_checkpoint(folder)
     weights.rename(folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match="save_pretrained"):
+    with pytest.raises(InputError, match="cannot be read as PyTorch weights"):
         load_checkpoint(folder)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "torch", None)
+        with pytest.raises(InputError, match="save_pretrained"):
+            load_checkpoint(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(InputError, match=r"no model\.safetensors"):
         read_safetensors(folder)
-    for text in ("{", "[]"):
+    for text in ("{", "[]", "[" * 100_000, '{"a":' * 100_000):
         (folder / "config.json").write_text(text)
         with pytest.raises(InputError, match="no JSON"):
             load_checkpoint(folder)
@@ -176,10 +181,11 @@ def test_names(tiny_en_folder, monkeypatch):
 def test_a_hub_name_is_downloaded_once_and_without_pickles(teacher, random_folders, monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
-    asked = []
+    asked, revisions = [], []
 
-    def download(_, allow_patterns):
+    def download(_, allow_patterns, revision):
         asked.extend(allow_patterns)
+        revisions.append(revision)
         return random_folders[0]
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
@@ -188,6 +194,8 @@ def test_a_hub_name_is_downloaded_once_and_without_pickles(teacher, random_folde
     # as in openai/whisper-large-v3
     others = ["model.fp32-00001-of-00002.safetensors", "pytorch_model.bin", "flax_model.msgpack"]
     assert list(filter_repo_objects(wanted + others, allow_patterns=asked)) == wanted
+    load_checkpoint("someone/whisper", revision="v1")
+    assert revisions == [None, "v1"]
 
 
 def test_a_full_disk_leaves_the_old_model(teacher, tmp_path, monkeypatch):

@@ -174,6 +174,30 @@ def test_cut_off(folder, length):
         read_ctranslate2(folder)
 
 
+def test_empty_lists_stay_empty_and_heads_are_pairs(folder):
+    path = folder / "config.json"
+    facts = {"suppress_ids": [], "suppress_ids_begin": [], "alignment_heads": []}
+    path.write_text(json.dumps(facts))
+    generation = read_ctranslate2(folder)[2]
+    assert all(generation[key] == [] for key in HEADS)
+    for odd in ([[1]], [1], "x", [[1, "0"]]):
+        path.write_text(json.dumps(facts | {"alignment_heads": odd}))
+        with pytest.raises(InputError, match="alignment_heads"):
+            read_ctranslate2(folder)
+
+
+def test_a_damaged_rank_is_called_so(folder):
+    """numpy has no arrays of more than 64 dimensions."""
+    path, name = folder / "model.bin", b"encoder/num_heads\0"
+    data = path.read_bytes()
+    at = data.index(name) + len(name)
+    assert data[at] == 0
+    ones = struct.pack("<65I", *[1] * 65)
+    path.write_bytes(data[:at] + b"\x41" + ones + data[at + 1 :])
+    with pytest.raises(InputError, match=r"damaged at 'encoder/num_heads': it has 65 dimensions"):
+        read_ctranslate2(folder)
+
+
 def test_other_files(folder):
     path = folder / "model.bin"
     data = path.read_bytes()

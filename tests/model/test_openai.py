@@ -107,9 +107,30 @@ def test_other_files(tmp_path, monkeypatch):
     torch.save({"dims": {"n_mels": 80}, "model_state_dict": {}}, path)
     with pytest.raises(InputError, match="n_audio_state"):
         load_checkpoint(path)
+    for odd in (None, [1], {"n_mels": 80}, SIZES | {"n_audio_layer": "1"}):
+        torch.save({"dims": odd, "model_state_dict": {}}, path)
+        with pytest.raises(InputError, match="'dims' lacks"):
+            load_checkpoint(path)
+    torch.save({"dims": SIZES, "model_state_dict": {"a": "b"}}, path)
+    with pytest.raises(InputError, match="no state dict"):
+        load_checkpoint(path)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InputError, match=r"flax-distil\[torch\]"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("key", ["n_audio_layer", "n_text_layer", "n_vocab"])
+def test_sizes_are_compared_with_the_tensors(theirs, tmp_path, key):
+    sizes = SIZES | {key: 10_000_000}
+    torch.save({"dims": sizes, "model_state_dict": theirs.state_dict()}, tmp_path / "bad.pt")
+    with pytest.raises(InputError, match=r"10,000,000 .*layers|vocab_size 10,000,000 and the weig"):
+        load_checkpoint(tmp_path / "bad.pt")
+
+
+def test_a_folder_that_holds_one_file_is_that_model(file, theirs):
+    folder = load_checkpoint(file.parent)
+    assert folder.dims == load_checkpoint(file).dims
+    assert folder.source == file.parent
 
 
 def test_odd_feed_forward_has_no_openai_form():

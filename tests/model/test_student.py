@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -27,8 +28,13 @@ def test_maximally_spaced():
     assert spaced(4, 12) == (0, 3, 7, 11)  # the published distil-small.en
     assert spaced(3, 4) == (0, 1, 3)
     assert spaced(1, 4) == (3,)
-    for available in range(1, 33):
-        assert spaced(available, available) == tuple(range(available))
+    assert spaced(23, 31)[11] == 14  # 11 · 30 / 22 is 15 but for rounding
+    for available in range(1, 49):
+        for count in range(1, available + 1):
+            published = np.linspace(0, available - 1, count, dtype=int)
+            published[-1] = available - 1
+            assert spaced(count, available) == tuple(published.tolist())
+            assert len(set(published.tolist())) == count
 
 
 def test_layers_are_the_teachers(teacher):
@@ -80,7 +86,10 @@ def test_alignment_heads_never_dangle(teacher):
         "max_length": 8,
     }
     assert alignment_heads([[1, 0]], (0, 3), heads=2) == [[1, 0], [1, 1]]
-    assert alignment_heads([], (3,), heads=2) == [[0, 0], [0, 1]]
+    assert alignment_heads(None, (3,), heads=2) == [[0, 0], [0, 1]]
+    assert alignment_heads([], (3,), heads=2) == []
+    silent = replace(teacher, generation={"alignment_heads": [], "suppress_tokens": []})
+    assert init_student(silent, 2).generation == silent.generation
     for kept in [(0,), (1, 2), (3, 0, 2)]:
         heads = init_student(teacher, kept).generation["alignment_heads"]
         assert heads

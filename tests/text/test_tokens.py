@@ -168,6 +168,77 @@ def test_the_generation_config_has_the_last_word(folders, tmp_path):
         load_tokens(tmp_path)
 
 
+@pytest.fixture
+def extended(folders, tmp_path):
+    """A tokenizer.json with more tokens behind the time of 30 s (or at `first`), and its oracle."""
+
+    def make(kind, added, first=None):
+        from transformers import WhisperTokenizerFast
+
+        tokenizer = json.loads((folders[kind] / "tokenizer.json").read_text())
+        behind = KINDS[kind][2] if first is None else first
+        plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True}
+        begin = openai(kind).timestamp_begin
+        times = [
+            plain | {"id": begin + step, "content": f"<|{step * 0.02:.2f}|>", "special": False}
+            for step in range(1501 if first is None else 0)
+        ]
+        words = [
+            plain | {"id": behind + place, "content": content, "special": special}
+            for place, (content, special) in enumerate(added)
+        ]
+        kept = [token for token in tokenizer["added_tokens"] if token["id"] < begin]
+        tokenizer["added_tokens"] = [*kept, *times, *words]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+        return WhisperTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_added_words_are_text_as_in_transformers(extended, tmp_path, kind):
+    theirs = extended(kind, [(" poundkey", False), ("<|spk|>", True), ("zażółć", False)])
+    ours, first = load_tokens(tmp_path, vocab=KINDS[kind][2] + 8), KINDS[kind][2]
+    assert ours.words == {first: " poundkey", first + 1: "", first + 2: "zażółć"}
+    assert ours.vocabulary == first + 3
+    assert ours.padding == tuple(range(first + 3, first + 8))
+    for text in (" the poundkey key", " zażółć x poundkeyzażółć", " poundke y"):
+        ids = ours.encode(text)
+        assert ids == theirs(text, add_special_tokens=False).input_ids
+        assert ours.decode(ids) == text
+    begin = ours.timestamp_begin
+    spoken = [begin, *ours.encode(" Press"), first, first, begin + 54, first + 1, first + 2]
+    assert ours.decode(spoken) == " Press poundkey poundkeyzażółć"
+    assert ours.decode(spoken, timestamps=True) == (
+        "<|0.00|> Press poundkey poundkey<|1.08|>zażółć"
+    )
+    assert [ours.seconds(begin + 1500), ours.seconds(first)] == [30.0, None]
+    assert [ours.is_text(one) for one in (0, ours.eot, begin, first)] == [True, False, False, True]
+
+
+def test_words_in_the_place_of_times_are_refused(extended, tmp_path):
+    """The tokenizers of 2022 had no times: what was added to them got the times' ids."""
+    extended("en", [("poundkey", False)], first=50_364)
+    with pytest.raises(InputError, match=r"'poundkey' at 50,364, the id of <\|0\.02\|>"):
+        load_tokens(tmp_path)
+
+
+def test_a_model_with_fewer_ids_than_its_tokenizer_is_refused(extended, folders, tmp_path):
+    with pytest.raises(InputError, match="51,866 tokens and the model 51,865"):
+        load_tokens(folders["v3"], vocab=51_865)
+    extended("en", [("x", False)])
+    with pytest.raises(InputError, match="before its embedding was resized"):
+        load_tokens(tmp_path, vocab=51_864)
+
+
+@pytest.mark.parametrize("key", ["suppress_tokens", "begin_suppress_tokens"])
+@pytest.mark.parametrize("empty", [[], None])
+def test_an_empty_list_suppresses_nothing(folders, key, empty):
+    field = {"suppress_tokens": "suppressed", "begin_suppress_tokens": "suppressed_first"}[key]
+    assert getattr(load_tokens(folders["en"], {key: empty}), field) == ()
+    assert getattr(load_tokens(folders["en"], {}), field) != ()
+
+
 def test_wrong_requests_are_sentences(tokens, tmp_path):
     for call, words in [
         (lambda: tokens["multi"].prompt(), "needs a language"),
@@ -190,6 +261,13 @@ def test_wrong_requests_are_sentences(tokens, tmp_path):
         load_tokens(tmp_path)
     assert tokens["en"].encode("caf\udce9") == tokens["en"].encode("caf")
     damaged = {"{": "no JSON", "[]": "no JSON object", "{}": "no tokenizer"}
+    damaged |= {"[" * 100_000: "nested too deeply"}
+    names = ("endoftext", "startoftranscript", "translate", "transcribe", "startofprev")
+    names += ("nospeech", "notimestamps", "startoflm")
+    added = [{"content": f"<|{name}|>", "id": at} for at, name in enumerate(names)]
+    damaged[json.dumps(gpt | {"added_tokens": added})] = "no token for a space"
+    for odd in ([{"content": "x", "id": "1"}], [{"content": 1, "id": 1}], [1], None, "x"):
+        damaged[json.dumps(gpt | {"added_tokens": odd})] = "no tokenizer"
     for text, words in damaged.items() | {(json.dumps(gpt | {"model": {}}), "no tokenizer")}:
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(InputError, match=rf"tokenizer\.json .*{words}"):

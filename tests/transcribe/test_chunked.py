@@ -33,6 +33,7 @@ def test_merging_equals_transformers():
 
 
 BEGIN = 50_363  # the English tokens' 0.00 s
+TIMES = range(BEGIN, BEGIN + 1501)
 
 
 def test_a_sentence_spelled_in_two_ways_is_merged_once():
@@ -41,15 +42,17 @@ def test_a_sentence_spelled_in_two_ways_is_merged_once():
     pieces = cut(50 * 16_000, ChunkedOptions(30, 5))
     left = (at(0), 1, at(20), at(20.4), 2, 3, at(25), at(25.4), 14, 5, 6, 7, at(28), at(28.2), 8)
     right = (at(0.5), 2, 3, at(5.1), at(5.3), 4, 5, 6, 7, 8, at(10), at(12), 9, at(14))
-    spans = merge_timed([left, right], pieces, BEGIN)
+    spans = merge_timed([left, right], pieces, TIMES)
     texts = [span.tokens for span in spans]
     assert texts == [(1,), (2, 3), (14, 5, 6, 7, 8), (9,)]
     assert [(span.start, span.end) for span in spans[2:]] == [(25.4, 30), (32, 34)]
     assert sum(texts, ()) == sum(
         merge([[t for t in ids if t < BEGIN] for ids in (left, right)]), ()
     )
-    assert merge_timed([(), right], pieces, BEGIN)[0] == Span(1, 20.5, 25.1, (2, 3))
-    assert merge_timed([left, ()], pieces, BEGIN)[-1] == Span(0, 28.2, 30, (8,))
+    words = [tuple(token + 10**6 if token < BEGIN else token for token in left), ()]
+    assert merge_timed(words, pieces, TIMES)[1] == Span(0, 20.4, 25, (2 + 10**6, 3 + 10**6))
+    assert merge_timed([(), right], pieces, TIMES)[0] == Span(1, 20.5, 25.1, (2, 3))
+    assert merge_timed([left, ()], pieces, TIMES)[-1] == Span(0, 28.2, 30, (8,))
 
 
 def test_no_word_is_put_together_from_two_spellings():
@@ -58,7 +61,7 @@ def test_no_word_is_put_together_from_two_spellings():
     pieces = cut(50 * 16_000, ChunkedOptions(30, 5))
     left = (at(22), 1, 2, 3, 10, 11, 12, 13, 14, 15, 16, at(29))
     right = (at(2), 1, 2, 3, 20, 21, 13, 14, 15, 22, 17, at(9))
-    merged = [span.tokens for span in merge_timed([left, right], pieces, BEGIN)]
+    merged = [span.tokens for span in merge_timed([left, right], pieces, TIMES)]
     assert merged == [(1, 2, 3, 10, 11, 12, 13, 14, 15, 22, 17)]
     halves = merge([left[1:-1], right[1:-1]])
     assert sum(halves, ()) == (1, 2, 3, 10, 11, 21, 13, 14, 15, 22, 17)

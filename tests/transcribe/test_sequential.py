@@ -120,15 +120,22 @@ def test_what_looks_wrong():
 
 def test_windows_are_split_between_two_timestamps():
     # 100 is 0.00 s; size in frames, times in steps of two frames
-    assert split((100, 1, 150, 150, 2, 200), 100, 3000)[1] == 3000  # ends alone: nothing follows
-    assert split((100, 1, 150, 150, 2, 200, 200), 100, 3000) == (
+    assert (
+        split((100, 1, 150, 150, 2, 200), range(100, 1601), 3000)[1] == 3000
+    )  # ends alone: nothing follows
+    assert split((100, 1, 150, 150, 2, 200, 200), range(100, 1601), 3000) == (
         [(0, 50, (100, 1, 150)), (50, 100, (150, 2, 200))],
         200,
     )
-    assert split((100, 1, 150, 150, 2), 100, 3000) == ([(0, 50, (100, 1, 150))], 100)
-    assert split((100, 1, 2), 100, 2500) == ([(0, 1250, (100, 1, 2))], 2500)
-    assert split((100, 1, 120), 100, 2500) == ([(0, 20, (100, 1, 120))], 2500)
-    assert split((), 100, 2500) == ([(0, 1250, ())], 2500)
+    assert split((100, 1, 150, 150, 2), range(100, 1601), 3000) == ([(0, 50, (100, 1, 150))], 100)
+    assert split((100, 1, 2), range(100, 1601), 2500) == ([(0, 1250, (100, 1, 2))], 2500)
+    assert split((100, 1, 120), range(100, 1601), 2500) == ([(0, 20, (100, 1, 120))], 2500)
+    # An added word has an id behind that of 30 s.
+    assert split((100, 1, 1700, 150, 150, 1701), range(100, 1601), 3000) == (
+        [(0, 50, (100, 1, 1700, 150))],
+        100,
+    )
+    assert split((), range(100, 1601), 2500) == ([(0, 1250, ())], 2500)
 
 
 def test_words_end_where_segments_do(tiny_en, talk):

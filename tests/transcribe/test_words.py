@@ -174,7 +174,7 @@ def test_what_has_no_words(heard):
     rows = align(recognizer, audio, [[], [eot + 200], texts[0]], ["en"] * 3, frames=[100, 100, 1])
     assert rows == [[], [], []]
     assert align(recognizer, audio, [], []) == []
-    assert share([], [Span((), 1.0, 2.0)], 0.0, 0.0, eot) == [(1.0, 2.0, ())]
+    assert share([], [Span((), 1.0, 2.0)], 0.0, 0.0, lambda token: token < eot) == [(1.0, 2.0, ())]
 
 
 def test_a_text_that_fills_the_context_has_words(heard):
@@ -186,7 +186,7 @@ def test_a_text_that_fills_the_context_has_words(heard):
 
 def test_punctuation_is_merged_where_no_word_has_a_length():
     words = [Aligned(" so", (1,), 0.02, 0.02, 0.9), Aligned(".", (2,), 0.02, 0.02, 0.9)]
-    (timed,) = share(words, [Span((1, 2), 0.0, 0.02)], 0.0, 0.0, 99)
+    (timed,) = share(words, [Span((1, 2), 0.0, 0.02)], 0.0, 0.0, lambda token: token < 99)
     assert [word.word for word in timed.words] == [" so."]
 
 
@@ -194,6 +194,6 @@ def test_a_word_after_a_pause_is_cut():
     """As openai-whisper: the first word of a window may not swallow the pause before it."""
     words = [Aligned(" So", (1,), 0.0, 5.0, 0.9), Aligned(" it", (2,), 5.0, 5.3, 0.9)]
     words += [Aligned(f" w{i}", (i,), i / 4 + 4.3, i / 4 + 4.55, 0.9) for i in range(4, 9)]
-    (timed,) = share(words, [Span(range(1, 8), 0.0, 7.0)], 0.0, 0.0, 99)
+    (timed,) = share(words, [Span(range(1, 8), 0.0, 7.0)], 0.0, 0.0, lambda token: token < 99)
     assert timed.words[0].start == pytest.approx(4.5)
     assert (timed.start, timed.end) == (timed.words[0].start, timed.words[-1].end)
