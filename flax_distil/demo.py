@@ -160,7 +160,9 @@ def teach(
             audio_states=config.output_dir / "audio-states",
             stored_teacher=True,
             seed=config.seed,
-            optimizer=OptimizerConfig(config.steps, config.learning_rate, config.steps // 10),
+            optimizer=OptimizerConfig(
+                config.steps, learning_rate=config.learning_rate, warmup_steps=config.steps // 10
+            ),
             compute=ComputeConfig(dtype="float32", vocabulary_chunk=128),
             validation=ValidationConfig(every=config.steps + 1),
             run=RunConfig(resume="auto", save_every=20, log_every=10),
