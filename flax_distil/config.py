@@ -406,6 +406,9 @@ class DistillConfig:
     """Noise and SpecAugment."""
     train_encoder: bool = False
     """Train the encoder as well; it is then no longer shared with the teacher."""
+    dropout: float = 0.0
+    """Share of what each part of the student's decoder layers adds that is set to 0 in training,
+    as Transformers' `dropout`."""
     max_skipped: int = 10
     """Stop after so many updates in a row that are not finite or have nothing to learn from."""
     max_skipped_share: float = 0.5

@@ -64,6 +64,7 @@ def make_plan(
         data_shards=data_shards(mesh),
         stored=stored,
         augment=config.augment,
+        dropout=config.dropout,
     )
 
 
@@ -99,6 +100,8 @@ def check_numbers(config: DistillConfig) -> None:
         raise InputError(f"temperature {loss.temperature} must be positive: the paper has 2")
     if not 0 <= loss.label_smoothing < 1:
         raise InputError(f"label smoothing {loss.label_smoothing} must be at least 0 and below 1")
+    if not 0 <= config.dropout < 1:
+        raise InputError(f"dropout {config.dropout:g} must be at least 0 and below 1")
     warmup = 0 if optimizer.schedule == "constant" else optimizer.warmup_steps
     if optimizer.steps < 1 or not 0 <= warmup <= optimizer.steps:
         raise InputError(

@@ -21,7 +21,7 @@ class TrainState:
     step: batches consumed, skipped ones included; the schedule follows it.
     params: the trainable ones, float32: `{"decoder": …}`, and `"encoder"` where it is trained.
     optimizer: moments of exactly these parameters.
-    rng: key data of the seed. Nothing draws from it: what is random comes with the batch.
+    rng: key data of the seed, for dropout. All else that is random comes with the batch.
     skipped, skipped_in_row: non-finite updates that were not applied.
     """
 

@@ -5,6 +5,7 @@ differentiated function; only the trainable parameters have gradients and moment
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from flax_distil.distill.losses import Losses, hidden_mse, objective
 from flax_distil.distill.state import TrainState, apply_gradients, learning_rate
 from flax_distil.distill.vocabulary import Heard, Stored, vocabulary_losses
 from flax_distil.model.spec import Params, Spec
+from flax_distil.model.whisper import Dropout
 from flax_distil.parallel.mesh import for_each_shard
 
 
@@ -44,6 +46,7 @@ class Plan:
     data_shards: int = 1
     stored: StoredForm | None = None
     augment: AugmentConfig | None = None
+    dropout: float = 0.0
 
     @property
     def asks_teacher(self) -> bool:
@@ -85,18 +88,22 @@ def train_step(
     tokens = jnp.maximum(jnp.sum(batch.weights), 1)
     shares = replace(batch, weights=batch.weights / tokens)
 
-    def accumulate(sums: tuple[Losses, Params], micro: Batch) -> tuple[Any, None]:
+    def accumulate(sums: tuple[Losses, Params], given: tuple[Batch, Any]) -> tuple[Any, None]:
+        (micro, keys), share = given, kl_share(state.step, plan)
         guide = teach(frozen, micro, plan)
+        dropout = None if keys is None else Dropout(plan.dropout, keys)
 
         def loss(params: Params) -> tuple[Array, Losses]:
-            return student_losses(params, frozen, guide, micro, plan, kl_share(state.step, plan))
+            return student_losses(params, frozen, guide, micro, plan, share, dropout)
 
         gradients, losses = jax.grad(loss, has_aux=True)(state.params)
         return jax.tree.map(jnp.add, sums, (losses, gradients)), None
 
     zero = jnp.zeros((), jax.tree.leaves(state.params)[0].dtype)
     start = (Losses(zero, zero, zero), jax.tree.map(jnp.zeros_like, state.params))
-    (losses, gradients), _ = jax.lax.scan(accumulate, start, micro_batches(shares, plan))
+    (losses, gradients), _ = jax.lax.scan(
+        accumulate, start, micro_batches((shares, dropout_keys(state, batch, plan)), plan)
+    )
     total, norm = objective(losses, plan.loss), optax.global_norm(gradients)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
     after = apply_gradients(state, gradients, finite, plan.optimizer)
@@ -110,6 +117,14 @@ def train_step(
         "skipped": after.skipped,
         "skipped_in_row": after.skipped_in_row,
     }
+
+
+def dropout_keys(state: TrainState, batch: Batch, plan: Plan) -> Array | None:
+    """Key data uint32[B, 2] of each row in this update; None where nothing is dropped."""
+    if not plan.dropout:
+        return None
+    key_2, rows_B = jax.random.fold_in(state.rng, state.step), jnp.arange(len(batch.tokens))
+    return jax.vmap(partial(jax.random.fold_in, key_2))(rows_B)
 
 
 def kl_share(step: Array, plan: Plan) -> Array | None:
@@ -165,6 +180,7 @@ def student_losses(
     batch: Batch,
     plan: Plan,
     kl_share: Array | None = None,
+    dropout: Dropout | None = None,
 ) -> tuple[Float[Array, ""], Losses]:
     """The objective, which has the gradients, and its parts: sums over the batch's label tokens.
 
@@ -180,7 +196,7 @@ def student_losses(
     tokens_BL, embedding_VD = jnp.asarray(batch.tokens), params["decoder"]["tokens"]["embedding"]
     embedding_GVD = for_each_shard(embedding_VD, plan.data_shards)
     embedded_BLD = look_up(embedding_GVD, tokens_BL).astype(plan.student.dtype)
-    hidden_BLD, every_NBLD = student.hidden_states(tokens_BL, audio_BSD, embedded_BLD)
+    hidden_BLD, every_NBLD = student.hidden_states(tokens_BL, audio_BSD, embedded_BLD, dropout)
     weights_BL = jnp.asarray(batch.weights)
     factors_BL2 = None if batch.loss_weights is None else jnp.asarray(batch.loss_weights)
     of_parts_BL2 = factors_BL2
@@ -229,7 +245,7 @@ def look_up(
     return embedded_GBLD.reshape(*tokens_BL.shape, -1)
 
 
-def micro_batches(batch: Batch, plan: Plan) -> Batch:
+def micro_batches(batch: Any, plan: Plan) -> Any:
     """Rows as [accumulation, rows, …]: every k-th row, so that each stays on its device."""
 
     def cut(rows: Array) -> Array:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from flax_distil.model.attention import FEW_QUERIES, attend_side_by_side, attention, filled
 from flax_distil.model.dims import WhisperDims
@@ -116,24 +116,34 @@ class Decoder(nnx.Module):
         tokens_BL: Int[Array, "B L"],
         audio_BSD: Float[Array, "B S D"],
         embedded_BLD: Float[Array, "B L D"] | None = None,
+        dropout: "Dropout | None" = None,
     ) -> tuple[Float[Array, "B L D"], Any]:
         """The final hidden state and that after every layer (a tuple, or stacked when scanned).
 
-        embedded_BLD: the tokens' embeddings, where the caller looked them up.
+        embedded_BLD: the tokens' embeddings, where the caller looked them up. dropout: of an
+        unrolled decoder in training.
         """
         length = tokens_BL.shape[1]
         x_BLD = self.tokens(tokens_BL) if embedded_BLD is None else embedded_BLD
         x_BLD = x_BLD + self.positions(jnp.arange(length))
         mask_LL = jnp.tril(jnp.ones((length, length), bool))
         heard, filled_BSD = audio_BSD.shape[1], filled(audio_BSD, length)
+        numbers = None
+        if dropout is not None:
+            x_BLD = dropout(x_BLD, 0)
+            numbers = [1 + 3 * number for number in range(len(self.layers))]
 
-        def forward(layer: DecoderLayer, x_BLD: Array, _: None):
+        def forward(layer: DecoderLayer, x_BLD: Array, number: Any):
             own = layer.self_attention.keys_values(layer.self_norm(x_BLD))
             cross = layer.cross_attention.keys_values(filled_BSD)
-            x_BLD = layer(x_BLD, own, cross, mask_LL, heard)
+
+            def drop(y_BLD: Array, place: int) -> Array:
+                return y_BLD if dropout is None else dropout(y_BLD, number + place)
+
+            x_BLD = layer(x_BLD, own, cross, mask_LL, heard, drop)
             return x_BLD, x_BLD
 
-        x_BLD, every_BLD = through(self.layers, forward, x_BLD, self.remat)
+        x_BLD, every_BLD = through(self.layers, forward, x_BLD, self.remat, numbers)
         return self.norm(x_BLD), every_BLD
 
     def cross_scores(
@@ -234,6 +244,25 @@ class EncoderLayer(nnx.Module):
         return x_BSD + self.feed_forward(self.feed_norm(x_BSD))
 
 
+class Dropout(NamedTuple):
+    """Zeros a share of what each part of a decoder layer adds, as Transformers' `dropout` does.
+
+    keys_B2: key data of each example, so that the masks are the same in any batch, on any mesh.
+    """
+
+    rate: float
+    keys_B2: UInt32[Array, "B 2"]
+
+    def __call__(self, x_BLD: Float[Array, "B L D"], place: Any) -> Float[Array, "B L D"]:
+        """place: numbers the uses within a model."""
+
+        def one(key_2: Array) -> Array:
+            key_2 = jax.random.fold_in(key_2, place)
+            return jax.random.bernoulli(key_2, 1 - self.rate, x_BLD.shape[1:])
+
+        return jnp.where(jax.vmap(one)(self.keys_B2), x_BLD / (1 - self.rate), 0)
+
+
 class DecoderLayer(nnx.Module):
     """Causal self-attention, cross-attention to the audio, feed-forward."""
 
@@ -252,10 +281,13 @@ class DecoderLayer(nnx.Module):
         cross: Seen,
         mask_QS: Array,
         heard: int | None = None,
+        drop: Callable[[Array, int], Array] = lambda y_BLD, _: y_BLD,
     ) -> Float[Array, "B L D"]:
-        x_BLD = x_BLD + self.self_attention(self.self_norm(x_BLD), own, mask_QS)
-        x_BLD = x_BLD + self.cross_attention(self.cross_norm(x_BLD), cross, heard=heard)
-        return x_BLD + self.feed_forward(self.feed_norm(x_BLD))
+        y_BLD = self.self_attention(self.self_norm(x_BLD), own, mask_QS)
+        x_BLD = x_BLD + drop(y_BLD, 0)
+        y_BLD = self.cross_attention(self.cross_norm(x_BLD), cross, heard=heard)
+        x_BLD = x_BLD + drop(y_BLD, 1)
+        return x_BLD + drop(self.feed_forward(self.feed_norm(x_BLD)), 2)
 
 
 class Attention(nnx.Module):

@@ -14,6 +14,8 @@ from flax_distil.distill.setup import check_numbers, resolved
 from flax_distil.distill.state import decayed, initial_state, learning_rate
 from flax_distil.distill.step import train_step
 from flax_distil.errors import InputError
+from flax_distil.model.whisper import Dropout
+from flax_distil.parallel.mesh import batch_sharding, make_mesh
 
 
 @pytest.fixture
@@ -89,8 +91,41 @@ def test_epochs_become_steps(config):
         ({"loss": LossConfig(kl=0.0, kl_end=0.5)}, "kl goes from 0.0 to kl_end 0.5"),
         ({"loss": LossConfig(kl_end=-1.0)}, "kl goes from 0.8 to kl_end -1.0"),
         ({"optimizer": OptimizerConfig(epochs=0.0)}, "epochs 0 must be positive"),
+        ({"dropout": 1.0}, "dropout 1 must be at least 0 and below 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(config, change, message):
     with pytest.raises(InputError, match=message):
         check_numbers(replace(config, **change))
+
+
+def test_dropout_is_the_same_in_any_cut_and_new_in_each_update(
+    plan, parameters, make_batch, quick_jit
+):
+    """On one device, on four, and in two micro-batches computed again; a share of what layers add
+    is gone."""
+    params, frozen = parameters
+    dropping = replace(plan, dropout=0.25)
+    state, batch = initial_state(params, plan.optimizer, 0), make_batch()
+    four = make_mesh(4, 1, 1, jax.devices()[:4])
+    recomputed = replace(plan.student, remat=True)
+    cut = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(four)), batch)
+    found = [
+        quick_jit(partial(train_step, plan=one))(start, frozen, rows)[1]["loss"]
+        for one, start, rows in (
+            (dropping, state, batch),
+            (replace(dropping, data_shards=4), state, cut),
+            (replace(dropping, accumulation=2, student=recomputed), state, batch),
+            (plan, state, batch),
+            (dropping, replace(state, step=state.step + 1), batch),
+            (dropping, replace(state, rng=jax.random.PRNGKey(1)), batch),
+        )
+    ]
+    one, on_four, in_two, without, later, other = map(float, found)
+    assert [on_four, in_two] == pytest.approx([one, one], rel=1e-5)
+    assert len({round(value, 4) for value in (one, without, later, other)}) == 4
+
+    dropped = Dropout(0.25, jnp.arange(4, dtype=jnp.uint32).reshape(2, 2))(jnp.ones((2, 50, 40)), 3)
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+    assert np.mean(dropped == 0) == pytest.approx(0.25, abs=0.03)  # 4 sigma of 4,000 draws
+    assert not np.array_equal(dropped[0], dropped[1])
