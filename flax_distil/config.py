@@ -645,10 +645,13 @@ class PlanConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-    """The whole road once on this machine: a student of whisper-tiny.en, taught and judged."""
+    """The whole road once on this machine: a student is taught and judged."""
 
     output_dir: Path = Path("runs/demo")
     """Receives speech, labels, student, report.json and report.md."""
+    teacher: Literal["whisper-tiny.en", "whisper-base"] = "whisper-tiny.en"
+    """The multilingual one takes twice as long; the report then says how often its student detects
+    the language that it detects."""
     sentences: int = 1200
     """Sentences that are synthesised; real human prompts come on top where apt is there."""
     heldout: int = 30
@@ -668,5 +671,7 @@ class DemoConfig:
     """Peak of the schedule; higher ones forget more than so short a run can teach."""
     max_tokens: int = 128
     """Longest label and transcript in tokens."""
+    pause: float = 0.5
+    """Seconds of silence between the held-out clips where they are read as one recording."""
     seed: int = 0
     """Of the split, the voices and the training order."""

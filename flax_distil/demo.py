@@ -8,9 +8,11 @@ import logging
 import time
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from flax_distil import export
+from flax_distil.audio.load import SAMPLE_RATE
 from flax_distil.config import (
     ComputeConfig,
     DataConfig,
@@ -26,36 +28,41 @@ from flax_distil.config import (
     ValidationConfig,
 )
 from flax_distil.data.utterances import listen, read_dataset
+from flax_distil.decode.recognizer import Recognizer, make_recognizer
 from flax_distil.distill import trainer
 from flax_distil.distill.flops import measured_peak
 from flax_distil.errors import Stopped, check_writable
 from flax_distil.evaluate import Report
+from flax_distil.evaluate.agreement import agreement
 from flax_distil.evaluate.judge import compare
 from flax_distil.export.verify import differing_texts
 from flax_distil.fetch.speech import DemoSpeech, demo_speech
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model import student
+from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.parallel.mesh import make_mesh
 from flax_distil.pseudo_label import filter as choosing
 from flax_distil.pseudo_label import labeller
 from flax_distil.recipe import load_recipe, save_recipe
-from flax_distil.transcribe import ChunkedOptions, transcribe
+from flax_distil.text.normalize import normalizer
+from flax_distil.text.wer import word_errors
+from flax_distil.transcribe import transcribe
 
 log = logging.getLogger(__name__)
 
-TEACHER = "whisper-tiny.en"
-FULL_SPEED = 4e11  # FLOP/s in float32 matrix products at which the whole demo is done in time
+# FLOP/s in float32 matrix products at which the whole demo is done in time
+FULL_SPEED = {"whisper-tiny.en": 4e11, "whisper-base": 1e12}
 
 
 def run(config: DemoConfig) -> Report:
-    """Teach a student of tiny.en on this machine and judge it; all of it lands in `output_dir`.
+    """Teach a student on this machine and judge it; all of it lands in `output_dir`.
 
     Stopped at any point and started again, it goes on: speech, labels and training are kept.
     """
     check_writable(config.output_dir)
     start, config, folder = time.monotonic(), fitted(config), config.output_dir
     step("1. A teacher and speech")
-    teacher = fetch_weights(TEACHER)
+    teacher = fetch_weights(config.teacher)
     speech = demo_speech(
         folder / "speech",
         config.seed,
@@ -80,7 +87,7 @@ def run(config: DemoConfig) -> Report:
     step("7. Judged on clips that nobody was trained on")
     models = {"teacher": teacher, "untrained": untrained, "student": trained}
     report = judge(config, speech, models)
-    said = transcribe(clip, trained, long_form=ChunkedOptions()).text.strip()
+    said = transcribe(clip, trained).text.strip()
     console = Console()
     console.print(f"\n{clip.name}, as the exported student hears it: {said}")
     console.print(report.table())
@@ -99,7 +106,8 @@ def fitted(config: DemoConfig) -> DemoConfig:
     if share is None and kept.is_file():
         share = load_recipe(kept, DemoConfig).share
     if share is None:
-        share = min(1.0, round(measured_peak(make_mesh(), "float32") / FULL_SPEED, 2))
+        speed = measured_peak(make_mesh(), "float32")
+        share = min(1.0, round(speed / FULL_SPEED[config.teacher], 2))
     if share < 1:
         log.info("%.0f %% of the demo's speech and updates, to be done in time", 100 * share)
     whole = dataclasses.replace(config, share=share)
@@ -114,7 +122,8 @@ def fitted(config: DemoConfig) -> DemoConfig:
 
 
 def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -> Path:
-    """A label store of windows full of speech, or of single clips: students meet both."""
+    """A label store of windows full of speech with timestamps, as long recordings are read, or of
+    single clips without: students learn both."""
     folder = config.output_dir / "labels" / ("packed" if packed else "single")
     labeller.run(
         PseudoLabelConfig(
@@ -123,6 +132,7 @@ def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -
             ),
             model=str(teacher),
             output_dir=folder,
+            timestamps=packed,
             pack_seconds=25.0 if packed else None,
             max_tokens=config.max_tokens,
             timestamps=False,
@@ -156,6 +166,7 @@ def teach(
             batch_size=config.batch_size,
             language="en",
             prompt_probability=0.0,  # clips are judged without a prompt
+            timestamp_probability=1.0,  # where there are any: stored states are of whole labels
             label_buckets=(96, config.max_tokens + 2),
             audio_states=config.output_dir / "audio-states",
             stored_teacher=True,
@@ -177,7 +188,8 @@ def teach(
 
 
 def judge(config: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Report:
-    """All models side by side, synthetic and human speech apart, and the student in PyTorch."""
+    """All models side by side, synthetic and human speech apart, by both methods; the student in
+    PyTorch, and its language and no-speech answers beside its teacher's."""
     sets = heldout(speech)
     report = compare(
         EvaluateConfig(
@@ -191,9 +203,30 @@ def judge(config: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Re
     differing = differing_texts(models["student"], clips, config.max_tokens)
     same = f"{len(clips) - len(differing)} of {len(clips)} of the student's texts are the same"
     told = {"speech": speech.sources, "in PyTorch": same}
+    ours, theirs = (
+        make_recognizer(load_checkpoint(models[name])) for name in ("student", "teacher")
+    )
+    for source in sets:
+        rates = (
+            f"{name} {read_as_one(config, recognizer, source):.1f}"
+            for name, recognizer in (("teacher", theirs), ("student", ours))
+        )
+        told[f"WER of {source.stem} as one recording, sequential method"] = ", ".join(rates)
+    told["student and teacher"] = str(agreement(theirs, ours, clips, seed=config.seed))
     report = dataclasses.replace(report, settings=report.settings | told)
     report.save(config.output_dir)
     return report
+
+
+def read_as_one(config: DemoConfig, recognizer: Recognizer, source: Path) -> float:
+    """WER in percent of the clips of a manifest, joined and transcribed as a user's recording."""
+    utterances = list(read_dataset(source).since(0))
+    pause = np.zeros(round(config.pause * SAMPLE_RATE), np.float32)
+    parts = [part for one in utterances for part in (listen(one), pause)]
+    text = transcribe(np.concatenate(parts), recognizer, language="en").text
+    normalize = normalizer("en")
+    reference = " ".join(normalize(one.text or "") for one in utterances)
+    return 100 * word_errors([reference], [normalize(text)]).rate
 
 
 def heldout(speech: DemoSpeech) -> list[Path]:

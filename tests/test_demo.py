@@ -37,6 +37,24 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def test_the_student_is_read_by_both_methods(folder):
+    """Its packed labels have timestamps and its single ones none; the report has both figures."""
+    for name, timestamps in (("packed", True), ("single", False)):
+        settings = json.loads((folder / "labels" / name / "labels.json").read_text())
+        assert settings["timestamps"] is timestamps
+    settings = json.loads((folder / "report.json").read_text())["settings"]
+    for name in ("heldout-human", "heldout-synthetic"):
+        line = settings.get(f"WER of {name} as one recording, sequential method")
+        if line is None:
+            assert name == "heldout-human"
+            assert not (folder / "speech" / "heldout-human.jsonl").exists()
+            continue
+        found = re.fullmatch(r"teacher ([\d.]+), student [\d.]+", line)
+        assert found, line
+        assert float(found[1]) < 25
+    assert re.search(r"speech 0\.\d+, silence 0\.\d+, noise", settings["student and teacher"])
+
+
 def test_the_report_has_the_three_models(folder):
     models = json.loads((folder / "report.json").read_text())["models"]
     assert [model["name"] for model in models] == ["teacher", "untrained", "student"]
@@ -57,7 +75,8 @@ def test_training_moved_the_decoder_and_nothing_else(folder):
 
 def test_a_slow_machine_does_less_and_goes_on_with_the_same(tmp_path, monkeypatch):
     config = DemoConfig(tmp_path)
-    for speed, share in ((demo.FULL_SPEED / 4, 0.25), (demo.FULL_SPEED, 0.25)):
+    full = demo.FULL_SPEED[config.teacher]
+    for speed, share in ((full / 4, 0.25), (full, 0.25)):
         monkeypatch.setattr(demo, "measured_peak", lambda *_, speed=speed: speed)
         fitted = demo.fitted(config)
         assert fitted.share == share

@@ -1,0 +1,79 @@
+"""How near a student's answers at the start of transcript are to its teacher's.
+
+The language token decides in which language a clip is read, the no-speech token whether a window is
+skipped: the KL at `<|startoftranscript|>` alone teaches them, and no error rate shows them.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+from flax_distil.audio.load import CLIP_SAMPLES, pad_or_trim
+from flax_distil.audio.noise import white_noise
+from flax_distil.decode.options import DecodeOptions, Hypothesis
+from flax_distil.decode.recognizer import Recognizer, recognize
+
+
+class Agreement(NamedTuple):
+    """language: share of the speech whose likeliest language is the teacher's, None where the model
+    knows one only. no_speech: kind of sound → median |difference| of the no-speech probability.
+    """
+
+    language: float | None
+    no_speech: dict[str, float]
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind} {value:.2f}" for kind, value in self.no_speech.items())
+        known = "" if self.language is None else f"same language {100 * self.language:.0f} %; "
+        return f"{known}no-speech probability differs by (median): {kinds}"
+
+
+def agreement(
+    teacher: Recognizer,
+    student: Recognizer,
+    speech: Sequence[Float32[np.ndarray, "n"]],
+    decibels: Sequence[float] = (-60.0, -50.0, -40.0, -30.0, -20.0),
+    seed: int = 0,
+    batch_size: int = 8,
+) -> Agreement:
+    """Both models' answers on clips of speech, on silence and on white noise.
+
+    speech: 16 kHz, at most 30 s each. decibels: levels of the noise below full scale, a clip each.
+    """
+    noise = [
+        10 ** (level / 20) * white_noise((seed, number), CLIP_SAMPLES)
+        for number, level in enumerate(decibels)
+    ]
+    kinds = {"speech": speech, "silence": [np.zeros(CLIP_SAMPLES, np.float32)], "noise": noise}
+    answers = {
+        kind: list(
+            zip(*(_starts(one, clips, batch_size) for one in (teacher, student)), strict=True)
+        )
+        for kind, clips in kinds.items()
+    }
+    same = [theirs.language == ours.language for theirs, ours in answers["speech"]]
+    differences = {
+        kind: float(
+            np.median([abs(a.no_speech_probability - b.no_speech_probability) for a, b in pairs])
+        )
+        for kind, pairs in answers.items()
+    }
+    return Agreement(float(np.mean(same)) if teacher.tokens.multilingual else None, differences)
+
+
+def _starts(
+    recognizer: Recognizer, clips: Sequence[np.ndarray], batch_size: int
+) -> list[Hypothesis]:
+    """Hypotheses of one token: what is told before it is all that counts."""
+    options = DecodeOptions(max_tokens=1)
+    return [
+        hypothesis
+        for start in range(0, len(clips), batch_size)
+        for hypothesis in recognize(
+            recognizer,
+            np.stack([pad_or_trim(clip) for clip in clips[start : start + batch_size]]),
+            options,
+        )
+    ]
