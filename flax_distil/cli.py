@@ -100,15 +100,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Anything else that goes wrong is a bug, and keeps its traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments == ["--version"]:
-        print(f"flax-distil {version('flax-distil')}")
-        return 0
+    open_streams()
     logging.basicConfig(format="%(levelname)s %(message)s")
     logging.getLogger("flax_distil").setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # any text and file name can be printed
     try:
+        if arguments == ["--version"]:
+            print(f"flax-distil {version('flax-distil')}", flush=True)
+            return 0
         stage = parse(arguments)
         check_paths(stage)
         name_platform()
@@ -130,6 +131,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("flax-distil: interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def open_streams() -> None:
+    """Give closed standard streams to the null device.
+
+    The next file that is opened, a checkpoint, would else take the place of a closed one and
+    receive what libraries print. Standard input stays None for those who ask whether there is one.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def parse(arguments: Sequence[str]) -> Any:

@@ -135,7 +135,6 @@ def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -
             timestamps=packed,
             pack_seconds=25.0 if packed else None,
             max_tokens=config.max_tokens,
-            timestamps=False,
             batch_size=8,
             shard_size=64,
             teacher_states=True,

@@ -155,6 +155,28 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         run_as(monkeypatch, ZeroDivisionError())
 
 
+def test_closed_standard_streams(monkeypatch, tmp_path):
+    """A verb ends well without them, and no file takes their numbers."""
+    monkeypatch.setattr(sys, "stdout", None)
+    room = type("Room", (), {"run": lambda _: print("done")})
+    monkeypatch.setattr(cli, "import_module", lambda _: room)
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    program = (
+        "import sys; from flax_distil.cli import open_streams; open_streams(); print('lost');"
+        "file = open('kept', 'w'); sys.exit(file.fileno() < 3 or sys.stdin is not None)"
+    )
+    command = f'"{sys.executable}" -c "{program}" <&- >&- 2>&-'
+    assert subprocess.run(["bash", "-c", command], cwd=tmp_path, check=False).returncode == 0
+
+
+def test_a_full_disk_behind_version():
+    command = f'"{sys.executable}" -m flax_distil.cli --version >/dev/full'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("flax-distil 0.")
