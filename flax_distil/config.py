@@ -201,6 +201,8 @@ class InitStudentConfig:
     """How many decoder layers, maximally spaced (2 of 32: 0 and 31), or which ones, from 0."""
     encoder_layers: int | tuple[int, ...] | None = None
     """How many encoder layers, or which; all where not given, as in the paper."""
+    teacher_revision: str | None = None
+    """Branch, tag or commit of a teacher from the hub."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,9 +211,6 @@ class LossConfig:
 
     kl: float = 0.8
     """Weight of the KL divergence (paper 0.8; the published code has 1.0)."""
-    kl_end: float | None = None
-    """Weight of the KL divergence at the end of the run, to which it goes linearly (arXiv
-    2601.19919); without it, the same in all of the run."""
     ce: float = 1.0
     """Weight of the cross-entropy on pseudo-labels (paper 1.0; the published code has 0.8)."""
     mse: float = 0.0
@@ -220,6 +219,9 @@ class LossConfig:
     """Softmax temperature of the KL term."""
     label_smoothing: float = 0.0
     """Share of the label's probability that is spread over the vocabulary in the cross-entropy."""
+    kl_end: float | None = None
+    """Weight of the KL divergence at the end of the run, to which it goes linearly (arXiv
+    2601.19919); without it, the same in all of the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,13 +230,6 @@ class OptimizerConfig:
 
     steps: int = 80_000
     """Updates in the whole run."""
-    epochs: float | None = None
-    """Length of the run in place of `steps`: how often as many clips as the datasets have."""
-    schedule: Literal["linear", "constant", "constant_with_warmup"] = "linear"
-    """How the rate goes on after the warm-up: linearly to 0 at `steps`, or as it is. constant has
-    no warm-up. Named as in Transformers."""
-    freeze_embed_positions: bool = False
-    """Leave the student's position embeddings as they are."""
     learning_rate: float = 1e-4
     """The peak, reached at the end of the warm-up."""
     warmup_steps: int = 500
@@ -249,6 +244,13 @@ class OptimizerConfig:
     """Decoupled decay of kernels and embeddings; biases and layer norms are never decayed."""
     max_gradient_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    epochs: float | None = None
+    """Length of the run in place of `steps`: how often as many clips as the datasets have."""
+    schedule: Literal["linear", "constant", "constant_with_warmup"] = "linear"
+    """How the rate goes on after the warm-up: linearly to 0 at `steps`, or as it is. constant has
+    no warm-up. Named as in Transformers."""
+    freeze_embed_positions: bool = False
+    """Leave the student's position embeddings as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,6 +428,10 @@ class DistillConfig:
     """Word error rates during training."""
     run: RunConfig = RunConfig()
     """Resume, checkpoints, logs."""
+    teacher_revision: str | None = None
+    """Branch, tag or commit of a teacher from the hub."""
+    student_revision: str | None = None
+    """Branch, tag or commit of a student from the hub."""
 
 
 @dataclasses.dataclass(frozen=True)

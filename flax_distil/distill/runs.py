@@ -33,7 +33,7 @@ def trained_student(
     if not is_run(run):
         raise InputError(f"{run} has no {RECIPE}: it is no training run")
     config = load_recipe(run / RECIPE, DistillConfig)
-    student = load_checkpoint(config.student)
+    student = load_checkpoint(config.student, config.student_revision)
     scanned = config.compute.scan_layers
     like = trainable_part(student.params, config.train_encoder, scanned)
     step, trained = read_params(run, like, which)

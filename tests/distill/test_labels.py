@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flax_distil.config import DistillConfig, TrainingDataConfig
+from flax_distil.config import DistillConfig, InitStudentConfig, TrainingDataConfig
 from flax_distil.data.mixing import training_sources
+from flax_distil.distill import trainer
 from flax_distil.distill.labels import (
     check_ids,
     check_vocabulary,
@@ -19,6 +20,7 @@ from flax_distil.distill.labels import (
 from flax_distil.distill.runs import generation_of
 from flax_distil.distill.trainer import run
 from flax_distil.errors import InputError
+from flax_distil.model import student as student_module
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.pseudo_label.labeller import fingerprint
 from flax_distil.text.tokens import load_tokens
@@ -144,3 +146,19 @@ def test_a_student_of_one_language_says_so(tmp_path, base_folder, random_folders
         assert generation_of(tmp_path, base) == base.generation | added
         assert generation_of(tmp_path, english) == english.generation
         assert ("forced_decoder_ids" in generation_of(tmp_path, forced)) is not bool(added)
+
+
+def test_models_of_the_hub_have_revisions(config, monkeypatch):
+    asked = []
+
+    def load(*named):
+        asked.append(named)
+        return load_checkpoint(random_student)
+
+    random_student = config.student
+    monkeypatch.setattr(trainer, "load_checkpoint", load)
+    monkeypatch.setattr(student_module, "load_checkpoint", load)
+    with pytest.raises(InputError, match="label store"):
+        run(replace(config, teacher="a/b", teacher_revision="v1", student_revision="v2"))
+    student_module.run(InitStudentConfig("a/b", config.output_dir, 1, teacher_revision="v3"))
+    assert asked == [("a/b", "v1"), (random_student, "v2"), ("a/b", "v3")]
