@@ -7,55 +7,55 @@ from typing import NamedTuple
 class Peak(NamedTuple):
     """Dense FLOP/s of one JAX device, sums in float32, without sparsity.
 
-    float32: of products of float32 arrays at JAX's default precision, which is TF32 on NVIDIA's
-        chips since A100 and one pass in bfloat16 on TPUs.
+    float32: of products that are float32 throughout (`model/precision.py`): no TF32 on NVIDIA's
+        chips, six passes in bfloat16 on TPUs.
     """
 
     bfloat16: float
     float32: float
 
 
-def _both(flops: float) -> Peak:
-    return Peak(flops, flops)
+def _tpu(flops: float) -> Peak:
+    return Peak(flops, flops / 6)
 
 
 # By chip: docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}, read in November 2026. A JAX
 # device is half a chip of v2, v3 and 7x.
 TPUS = {
-    "v2": _both(46e12 / 2),
-    "v3": _both(123e12 / 2),
-    "v4": _both(275e12),
-    "v5e": _both(197e12),
-    "v5p": _both(459e12),
-    "v6e": _both(918e12),
-    "7x": _both(2307e12 / 2),
+    "v2": _tpu(46e12 / 2),
+    "v3": _tpu(123e12 / 2),
+    "v4": _tpu(275e12),
+    "v5e": _tpu(197e12),
+    "v5p": _tpu(459e12),
+    "v6e": _tpu(918e12),
+    "7x": _tpu(2307e12 / 2),
 }
 KINDS = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e", "7x": "7x"}  # JAX's names for some
 
 # NVIDIA's data sheets, their sparse peaks halved. Chips without units for bfloat16 compute it in
 # float32. The first name that a device's name holds as a whole word counts.
 GPUS = {
-    "GB200": Peak(2500e12, 1250e12),
-    "B200": Peak(2250e12, 1125e12),
-    "H200 NVL": Peak(835.5e12, 417.5e12),
-    "H200": Peak(989.4e12, 494.7e12),
-    "H100 NVL": Peak(835.5e12, 417.5e12),
-    "H100 PCIe": Peak(756e12, 378e12),
-    "H100": Peak(989.4e12, 494.7e12),
-    "A100": Peak(312e12, 156e12),
-    "A40": Peak(149.7e12, 74.8e12),
-    "A30": Peak(165e12, 82e12),
-    "A10": Peak(125e12, 62.5e12),
-    "A10G": Peak(70e12, 35e12),
-    "L40S": Peak(362e12, 183e12),
+    "GB200": Peak(2500e12, 80e12),
+    "B200": Peak(2250e12, 75e12),
+    "H200 NVL": Peak(835.5e12, 60e12),
+    "H200": Peak(989.4e12, 67e12),
+    "H100 NVL": Peak(835.5e12, 60e12),
+    "H100 PCIe": Peak(756e12, 51e12),
+    "H100": Peak(989.4e12, 67e12),
+    "A100": Peak(312e12, 19.5e12),
+    "A40": Peak(149.7e12, 37.4e12),
+    "A30": Peak(165e12, 10.3e12),
+    "A10": Peak(125e12, 31.2e12),
+    "A10G": Peak(70e12, 31.5e12),
+    "L40S": Peak(362e12, 91.6e12),
     "L40": Peak(181e12, 90.5e12),
-    "L4": Peak(121e12, 60e12),
-    "RTX A6000": Peak(154.8e12, 77.4e12),
+    "L4": Peak(121e12, 30.3e12),
+    "RTX A6000": Peak(154.8e12, 38.7e12),
     "RTX 3090": Peak(71e12, 35.6e12),
     "RTX 4090": Peak(165.2e12, 82.6e12),
     "RTX 5090": Peak(209.5e12, 104.8e12),
-    "V100": _both(15.7e12),
-    "T4": _both(8.1e12),
+    "V100": Peak(15.7e12, 15.7e12),
+    "T4": Peak(8.1e12, 8.1e12),
 }
 
 
