@@ -70,12 +70,12 @@ class Way(NamedTuple):
 
 
 def random_batch(options: argparse.Namespace, vocabulary: int) -> Batch:
-    """Noise of 30 s, labels of 40 to 100 % of the length, a prompt of two tokens."""
+    """Noise of 30 s, prompts and labels of 40 to 100 % of the length."""
     random, rows, length = np.random.default_rng(0), options.batch, options.tokens
     tokens = random.integers(0, vocabulary - 2000, (rows, length + 1)).astype(np.int32)
     ends = random.integers(2 * length // 5, length + 1, rows)
     place = np.arange(length)
-    weights = (place >= 1) & (place < ends[:, None])
+    weights = place < ends[:, None]
     return Batch(
         random.integers(-3000, 3000, (rows, CLIP_SAMPLES)).astype(np.int16),
         tokens[:, :-1],
