@@ -570,7 +570,7 @@ class TranscribeConfig:
     no_speech_threshold: float | None = 0.6
     """A window is silent above this no-speech probability if its text is doubted (sequential)."""
     condition_on_previous_text: bool = True
-    """Tell each window what was said before it (sequential)."""
+    """Tell each window what was said before it, if the model was trained so (sequential)."""
     prompt: str | None = None
     """Text that went before the audio: names and style are taken from it."""
     carry_prompt: bool = False

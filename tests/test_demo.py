@@ -44,7 +44,7 @@ def test_the_student_is_read_by_both_methods(folder):
         assert settings["timestamps"] is timestamps
     settings = json.loads((folder / "report.json").read_text())["settings"]
     for name in ("heldout-human", "heldout-synthetic"):
-        line = settings.get(f"WER of {name} as one recording, sequential method, windows alone")
+        line = settings.get(f"WER of {name} as one recording, sequential method")
         if line is None:
             assert name == "heldout-human"
             assert not (folder / "speech" / "heldout-human.jsonl").exists()

@@ -45,6 +45,8 @@ class Recognizer:
         where it is empty.
     language: code of the only language that it was trained on, where its generation config says so:
         what is spoken where nobody names a language. Without it the language is detected.
+    previous_text: whether windows of long recordings are read with the text before them; not where
+        the generation config says that the model was trained without (`condition_on_prev_tokens`).
     """
 
     spec: Spec
@@ -52,6 +54,7 @@ class Recognizer:
     tokens: WhisperTokens
     alignment_heads: tuple[tuple[int, int], ...] = ()
     language: str | None = None
+    previous_text: bool = True
 
     @cached_property
     def head_DV(self) -> Float[Array, "D V"] | None:
@@ -90,7 +93,8 @@ def make_recognizer(checkpoint: Checkpoint, dtype: str = "float32") -> Recognize
     language = only_language(checkpoint.generation, tokens)
     params = spread(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.params))
     pairs = tuple((layer, head) for layer, head in heads)
-    return Recognizer(Spec(dims, dtype), params, tokens, pairs, language)
+    previous_text = checkpoint.generation.get("condition_on_prev_tokens") is not False
+    return Recognizer(Spec(dims, dtype), params, tokens, pairs, language, previous_text)
 
 
 def only_language(generation: Mapping[str, Any], tokens: WhisperTokens) -> str | None:

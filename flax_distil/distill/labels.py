@@ -111,6 +111,13 @@ def knows_previous(source: Source) -> bool:
     return (columns.speaker, columns.recording) != (None, None)
 
 
+def taught(config: DistillConfig, sources: Sequence[Source], tokens: WhisperTokens) -> dict:
+    """What an exported student has to say of its training: languages, tasks, and whether some
+    examples were read with the text before them."""
+    previous = bool(config.prompt_probability) and any(map(knows_previous, sources))
+    return spoken(sources, tokens) | {"previous_text": previous}
+
+
 def spoken(sources: Sequence[Source], tokens: WhisperTokens) -> dict[str, Any]:
     """Languages and tasks that are learnt, sorted; languages are None where not all are known."""
     languages, tasks = set(), set()

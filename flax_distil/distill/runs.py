@@ -43,11 +43,15 @@ def trained_student(
 
 def generation_of(run: Path, student: Checkpoint) -> dict[str, Any]:
     """The generation config of a run's student: with the language and task of its data, where it
-    is multilingual and there was one of each."""
+    is multilingual and there was one of each; and without the text before in long recordings,
+    where it was trained without any (`condition_on_prev_tokens`, as Transformers calls it)."""
     facts = read_json(run / VERSIONS) if (run / VERSIONS).is_file() else {}
     languages, tasks = facts.get("languages") or [], facts.get("tasks") or []
-    multilingual = student.generation.get("is_multilingual", student.dims.multilingual)
-    if not multilingual or len(languages) != 1 or len(tasks) != 1:
-        return student.generation
-    kept = {key: one for key, one in student.generation.items() if key != "forced_decoder_ids"}
-    return kept | {"language": f"<|{languages[0]}|>", "task": tasks[0]}
+    generation = dict(student.generation)
+    if facts.get("previous_text") is False:
+        generation["condition_on_prev_tokens"] = False
+    multilingual = generation.get("is_multilingual", student.dims.multilingual)
+    if multilingual and len(languages) == len(tasks) == 1:
+        generation.pop("forced_decoder_ids", None)
+        generation |= {"language": f"<|{languages[0]}|>", "task": tasks[0]}
+    return generation

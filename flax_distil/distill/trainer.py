@@ -26,7 +26,7 @@ from flax_distil.distill.labels import (
     check_ids,
     check_tasks,
     check_vocabulary,
-    spoken,
+    taught,
     warn_of_prompts,
     warn_of_teacher,
 )
@@ -149,7 +149,7 @@ def run(config: DistillConfig) -> TrainSummary:
         add_noise=open_noise(config.augment),
         masks=masks_log_mel(config.augment),
     )
-    facts = spoken(sources, tokens)
+    facts = taught(config, sources, tokens)
     return train(config, teacher, student, loader, validate, facts, held_out(config, tokens))
 
 

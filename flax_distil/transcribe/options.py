@@ -21,7 +21,7 @@ class SequentialOptions:
     no_speech_threshold: float | None = 0.6
     """A window whose no-speech token is more probable is silent, if the model doubts its text."""
     condition_on_previous_text: bool = True
-    """Tell each window what was said before it."""
+    """Tell each window what was said before it, if the model was trained so."""
     carry_prompt: bool = False
     """Tell every window the prompt, not only the first."""
     clips: tuple[float, ...] = ()

@@ -222,7 +222,8 @@ def advance(
         take(one, part)
         one.fresh = False
         hot = hypothesis.temperature > FORGET_ABOVE
-        if not part.passed_over and (hot or not sequential.condition_on_previous_text):
+        told = sequential.condition_on_previous_text and recognizer.previous_text
+        if not part.passed_over and (hot or not told):
             one.forgotten = len(one.written)
 
 

@@ -9,11 +9,13 @@ import pytest
 
 from flax_distil.config import DistillConfig, InitStudentConfig, TrainingDataConfig
 from flax_distil.data.mixing import training_sources
+from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.distill import trainer
 from flax_distil.distill.labels import (
     check_ids,
     check_vocabulary,
     spoken,
+    taught,
     warn_of_prompts,
     warn_of_teacher,
 )
@@ -129,6 +131,21 @@ def test_languages_and_tasks_of_the_data(config, base_folder, tiny_en_folder, tm
     assert both == {"languages": ["de"], "tasks": ["transcribe", "translate"]}
     assert found(*german, *plain, language="fr")["languages"] == ["de", "fr"]
     assert found(*plain, tokens=load_tokens(tiny_en_folder))["languages"] == ["en"]
+
+
+def test_whether_the_text_before_is_learnt(config, tiny_en_folder, tmp_path, random_folders):
+    """Where it is not, a student's long recordings are read without (in Transformers too)."""
+    student, tokens = load_checkpoint(random_folders[1]), load_tokens(tiny_en_folder)
+    data = manifest(tmp_path, [7], [8], speaker="a")
+    for probability, learnt in [(0.0, False), (0.2, True)]:
+        run = replace(config, data=data, prompt_probability=probability)
+        facts = taught(run, training_sources(run, tokens), tokens)
+        assert facts["previous_text"] is learnt
+        (tmp_path / "versions.json").write_text(json.dumps(facts))
+        generation = generation_of(tmp_path, student)
+        assert generation.get("condition_on_prev_tokens", True) is learnt
+        exported = replace(student, generation=generation)
+        assert make_recognizer(exported).previous_text is learnt
 
 
 def test_a_student_of_one_language_says_so(tmp_path, base_folder, random_folders):

@@ -88,13 +88,15 @@ def openai(monkeypatch, scene: int, **options) -> dict:
     return whisper.transcribe(model, None, temperature=0.0, fp16=False, **options)
 
 
-def ours(monkeypatch, tokens, scene: int, **options):
-    """Our transcript of the script."""
+def ours(monkeypatch, tokens, scene: int, previous_text: bool = True, **options):
+    """Our transcript of the script, and what its windows were told of the text before."""
+    told = []
     mel = np.arange(FRAMES, dtype=np.float32)[:, None].repeat(80, 1)
 
     def decode(_, __, ___, windows, *____):
         found = []
         for one in windows:
+            told.append(one.previous)
             ids, sure = window(scene, one.seed)
             chances = (sure["avg_logprob"], sure["no_speech_prob"], 1.0)
             found.append(Hypothesis(tuple(ids), "", "en", *chances))
@@ -115,11 +117,24 @@ def ours(monkeypatch, tokens, scene: int, **options):
     monkeypatch.setattr(sequential, "decode_with_fallback", decode)
     monkeypatch.setattr(sequential, "word_timestamps", timed)
     spec = Spec(WhisperDims(80, 51_864, 16, 1, 2, 2, 2, 64, 64), "float32")
-    recognizer = Recognizer(spec, {"encoder": None}, tokens)
+    recognizer = Recognizer(spec, {"encoder": None}, tokens, previous_text=previous_text)
     *_, (_, _, found) = sequential.transcribe_sequentially(
         recognizer, [mel], DecodeOptions(), SequentialOptions((0.0,), **options)
     )
-    return found
+    return found, told
+
+
+def test_a_model_trained_without_the_text_before_is_not_told_of_it(monkeypatch, tiny_en_folder):
+    tokens = load_tokens(tiny_en_folder)
+    for previous_text, option, expected in [
+        (True, True, True),
+        (True, False, False),
+        (False, True, False),
+    ]:
+        options = {"condition_on_previous_text": option, "previous_text": previous_text}
+        found, told = ours(monkeypatch, tokens, 0, **options)
+        assert len(found.segments) > len(told) > 2
+        assert any(told) is expected
 
 
 def test_windows_follow_each_other_as_in_openai(monkeypatch, tiny_en_folder):
@@ -129,7 +144,7 @@ def test_windows_follow_each_other_as_in_openai(monkeypatch, tiny_en_folder):
         for threshold in (None, 0.5, 2.0):
             options = dict(word_timestamps=True, hallucination_silence_threshold=threshold)
             theirs = openai(monkeypatch, scene, **options, clip_timestamps=list(clips))
-            found = ours(monkeypatch, tokens, scene, **options, clips=clips)
+            found, _ = ours(monkeypatch, tokens, scene, **options, clips=clips)
             segments = found.as_dict()["segments"]
             assert len(segments) == len(theirs["segments"])
             for mine, other in zip(segments, theirs["segments"], strict=True):
