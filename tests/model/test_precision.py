@@ -68,7 +68,16 @@ def test_every_product_of_the_package_says_how_exact_it_is():
     """A new einsum without a precision would round float32 on all devices but this one."""
     silent = []
     for path in Path(flax_distil.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        names = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        if not names & {"jax", "jax.numpy"}:  # numpy's products are exact in their type
+            continue
+        for node in ast.walk(tree):
             if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
                 silent.append(f"{path.name}:{node.lineno}")
             if not isinstance(node, ast.Call):
