@@ -656,7 +656,7 @@ class DemoConfig:
     output_dir: Path = Path("runs/demo")
     """Receives speech, labels, student, report.json and report.md."""
     teacher: Literal["whisper-tiny.en", "whisper-base"] = "whisper-tiny.en"
-    """The multilingual one takes twice as long; the report then says how often its student detects
+    """The multilingual one takes longer; the report then says how often its student detects
     the language that it detects."""
     sentences: int = 1200
     """Sentences that are synthesised; real human prompts come on top where apt is there."""
