@@ -32,7 +32,7 @@ class DataConfig:
     split: str | None = None
     """Split to read; needed where there are several."""
     revision: str | None = None
-    """Commit or tag of a hub dataset."""
+    """Commit or tag of a hub dataset, which may also stand behind its name (NAME@COMMIT)."""
     streaming: bool = False
     """Read a hub dataset while it downloads, keeping nothing on disk."""
     limit: int | None = None

@@ -76,17 +76,18 @@ def _saved(folder: Path, config: DataConfig) -> Table:
 def _hub(config: DataConfig) -> Table:
     import datasets
 
-    name = config.source
+    name, _, written = config.source.partition("@")
+    revision = config.revision or written or None
     try:
         split = config.split or _one_split(
-            config, datasets.get_dataset_split_names(name, config.config, revision=config.revision)
+            config, datasets.get_dataset_split_names(name, config.config, revision=revision)
         )
         found = datasets.load_dataset(
             name,
             config.config,
             split=split,
             streaming=config.streaming,
-            revision=config.revision,
+            revision=revision,
         )
     except InputError:
         raise

@@ -61,9 +61,9 @@ def load_checkpoint(name_or_folder: str | Path, revision: str | None = None) -> 
     """The Whisper in a Transformers or CTranslate2 folder, in an OpenAI `.pt`, or by name.
 
     A name is one of `flax-distil fetch` (whisper-tiny.en) or of the Hugging Face hub
-    (openai/whisper-base.en), there of a `revision` (branch, tag or commit) where one is given. A
-    LoRA adapter's folder gives its base model with the adapter merged. Weights of any float type
-    become float32.
+    (openai/whisper-base.en), there of a `revision` (branch, tag or commit) where one is given, also
+    as openai/whisper-base.en@REVISION. A LoRA adapter's folder gives its base model with the
+    adapter merged. Weights of any float type become float32.
 
     Raises:
         InputError: nothing is there, it cannot be read, or the tensors do not fit.
@@ -136,6 +136,7 @@ def _by_name(name: str, revision: str | None) -> Path:
     """The folder of a fetched model, or of one of the hub's, downloaded where needed."""
     if model_folder(name).is_dir():
         return model_folder(name)
+    name, _, written = name.partition("@")
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise InputError(
             f"{name!r} is no folder, no .pt file and no fetched model: "
@@ -145,7 +146,9 @@ def _by_name(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(
+            snapshot_download(name, revision=revision or written or None, allow_patterns=HUB_FILES)
+        )
     except LocalEntryNotFoundError:
         raise InputError(
             f"{name!r} is no folder here, and the Hugging Face hub cannot be reached: "

@@ -417,5 +417,7 @@ def test_a_revision_is_asked_of_the_hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", known)
     monkeypatch.setattr(datasets, "load_dataset", loaded)
-    assert read_dataset(DataConfig("some/set", revision="v1"))[0].text == "one"
-    assert asked == [("some/set", "v1"), ("some/set", "train", "v1")]
+    for config in (DataConfig("some/set", revision="v1"), DataConfig("some/set@v1")):
+        asked.clear()
+        assert read_dataset(config)[0].text == "one"
+        assert asked == [("some/set", "v1"), ("some/set", "train", "v1")]

@@ -183,7 +183,8 @@ def test_a_hub_name_is_downloaded_once_and_without_pickles(teacher, random_folde
 
     asked, revisions = [], []
 
-    def download(_, allow_patterns, revision):
+    def download(name, allow_patterns, revision):
+        assert name == "someone/whisper"
         asked.extend(allow_patterns)
         revisions.append(revision)
         return random_folders[0]
@@ -195,7 +196,8 @@ def test_a_hub_name_is_downloaded_once_and_without_pickles(teacher, random_folde
     others = ["model.fp32-00001-of-00002.safetensors", "pytorch_model.bin", "flax_model.msgpack"]
     assert list(filter_repo_objects(wanted + others, allow_patterns=asked)) == wanted
     load_checkpoint("someone/whisper", revision="v1")
-    assert revisions == [None, "v1"]
+    load_checkpoint("someone/whisper@refs/pr/1")
+    assert revisions == [None, "v1", "refs/pr/1"]
 
 
 def test_a_full_disk_leaves_the_old_model(teacher, tmp_path, monkeypatch):
