@@ -4,6 +4,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxtyping import install_import_hook
+
+# Shapes and types of every call are checked: annotations are executed by beartype.
+if os.environ.get("FLAX_DISTIL_CHECK_TYPES") == "1":
+    install_import_hook("flax_distil", "beartype.beartype")
+
 from flax_distil.cache import cache_folder
 
 # Before jax is imported anywhere: one platform, eight pretended devices, compiled programs kept.
