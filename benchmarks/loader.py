@@ -49,7 +49,7 @@ from flax_distil.data.augment import open_noise
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import training_sources
 from flax_distil.distill.state import initial_state
-from flax_distil.distill.step import Frozen, Plan, train_step
+from flax_distil.distill.step import Frozen, TrainSpec, train_step
 from flax_distil.model.dims import PUBLISHED
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import layer_map
@@ -131,17 +131,19 @@ def step_speed(config, size, batch, rounds, states=None):
     student = teacher.__class__(**vars(teacher) | {"decoder_layers": 2})
     loss, optimizer = LossConfig(), OptimizerConfig()
     layers = layer_map(2, teacher.decoder_layers)
-    plan = Plan(Spec(teacher), Spec(student), loss, optimizer, layers, vocabulary_chunk=256)
+    train_spec = TrainSpec(
+        Spec(teacher), Spec(student), loss, optimizer, layers, vocabulary_chunk=256
+    )
     trainable = {"decoder": Spec(student).init(jax.random.key(0))["decoder"]}
     state = jax.jit(initial_state, static_argnums=(1, 2))(trainable, optimizer, 0)
     frozen = Frozen(Spec(teacher).init(jax.random.key(1)), {})
-    step = jax.jit(train_step, static_argnames="plan", donate_argnums=0)
+    step = jax.jit(train_step, static_argnames="spec", donate_argnums=0)
     loader = Loader(training_sources(config, ENGLISH), ENGLISH, batch, states=states)
     batches, times = loader.batches(LoaderState()), []
     read, _ = next(batches)  # one batch again and again: one program
     for _ in range(rounds + 1):
         start = time.perf_counter()
-        state, metrics = step(state, frozen, read, plan=plan)
+        state, metrics = step(state, frozen, read, spec=train_spec)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
     batches.close()

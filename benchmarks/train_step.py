@@ -45,9 +45,9 @@ from flax_distil.data.batches import Batch
 from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.decode.recognizer import listen
 from flax_distil.distill.flops import measured_peak, step_flops, vocabulary_tokens
-from flax_distil.distill.setup import make_plan, split_parameters
+from flax_distil.distill.setup import make_train_spec, split_parameters
 from flax_distil.distill.state import initial_state
-from flax_distil.distill.step import Plan
+from flax_distil.distill.step import TrainSpec
 from flax_distil.distill.trainer import compile_step
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -86,22 +86,28 @@ def random_batch(options: argparse.Namespace, vocabulary: int) -> Batch:
     )
 
 
-def ours(config: DistillConfig, plan: Plan, teacher: Checkpoint, student: Checkpoint, batch: Batch):
+def ours(
+    config: DistillConfig,
+    train_spec: TrainSpec,
+    teacher: Checkpoint,
+    student: Checkpoint,
+    batch: Batch,
+):
     """The trainer's own compiled step, on one device; the state goes on from update to update."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    trainable, frozen = split_parameters(plan, teacher, student, train_encoder=False)
+    trainable, frozen = split_parameters(train_spec, teacher, student, train_encoder=False)
     trainable, frozen, batch = jax.tree.map(jnp.array, (trainable, frozen, batch))
     state = jax.jit(partial(initial_state, config=config.optimizer, seed=0))(trainable)
-    program = compile_step(plan, mesh, shardings(state, mesh))
+    program = compile_step(train_spec, mesh, shardings(state, mesh))
 
     def step() -> float:
         nonlocal state
         state, metrics = program(state, frozen, batch)
         return float(metrics["loss"])
 
-    tokens = vocabulary_tokens(np.asarray(batch.weights), 1, 1, plan.vocabulary_chunk)
+    tokens = vocabulary_tokens(np.asarray(batch.weights), 1, 1, train_spec.vocabulary_chunk)
     encode = batch.audio is None
-    return Way(step, step_flops(plan, *batch.tokens.shape, False, False, encode, tokens))
+    return Way(step, step_flops(train_spec, *batch.tokens.shape, False, False, encode, tokens))
 
 
 def pytorch(
@@ -158,7 +164,7 @@ def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
     config = DistillConfig("teacher", "student", folder, batch_size=options.batch, compute=compute)
     batch = random_batch(options, teacher.dims.vocab)
     mesh = make_mesh(devices=jax.devices()[:1])
-    fused = make_plan(config, teacher.dims, student.dims, mesh)
+    fused = make_train_spec(config, teacher.dims, student.dims, mesh)
     plain = replace(fused, vocabulary_chunk=0)
 
     encoder, decoder = (jax.tree.map(jnp.asarray, teacher.params[half]) for half in teacher.params)

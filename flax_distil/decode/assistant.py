@@ -13,7 +13,7 @@ from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import same_arrays
-from flax_distil.parallel.clips import spread
+from flax_distil.parallel.clips import replicate
 
 GUESSES = 4  # a pass, where nobody says how many
 CPU_READING = 0.16  # what one token more takes there, where a pass of one takes 1 (docs/LOG.md)
@@ -68,10 +68,10 @@ def make_assistant(
             "same"
         )
     spec = Spec(checkpoint.dims, recognizer.spec.dtype)
-    put = lambda half: spread(jax.tree.map(lambda leaf: jnp.asarray(leaf, spec.dtype), half))
+    put = lambda half: replicate(jax.tree.map(lambda leaf: jnp.asarray(leaf, spec.dtype), half))
     ids = None
     if vocabulary is not None:
-        ids = spread(jnp.asarray(frequent_ids(recognizer.tokens, vocabulary, texts)))
+        ids = replicate(jnp.asarray(frequent_ids(recognizer.tokens, vocabulary, texts)))
     drafter = model_drafter(spec, put(checkpoint.params["decoder"]), ids)
     if break_even is None:
         whole = recognizer.params["decoder"]

@@ -25,7 +25,7 @@ from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import CHUNK_SAMPLES
 from flax_distil.model.generation import kept_heads
 from flax_distil.model.spec import Params, Spec
-from flax_distil.parallel.clips import by_clip, chips_of, spread
+from flax_distil.parallel.clips import by_clip, chips_of, replicate
 from flax_distil.text.languages import to_language_code
 from flax_distil.text.tokens import WhisperTokens
 from flax_distil.text.wer import compression_ratio
@@ -91,7 +91,7 @@ def make_recognizer(checkpoint: Checkpoint, dtype: str = "float32") -> Recognize
     dims, tokens = checkpoint.dims, checkpoint.tokens()
     heads = kept_heads(checkpoint.generation.get("alignment_heads"), dims) or ()
     language = only_language(checkpoint.generation, tokens)
-    params = spread(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.params))
+    params = replicate(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.params))
     pairs = tuple((layer, head) for layer, head in heads)
     previous_text = checkpoint.generation.get("condition_on_prev_tokens") is not False
     return Recognizer(Spec(dims, dtype), params, tokens, pairs, language, previous_text)

@@ -19,7 +19,7 @@ from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import same_arrays
-from flax_distil.parallel.clips import spread
+from flax_distil.parallel.clips import replicate
 from flax_distil.pseudo_label.labeller import fingerprint, states_of, stored_names
 from flax_distil.pseudo_label.store import SETTINGS, read_settings
 
@@ -46,7 +46,7 @@ def kept_states(
             "noise or SpecAugment"
         )
     spec = Spec(teacher.dims, config.compute.dtype)
-    params = spread(jax.device_put(encoders[0], jax.local_devices()[0]))
+    params = replicate(jax.device_put(encoders[0], jax.local_devices()[0]))
     return audio_states(
         [one for source in sources for one in folders(config.audio_states, encoders[0], source)],
         Joined([source.utterances for source in sources]),  # type: ignore[misc]

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_distil.distill.step import Plan
+from flax_distil.distill.step import TrainSpec
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.precision import product as multiply
 
 
 def step_flops(
-    plan: Plan,
+    spec: TrainSpec,
     batch_size: int,
     length: int,
     own_encoder: bool,
@@ -34,14 +34,14 @@ def step_flops(
     of what is trained costs two forward passes, but the audio states of a frozen encoder need no
     gradient. Recomputation (remat) does not count: it is no useful work.
     """
-    teacher, student, loss = plan.teacher.dims, plan.student.dims, plan.loss
-    shared = encode and (plan.asks_teacher or not own_encoder)
+    teacher, student, loss = spec.teacher.dims, spec.student.dims, spec.loss
+    shared = encode and (spec.asks_teacher or not own_encoder)
     logits = batch_size * length if logits is None else logits
     clip = encoder_flops(teacher) if shared else 0
     tokens = 3 * vocabulary_flops(student, logits)
-    if plan.asks_teacher:
+    if spec.asks_teacher:
         clip += decoder_flops(teacher, length) + cross_flops(teacher)
-    if loss.kl and (plan.stored is None or plan.stored.width):
+    if loss.kl and (spec.stored is None or spec.stored.width):
         tokens += vocabulary_flops(teacher, logits)
     if own_encoder:
         clip += (3 if train_encoder else 1) * encoder_flops(student)

@@ -14,7 +14,7 @@ from flax_distil.config import DataConfig, DistillConfig, TrainingDataConfig
 from flax_distil.data.batches import Batch, TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import open_source
-from flax_distil.distill.step import Frozen, Plan, evaluation_losses
+from flax_distil.distill.step import Frozen, TrainSpec, evaluation_losses
 from flax_distil.distill.validation import data_tables
 from flax_distil.errors import InputError
 from flax_distil.model.spec import Params
@@ -69,11 +69,15 @@ def held_out(config: DistillConfig, tokens: WhisperTokens) -> dict[str, HeldOut]
 
 
 def score(
-    sets: dict[str, HeldOut], params: Params, frozen: Frozen, plan: Plan, mesh: jax.sharding.Mesh
+    sets: dict[str, HeldOut],
+    params: Params,
+    frozen: Frozen,
+    spec: TrainSpec,
+    mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
     """KL(teacher ‖ student) and cross-entropy a token at temperature 1 by set: `clean/kl`. The KL
     is left out where the teacher's decoder is not in memory."""
-    step = compiled(plan, mesh)
+    step = compiled(spec, mesh)
     place = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
     found: dict[str, float] = {}
     for name, one in sets.items():
@@ -83,16 +87,16 @@ def score(
         kl, ce, tokens = sums / max(sums[2], 1)
         if not tokens:
             raise InputError(f"no clip of the validation set {name} could be used")
-        found |= ({f"{name}/kl": kl} if plan.asks_teacher else {}) | {f"{name}/ce": ce}
+        found |= ({f"{name}/kl": kl} if spec.asks_teacher else {}) | {f"{name}/ce": ce}
     return found
 
 
 @cache
-def compiled(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
+def compiled(spec: TrainSpec, mesh: jax.sharding.Mesh) -> Any:
     """The program: float32[3], the sums of KL, cross-entropy and weights of a batch."""
 
     def step(params: Params, frozen: Frozen, batch: Batch) -> Any:
         with within(mesh):
-            return evaluation_losses(params, frozen, batch, plan)
+            return evaluation_losses(params, frozen, batch, spec)
 
     return jax.jit(step, out_shardings=replicated(mesh))

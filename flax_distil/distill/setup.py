@@ -15,7 +15,7 @@ from flax_distil.config import DistillConfig
 from flax_distil.data.mixing import Source
 from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.data.utterances import to_language
-from flax_distil.distill.step import Frozen, Plan
+from flax_distil.distill.step import Frozen, TrainSpec
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import WhisperDims
@@ -34,13 +34,13 @@ COUNTS = {
 }
 
 
-def make_plan(
+def make_train_spec(
     config: DistillConfig,
     teacher: WhisperDims,
     student: WhisperDims,
     mesh: Mesh,
     stored: StoredForm | None = None,
-) -> Plan:
+) -> TrainSpec:
     """The static half of the step, as the trainer compiles it on this mesh.
 
     stored: how the labels hold their teacher, for `config.stored_teacher`.
@@ -53,7 +53,7 @@ def make_plan(
     check_numbers(config)
     compute = config.compute
     theirs, ours = (HALVES, ("encoder",)) if compute.scan_layers else ((), ())
-    return Plan(
+    return TrainSpec(
         teacher=Spec(teacher, compute.dtype, theirs),
         student=Spec(student, compute.dtype, ours, compute.remat),
         loss=config.loss,
@@ -142,33 +142,33 @@ def resolved(config: DistillConfig, sources: Sequence[Source]) -> DistillConfig:
 
 
 def split_parameters(
-    plan: Plan, teacher: Checkpoint, student: Checkpoint, train_encoder: bool
+    spec: TrainSpec, teacher: Checkpoint, student: Checkpoint, train_encoder: bool
 ) -> tuple[Params, Frozen]:
-    """Trainable parameters (float32) and all others, as numpy, in the plan's form.
+    """Trainable parameters (float32) and all others, as numpy, in the form that `spec` asks for.
 
     The encoder is shared where it is frozen and the teacher's to the last bit; a truncated or
     otherwise different one is kept apart. Positions of a trained encoder stay fixed sinusoids.
     Frozen matrices are stored in the type they are multiplied in, which changes no result.
     """
-    scanned = bool(plan.student.scan_layers)
+    scanned = bool(spec.student.scan_layers)
     encoder = laid_out(student.params["encoder"], scanned)
-    read = read_of_teacher(teacher.params, plan)
-    theirs = {half: narrow(laid_out(part, scanned), plan) for half, part in read.items()}
+    read = read_of_teacher(teacher.params, spec)
+    theirs = {half: narrow(laid_out(part, scanned), spec) for half, part in read.items()}
     trainable = trainable_part(student.params, train_encoder, scanned)
     if train_encoder:
         return trainable, Frozen(theirs, {"positions": encoder["positions"]})
     if same_arrays(student.params["encoder"], teacher.params["encoder"]):
         return trainable, Frozen(theirs, {})
     log.info("the student's encoder is not the teacher's: both run in each step")
-    return trainable, Frozen(theirs, narrow(encoder, plan))
+    return trainable, Frozen(theirs, narrow(encoder, spec))
 
 
-def read_of_teacher(teacher: Params, plan: Plan) -> Params:
+def read_of_teacher(teacher: Params, spec: TrainSpec) -> Params:
     """What the step reads of a teacher: see `Frozen`."""
-    if plan.asks_teacher:
+    if spec.asks_teacher:
         return teacher
     read = {"encoder": teacher["encoder"]}
-    if plan.stored and plan.stored.width:
+    if spec.stored and spec.stored.width:
         embedding = teacher["decoder"]["tokens"]["embedding"]
         read["decoder"] = {"tokens": {"embedding": embedding}}
     return read
@@ -206,18 +206,18 @@ def laid_out(half: Params, scanned: bool) -> Params:
     return half | {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
 
 
-def narrow(tree: Any, plan: Plan) -> Any:
+def narrow(tree: Any, spec: TrainSpec) -> Any:
     """Numpy arrays in the types that frozen parameters are kept in."""
     return jax.tree.map(
-        lambda leaf, dtype: np.asarray(leaf).astype(dtype), tree, stored_types(tree, plan)
+        lambda leaf, dtype: np.asarray(leaf).astype(dtype), tree, stored_types(tree, spec)
     )
 
 
-def stored_types(tree: Any, plan: Plan) -> Any:
+def stored_types(tree: Any, spec: TrainSpec) -> Any:
     """Kernels and embeddings in the type of the computation, all else as it is."""
 
     def stored(path: tuple, leaf: Any) -> Any:
         narrowed = path[-1].key in ("kernel", "embedding", "positions")
-        return jnp.dtype(plan.teacher.dtype) if narrowed else leaf.dtype
+        return jnp.dtype(spec.teacher.dtype) if narrowed else leaf.dtype
 
     return jax.tree_util.tree_map_with_path(stored, tree)

@@ -27,7 +27,7 @@ from flax_distil.parallel.mesh import for_each_shard
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainSpec:
     """What decides the program, and none of its numbers: static under jit.
 
     layer_map: teacher layer for each student layer, for the MSE of hidden states.
@@ -77,9 +77,9 @@ class Guide(NamedTuple):
 
 
 def train_step(
-    state: TrainState, frozen: Frozen, batch: Batch, plan: Plan
+    state: TrainState, frozen: Frozen, batch: Batch, spec: TrainSpec
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update on a whole batch, in `plan.accumulation` micro-batches.
+    """One update on a whole batch, in `spec.accumulation` micro-batches.
 
     A token's weight is its share of the whole batch's label tokens, so that the cut changes memory
     and nothing else. A non-finite loss or gradient leaves parameters and moments untouched and is
@@ -89,12 +89,12 @@ def train_step(
     shares = replace(batch, weights=batch.weights / tokens)
 
     def accumulate(sums: tuple[Losses, Params], given: tuple[Batch, Any]) -> tuple[Any, None]:
-        (micro, keys), share = given, kl_share(state.step, plan)
-        guide = teach(frozen, micro, plan)
-        dropout = None if keys is None else Dropout(plan.dropout, keys)
+        (micro, keys), share = given, kl_share(state.step, spec)
+        guide = teach(frozen, micro, spec)
+        dropout = None if keys is None else Dropout(spec.dropout, keys)
 
         def loss(params: Params) -> tuple[Array, Losses]:
-            return student_losses(params, frozen, guide, micro, plan, share, dropout)
+            return student_losses(params, frozen, guide, micro, spec, share, dropout)
 
         gradients, losses = jax.grad(loss, has_aux=True)(state.params)
         return jax.tree.map(jnp.add, sums, (losses, gradients)), None
@@ -102,75 +102,75 @@ def train_step(
     zero = jnp.zeros((), jax.tree.leaves(state.params)[0].dtype)
     start = (Losses(zero, zero, zero), jax.tree.map(jnp.zeros_like, state.params))
     (losses, gradients), _ = jax.lax.scan(
-        accumulate, start, micro_batches((shares, dropout_keys(state, batch, plan)), plan)
+        accumulate, start, micro_batches((shares, dropout_keys(state, batch, spec)), spec)
     )
-    total, norm = objective(losses, plan.loss), optax.global_norm(gradients)
+    total, norm = objective(losses, spec.loss), optax.global_norm(gradients)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
-    after = apply_gradients(state, gradients, finite, plan.optimizer)
-    if plan.loss.kl_end is not None:
-        losses = losses._replace(kl=losses.kl / kl_share(state.step, plan))
+    after = apply_gradients(state, gradients, finite, spec.optimizer)
+    if spec.loss.kl_end is not None:
+        losses = losses._replace(kl=losses.kl / kl_share(state.step, spec))
     return after, losses._asdict() | {
         "loss": total,
         "gradient_norm": norm,
-        "learning_rate": learning_rate(state.step, plan.optimizer),
+        "learning_rate": learning_rate(state.step, spec.optimizer),
         "tokens": jnp.sum(batch.weights),
         "skipped": after.skipped,
         "skipped_in_row": after.skipped_in_row,
     }
 
 
-def dropout_keys(state: TrainState, batch: Batch, plan: Plan) -> Array | None:
+def dropout_keys(state: TrainState, batch: Batch, spec: TrainSpec) -> Array | None:
     """Key data uint32[B, 2] of each row in this update; None where nothing is dropped."""
-    if not plan.dropout:
+    if not spec.dropout:
         return None
     key_2, rows_B = jax.random.fold_in(state.rng, state.step), jnp.arange(len(batch.tokens))
     return jax.vmap(partial(jax.random.fold_in, key_2))(rows_B)
 
 
-def kl_share(step: Array, plan: Plan) -> Array | None:
+def kl_share(step: Array, spec: TrainSpec) -> Array | None:
     """The KL's weight in this update, as a share of that at the start; None where it stays. It
     would be that of `kl_end` one update after the last."""
-    if plan.loss.kl_end is None:
+    if spec.loss.kl_end is None:
         return None
-    return 1 + (plan.loss.kl_end / plan.loss.kl - 1) * step / plan.optimizer.steps
+    return 1 + (spec.loss.kl_end / spec.loss.kl - 1) * step / spec.optimizer.steps
 
 
-def teach(frozen: Frozen, batch: Batch, plan: Plan) -> Guide:
+def teach(frozen: Frozen, batch: Batch, spec: TrainSpec) -> Guide:
     """Encoder and teacher, outside of all differentiation."""
     audio_BSD = batch.audio
     if audio_BSD is None:
-        encoder = plan.teacher.encoder(frozen.teacher["encoder"])
-        audio_BSD = encoder(features(batch, plan))
-    audio_BSD = jnp.asarray(audio_BSD, plan.teacher.dtype)
-    if plan.stored is not None:
-        return Guide(audio_BSD, remembered(frozen, batch, plan), None)
-    if not plan.asks_teacher:
+        encoder = spec.teacher.encoder(frozen.teacher["encoder"])
+        audio_BSD = encoder(features(batch, spec))
+    audio_BSD = jnp.asarray(audio_BSD, spec.teacher.dtype)
+    if spec.stored is not None:
+        return Guide(audio_BSD, remembered(frozen, batch, spec), None)
+    if not spec.asks_teacher:
         return Guide(audio_BSD, None, None)
     params = frozen.teacher["decoder"]
-    decoder = plan.teacher.decoder(params)
+    decoder = spec.teacher.decoder(params)
     hidden_BLD, every_NBLD = decoder.hidden_states(jnp.asarray(batch.tokens), audio_BSD)
     return Guide(audio_BSD, Heard(hidden_BLD, params["tokens"]["embedding"]), every_NBLD)
 
 
-def remembered(frozen: Frozen, batch: Batch, plan: Plan) -> Heard | Stored:
+def remembered(frozen: Frozen, batch: Batch, spec: TrainSpec) -> Heard | Stored:
     """The teacher's distributions that came with the batch."""
     assert batch.stored is not None
-    assert plan.stored is not None
+    assert spec.stored is not None
     columns = map(jnp.asarray, vars(batch.stored).values())
-    if plan.stored.width:
+    if spec.stored.width:
         (hidden_BLD,) = columns
         embedding_VD = frozen.teacher["decoder"]["tokens"]["embedding"]
-        return Heard(hidden_BLD.astype(plan.teacher.dtype), embedding_VD)
+        return Heard(hidden_BLD.astype(spec.teacher.dtype), embedding_VD)
     tokens, top, tails = columns
-    return Stored(tokens, top, tails[..., plan.stored.temperatures.index(plan.loss.temperature)])
+    return Stored(tokens, top, tails[..., spec.stored.temperatures.index(spec.loss.temperature)])
 
 
-def features(batch: Batch, plan: Plan) -> Float[Array, "B T M"]:
+def features(batch: Batch, spec: TrainSpec) -> Float[Array, "B T M"]:
     """The log-mel that teacher and student hear, with SpecAugment's masks where it is on."""
-    mel_BTM = log_mel(batch.waveforms, plan.teacher.dims.mels)
-    if batch.keys is None or plan.augment is None:
+    mel_BTM = log_mel(batch.waveforms, spec.teacher.dims.mels)
+    if batch.keys is None or spec.augment is None:
         return mel_BTM
-    return spec_augment(jnp.asarray(batch.keys), mel_BTM, jnp.asarray(batch.seconds), plan.augment)
+    return spec_augment(jnp.asarray(batch.keys), mel_BTM, jnp.asarray(batch.seconds), spec.augment)
 
 
 def student_losses(
@@ -178,7 +178,7 @@ def student_losses(
     frozen: Frozen,
     guide: Guide,
     batch: Batch,
-    plan: Plan,
+    spec: TrainSpec,
     kl_share: Array | None = None,
     dropout: Dropout | None = None,
 ) -> tuple[Float[Array, ""], Losses]:
@@ -186,16 +186,16 @@ def student_losses(
 
     kl_share: what the KL is multiplied by, in both.
     """
-    if plan.optimizer.freeze_embed_positions:
+    if spec.optimizer.freeze_embed_positions:
         held = jax.lax.stop_gradient(params["decoder"]["positions"])
         params = params | {"decoder": params["decoder"] | {"positions": held}}
     audio_BSD = guide.audio
     if own := frozen.student_encoder | params.get("encoder", {}):
-        audio_BSD = plan.student.encoder(own)(features(batch, plan))
-    student = plan.student.decoder(params["decoder"])
+        audio_BSD = spec.student.encoder(own)(features(batch, spec))
+    student = spec.student.decoder(params["decoder"])
     tokens_BL, embedding_VD = jnp.asarray(batch.tokens), params["decoder"]["tokens"]["embedding"]
-    embedding_GVD = for_each_shard(embedding_VD, plan.data_shards)
-    embedded_BLD = look_up(embedding_GVD, tokens_BL).astype(plan.student.dtype)
+    embedding_GVD = for_each_shard(embedding_VD, spec.data_shards)
+    embedded_BLD = look_up(embedding_GVD, tokens_BL).astype(spec.student.dtype)
     hidden_BLD, every_NBLD = student.hidden_states(tokens_BL, audio_BSD, embedded_BLD, dropout)
     weights_BL = jnp.asarray(batch.weights)
     factors_BL2 = None if batch.loss_weights is None else jnp.asarray(batch.loss_weights)
@@ -209,31 +209,31 @@ def student_losses(
         guide.teacher,
         jnp.asarray(batch.targets),
         weights_BL,
-        plan.loss,
-        plan.vocabulary_chunk,
+        spec.loss,
+        spec.vocabulary_chunk,
         of_parts_BL2,
     )
     mse = jnp.zeros(())
-    if plan.loss.mse:
+    if spec.loss.mse:
         if factors_BL2 is not None:
             weights_BL = weights_BL * factors_BL2[..., 0]
-        mse = hidden_mse(guide.every, every_NBLD, weights_BL, plan.layer_map)
-    return parts.total + plan.loss.mse * mse, Losses(parts.kl, parts.ce, mse)
+        mse = hidden_mse(guide.every, every_NBLD, weights_BL, spec.layer_map)
+    return parts.total + spec.loss.mse * mse, Losses(parts.kl, parts.ce, mse)
 
 
 def evaluation_losses(
-    params: Params, frozen: Frozen, batch: Batch, plan: Plan
+    params: Params, frozen: Frozen, batch: Batch, spec: TrainSpec
 ) -> Float[Array, "3"]:
     """KL at temperature 1, cross-entropy and weights, summed over a batch, without gradients; the
     KL is 0 where the teacher's decoder is not in memory."""
-    loss = LossConfig(kl=float(plan.asks_teacher), ce=1.0, temperature=1.0)
-    plan = replace(plan, loss=loss, stored=None)
+    loss = LossConfig(kl=float(spec.asks_teacher), ce=1.0, temperature=1.0)
+    spec = replace(spec, loss=loss, stored=None)
 
     def add(sums_3: Array, micro: Batch) -> tuple[Array, None]:
-        losses = student_losses(params, frozen, teach(frozen, micro, plan), micro, plan)[1]
+        losses = student_losses(params, frozen, teach(frozen, micro, spec), micro, spec)[1]
         return sums_3 + jnp.stack([losses.kl, losses.ce, jnp.sum(micro.weights)]), None
 
-    return jax.lax.scan(add, jnp.zeros(3), micro_batches(batch, plan))[0]
+    return jax.lax.scan(add, jnp.zeros(3), micro_batches(batch, spec))[0]
 
 
 def look_up(
@@ -245,11 +245,11 @@ def look_up(
     return embedded_GBLD.reshape(*tokens_BL.shape, -1)
 
 
-def micro_batches(batch: Any, plan: Plan) -> Any:
+def micro_batches(batch: Any, spec: TrainSpec) -> Any:
     """Rows as [accumulation, rows, …]: every k-th row, so that each stays on its device."""
 
     def cut(rows: Array) -> Array:
-        shape = (len(rows) // plan.accumulation, plan.accumulation, *rows.shape[1:])
+        shape = (len(rows) // spec.accumulation, spec.accumulation, *rows.shape[1:])
         return rows.reshape(shape).swapaxes(0, 1)
 
     return jax.tree.map(cut, batch)

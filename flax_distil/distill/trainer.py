@@ -34,13 +34,13 @@ from flax_distil.distill.replicas import check_replicas
 from flax_distil.distill.runs import RECIPE, VERSIONS
 from flax_distil.distill.setup import (
     check_numbers,
-    make_plan,
+    make_train_spec,
     resolved,
     split_parameters,
     whole_student,
 )
 from flax_distil.distill.state import TrainState, initial_state
-from flax_distil.distill.step import Frozen, Plan, train_step
+from flax_distil.distill.step import Frozen, TrainSpec, train_step
 from flax_distil.distill.stopping import stop_signals
 from flax_distil.distill.stored import check_stored_teacher, stored_form
 from flax_distil.distill.tracking import Done, Speed, Tracker, Watch, check_wandb, environment
@@ -50,7 +50,7 @@ from flax_distil.files import remove_partial, write_changed
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.spec import unstack_layers
 from flax_distil.parallel.chips import published_peak
-from flax_distil.parallel.clips import spread
+from flax_distil.parallel.clips import replicate
 from flax_distil.parallel.mesh import (
     batch_sharding,
     check_batch,
@@ -98,7 +98,7 @@ class Batches(Protocol):
 class Program(NamedTuple):
     """What stays the same from step to step; `step` is `train_step`, compiled, state donated."""
 
-    plan: Plan
+    spec: TrainSpec
     mesh: jax.sharding.Mesh
     frozen: Frozen
     step: Any
@@ -191,7 +191,7 @@ def train(
                         watch.pause()
                         validation = validate(whole(program, state))
                         losses = score(
-                            sets or {}, state.params, program.frozen, program.plan, program.mesh
+                            sets or {}, state.params, program.frozen, program.spec, program.mesh
                         )
                         watch.validated(step, validation, losses)
                         progress, due = compare(checkpoints, state, progress, validation), True
@@ -226,29 +226,32 @@ def prepare(
     """
     compute = config.compute
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor)
-    plan = make_plan(config, teacher.dims, student.dims, mesh, stored_form(config))
+    spec = make_train_spec(config, teacher.dims, student.dims, mesh, stored_form(config))
     check_batch(config.batch_size, mesh, compute.accumulation)
     dims = teacher.dims
     check_heads({"encoder": dims.encoder_heads, "decoder": dims.decoder_heads}, mesh)
-    trainable, frozen = split_parameters(plan, teacher, student, config.train_encoder)
+    trainable, frozen = split_parameters(spec, teacher, student, config.train_encoder)
     begun = partial(initial_state, config=config.optimizer, seed=config.seed)
     placed = shardings(jax.eval_shape(begun, trainable), mesh, compute.fsdp_min_elements)
     frozen = place(frozen, shardings(frozen, mesh, compute.fsdp_min_elements))
     trainable = place(trainable, placed.params)
     state = jax.jit(begun, out_shardings=placed)(trainable)
     options = overlap_options(mesh) if compute.overlap else None
-    return Program(plan, mesh, frozen, compile_step(plan, mesh, placed, options)), state
+    return Program(spec, mesh, frozen, compile_step(spec, mesh, placed, options)), state
 
 
 def compile_step(
-    plan: Plan, mesh: jax.sharding.Mesh, placed: Any, options: dict[str, str | bool] | None = None
+    spec: TrainSpec,
+    mesh: jax.sharding.Mesh,
+    placed: Any,
+    options: dict[str, str | bool] | None = None,
 ) -> Any:
     """`train_step` as it runs: jitted with the compiler's `options`, its state donated and kept
     where `placed` says."""
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
         with within(mesh):
-            return train_step(state, frozen, batch, plan)
+            return train_step(state, frozen, batch, spec)
 
     return jax.jit(
         step,
@@ -339,13 +342,13 @@ def flops(program: Program, fed: Fed) -> int:
     """Useful operations of one update on this batch."""
     own = program.frozen.student_encoder
     trained = set(own) == {"positions"}
-    (rows, length), plan = fed.arrays.tokens.shape, program.plan
+    (rows, length), spec = fed.arrays.tokens.shape, program.spec
     encode, weights_BL = fed.arrays.audio is None, fed.read.weights
     # Of several hosts each knows its own rows, and takes them for any host's.
     hosts = max(rows // len(weights_BL), 1)
-    shards = max(plan.data_shards // hosts, 1)
-    tokens = vocabulary_tokens(weights_BL, plan.accumulation, shards, plan.vocabulary_chunk)
-    return step_flops(plan, rows, length, bool(own), trained, encode, hosts * tokens)
+    shards = max(spec.data_shards // hosts, 1)
+    tokens = vocabulary_tokens(weights_BL, spec.accumulation, shards, spec.vocabulary_chunk)
+    return step_flops(spec, rows, length, bool(own), trained, encode, hosts * tokens)
 
 
 def peak_flops(config: DistillConfig) -> tuple[float, str]:
@@ -362,7 +365,7 @@ def peak_flops(config: DistillConfig) -> tuple[float, str]:
 
 
 @cache
-def replicate(mesh: jax.sharding.Mesh) -> Any:
+def replicated_copy(mesh: jax.sharding.Mesh) -> Any:
     """The program that copies a tree of arrays to every device of a mesh."""
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
@@ -371,9 +374,9 @@ def whole(program: Program, state: TrainState) -> Any:
     """The whole student with unstacked layers, for decoding: on several hosts, one copy each."""
     params = whole_student(state.params, program.frozen)
     if jax.process_count() > 1:
-        copied = replicate(program.mesh)(params)
-        params = spread(jax.tree.map(lambda leaf: leaf.addressable_data(0), copied))
-    if not program.plan.student.scan_layers:
+        copied = replicated_copy(program.mesh)(params)
+        params = replicate(jax.tree.map(lambda leaf: leaf.addressable_data(0), copied))
+    if not program.spec.student.scan_layers:
         return params
     return params | {"encoder": unstack_layers(params["encoder"])}
 

@@ -128,16 +128,16 @@ def _sweep(hidden_GND, embedding_GVD, rows: Rows, theirs, config: LossConfig, ch
         teacher = here.teacher
         if theirs is not None:
             teacher = product("gcd,vd->gcv", teacher, theirs)
-        kl_GC, ce_GC, pull_GCV = token_losses(
+        kl_GC, ce_GC, dlogits_GCV = token_losses(
             teacher, logits_GCV, here.targets, config, here.factors
         )
         sums_2G += jnp.stack([(part * here.weights).sum(axis=1) for part in (kl_GC, ce_GC)])
-        pull_GCV = (here.weights[..., None] * pull_GCV).astype(narrow)
-        pull_GCD = product("gcv,gvd->gcd", pull_GCV, ours)
+        dlogits_GCV = (here.weights[..., None] * dlogits_GCV).astype(narrow)
+        dhidden_GCD = product("gcv,gvd->gcd", dlogits_GCV, ours)
         hidden_gradient_GND = jax.lax.dynamic_update_slice_in_dim(
-            hidden_gradient_GND, pull_GCD, number * chunk, axis=1
+            hidden_gradient_GND, dhidden_GCD, number * chunk, axis=1
         )
-        embedding_gradient_GVD += product("gcv,gcd->gvd", pull_GCV, hidden_GCD)
+        embedding_gradient_GVD += product("gcv,gcd->gvd", dlogits_GCV, hidden_GCD)
         return sums_2G, hidden_gradient_GND, embedding_gradient_GVD
 
     start = (
@@ -178,11 +178,11 @@ def token_losses(
 
     if config.kl:
         divergence: Any = stored_kl_divergence if isinstance(teacher, Stored) else kl_divergence
-        kl, pull_V = scaled(divergence(teacher, logits_V, config.temperature), 0)
-        gradient_V += config.kl * pull_V
+        kl, dlogits_V = scaled(divergence(teacher, logits_V, config.temperature), 0)
+        gradient_V += config.kl * dlogits_V
     if config.ce:
-        ce, pull_V = scaled(cross_entropy(logits_V, targets, config.label_smoothing), 1)
-        gradient_V += config.ce * pull_V
+        ce, dlogits_V = scaled(cross_entropy(logits_V, targets, config.label_smoothing), 1)
+        gradient_V += config.ce * dlogits_V
     return kl, ce, gradient_V
 
 

@@ -27,11 +27,11 @@ def attention(
     k_BHSK: Float[Array, "B H S K"],
     v_BHSK: Float[Array, "B H S K"],
     mask_QS: Bool[Array, "... Q S"] | None = None,
-    heard: int | None = None,
+    kv_length: int | None = None,
 ) -> Float[Array, "B H Q K"]:
     """Softmax(q kᵀ) v; `q` comes scaled. True in `mask_QS` means «may look».
 
-    heard: how many keys there are, where those behind them only fill up (`filled`).
+    kv_length: how many keys there are, where those behind them only fill up (`pad_to_block`).
 
     Unmasked attention of many queries (the encoder's) runs in parts, so that its scores, the
     model's largest tensor, never exist whole: blocks of queries, or on CPUs, where a part has to
@@ -48,7 +48,7 @@ def attention(
         mixed = attention(beams_BHNK.reshape(clips, heads, -1, size), k_BHSK, v_BHSK)
         return mixed.reshape(beams_BHNK.shape).swapaxes(1, 2).reshape(q_BHQK.shape)
     if mask_QS is None and takes_kernel(queries, q_BHQK.dtype):
-        return on_each_device(partial(_by_kernel, heard=heard), q_BHQK, k_BHSK, v_BHSK)
+        return on_each_device(partial(_by_kernel, kv_length=kv_length), q_BHQK, k_BHSK, v_BHSK)
     if mask_QS is not None or queries <= QUERY_BLOCK:
         return _attend(q_BHQK, k_BHSK, v_BHSK, mask_QS)
     if q_BHQK.dtype in (jnp.bfloat16, jnp.float16) and has_cudnn():
@@ -64,7 +64,7 @@ def takes_kernel(queries: int, dtype: Any) -> bool:
     return on_tpu() and dtype == jnp.bfloat16 and queries >= LANES
 
 
-def filled(x_BSD: Float[Array, "B S D"], queries: int) -> Float[Array, "B T D"]:
+def pad_to_block(x_BSD: Float[Array, "B S D"], queries: int) -> Float[Array, "B T D"]:
     """Positions filled up for the kernel, if so many queries will look at them in it.
 
     Once for all layers: to fill up each one's queries, keys and values takes a quarter of an
@@ -138,7 +138,11 @@ def _by_cudnn(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
 
 
 def _by_kernel(
-    q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, heard: int | None = None, interpret: bool = False
+    q_BHQK: Array,
+    k_BHSK: Array,
+    v_BHSK: Array,
+    kv_length: int | None = None,
+    interpret: bool = False,
 ) -> Array:
     """Splash attention, what is no whole block filled up. interpret: compute it anywhere."""
     queries, keys = q_BHQK.shape[2], k_BHSK.shape[2]
@@ -146,16 +150,18 @@ def _by_kernel(
         jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % _block(x.shape[2])), (0, 0)))
         for x in (q_BHQK, k_BHSK, v_BHSK)
     )
-    kernel = _splash(q_BHQK.shape[1], queries, keys, heard or keys, interpret)
+    kernel = _splash(q_BHQK.shape[1], queries, keys, kv_length or keys, interpret)
     return jax.vmap(kernel)(*blocks)[:, :, :queries]
 
 
 @cache
-def _splash(heads: int, queries: int, keys: int, heard: int, interpret: bool) -> Any:
-    """The kernel for one clip; keys behind those that are heard are masked out."""
+def _splash(heads: int, queries: int, keys: int, kv_length: int, interpret: bool) -> Any:
+    """The kernel for one clip; keys behind those that are kv_length are masked out."""
     block, of_keys = _block(queries), _block(keys)
     whole = (queries + -queries % block, keys + -keys % of_keys)
-    mask_QS = splash_attention_mask.NumpyMask(np.broadcast_to(np.arange(whole[1]) < heard, whole))
+    mask_QS = splash_attention_mask.NumpyMask(
+        np.broadcast_to(np.arange(whole[1]) < kv_length, whole)
+    )
     sizes: dict[str, Any] = {f"block_{name}": block for name in ("q", "q_dkv", "q_dq")}
     names = ("kv", "kv_compute", "kv_dkv", "kv_dkv_compute", "kv_dq")
     sizes |= {f"block_{name}": of_keys for name in names}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
-from flax_distil.model.attention import FEW_QUERIES, attend_side_by_side, attention, filled
+from flax_distil.model.attention import FEW_QUERIES, attend_side_by_side, attention, pad_to_block
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.precision import precision, product
 from flax_distil.parallel.mesh import on_tpu
@@ -85,11 +85,11 @@ class Encoder(nnx.Module):
         """Log-mel frames to audio states, T = 2 S."""
         x_BSD = gelu(self.conv2(gelu(self.conv1(mel_BTM))))
         x_BSD = x_BSD + self.positions[...].astype(x_BSD.dtype)
-        heard = x_BSD.shape[1]
-        x_BSD = filled(x_BSD, heard)
-        forward = lambda layer, x_BSD, _: (layer(x_BSD, heard), None)
-        x_BSD, _ = through(self.layers, forward, x_BSD, self.remat)
-        return self.norm(x_BSD[:, :heard])
+        kv_length = x_BSD.shape[1]
+        x_BSD = pad_to_block(x_BSD, kv_length)
+        forward = lambda layer, x_BSD, _: (layer(x_BSD, kv_length), None)
+        x_BSD, _ = apply_layers(self.layers, forward, x_BSD, self.remat)
+        return self.norm(x_BSD[:, :kv_length])
 
 
 class Decoder(nnx.Module):
@@ -127,7 +127,7 @@ class Decoder(nnx.Module):
         x_BLD = self.tokens(tokens_BL) if embedded_BLD is None else embedded_BLD
         x_BLD = x_BLD + self.positions(jnp.arange(length))
         mask_LL = jnp.tril(jnp.ones((length, length), bool))
-        heard, filled_BSD = audio_BSD.shape[1], filled(audio_BSD, length)
+        kv_length, padded_BSD = audio_BSD.shape[1], pad_to_block(audio_BSD, length)
         numbers = None
         if dropout is not None:
             x_BLD = dropout(x_BLD, 0)
@@ -135,15 +135,15 @@ class Decoder(nnx.Module):
 
         def forward(layer: DecoderLayer, x_BLD: Array, number: Any):
             own = layer.self_attention.keys_values(layer.self_norm(x_BLD))
-            cross = layer.cross_attention.keys_values(filled_BSD)
+            cross = layer.cross_attention.keys_values(padded_BSD)
 
             def drop(y_BLD: Array, place: int) -> Array:
                 return y_BLD if dropout is None else dropout(y_BLD, number + place)
 
-            x_BLD = layer(x_BLD, own, cross, mask_LL, heard, drop)
+            x_BLD = layer(x_BLD, own, cross, mask_LL, kv_length, drop)
             return x_BLD, x_BLD
 
-        x_BLD, every_BLD = through(self.layers, forward, x_BLD, self.remat, numbers)
+        x_BLD, every_BLD = apply_layers(self.layers, forward, x_BLD, self.remat, numbers)
         return self.norm(x_BLD), every_BLD
 
     def cross_scores(
@@ -161,7 +161,7 @@ class Decoder(nnx.Module):
             scores_BHLS = layer.cross_attention.scores(layer.cross_norm(asking_BLD), cross)
             return layer(x_BLD, own, cross, mask_LL), scores_BHLS
 
-        x_BLD, scores = through(self.layers, forward, x_BLD)
+        x_BLD, scores = apply_layers(self.layers, forward, x_BLD)
         return self.norm(x_BLD), scores
 
     def logits(self, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
@@ -195,7 +195,7 @@ class Decoder(nnx.Module):
             own = jax.tree.map(lambda array: jnp.zeros(room, array.dtype), cross)
             return nothing, (own, cross)
 
-        _, caches = through(self.layers, project, jnp.zeros(()))
+        _, caches = apply_layers(self.layers, project, jnp.zeros(()))
         if isinstance(self.layers, nnx.List):
             caches = tuple(zip(*caches, strict=True))
         return Cache(*caches, length=jnp.zeros((), jnp.int32))
@@ -224,7 +224,7 @@ class Decoder(nnx.Module):
         remembered = (cache.own, cache.cross)
         if not scanned:
             remembered = tuple(zip(*remembered, strict=True))
-        x_BLD, own = through(self.layers, forward, x_BLD, extras=remembered)
+        x_BLD, own = apply_layers(self.layers, forward, x_BLD, extras=remembered)
         return self.norm(x_BLD), Cache(own, cache.cross, cache.length + tokens_BL.shape[1])
 
 
@@ -237,10 +237,10 @@ class EncoderLayer(nnx.Module):
         self.feed_norm = layer_norm(width, dtype, rngs)
         self.feed_forward = FeedForward(width, ffn, dtype, rngs)
 
-    def __call__(self, x_BSD: Float[Array, "B S D"], heard: int) -> Float[Array, "B S D"]:
+    def __call__(self, x_BSD: Float[Array, "B S D"], kv_length: int) -> Float[Array, "B S D"]:
         normed_BSD = self.self_norm(x_BSD)
         own = self.self_attention.keys_values(normed_BSD)
-        x_BSD = x_BSD + self.self_attention(normed_BSD, own, heard=heard)
+        x_BSD = x_BSD + self.self_attention(normed_BSD, own, kv_length=kv_length)
         return x_BSD + self.feed_forward(self.feed_norm(x_BSD))
 
 
@@ -280,12 +280,12 @@ class DecoderLayer(nnx.Module):
         own: Seen,
         cross: Seen,
         mask_QS: Array,
-        heard: int | None = None,
+        kv_length: int | None = None,
         drop: Callable[[Array, int], Array] = lambda y_BLD, _: y_BLD,
     ) -> Float[Array, "B L D"]:
         y_BLD = self.self_attention(self.self_norm(x_BLD), own, mask_QS)
         x_BLD = x_BLD + drop(y_BLD, 0)
-        y_BLD = self.cross_attention(self.cross_norm(x_BLD), cross, heard=heard)
+        y_BLD = self.cross_attention(self.cross_norm(x_BLD), cross, kv_length=kv_length)
         x_BLD = x_BLD + drop(y_BLD, 1)
         return x_BLD + drop(self.feed_forward(self.feed_norm(x_BLD)), 2)
 
@@ -316,9 +316,9 @@ class Attention(nnx.Module):
         x_BLD: Float[Array, "B L D"],
         seen: Seen,
         mask_QS: Array | None = None,
-        heard: int | None = None,
+        kv_length: int | None = None,
     ) -> Float[Array, "B L D"]:
-        """heard: as of `attention`."""
+        """kv_length: as of `attention`."""
         scale = (x_BLD.shape[-1] // self.heads) ** -0.5
         if isinstance(seen, SideBySide):
             if x_BLD.shape[1] <= FEW_QUERIES:
@@ -326,7 +326,7 @@ class Attention(nnx.Module):
                 return self.out(attend_side_by_side(q_BLD, keys, values, self.heads, mask_QS))
             seen = KeyValues(self.split(seen.keys), self.split(seen.values))
         q_BHLK = self.to_heads(self.query, x_BLD) * scale
-        return self.from_heads(attention(q_BHLK, *seen, mask_QS, heard))
+        return self.from_heads(attention(q_BHLK, *seen, mask_QS, kv_length))
 
     def scores(self, x_BLD: Float[Array, "B L D"], seen: KeyValues) -> Float[Array, "B H L S"]:
         """Scaled products of queries and keys, before the softmax."""
@@ -428,7 +428,7 @@ def append(
     return cache
 
 
-def through(
+def apply_layers(
     layers: Any, apply: Callable, x: Array, remat: bool = False, extras: Any = None
 ) -> tuple[Array, Any]:
     """Runs x through all layers: `apply(layer, x, extra) -> (x, out)`, collecting the outs.

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_distil.parallel.mesh import BATCH, data_shards, in_mesh, make_mesh, replicated, within
 
 
-def spread(tree: Any, devices: Sequence[Any] | None = None) -> Any:
+def replicate(tree: Any, devices: Sequence[Any] | None = None) -> Any:
     """Parameters on every one of `devices`, where functions `by_clip` then divide their work.
 
     devices: all of this process's. CPU devices share one memory and its cores: there, unless asked
@@ -31,7 +31,7 @@ def spread(tree: Any, devices: Sequence[Any] | None = None) -> Any:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that parameters are `spread` on; None where they are on one device."""
+    """The mesh that parameters are `replicate`d on; None where they are on one device."""
     placed = getattr(next(iter(jax.tree.leaves(tree)), None), "sharding", None)
     return placed.mesh if isinstance(placed, NamedSharding) else None  # pyright: ignore
 

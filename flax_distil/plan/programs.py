@@ -25,7 +25,7 @@ from flax_distil.distill.flops import (
     step_flops,
     vocabulary_flops,
 )
-from flax_distil.distill.setup import make_plan, read_of_teacher, stored_types, trainable_part
+from flax_distil.distill.setup import make_train_spec, read_of_teacher, stored_types, trainable_part
 from flax_distil.distill.state import initial_state
 from flax_distil.distill.step import Frozen
 from flax_distil.distill.trainer import compile_step
@@ -81,7 +81,7 @@ def train_program(
     """
     compute = config.compute
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, devices)
-    plan = make_plan(config, teacher, student, mesh, stored)
+    plan = make_train_spec(config, teacher, student, mesh, stored)
     check_batch(config.batch_size, mesh, compute.accumulation)
     check_heads({"encoder": teacher.encoder_heads, "decoder": teacher.decoder_heads}, mesh)
     theirs, ours = plan.teacher.abstract(), plan.student.abstract()

@@ -14,7 +14,7 @@ from flax_distil.decode.greedy import Prompt, Sampling, greedy
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import recognize
 from flax_distil.decode.speculative import speculative
-from flax_distil.parallel.clips import chips_of, spread
+from flax_distil.parallel.clips import chips_of, replicate
 from flax_distil.plan.hlo import COLLECTIVES
 
 PROMPTS = Prompt(jnp.array([[7, 8, 9, 1]] * 3), jnp.array([4, 4, 1]), jnp.array([1, 1, 0]))
@@ -47,7 +47,7 @@ def test_every_search_finds_the_same_on_four_chips(model, search, rules, prompt)
     """Three clips on four chips, one of them not active; the head kept there, and made here."""
     params, audio = model
     active = jnp.array([True, False, True])
-    everywhere = spread(params, jax.devices()[:4])
+    everywhere = replicate(params, jax.devices()[:4])
     assert (chips_of(params), chips_of(everywhere)) == (1, 4)
     kept = everywhere["tokens"]["embedding"].T
     found, expected = (
@@ -61,7 +61,7 @@ def test_every_search_finds_the_same_on_four_chips(model, search, rules, prompt)
 def test_chips_search_alone(model):
     """Nothing crosses between them while they search."""
     params, audio = model
-    everywhere, audio = spread((params, audio), jax.devices()[:3])
+    everywhere, audio = replicate((params, audio), jax.devices()[:3])
     active = jnp.ones(3, bool)
     lowered = greedy.trace(SPEC, everywhere, audio, ONE_PROMPT, active, RULES, 30).lower()
     text = lowered.compile().as_text()
@@ -71,7 +71,7 @@ def test_chips_search_alone(model):
 
 def test_real_speech_on_four_chips(tiny_en, windows):
     """One clip too, of which three chips have copies."""
-    everywhere = dataclasses.replace(tiny_en, params=spread(tiny_en.params, jax.devices()[:4]))
+    everywhere = dataclasses.replace(tiny_en, params=replicate(tiny_en.params, jax.devices()[:4]))
     options = DecodeOptions(max_tokens=24)
     expected = recognize(tiny_en, windows, options)
     assert [one.tokens for one in recognize(everywhere, windows, options)] == [
@@ -82,4 +82,4 @@ def test_real_speech_on_four_chips(tiny_en, windows):
 
 def test_cpus_keep_their_parameters_on_one_device(tiny_en):
     assert chips_of(tiny_en.params) == 1
-    assert spread(tiny_en.params) is tiny_en.params
+    assert replicate(tiny_en.params) is tiny_en.params

@@ -6,7 +6,7 @@ from random_whisper import DIMS, random_batch, random_teacher
 
 from flax_distil.config import LossConfig, OptimizerConfig
 from flax_distil.distill.setup import split_parameters
-from flax_distil.distill.step import Plan, train_step
+from flax_distil.distill.step import TrainSpec, train_step
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import init_student, layer_map
@@ -23,8 +23,8 @@ def student(teacher) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def plan(teacher, student) -> Plan:
-    return Plan(
+def train_spec(teacher, student) -> TrainSpec:
+    return TrainSpec(
         Spec(teacher.dims),
         Spec(student.dims),
         LossConfig(mse=0.1),
@@ -39,9 +39,9 @@ def make_batch():
 
 
 @pytest.fixture(scope="session")
-def parameters(plan, teacher, student):
+def parameters(train_spec, teacher, student):
     """Trainable and frozen parameters."""
-    return split_parameters(plan, teacher, student, train_encoder=False)
+    return split_parameters(train_spec, teacher, student, train_encoder=False)
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,6 @@ def quick_jit():
 
 
 @pytest.fixture(scope="session")
-def step(plan, quick_jit):
+def step(train_spec, quick_jit):
     """The plain step, compiled once for all tests; donation is the trainer's."""
-    return quick_jit(partial(train_step, plan=plan))
+    return quick_jit(partial(train_step, spec=train_spec))

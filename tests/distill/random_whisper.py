@@ -7,7 +7,7 @@ import numpy as np
 
 from flax_distil.data.batches import Batch
 from flax_distil.distill.losses import Losses
-from flax_distil.distill.step import Plan, student_losses, teach
+from flax_distil.distill.step import TrainSpec, student_losses, teach
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import WhisperDims, dims_to_hf
 from flax_distil.model.spec import Spec
@@ -40,9 +40,9 @@ def random_teacher() -> Checkpoint:
     return Checkpoint(DIMS, params, dims_to_hf(DIMS), generation, Path("nowhere"))
 
 
-def losses_of(params, frozen, batch: Batch, plan: Plan) -> Losses:
+def losses_of(params, frozen, batch: Batch, train_spec: TrainSpec) -> Losses:
     """Sums of the parts over a batch."""
-    return student_losses(params, frozen, teach(frozen, batch, plan), batch, plan)[1]
+    return student_losses(params, frozen, teach(frozen, batch, train_spec), batch, train_spec)[1]
 
 
 def random_batch(rows: int = 8, length: int = 8, seed: int = 0) -> Batch:

@@ -18,7 +18,7 @@ from flax_distil.distill.flops import (
     vocabulary_tokens,
 )
 from flax_distil.distill.state import initial_state
-from flax_distil.distill.step import Frozen, Plan, train_step
+from flax_distil.distill.step import Frozen, TrainSpec, train_step
 from flax_distil.model.dims import PUBLISHED
 from flax_distil.model.spec import Spec
 from flax_distil.parallel.mesh import make_mesh
@@ -31,27 +31,27 @@ def test_large_v3():
     decoder = decoder_flops(teacher, 256) + cross_flops(teacher) + vocabulary_flops(teacher, 256)
     assert 8 * encoder_flops(teacher) == pytest.approx(18.1e12, rel=0.01)
     assert 8 * decoder == pytest.approx(6.3e12, rel=0.02)
-    plan = Plan(Spec(teacher), Spec(student), LossConfig(), OptimizerConfig())
-    assert step_flops(plan, 8, 256, False, False) == pytest.approx(26.3e12, rel=0.02)
-    alone = replace(plan, loss=LossConfig(kl=0.0))  # of the teacher nothing runs
+    train_spec = TrainSpec(Spec(teacher), Spec(student), LossConfig(), OptimizerConfig())
+    assert step_flops(train_spec, 8, 256, False, False) == pytest.approx(26.3e12, rel=0.02)
+    alone = replace(train_spec, loss=LossConfig(kl=0.0))  # of the teacher nothing runs
     both = 3 * 8 * encoder_flops(teacher) + step_flops(alone, 8, 256, False, False, encode=False)
     assert step_flops(alone, 8, 256, True, True) == pytest.approx(both, rel=0.01)
 
 
-def test_the_compiler_counts_about_the_same(plan, parameters, make_batch, quick_jit):
+def test_the_compiler_counts_about_the_same(train_spec, parameters, make_batch, quick_jit):
     """At a width where matrix products dominate; softmax, norms and Adam make up the rest."""
     dims = replace(
-        plan.teacher.dims, width=256, encoder_ffn=1024, decoder_ffn=1024, vocab=2048,
+        train_spec.teacher.dims, width=256, encoder_ffn=1024, decoder_ffn=1024, vocab=2048,
         audio_positions=64, text_positions=64,
     )  # fmt: skip
     student = replace(dims, decoder_layers=2)
-    wide = replace(plan, teacher=Spec(dims), student=Spec(student), loss=LossConfig())
+    wide = replace(train_spec, teacher=Spec(dims), student=Spec(student), loss=LossConfig())
     frozen, params = Spec(dims).abstract(), {"decoder": Spec(student).abstract()["decoder"]}
     state = jax.eval_shape(partial(initial_state, config=wide.optimizer, seed=0), params)
     batch = make_batch(8, 64)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     shapes = replace(shapes, waveforms=jax.ShapeDtypeStruct((8, 64 * 320), "int16"))
-    step = quick_jit(partial(train_step, plan=wide))
+    step = quick_jit(partial(train_step, spec=wide))
     cost = step.lower(state, Frozen(frozen, {}), shapes).cost_analysis()
     assert step_flops(wide, 8, 64, False, False) == pytest.approx(cost["flops"], rel=0.1)
 
@@ -71,10 +71,10 @@ def test_tokens_of_weight_0_have_no_logits():
     assert vocabulary_tokens(0 * weights, accumulation=1, shards=2, chunk=4) == 0
 
 
-def test_only_what_is_computed_counts(plan):
-    teacher, student = plan.teacher.dims, plan.student.dims
-    whole = step_flops(plan, 8, 12, False, False)
-    part = step_flops(plan, 8, 12, False, False, logits=32)
+def test_only_what_is_computed_counts(train_spec):
+    teacher, student = train_spec.teacher.dims, train_spec.student.dims
+    whole = step_flops(train_spec, 8, 12, False, False)
+    part = step_flops(train_spec, 8, 12, False, False, logits=32)
     saved = vocabulary_flops(teacher, 96 - 32) + 3 * vocabulary_flops(student, 96 - 32)
     assert whole - part == saved
 

@@ -27,17 +27,21 @@ def held_out(make_batch) -> HeldOut:
     return HeldOut(loader, 10)  # type: ignore[arg-type]
 
 
-def test_each_clip_counts_once_at_temperature_1(plan, parameters, make_batch, held_out):
+def test_each_clip_counts_once_at_temperature_1(train_spec, parameters, make_batch, held_out):
     params, frozen = parameters
-    plan = replace(plan, loss=LossConfig(temperature=2.0, label_smoothing=0.1), data_shards=2)
-    found = score({"clean": held_out}, params, frozen, plan, make_mesh(2, 1, 1, jax.devices()[:2]))
+    train_spec = replace(
+        train_spec, loss=LossConfig(temperature=2.0, label_smoothing=0.1), data_shards=2
+    )
+    found = score(
+        {"clean": held_out}, params, frozen, train_spec, make_mesh(2, 1, 1, jax.devices()[:2])
+    )
 
     sums = np.zeros(3)
     for seed, rows in ((0, 8), (1, 2)):
         batch = jax.tree.map(lambda x, rows=rows: x[:rows], make_batch(8, seed=seed))
-        audio = plan.teacher.encoder(frozen.teacher["encoder"])(features(batch, plan))
+        audio = train_spec.teacher.encoder(frozen.teacher["encoder"])(features(batch, train_spec))
         logs = []
-        for spec, half in ((plan.teacher, frozen.teacher), (plan.student, params)):
+        for spec, half in ((train_spec.teacher, frozen.teacher), (train_spec.student, params)):
             decoder = spec.decoder(half["decoder"])
             logits = decoder.logits(decoder(jnp.asarray(batch.tokens), audio))
             logs.append(np.asarray(jax.nn.log_softmax(logits), np.float64))
@@ -50,9 +54,11 @@ def test_each_clip_counts_once_at_temperature_1(plan, parameters, make_batch, he
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_without_the_teachers_decoder_there_is_no_kl(plan, parameters, held_out):
+def test_without_the_teachers_decoder_there_is_no_kl(train_spec, parameters, held_out):
     params, frozen = parameters
-    plan = replace(plan, loss=LossConfig(kl=0.0))
+    train_spec = replace(train_spec, loss=LossConfig(kl=0.0))
     frozen = frozen._replace(teacher={"encoder": frozen.teacher["encoder"]})
-    found = score({"clean": held_out}, params, frozen, plan, make_mesh(1, 1, 1, jax.devices()[:1]))
+    found = score(
+        {"clean": held_out}, params, frozen, train_spec, make_mesh(1, 1, 1, jax.devices()[:1])
+    )
     assert list(found) == ["clean/ce"]

@@ -8,7 +8,7 @@ import pytest
 from random_whisper import losses_of
 
 from flax_distil.config import AugmentConfig, LossConfig, OptimizerConfig
-from flax_distil.distill.step import Frozen, Plan
+from flax_distil.distill.step import Frozen, TrainSpec
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import layer_map
 
@@ -19,9 +19,9 @@ def test_a_teacher_is_no_way_from_itself(quick_jit, make_batch, teacher):
     layers = layer_map(teacher.dims.decoder_layers, teacher.dims.decoder_layers)
     spec = Spec(teacher.dims)
     options = AugmentConfig(time_masks=2, time_mask_share=0.5, frequency_masks=1)
-    plan = Plan(spec, spec, LossConfig(), OptimizerConfig(), layers, augment=options)
+    train_spec = TrainSpec(spec, spec, LossConfig(), OptimizerConfig(), layers, augment=options)
     frozen = Frozen(teacher.params, teacher.params["encoder"])
-    losses = quick_jit(partial(losses_of, plan=plan))
+    losses = quick_jit(partial(losses_of, train_spec=train_spec))
 
     batch = make_batch()
     weights = batch.weights * (np.arange(8) >= 3)  # tokens 0 … 2 are the text before

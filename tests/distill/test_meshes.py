@@ -14,13 +14,15 @@ from flax_distil.parallel.mesh import batch_sharding
 
 
 @pytest.fixture(scope="module")
-def one_device(step, plan, parameters, make_batch):
-    state = initial_state(parameters[0], plan.optimizer, seed=0)
+def one_device(step, train_spec, parameters, make_batch):
+    state = initial_state(parameters[0], train_spec.optimizer, seed=0)
     return step(state, parameters[1], make_batch())
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2)])
-def test_eight_devices_are_one(sizes, one_device, plan, teacher, student, make_batch, tmp_path):
+def test_eight_devices_are_one(
+    sizes, one_device, train_spec, teacher, student, make_batch, tmp_path
+):
     """Sums are taken in another order: 1e-6."""
     data, fsdp, tensor = sizes
     config = DistillConfig(
@@ -29,8 +31,8 @@ def test_eight_devices_are_one(sizes, one_device, plan, teacher, student, make_b
         (),
         tmp_path,
         batch_size=8,
-        loss=plan.loss,
-        optimizer=plan.optimizer,
+        loss=train_spec.loss,
+        optimizer=train_spec.optimizer,
         compute=ComputeConfig("float32", data=data, fsdp=fsdp, tensor=tensor, fsdp_min_elements=64),
     )
     program, state = prepare(config, teacher, student)
@@ -53,9 +55,9 @@ def test_eight_devices_are_one(sizes, one_device, plan, teacher, student, make_b
     assert jnp.isfinite(metrics["loss"])
 
 
-def test_parameters_are_cut_like_their_moments(plan, teacher, student, tmp_path):
+def test_parameters_are_cut_like_their_moments(train_spec, teacher, student, tmp_path):
     compute = ComputeConfig("float32", fsdp=4, fsdp_min_elements=64)
     config = DistillConfig("t", "s", tmp_path, batch_size=8, compute=compute)
-    _, state = prepare(replace(config, optimizer=plan.optimizer), teacher, student)
+    _, state = prepare(replace(config, optimizer=train_spec.optimizer), teacher, student)
     cut = lambda tree: [leaf.sharding.spec for leaf in jax.tree.leaves(tree)]
     assert cut(state.params) == cut(state.optimizer[1].mu) == cut(state.optimizer[1].nu)

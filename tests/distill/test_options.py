@@ -37,13 +37,13 @@ def test_schedules(schedule, rates):
     assert found == pytest.approx([2 * rate for rate in rates])
 
 
-def test_frozen_positions_stay_and_count_in_no_norm(plan, parameters, make_batch, quick_jit):
+def test_frozen_positions_stay_and_count_in_no_norm(train_spec, parameters, make_batch, quick_jit):
     params, frozen = parameters
-    held = replace(plan.optimizer, freeze_embed_positions=True, weight_decay=0.1)
+    held = replace(train_spec.optimizer, freeze_embed_positions=True, weight_decay=0.1)
     found = {}
     for optimizer in (replace(held, freeze_embed_positions=False), held):
         state = initial_state(params, optimizer, 0)
-        step = quick_jit(partial(train_step, plan=replace(plan, optimizer=optimizer)))
+        step = quick_jit(partial(train_step, spec=replace(train_spec, optimizer=optimizer)))
         found[optimizer.freeze_embed_positions] = step(state, frozen, make_batch())
     positions = [found[one][0].params["decoder"]["positions"]["embedding"] for one in (True, False)]
     np.testing.assert_array_equal(positions[0], params["decoder"]["positions"]["embedding"])
@@ -54,15 +54,15 @@ def test_frozen_positions_stay_and_count_in_no_norm(plan, parameters, make_batch
     assert (masks["positions"]["embedding"], masks["tokens"]["embedding"]) == (False, True)
 
 
-def test_the_teachers_weight_goes_to_its_end(plan, parameters, make_batch, quick_jit):
+def test_the_teachers_weight_goes_to_its_end(train_spec, parameters, make_batch, quick_jit):
     """At update 5 of 20 from 0.8 to 0: as a run whose weight is 0.6 all along, by the loss, its
     parts and the parameters after it; the MSE keeps its weight."""
     params, frozen = parameters
     loss = LossConfig(kl=0.8, kl_end=0.0, mse=0.1)
     after = []
     for one in (loss, replace(loss, kl=0.6, kl_end=None)):
-        state = replace(initial_state(params, plan.optimizer, 0), step=jnp.array(5))
-        step = quick_jit(partial(train_step, plan=replace(plan, loss=one)))
+        state = replace(initial_state(params, train_spec.optimizer, 0), step=jnp.array(5))
+        step = quick_jit(partial(train_step, spec=replace(train_spec, loss=one)))
         after.append(step(state, frozen, make_batch()))
     (fading, shown), (fixed, expected) = after
     for name in ("loss", "kl", "ce", "mse", "gradient_norm"):
@@ -100,23 +100,23 @@ def test_what_makes_no_sense_is_refused(config, change, message):
 
 
 def test_dropout_is_the_same_in_any_cut_and_new_in_each_update(
-    plan, parameters, make_batch, quick_jit
+    train_spec, parameters, make_batch, quick_jit
 ):
     """On one device, on four, and in two micro-batches computed again; a share of what layers add
     is gone."""
     params, frozen = parameters
-    dropping = replace(plan, dropout=0.25)
-    state, batch = initial_state(params, plan.optimizer, 0), make_batch()
+    dropping = replace(train_spec, dropout=0.25)
+    state, batch = initial_state(params, train_spec.optimizer, 0), make_batch()
     four = make_mesh(4, 1, 1, jax.devices()[:4])
-    recomputed = replace(plan.student, remat=True)
+    recomputed = replace(train_spec.student, remat=True)
     cut = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(four)), batch)
     found = [
-        quick_jit(partial(train_step, plan=one))(start, frozen, rows)[1]["loss"]
+        quick_jit(partial(train_step, spec=one))(start, frozen, rows)[1]["loss"]
         for one, start, rows in (
             (dropping, state, batch),
             (replace(dropping, data_shards=4), state, cut),
             (replace(dropping, accumulation=2, student=recomputed), state, batch),
-            (plan, state, batch),
+            (train_spec, state, batch),
             (dropping, replace(state, step=state.step + 1), batch),
             (dropping, replace(state, rng=jax.random.PRNGKey(1)), batch),
         )

@@ -27,8 +27,8 @@ def batch(make_batch):
 
 
 @pytest.fixture(scope="module")
-def state(plan, parameters):
-    return initial_state(parameters[0], plan.optimizer, seed=0)
+def state(train_spec, parameters):
+    return initial_state(parameters[0], train_spec.optimizer, seed=0)
 
 
 def torch_model(checkpoint):
@@ -79,9 +79,11 @@ def torch_loss(teacher, student, batch, config, layer_map):
 
 
 @pytest.fixture(scope="module")
-def value_and_gradient(quick_jit, plan, parameters, batch):
+def value_and_gradient(quick_jit, train_spec, parameters, batch):
     def loss(params, frozen):
-        total, _ = student_losses(params, frozen, teach(frozen, batch, plan), batch, plan)
+        total, _ = student_losses(
+            params, frozen, teach(frozen, batch, train_spec), batch, train_spec
+        )
         return total / jnp.sum(batch.weights)
 
     compiled = quick_jit(jax.value_and_grad(loss))
@@ -89,12 +91,14 @@ def value_and_gradient(quick_jit, plan, parameters, batch):
 
 
 def test_loss_and_gradients_are_pytorchs(
-    value_and_gradient, plan, parameters, batch, teacher, student
+    value_and_gradient, train_spec, parameters, batch, teacher, student
 ):
     """Float32 on both sides: 1e-5."""
     value, gradients = value_and_gradient(parameters[0])
     model = torch_model(student)
-    _, expected = torch_loss(torch_model(teacher), model, batch, plan.loss, plan.layer_map)
+    _, expected = torch_loss(
+        torch_model(teacher), model, batch, train_spec.loss, train_spec.layer_map
+    )
     expected.backward()
     np.testing.assert_allclose(value, expected.detach(), rtol=1e-5)
     ours = to_hf(student.dims, student.params | gradients)
@@ -105,17 +109,17 @@ def test_loss_and_gradients_are_pytorchs(
         assert np.abs(ours[name]).max() > 1e-4, name
 
 
-def test_parts_are_pytorchs(step, plan, state, parameters, batch, teacher, student):
+def test_parts_are_pytorchs(step, train_spec, state, parameters, batch, teacher, student):
     _, metrics = step(state, parameters[1], batch)
     parts, total = torch_loss(
-        torch_model(teacher), torch_model(student), batch, plan.loss, plan.layer_map
+        torch_model(teacher), torch_model(student), batch, train_spec.loss, train_spec.layer_map
     )
     ours = [metrics[name] for name in ("kl", "ce", "mse", "loss")]
     np.testing.assert_allclose(ours, [part.item() for part in (*parts, total)], rtol=1e-5)
     assert metrics["tokens"] == batch.weights.sum()
 
 
-def test_update_is_pytorchs_adamw(value_and_gradient, step, plan, state, parameters, batch):
+def test_update_is_pytorchs_adamw(value_and_gradient, step, train_spec, state, parameters, batch):
     """Two updates, clipped, warming up, against torch.optim.AdamW fed with our gradients."""
     weights = [torch.nn.Parameter(torch.tensor(np.array(p))) for p in jax.tree.leaves(state.params)]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -124,8 +128,8 @@ def test_update_is_pytorchs_adamw(value_and_gradient, step, plan, state, paramet
         _, gradients = value_and_gradient(ours.params)
         for weight, gradient in zip(weights, jax.tree.leaves(gradients), strict=True):
             weight.grad = torch.tensor(np.array(gradient))
-        torch.nn.utils.clip_grad_norm_(weights, plan.optimizer.max_gradient_norm)
-        optimizer.param_groups[0]["lr"] = float(learning_rate(ours.step, plan.optimizer))
+        torch.nn.utils.clip_grad_norm_(weights, train_spec.optimizer.max_gradient_norm)
+        optimizer.param_groups[0]["lr"] = float(learning_rate(ours.step, train_spec.optimizer))
         optimizer.step()
         ours, _ = step(ours, parameters[1], batch)
     for weight, leaf in zip(weights, jax.tree.leaves(ours.params), strict=True):
@@ -139,15 +143,15 @@ def test_only_trainable_parameters_have_moments(state, teacher, student):
     assert count(state.optimizer) == 2 * decoder
 
 
-def test_encoder_runs_once(quick_jit, plan, state, parameters, batch):
+def test_encoder_runs_once(quick_jit, train_spec, state, parameters, batch):
     """Teacher and student share one encoder pass: two convolutions in the program, not four."""
-    program = quick_jit(partial(train_step, plan=plan)).lower(state, parameters[1], batch)
+    program = quick_jit(partial(train_step, spec=train_spec)).lower(state, parameters[1], batch)
     assert program.as_text().count("stablehlo.convolution") == 2
 
 
-def test_micro_batches_are_one_batch(quick_jit, step, plan, state, parameters, batch):
+def test_micro_batches_are_one_batch(quick_jit, step, train_spec, state, parameters, batch):
     """Only the order of float32 sums differs: 1e-5 of gradient-sized numbers."""
-    cut = quick_jit(partial(train_step, plan=replace(plan, accumulation=4)))
+    cut = quick_jit(partial(train_step, spec=replace(train_spec, accumulation=4)))
     whole, metrics = step(state, parameters[1], batch)
     parts, cut_metrics = cut(state, parameters[1], batch)
     for name in ("loss", "kl", "ce", "mse", "gradient_norm", "tokens", "learning_rate"):
@@ -197,11 +201,11 @@ def test_a_batch_is_memorised(step, state, parameters, batch):
     ],
 )
 def test_every_objective_has_pytorchs_gradients(
-    quick_jit, plan, batch, teacher, loss, encoder_layers, train_encoder
+    quick_jit, train_spec, batch, teacher, loss, encoder_layers, train_encoder
 ):
     """Value and gradients of all that is trained, float32: 1e-5."""
     student = init_student(teacher, 2, encoder_layers)
-    one = replace(plan, loss=loss, student=replace(plan.student, dims=student.dims))
+    one = replace(train_spec, loss=loss, student=replace(train_spec.student, dims=student.dims))
     trainable, frozen = split_parameters(one, teacher, student, train_encoder)
     assert set(trainable) == ({"encoder", "decoder"} if train_encoder else {"decoder"})
     assert len(frozen.student_encoder.get("layers", ())) == (encoder_layers or 0)
@@ -213,7 +217,7 @@ def test_every_objective_has_pytorchs_gradients(
 
     value, gradients = quick_jit(jax.value_and_grad(total))(trainable)
     model = torch_model(student)
-    _, expected = torch_loss(torch_model(teacher), model, batch, loss, plan.layer_map)
+    _, expected = torch_loss(torch_model(teacher), model, batch, loss, train_spec.layer_map)
     expected.backward()
     np.testing.assert_allclose(value, expected.detach(), rtol=1e-5)
     whole = {half: student.params[half] | gradients.get(half, {}) for half in student.params}
@@ -226,13 +230,13 @@ def test_every_objective_has_pytorchs_gradients(
         np.testing.assert_allclose(ours[name], gradient, atol=1e-5, err_msg=name)
 
 
-def test_trained_encoder_leaves_the_teacher_alone(quick_jit, plan, batch, teacher, student):
-    trainable, frozen = split_parameters(plan, teacher, student, train_encoder=True)
+def test_trained_encoder_leaves_the_teacher_alone(quick_jit, train_spec, batch, teacher, student):
+    trainable, frozen = split_parameters(train_spec, teacher, student, train_encoder=True)
     assert set(frozen.student_encoder) == {"positions"}
-    state = initial_state(trainable, plan.optimizer, seed=0)
-    after, metrics = quick_jit(partial(train_step, plan=plan))(state, frozen, batch)
+    state = initial_state(trainable, train_spec.optimizer, seed=0)
+    after, metrics = quick_jit(partial(train_step, spec=train_spec))(state, frozen, batch)
     _, expected = torch_loss(
-        torch_model(teacher), torch_model(student), batch, plan.loss, plan.layer_map
+        torch_model(teacher), torch_model(student), batch, train_spec.loss, train_spec.layer_map
     )
     np.testing.assert_allclose(metrics["loss"], expected.item(), rtol=1e-5)
     kernel = lambda params: np.asarray(params["encoder"]["conv1"]["kernel"])
@@ -241,50 +245,54 @@ def test_trained_encoder_leaves_the_teacher_alone(quick_jit, plan, batch, teache
     assert jax.tree.structure(whole) == jax.tree.structure(student.params)
 
 
-def test_bfloat16_over_float32_masters(quick_jit, plan, parameters, batch, teacher, student):
+def test_bfloat16_over_float32_masters(quick_jit, train_spec, parameters, batch, teacher, student):
     """bfloat16 has 8 bits: losses agree to about a percent, parameters stay float32."""
     half = replace(
-        plan,
-        teacher=replace(plan.teacher, dtype="bfloat16"),
-        student=replace(plan.student, dtype="bfloat16"),
+        train_spec,
+        teacher=replace(train_spec.teacher, dtype="bfloat16"),
+        student=replace(train_spec.student, dtype="bfloat16"),
     )
     trainable, frozen = split_parameters(half, teacher, student, train_encoder=False)
     layer = frozen.teacher["decoder"]["layers"][0]
     assert layer["feed_forward"]["up"]["kernel"].dtype == jnp.bfloat16
     assert layer["feed_norm"]["scale"].dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {np.dtype("float32")}
-    rough = quick_jit(partial(losses_of, plan=half))(trainable, frozen, batch)
-    exact = quick_jit(partial(losses_of, plan=plan))(*parameters, batch)
+    rough = quick_jit(partial(losses_of, train_spec=half))(trainable, frozen, batch)
+    exact = quick_jit(partial(losses_of, train_spec=train_spec))(*parameters, batch)
     np.testing.assert_allclose(rough, exact, rtol=2e-2)
     # what is stored narrow is what the program would have narrowed: not a bit differs
     wide = frozen._replace(teacher=teacher.params)
-    same = quick_jit(partial(losses_of, plan=half))(trainable, wide, batch)
+    same = quick_jit(partial(losses_of, train_spec=half))(trainable, wide, batch)
     assert [float(part) for part in same] == [float(part) for part in rough]
 
 
 @pytest.mark.parametrize("train_encoder", [False, True])
 def test_scanned_layers_give_the_same(
-    quick_jit, plan, step, batch, teacher, student, train_encoder
+    quick_jit, train_spec, step, batch, teacher, student, train_encoder
 ):
     scanned = replace(
-        plan,
-        teacher=replace(plan.teacher, scan_layers=HALVES),
-        student=replace(plan.student, scan_layers=("encoder",), remat=True),
+        train_spec,
+        teacher=replace(train_spec.teacher, scan_layers=HALVES),
+        student=replace(train_spec.student, scan_layers=("encoder",), remat=True),
     )
 
-    def metrics_of(step, plan):
-        trainable, frozen = split_parameters(plan, teacher, student, train_encoder)
-        return step(initial_state(trainable, plan.optimizer, seed=0), frozen, batch)[1]
+    def metrics_of(step, train_spec):
+        trainable, frozen = split_parameters(train_spec, teacher, student, train_encoder)
+        return step(initial_state(trainable, train_spec.optimizer, seed=0), frozen, batch)[1]
 
-    metrics = metrics_of(quick_jit(partial(train_step, plan=scanned)), scanned)
-    plain = metrics_of(step, plan)
+    metrics = metrics_of(quick_jit(partial(train_step, spec=scanned)), scanned)
+    plain = metrics_of(step, train_spec)
     for name in ("loss", "kl", "ce", "mse", "gradient_norm"):
         np.testing.assert_allclose(metrics[name], plain[name], rtol=1e-5, err_msg=name)
 
 
-def test_chunks_of_the_vocabulary_are_the_whole(quick_jit, plan, step, state, parameters, batch):
+def test_chunks_of_the_vocabulary_are_the_whole(
+    quick_jit, train_spec, step, state, parameters, batch
+):
     """With a last chunk that is not full: 1e-6."""
-    chunked = quick_jit(partial(train_step, plan=replace(plan, vocabulary_chunk=5, data_shards=2)))
+    chunked = quick_jit(
+        partial(train_step, spec=replace(train_spec, vocabulary_chunk=5, data_shards=2))
+    )
     whole, metrics = step(state, parameters[1], batch)
     parts, chunked_metrics = chunked(state, parameters[1], batch)
     for name in ("loss", "kl", "ce", "mse", "gradient_norm"):
@@ -294,18 +302,18 @@ def test_chunks_of_the_vocabulary_are_the_whole(quick_jit, plan, step, state, pa
         np.testing.assert_allclose(a, b, atol=1e-7)
 
 
-def test_no_logits_of_the_whole_batch_with_chunks(plan, state, parameters, make_batch):
+def test_no_logits_of_the_whole_batch_with_chunks(train_spec, state, parameters, make_batch):
     batch = make_batch(8, 12)
-    whole = f"96x{plan.teacher.dims.vocab}x"
-    lowered = lambda plan: jax.jit(partial(train_step, plan=plan)).lower(
+    whole = f"96x{train_spec.teacher.dims.vocab}x"
+    lowered = lambda train_spec: jax.jit(partial(train_step, spec=train_spec)).lower(
         state, parameters[1], batch
     )
-    assert whole in lowered(plan).as_text()
-    assert whole not in lowered(replace(plan, vocabulary_chunk=4)).as_text()
+    assert whole in lowered(train_spec).as_text()
+    assert whole not in lowered(replace(train_spec, vocabulary_chunk=4)).as_text()
 
 
-def test_schedule(plan):
-    config = replace(plan.optimizer, learning_rate=1e-4, warmup_steps=500, steps=80_000)
+def test_schedule(train_spec):
+    config = replace(train_spec.optimizer, learning_rate=1e-4, warmup_steps=500, steps=80_000)
     rate = lambda step: float(learning_rate(jnp.array(step), config))
     assert rate(0) == pytest.approx(2e-7)
     assert rate(249) == pytest.approx(5e-5)
@@ -315,16 +323,16 @@ def test_schedule(plan):
     assert rate(80_000) == 0
 
 
-def test_decay_spares_biases_and_norms(state, plan):
-    mask = decayed(state.params, plan.optimizer)["decoder"]
+def test_decay_spares_biases_and_norms(state, train_spec):
+    mask = decayed(state.params, train_spec.optimizer)["decoder"]
     layer = mask["layers"][0]
     assert mask["tokens"]["embedding"]
     assert layer["self_attention"]["query"] == {"kernel": True, "bias": False}
     assert layer["feed_norm"] == mask["norm"] == {"scale": False, "bias": False}
 
 
-def test_weights_are_configuration(quick_jit, plan, parameters, batch):
-    only = replace(plan, loss=LossConfig(kl=0.0, ce=1.0))
-    losses = quick_jit(partial(losses_of, plan=only))(*parameters, batch)
+def test_weights_are_configuration(quick_jit, train_spec, parameters, batch):
+    only = replace(train_spec, loss=LossConfig(kl=0.0, ce=1.0))
+    losses = quick_jit(partial(losses_of, train_spec=only))(*parameters, batch)
     assert losses.kl == losses.mse == 0
     assert losses.ce > 0

@@ -248,7 +248,7 @@ def test_the_whole_student_is_copied_by_one_program(
     """On several hosts, at every validation."""
     program, state = prepare(config, teacher, student)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(trainer, "spread", lambda params: params)
+    monkeypatch.setattr(trainer, "replicate", lambda params: params)
     whole(program, state)
     compilations.clear()
     whole(program, state)

@@ -194,8 +194,8 @@ def test_the_tpu_kernel_computes_attention(queries):
     q = 0.3 * q[:, :, :queries]
     kernel = partial(_by_kernel, interpret=True)
     np.testing.assert_allclose(kernel(q, k, v), _attend(q, k, v), atol=1e-5)
-    heard = _attend(q, k[:, :, :500], v[:, :, :500])
-    np.testing.assert_allclose(kernel(q, k, v, heard=500), heard, atol=1e-5)
+    kv_length = _attend(q, k[:, :, :500], v[:, :, :500])
+    np.testing.assert_allclose(kernel(q, k, v, kv_length=500), kv_length, atol=1e-5)
 
     def gradients(attend):
         return jax.grad(lambda qkv: (attend(*qkv) ** 2).sum())((q, k, v))
