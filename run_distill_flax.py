@@ -2,7 +2,7 @@
 """Distil a student from a Whisper teacher and its pseudo-labels: `flax-distil distill` as a script.
 
     python run_distill_flax.py --teacher whisper-base --student runs/student \
-        --labels runs/chosen --output-dir runs/distill
+        --labels runs/filtered --output-dir runs/distill
     python run_distill_flax.py --recipe recipes/base-6-2.toml --run.resume auto
 """
 

@@ -50,7 +50,7 @@ VERBS = {
     "filter": Verb(
         config.FilterConfig,
         "flax_distil.pseudo_label.filter",
-        "runs/labels --output-dir runs/chosen",
+        "runs/labels --output-dir runs/filtered",
     ),
     "init-student": Verb(
         config.InitStudentConfig,
@@ -60,7 +60,7 @@ VERBS = {
     "distill": Verb(
         config.DistillConfig,
         "flax_distil.distill.trainer",
-        "--teacher whisper-base --student runs/student --labels runs/chosen "
+        "--teacher whisper-base --student runs/student --labels runs/filtered "
         "--output-dir runs/distill",
     ),
     "runs": Verb(config.RunsConfig, "flax_distil.distill.comparison", "runs --json"),

@@ -34,14 +34,14 @@ from flax_distil.distill.flops import measured_peak
 from flax_distil.errors import Stopped, check_writable
 from flax_distil.evaluate import Report
 from flax_distil.evaluate.agreement import agreement
-from flax_distil.evaluate.judge import compare
+from flax_distil.evaluate.evaluator import evaluate_models
 from flax_distil.export.verify import differing_texts
 from flax_distil.fetch.speech import DemoSpeech, demo_speech
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model import student
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.parallel.mesh import make_mesh
-from flax_distil.pseudo_label import filter as choosing
+from flax_distil.pseudo_label import filter as filtering
 from flax_distil.pseudo_label import labeller
 from flax_distil.recipe import load_recipe, save_recipe
 from flax_distil.text.normalize import normalizer
@@ -75,12 +75,12 @@ def run(config: DemoConfig) -> Report:
     step("2. The teacher writes down what it hears")
     stores = [label(config, speech, teacher, packed) for packed in (True, False)]
     step("3. Labels that can be trusted")
-    chosen = tuple(choose(store) for store in stores)
+    filtered = tuple(keep_reliable(store) for store in stores)
     step("4. A student of the teacher's encoder and two of its decoder layers")
     untrained = folder / "student-untrained"
     student.run(InitStudentConfig(str(teacher), untrained))
     step("5. Distillation")
-    run_folder = teach(config, speech, teacher, untrained, chosen)
+    run_folder = teach(config, speech, teacher, untrained, filtered)
     step("6. A folder for Transformers, checked in PyTorch")
     trained = folder / "student"
     clip = Path(str(next(iter(read_dataset(heldout(speech)[0]).since(0))).audio))
@@ -145,15 +145,15 @@ def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -
     return folder
 
 
-def choose(store: Path) -> Path:
+def keep_reliable(store: Path) -> Path:
     """The labels below the paper's threshold."""
-    folder = store.parent.parent / "chosen" / store.name
-    choosing.run(FilterConfig(store, folder, overwrite=True))
+    folder = store.parent.parent / "filtered" / store.name
+    filtering.run(FilterConfig(store, folder, overwrite=True))
     return folder
 
 
 def teach(
-    config: DemoConfig, speech: DemoSpeech, teacher: Path, student: Path, chosen: tuple[Path, ...]
+    config: DemoConfig, speech: DemoSpeech, teacher: Path, student: Path, filtered: tuple[Path, ...]
 ) -> Path:
     """The run's folder. Raises Stopped where training was asked to stop before its end."""
     folder = config.output_dir / "distill"
@@ -161,7 +161,7 @@ def teach(
         DistillConfig(
             teacher=str(teacher),
             student=str(student),
-            labels=chosen,
+            labels=filtered,
             output_dir=folder,
             batch_size=config.batch_size,
             language="en",
@@ -191,7 +191,7 @@ def judge(config: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Re
     """All models side by side, synthetic and human speech apart, by both methods; the student in
     PyTorch, and its language and no-speech answers beside its teacher's."""
     sets = heldout(speech)
-    report = compare(
+    report = evaluate_models(
         EvaluateConfig(
             models=tuple(map(str, models.values())),
             names=tuple(models),

@@ -92,7 +92,7 @@ def test_the_demo_ends_where_its_training_is_stopped(tmp_path, monkeypatch, caps
     for name in ("fetch_weights", "label"):
         monkeypatch.setattr(demo, name, lambda *_: tmp_path)
     monkeypatch.setattr(demo, "demo_speech", lambda *_, **__: speech)
-    monkeypatch.setattr(demo, "choose", lambda store: store)
+    monkeypatch.setattr(demo, "keep_reliable", lambda store: store)
     monkeypatch.setattr(demo.student, "run", lambda _: None)
     stopped = TrainSummary(tmp_path, 2, False, 1.0, 0, None, None)
     monkeypatch.setattr(demo.trainer, "run", lambda _: stopped)

@@ -13,9 +13,9 @@ def plot_errors(report: Report) -> "Figure":
     from matplotlib import pyplot
 
     bars = {
-        f"{entry.name}\n{score.dataset}": score.words
-        for entry in report.entries
-        for score in entry.scores
+        f"{model.name}\n{score.dataset}": score.words
+        for model in report.models
+        for score in model.datasets
     }
     figure, axes = pyplot.subplots(figsize=(1.5 + 1.8 * len(bars), 4), layout="constrained")
     floor = [0.0] * len(bars)
@@ -35,10 +35,10 @@ def plot_speed(report: Report) -> "Figure":
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for entry in report.entries:
-        axes.scatter(entry.relative_speed, entry.wer, s=4 * (entry.parameters / 1e6) ** 0.75)
-        axes.annotate(entry.name, (entry.relative_speed, entry.wer), ha="center", va="bottom")
-    axes.set_xlabel(f"speed relative to {report.entries[0].name}")
+    for model in report.models:
+        axes.scatter(model.relative_speed, model.wer, s=4 * (model.parameters / 1e6) ** 0.75)
+        axes.annotate(model.name, (model.relative_speed, model.wer), ha="center", va="bottom")
+    axes.set_xlabel(f"speed relative to {report.models[0].name}")
     axes.set_ylabel(f"{report.rate}, %")
     axes.margins(0.2)
     return figure

@@ -22,7 +22,7 @@ TEXT_COLUMNS = (0, 2)  # of the report's table: model and dataset
 
 
 @dataclass(frozen=True)
-class Judged:
+class ClipResult:
     """One model on one clip: a line of transcripts.jsonl."""
 
     dataset: str
@@ -41,7 +41,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Score:
+class DatasetResult:
     """One model on one dataset."""
 
     dataset: str
@@ -71,7 +71,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ModelResult:
     """One model over all datasets."""
 
     name: str
@@ -79,18 +79,18 @@ class Entry:
     parameters: int
     relative_speed: float
     """Median over batches of the first model's time over this one's."""
-    scores: tuple[Score, ...]
+    datasets: tuple[DatasetResult, ...]
 
     @property
     def wer(self) -> float:
         """Mean of the datasets' word error rates in percent (the paper's macro-average)."""
-        return mean(score.wer for score in self.scores)
+        return mean(score.wer for score in self.datasets)
 
     @property
     def rtf(self) -> float:
         """Processing time over audio time, all datasets together."""
-        total = sum(score.audio_seconds for score in self.scores)
-        return sum(score.seconds for score in self.scores) / total
+        total = sum(score.audio_seconds for score in self.datasets)
+        return sum(score.seconds for score in self.datasets) / total
 
     def to_json(self) -> dict[str, Any]:
         """The keys of report.json."""
@@ -113,7 +113,7 @@ class Entry:
                     "seconds": score.seconds,
                     **asdict(score.words),
                 }
-                for score in self.scores
+                for score in self.datasets
             ],
         }
 
@@ -122,33 +122,33 @@ class Entry:
 class Report:
     """Models side by side."""
 
-    entries: tuple[Entry, ...]
+    models: tuple[ModelResult, ...]
     skipped: dict[str, list[str]]
-    """Dataset → the clips no model was judged on, with the reasons."""
+    """Dataset → the clips no model was evaluated on, with the reasons."""
     settings: dict[str, Any]
     """How it was measured: device, precision, batch size, versions."""
-    judged: tuple[Judged, ...] = ()
+    clips: tuple[ClipResult, ...] = ()
 
     @property
     def rate(self) -> str:
         """WER, CER or WER/CER: what the error rates of all datasets count."""
-        units = {part for e in self.entries for s in e.scores for part in s.rate.split("/")}
+        units = {part for e in self.models for s in e.datasets for part in s.rate.split("/")}
         return "/".join(sorted(units, reverse=True)) or "WER"
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json."""
-        models = [entry.to_json() for entry in self.entries]
+        models = [model.to_json() for model in self.models]
         return {"models": models, "skipped": self.skipped, "settings": self.settings}
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Heads and cells of the table: one row a model and dataset, and the mean over several."""
         heads = ["model", "parameters", "data", f"{self.rate} %", "sub", "del", "ins"]
-        with_cer = any(score.cer is not None for entry in self.entries for score in entry.scores)
+        with_cer = any(score.cer is not None for model in self.models for score in model.datasets)
         heads += ["CER %"] * with_cer + ["RTF", "speed"]
         rows = []
-        for entry in self.entries:
-            first = [entry.name, f"{entry.parameters / 1e6:.1f} M"]
-            for score in entry.scores:
+        for model in self.models:
+            first = [model.name, f"{model.parameters / 1e6:.1f} M"]
+            for score in model.datasets:
                 shares = [
                     f"{100 * part / max(score.words.reference_words, 1):.1f}"
                     for part in (
@@ -158,8 +158,8 @@ class Report:
                     )
                 ]
                 cer = [f"{score.cer:.1f}" if score.cer is not None else ""] * with_cer
-                alone = len(entry.scores) == 1
-                speed = f"{entry.relative_speed:.2f}×" if alone else ""
+                alone = len(model.datasets) == 1
+                speed = f"{model.relative_speed:.2f}×" if alone else ""
                 unit = f" ({score.rate})" if score.rate != self.rate else ""
                 cells = [
                     score.dataset + unit,
@@ -170,10 +170,10 @@ class Report:
                 ]
                 rows.append([*first, *cells, speed])
                 first = ["", ""]
-            if len(entry.scores) > 1:
+            if len(model.datasets) > 1:
                 blank = [""] * (3 + with_cer)
-                cells = ["mean", f"{entry.wer:.1f}", *blank, f"{entry.rtf:.3f}"]
-                rows.append([*first, *cells, f"{entry.relative_speed:.2f}×"])
+                cells = ["mean", f"{model.wer:.1f}", *blank, f"{model.rtf:.3f}"]
+                rows.append([*first, *cells, f"{model.relative_speed:.2f}×"])
         return heads, rows
 
     def table(self) -> Table:
@@ -196,7 +196,7 @@ class Report:
         lines += [
             f"{self.rate} and its parts are percent of the reference {units} after the Whisper "
             "normaliser. RTF is processing time over audio time, loading and compilation left out. "
-            f"Speed is relative to {self.entries[0].name}: the median over batches that all models "
+            f"Speed is relative to {self.models[0].name}: the median over batches that all models "
             "decoded in turn.",
             "",
             *(f"- {key}: {value}" for key, value in self.settings.items()),
@@ -209,7 +209,7 @@ class Report:
         """Write report.json, report.md and transcripts.jsonl."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False)
-        lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in self.judged]
+        lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in self.clips]
         for name, contents in (
             ("report.json", text + "\n"),
             ("report.md", self.to_markdown()),
@@ -229,15 +229,15 @@ def markdown_table(
 
 def largest_gaps(report: Report, count: int = 10) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the clips on which the models' WER lies furthest apart, with the texts."""
-    clips: dict[tuple[str, str], list[Judged]] = {}
-    for one in report.judged:
+    clips: dict[tuple[str, str], list[ClipResult]] = {}
+    for one in report.clips:
         clips.setdefault((one.dataset, one.id), []).append(one)
 
-    def gap(same: list[Judged]) -> float:
+    def gap(same: list[ClipResult]) -> float:
         return max(one.wer for one in same) - min(one.wer for one in same)
 
     apart = sorted(clips.values(), key=gap, reverse=True)[:count]
-    heads = ["clip", "reference", *(entry.name for entry in report.entries)]
+    heads = ["clip", "reference", *(model.name for model in report.models)]
     rows = [
         [same[0].id, same[0].reference, *(f"{one.text} ({one.wer:.0f} %)" for one in same)]
         for same in apart

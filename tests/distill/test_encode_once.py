@@ -26,7 +26,7 @@ from flax_distil.data.windows import window_batches
 from flax_distil.decode.recognizer import listen, make_recognizer
 from flax_distil.distill import encode_once
 from flax_distil.model.checkpoint import load_checkpoint
-from flax_distil.pseudo_label import filter as choosing
+from flax_distil.pseudo_label import filter as filtering
 from flax_distil.pseudo_label import labeller
 from flax_distil.text.tokens import load_tokens
 
@@ -41,7 +41,7 @@ def run(random_folders, tmp_path) -> DistillConfig:
         (speech / f"{number}.flac").write_bytes(encode_flac(noise.astype(np.float32)))
     (speech / "3.flac").write_bytes(b"not audio")
     teacher, student = map(str, random_folders)
-    states, labels, chosen = (tmp_path / name for name in ("states", "labels", "chosen"))
+    states, labels, filtered = (tmp_path / name for name in ("states", "labels", "filtered"))
     data = DataConfig(str(speech), language="en")
     labeller.run(
         PseudoLabelConfig(
@@ -55,12 +55,12 @@ def run(random_folders, tmp_path) -> DistillConfig:
         )
     )
     # A random model never ends a text.
-    choosing.run(FilterConfig(labels, chosen, max_wer=None, max_duration=1.1, keep_unended=True))
+    filtering.run(FilterConfig(labels, filtered, max_wer=None, max_duration=1.1, keep_unended=True))
     return DistillConfig(
         teacher,
         student,
         tmp_path / "run",
-        (chosen,),
+        (filtered,),
         audio_states=states,
         compute=ComputeConfig(dtype="float32"),
         validation=ValidationConfig(batch_size=2),

@@ -32,7 +32,7 @@ from flax_distil.fetch.manifest import read_manifest
 from flax_distil.fetch.prompts import FOREIGN, foreign_prompts, human_prompts
 from flax_distil.model import student
 from flax_distil.model.checkpoint import load_checkpoint
-from flax_distil.pseudo_label import filter as choosing
+from flax_distil.pseudo_label import filter as filtering
 from flax_distil.pseudo_label import labeller
 from flax_distil.recipe import save_recipe
 
@@ -116,10 +116,10 @@ def train(teacher: Path, folder: Path):
             batch_size=8,
         )
     )
-    choosing.run(
+    filtering.run(
         FilterConfig(
             folder / "labels",
-            folder / "chosen",
+            folder / "filtered",
             max_wer=None,
             keep_non_speech=True,
             allow_missing_reference=True,
@@ -132,7 +132,7 @@ def train(teacher: Path, folder: Path):
             str(teacher),
             str(folder / "student"),
             folder / "run",
-            labels=(folder / "chosen",),
+            labels=(folder / "filtered",),
             batch_size=4,
             prompt_probability=0.0,
             label_buckets=(48,),

@@ -4,26 +4,28 @@ import json
 
 from rich.console import Console
 
-from flax_distil.evaluate.report import Entry, Judged, Report, Score, largest_gaps
+from flax_distil.evaluate.report import ClipResult, DatasetResult, ModelResult, Report, largest_gaps
 from flax_distil.text.wer import ErrorCounts
 
-CLEAN = Score("clean", 2, 10.0, 1.0, ErrorCounts(2, 1, 1, 40))
-NOISY = Score("noisy | loud", 1, 30.0, 1.0, ErrorCounts(5, 0, 0, 10), ErrorCounts(6, 2, 0, 50))
+CLEAN = DatasetResult("clean", 2, 10.0, 1.0, ErrorCounts(2, 1, 1, 40))
+NOISY = DatasetResult(
+    "noisy | loud", 1, 30.0, 1.0, ErrorCounts(5, 0, 0, 10), ErrorCounts(6, 2, 0, 50)
+)
 REPORT = Report(
     (
-        Entry("teacher", "runs/t", 37_760_256, 1.0, (CLEAN,)),
-        Entry("student", "runs/s", 30_000_000, 1.5, (CLEAN, NOISY)),
+        ModelResult("teacher", "runs/t", 37_760_256, 1.0, (CLEAN,)),
+        ModelResult("student", "runs/s", 30_000_000, 1.5, (CLEAN, NOISY)),
     ),
     {"clean": ["x: no reference"]},
     {"device": "cpu"},
-    (Judged("clean", "a", "teacher", "en", 3.5, "Hello.", "hallo", 100.0, -0.5, 1.0),),
+    (ClipResult("clean", "a", "teacher", "en", 3.5, "Hello.", "hallo", 100.0, -0.5, 1.0),),
 )
 
 
 def test_rates_are_percent_and_rtf_is_time_over_audio():
     assert (CLEAN.wer, CLEAN.cer, CLEAN.rtf) == (10.0, None, 0.1)
     assert NOISY.cer == 16.0
-    student = REPORT.entries[1]
+    student = REPORT.models[1]
     assert student.wer == 30.0  # the mean of 10 and 50, not 9 errors in 50 words
     assert student.rtf == 2 / 40
 
@@ -45,8 +47,8 @@ def test_the_json_has_the_promised_keys(tmp_path):
 
 
 def test_a_dataset_s_path_may_be_any_bytes(tmp_path):
-    clip = dataclasses.replace(REPORT.judged[0], dataset="caf\udce9")
-    dataclasses.replace(REPORT, judged=(clip,)).save(tmp_path)
+    clip = dataclasses.replace(REPORT.clips[0], dataset="caf\udce9")
+    dataclasses.replace(REPORT, clips=(clip,)).save(tmp_path)
     (line,) = (tmp_path / "transcripts.jsonl").read_text().splitlines()
     assert json.loads(line)["dataset"] == "caf\udce9"
 
@@ -65,16 +67,16 @@ def test_the_table_has_a_row_for_each_dataset_and_the_mean():
 
 
 def test_the_clips_on_which_models_differ_most_come_first():
-    def one(id: str, model: str, wer: float) -> Judged:
-        return Judged("d", id, model, "en", 1.0, "so", f"{model} says", wer, -0.5, 1.0)
+    def one(id: str, model: str, wer: float) -> ClipResult:
+        return ClipResult("d", id, model, "en", 1.0, "so", f"{model} says", wer, -0.5, 1.0)
 
     wers = {"a": (0, 50), "b": (100, 0), "c": (20, 20)}
-    judged = [
+    clips = [
         one(id, model, wer)
         for id, pair in wers.items()
         for model, wer in zip(("teacher", "student"), pair, strict=True)
     ]
-    heads, rows = largest_gaps(Report(REPORT.entries, {}, {}, tuple(judged)), 2)
+    heads, rows = largest_gaps(Report(REPORT.models, {}, {}, tuple(clips)), 2)
     assert heads == ["clip", "reference", "teacher", "student"]
     assert rows == [
         ["b", "so", "teacher says (100 %)", "student says (0 %)"],

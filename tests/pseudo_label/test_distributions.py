@@ -11,7 +11,7 @@ from datasets import load_dataset
 from flax_distil.config import FilterConfig
 from flax_distil.data.stored_teacher import LikeliestTokens, collate_stored
 from flax_distil.errors import InputError
-from flax_distil.pseudo_label import filter as choosing
+from flax_distil.pseudo_label import filter as filtering
 from flax_distil.pseudo_label import run
 from flax_distil.text.tokens import load_tokens
 
@@ -28,7 +28,7 @@ def model(random_folders):
 def test_stored_are_the_teachers_own(config, random_folders, model, tmp_path):
     """float16 keeps 11 bits of a log-probability; tails are float32. The filter keeps them."""
     config = dataclasses.replace(config, top_k=K, top_k_temperatures=TEMPERATURES)
-    for row, logits in labelled(config, random_folders[0], model, tmp_path / "chosen"):
+    for row, logits in labelled(config, random_folders[0], model, tmp_path / "filtered"):
         log_p = torch.log_softmax(logits, -1)
         top, expected = torch.topk(log_p, K)
         assert len(row["top_tokens"]) == len(logits)
@@ -37,8 +37,8 @@ def test_stored_are_the_teachers_own(config, random_folders, model, tmp_path):
         for place, temperature in enumerate(TEMPERATURES):
             rest = (log_p / temperature).scatter(-1, expected, -torch.inf).logsumexp(-1)
             np.testing.assert_allclose(np.array(row["tails"])[:, place], rest, atol=1e-5)
-    chosen, cache = str(tmp_path / "chosen"), str(tmp_path / "cache")
-    assert load_dataset(chosen, split="train", cache_dir=cache)[0]["tails"]
+    filtered, cache = str(tmp_path / "filtered"), str(tmp_path / "cache")
+    assert load_dataset(filtered, split="train", cache_dir=cache)[0]["tails"]
 
 
 def test_final_states_make_the_teachers_logits(config, random_folders, model, tmp_path):
@@ -46,7 +46,7 @@ def test_final_states_make_the_teachers_logits(config, random_folders, model, tm
     way, by less than 1e-3 of the largest."""
     config = dataclasses.replace(config, teacher_states=True)
     embedding = model.proj_out.weight.detach()
-    for row, logits in labelled(config, random_folders[0], model, tmp_path / "chosen"):
+    for row, logits in labelled(config, random_folders[0], model, tmp_path / "filtered"):
         found = torch.tensor(row["teacher_states"]) @ embedding.T
         assert found.shape == logits.shape
         assert (found - logits).abs().max() < 1e-3 * logits.abs().max()
@@ -68,7 +68,7 @@ def test_an_assistant_changes_no_label(config, random_folders, tmp_path):
     assert run(dataclasses.replace(helped, assistant=None)).labels == 3
 
 
-def labelled(config, folder, model, chosen):
+def labelled(config, folder, model, filtered):
     """Rows that the filter kept, each with Transformers' logits at all tokens of prompt and label,
     the first of which has language and no-speech."""
     from flax_distil.audio.load import load_audio, pad_or_trim, to_int16
@@ -77,9 +77,9 @@ def labelled(config, folder, model, chosen):
     data = dataclasses.replace(config.data, limit=4)
     asked = {"model": str(folder), "max_tokens": 6, "timestamps": False}
     run(dataclasses.replace(config, data=data, **asked))
-    choosing.run(FilterConfig(config.output_dir, chosen, max_wer=None, keep_unended=True))
+    filtering.run(FilterConfig(config.output_dir, filtered, max_wer=None, keep_unended=True))
     prompt = load_tokens(str(folder)).prompt()
-    for row in pq.read_table(chosen / "data" / "00000.parquet").to_pylist():
+    for row in pq.read_table(filtered / "data" / "00000.parquet").to_pylist():
         heard = pad_or_trim(to_int16(load_audio(row["audio"]["bytes"])))
         mel = torch.tensor(np.array(log_mel(heard[None], 80))).swapaxes(1, 2)
         tokens = torch.tensor([[*prompt, *row["token_ids"]]])

@@ -68,7 +68,7 @@ def store(folder, labels=LABELS, change=None, **settings):
 
 @pytest.fixture
 def config(tmp_path):
-    return FilterConfig(store(tmp_path / "labels"), tmp_path / "chosen")
+    return FilterConfig(store(tmp_path / "labels"), tmp_path / "filtered")
 
 
 def kept(config) -> list[str]:
@@ -164,7 +164,7 @@ def test_no_references_at_all_is_no_table_of_thresholds(config):
 
 def test_folders_in_use(config):
     run(config)
-    with pytest.raises(InputError, match="chosen is in use: take another output_dir, or --over"):
+    with pytest.raises(InputError, match="filtered is in use: take another output_dir, or --over"):
         run(config)
     run(dataclasses.replace(config, overwrite=True, max_wer=5.0))
     assert kept(config) == ["perfect", "thirty seconds"]
@@ -210,7 +210,7 @@ GOOD = (10, 0, 6.0, 9, -0.1, 1.2)
 def test_a_label_that_was_cut_is_dropped(tmp_path):
     labels = {"whole": GOOD, "cut": GOOD}
     source = store(tmp_path / "labels", labels, {"cut": {"ended": False}})
-    config = FilterConfig(source, tmp_path / "chosen")
+    config = FilterConfig(source, tmp_path / "filtered")
     assert run(config).dropped["not ended"] == 1
     assert kept(config) == ["whole"]
     run(dataclasses.replace(config, overwrite=True, keep_unended=True))
@@ -226,7 +226,7 @@ def test_a_bad_part_cannot_hide_in_a_window(tmp_path):
         "hidden": parts | {"part_errors": (0, 5, 0)},
     }
     labels = {"spread": window, "hidden": window, "not packed": window}
-    config = FilterConfig(store(tmp_path / "labels", labels, changes), tmp_path / "chosen")
+    config = FilterConfig(store(tmp_path / "labels", labels, changes), tmp_path / "filtered")
     report = run(config)
     assert (report.dropped["WER of a part"], report.dropped["WER"]) == (1, 0)
     assert kept(config) == ["spread", "not packed"]
@@ -241,7 +241,7 @@ def test_clips_without_speech_are_counted_and_kept_where_asked(tmp_path):
     made_up = (None, None, 6.0, 600, -3.0, 9.0)
     labels = {"said": GOOD, "noise": made_up, "long noise": (None, None, 31.0, 9, -0.1, 1.0)}
     changes = {name: {"speech": False, "ended": False} for name in ("noise", "long noise")}
-    config = FilterConfig(store(tmp_path / "labels", labels, changes), tmp_path / "chosen")
+    config = FilterConfig(store(tmp_path / "labels", labels, changes), tmp_path / "filtered")
     report = run(config)
     assert (report.dropped["non-speech"], report.non_speech) == (2, 0)
     assert kept(config) == ["said"]
@@ -258,7 +258,7 @@ def test_labels_in_capitals_are_dropped_where_letters_can_be_small(tmp_path):
     said = {"small": " Yes.", "loud": " YES, INDEED.", "chinese": " 是的", "digits": " 1984"}
     changes = {name: {"whisper_transcript": text} for name, text in said.items()}
     labels = dict.fromkeys(said, GOOD)
-    config = FilterConfig(store(tmp_path / "labels", labels, changes), tmp_path / "chosen")
+    config = FilterConfig(store(tmp_path / "labels", labels, changes), tmp_path / "filtered")
     assert run(config).dropped["all capitals"] == 1
     assert kept(config) == ["small", "chinese", "digits"]
     run(dataclasses.replace(config, overwrite=True, keep_all_caps=True))
@@ -282,7 +282,7 @@ def test_no_speech_probability_and_another_teacher(tmp_path):
     store(folder, labels, others, **same)
     table = pq.read_table(folder / "data" / "00000.parquet")
     pq.write_table(table.filter([True, True, False, True]), folder / "data" / "00000.parquet")
-    config = FilterConfig(source, tmp_path / "chosen", agree_with=folder, max_disagreement=20.0)
+    config = FilterConfig(source, tmp_path / "filtered", agree_with=folder, max_disagreement=20.0)
     report = run(config)
     assert report.dropped["disagreement"] == 2
     assert kept(config) == ["sure", "agreed", "doubtful"]
@@ -297,7 +297,7 @@ def test_no_speech_probability_and_another_teacher(tmp_path):
 def test_stores_of_both_units_are_judged_by_row(tmp_path):
     changes = {"characters": {"error_rate": "CER", "language": "zh"}}
     labels = {"words": (10, 0, 6.0, 9, -0.1, 1.2), "characters": (30, 2, 6.0, 9, -0.1, 1.2)}
-    config = FilterConfig(store(tmp_path / "labels", labels, changes), tmp_path / "chosen")
+    config = FilterConfig(store(tmp_path / "labels", labels, changes), tmp_path / "filtered")
     report = run(config)
     assert (report.rate, report.kept) == ("WER/CER", 2)
     shown = report_table(report, config)
@@ -320,7 +320,7 @@ def test_several_stores_are_filtered_into_a_folder_each(tmp_path, caplog):
     """As labelling several datasets leaves them; the table is of all."""
     for name, label in (("clean", GOOD), ("other", GOOD), ("bad", (2, 2, 3.0, 5, -0.1, 1.0))):
         store(tmp_path / "labels" / name, {f"{name} {n}": label for n in range(3)})
-    config = FilterConfig(tmp_path / "labels", tmp_path / "chosen")
+    config = FilterConfig(tmp_path / "labels", tmp_path / "filtered")
     report = run(config)
     assert (report.labels, report.kept, report.dropped["WER"]) == (9, 6, 3)
     assert sorted(path.name for path in config.output_dir.iterdir()) == ["clean", "other"]

@@ -22,7 +22,7 @@ from flax_distil.data.utterances import Utterance, listen, read_dataset, to_lang
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
 from flax_distil.errors import InputError, check_writable, writing
-from flax_distil.evaluate.report import Entry, Judged, Report, Score
+from flax_distil.evaluate.report import ClipResult, DatasetResult, ModelResult, Report
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.parallel.multihost import from_all_hosts, is_main_host, start
 from flax_distil.text.wer import ErrorCounts, ErrorRate, error_rate
@@ -30,8 +30,8 @@ from flax_distil.text.wer import ErrorCounts, ErrorRate, error_rate
 log = logging.getLogger(__name__)
 
 
-class Clip(NamedTuple):
-    """What one utterance contributes; a clip that was heard has let go of its waveform."""
+class ReferenceClip(NamedTuple):
+    """What one utterance contributes; a clip that was transcribed has let go of its waveform."""
 
     id: str
     waveform: Float32[np.ndarray, "n"]
@@ -41,10 +41,10 @@ class Clip(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Heard:
+class BatchResult:
     """One batch: its clips, and what each model made of them in how many seconds."""
 
-    clips: list[Clip]
+    clips: list[ReferenceClip]
     hypotheses: dict[str, list[Hypothesis]]
     seconds: dict[str, float]
 
@@ -52,12 +52,12 @@ class Heard:
 def run(config: EvaluateConfig) -> Report:
     """Judge `config.models` on `config.datasets`; prints the table, writes and returns the report.
 
-    Raises what `compare` raises, and InputError where nothing can be written.
+    Raises what `evaluate_models` raises, and InputError where nothing can be written.
     """
     start()
     if is_main_host():
         check_writable(config.output_dir)
-    report = compare(config)
+    report = evaluate_models(config)
     if not is_main_host():
         return report
     Console().print(report.table())
@@ -67,7 +67,7 @@ def run(config: EvaluateConfig) -> Report:
     return report
 
 
-def compare(config: EvaluateConfig) -> Report:
+def evaluate_models(config: EvaluateConfig) -> Report:
     """Let all models hear all datasets; writes nothing.
 
     Short-form: clips over 30 s, without a reference, with broken audio or in a language that one of
@@ -88,28 +88,28 @@ def compare(config: EvaluateConfig) -> Report:
     }
     if config.language and (reason := lacks(recognizers, to_language(config.language))):
         raise InputError(reason)
-    heard: dict[str, list[Heard]] = {}
+    results: dict[str, list[BatchResult]] = {}
     skipped: dict[str, list[str]] = {}
     for name, utterances in sets.items():
-        heard[name], skipped[name] = hear_together(recognizers, name, utterances, config)
-        if not heard[name]:
+        results[name], skipped[name] = transcribe_dataset(recognizers, name, utterances, config)
+        if not results[name]:
             raise InputError(
                 f"{name}: none of its {len(skipped[name])} clips can be judged on; "
                 f"the first: {skipped[name][0]}"
             )
     return Report(
-        entries=tuple(
-            _entry(name, source, recognizers[name], next(iter(names)), heard, config)
+        models=tuple(
+            _model_result(name, source, recognizers[name], next(iter(names)), results, config)
             for name, source in names.items()
         ),
         skipped={name: reasons for name, reasons in skipped.items() if reasons},
         settings=_settings(config),
-        judged=tuple(
+        clips=tuple(
             line
-            for dataset, rounds in heard.items()
+            for dataset, rounds in results.items()
             for one in rounds
             for name in names
-            for line in _judged(dataset, name, one, config)
+            for line in _clip_results(dataset, name, one, config)
         ),
     )
 
@@ -147,9 +147,9 @@ def lacks(recognizers: Mapping[str, Recognizer], language: str) -> str | None:
     return None
 
 
-def batches(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
+def batches(clips: Iterable[ReferenceClip], size: int) -> Iterator[list[ReferenceClip]]:
     """Batches of one language each, in order; those that `size` does not fill come last."""
-    waiting: dict[str, list[Clip]] = {}
+    waiting: dict[str, list[ReferenceClip]] = {}
     for clip in clips:
         batch = waiting.setdefault(clip.language, [])
         batch.append(clip)
@@ -158,9 +158,11 @@ def batches(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
     yield from waiting.values()
 
 
-def hear(
-    recognizers: Mapping[str, Recognizer], batches: Iterable[list[Clip]], config: EvaluateConfig
-) -> Iterator[Heard]:
+def transcribe_batches(
+    recognizers: Mapping[str, Recognizer],
+    batches: Iterable[list[ReferenceClip]],
+    config: EvaluateConfig,
+) -> Iterator[BatchResult]:
     """Let the models decode each batch in turn, `config.passes` times; the median time counts.
 
     Who begins changes from batch to batch, so that a machine that slows down slows all alike. A
@@ -180,17 +182,19 @@ def hear(
                     times[name].append(time.perf_counter() - start)
         warm.add(len(batch))
         order = order[1:] + order[:1]
-        heard = [clip._replace(waveform=np.empty(0, np.float32)) for clip in batch]
-        yield Heard(heard, hypotheses, {name: median(taken) for name, taken in times.items()})
+        results = [clip._replace(waveform=np.empty(0, np.float32)) for clip in batch]
+        yield BatchResult(
+            results, hypotheses, {name: median(taken) for name, taken in times.items()}
+        )
 
 
-def hear_together(
+def transcribe_dataset(
     recognizers: Mapping[str, Recognizer],
     name: str,
     utterances: Iterable[Utterance],
     config: EvaluateConfig,
-) -> tuple[list[Heard], list[str]]:
-    """A whole dataset heard, and which clips were not and why.
+) -> tuple[list[BatchResult], list[str]]:
+    """The results of a whole dataset, and which clips were left out and why.
 
     Each host decodes and hears every n-th clip; all are told the whole.
     """
@@ -199,8 +203,8 @@ def hear_together(
     total = len(range(host, len(utterances), hosts)) if isinstance(utterances, Sized) else None
     ours = tqdm(islice(utterances, host, None, hosts), name, total, unit="clip")
     clips = _usable(ours, skipped, config, recognizers)
-    heard = list(hear(recognizers, batches(clips, config.batch_size), config))
-    told = from_all_hosts((heard, skipped))
+    results = list(transcribe_batches(recognizers, batches(clips, config.batch_size), config))
+    told = from_all_hosts((results, skipped))
     return [one for part, _ in told for one in part], [why for _, part in told for why in part]
 
 
@@ -229,7 +233,7 @@ def _usable(
     skipped: list[str],
     config: EvaluateConfig,
     recognizers: Mapping[str, Recognizer],
-) -> Iterator[Clip]:
+) -> Iterator[ReferenceClip]:
     """The clips that can be judged; the others are added to `skipped`, with the reason."""
     for utterance in utterances:
         try:
@@ -246,43 +250,47 @@ def _usable(
         if waveform.size > CLIP_SAMPLES:
             skipped.append(f"{utterance.id}: {seconds:.1f} s is over 30 s")
             continue
-        yield Clip(utterance.id, waveform, utterance.text or "", language, seconds)
+        yield ReferenceClip(utterance.id, waveform, utterance.text or "", language, seconds)
 
 
-def _entry(
+def _model_result(
     name: str,
     source: str,
     recognizer: Recognizer,
     first: str,
-    heard: Mapping[str, list[Heard]],
+    results: Mapping[str, list[BatchResult]],
     config: EvaluateConfig,
-) -> Entry:
-    rounds = [one for ones in heard.values() for one in ones]
-    return Entry(
+) -> ModelResult:
+    rounds = [one for ones in results.values() for one in ones]
+    return ModelResult(
         name=name,
         source=source,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(recognizer.params)),
         relative_speed=relative_speed(
             [one.seconds[first] for one in rounds], [one.seconds[name] for one in rounds]
         ),
-        scores=tuple(_score(dataset, name, ones, config) for dataset, ones in heard.items()),
+        datasets=tuple(
+            _dataset_result(dataset, name, ones, config) for dataset, ones in results.items()
+        ),
     )
 
 
-def _score(dataset: str, name: str, heard: list[Heard], config: EvaluateConfig) -> Score:
+def _dataset_result(
+    dataset: str, name: str, results: list[BatchResult], config: EvaluateConfig
+) -> DatasetResult:
     words, characters, units = ErrorCounts(), ErrorCounts(), set()
-    for one in heard:
+    for one in results:
         rate, texts = _rate(one.clips[0].language, config), _texts(one, name)
         words += (counts := rate.count(*texts))
         units.add(rate.unit)
         if config.character_errors:
             in_characters = error_rate(one.clips[0].language, "cer")
             characters += counts if rate.unit == "CER" else in_characters.count(*texts)
-    return Score(
+    return DatasetResult(
         dataset=dataset,
-        clips=sum(len(one.clips) for one in heard),
-        audio_seconds=sum(clip.seconds for one in heard for clip in one.clips),
-        seconds=sum(one.seconds[name] for one in heard),
+        clips=sum(len(one.clips) for one in results),
+        audio_seconds=sum(clip.seconds for one in results for clip in one.clips),
+        seconds=sum(one.seconds[name] for one in results),
         words=words,
         characters=characters if config.character_errors else None,
         rate="/".join(sorted(units, reverse=True)),
@@ -293,16 +301,18 @@ def _rate(language: str, config: EvaluateConfig) -> ErrorRate:
     return error_rate(language, config.error_rate)
 
 
-def _texts(heard: Heard, name: str) -> tuple[list[str], list[str]]:
+def _texts(results: BatchResult, name: str) -> tuple[list[str], list[str]]:
     """References and one model's texts of a batch."""
-    texts = [hypothesis.text for hypothesis in heard.hypotheses[name]]
-    return [clip.reference for clip in heard.clips], texts
+    texts = [hypothesis.text for hypothesis in results.hypotheses[name]]
+    return [clip.reference for clip in results.clips], texts
 
 
-def _judged(dataset: str, name: str, heard: Heard, config: EvaluateConfig) -> Iterator[Judged]:
-    rate = _rate(heard.clips[0].language, config)
-    for clip, hypothesis in zip(heard.clips, heard.hypotheses[name], strict=True):
-        yield Judged(
+def _clip_results(
+    dataset: str, name: str, results: BatchResult, config: EvaluateConfig
+) -> Iterator[ClipResult]:
+    rate = _rate(results.clips[0].language, config)
+    for clip, hypothesis in zip(results.clips, results.hypotheses[name], strict=True):
+        yield ClipResult(
             dataset=dataset,
             id=clip.id,
             model=name,

@@ -11,8 +11,15 @@ from flax_distil.audio.load import SAMPLE_RATE, encode_flac
 from flax_distil.config import EvaluateConfig
 from flax_distil.decode.options import Hypothesis
 from flax_distil.errors import InputError
-from flax_distil.evaluate import judge
-from flax_distil.evaluate.judge import Clip, batches, hear, model_names, relative_speed, run
+from flax_distil.evaluate import evaluator
+from flax_distil.evaluate.evaluator import (
+    ReferenceClip,
+    batches,
+    model_names,
+    relative_speed,
+    run,
+    transcribe_batches,
+)
 from flax_distil.text.normalize import normalizer
 
 TEXTS = ["One two three.", "Mister O'Neil paid $20, colour!", "It's the fourth of May.", "Yes"]
@@ -34,8 +41,8 @@ def manifest(tmp_path):
     return path
 
 
-def clip(number: int, language: str = "en") -> Clip:
-    return Clip(str(number), np.zeros(SAMPLE_RATE, np.float32), TEXTS[0], language, 1.0)
+def clip(number: int, language: str = "en") -> ReferenceClip:
+    return ReferenceClip(str(number), np.zeros(SAMPLE_RATE, np.float32), TEXTS[0], language, 1.0)
 
 
 def hypothesis(text: str) -> Hypothesis:
@@ -68,12 +75,12 @@ def test_wer_equals_jiwer_over_the_normalised_texts(
     answers = ["won two three three", "Mr. O'Neil paid twenty dollars, color", "", "no yes"]
     texts = {TEXTS[n]: answer for n, answer in enumerate(answers)}
 
-    def hear(recognizers, batches, config):
+    def transcribe_batches(recognizers, batches, config):
         for batch in batches:
             said = [hypothesis(texts[clip.reference]) for clip in batch]
-            yield judge.Heard(batch, dict.fromkeys(recognizers, said), {"teacher": 0.5})
+            yield evaluator.BatchResult(batch, dict.fromkeys(recognizers, said), {"teacher": 0.5})
 
-    monkeypatch.setattr(judge, "hear", hear)
+    monkeypatch.setattr(evaluator, "transcribe_batches", transcribe_batches)
     config = EvaluateConfig(
         (str(random_folders[0]),),
         (str(manifest),),
@@ -85,23 +92,23 @@ def test_wer_equals_jiwer_over_the_normalised_texts(
     normal = normalizer("en")
     reference, answer = [list(map(normal, one)) for one in (TEXTS, answers)]
     oracle = jiwer.process_words(reference, answer)
-    score = report.entries[0].scores[0]
+    score = report.models[0].datasets[0]
     assert score.wer == pytest.approx(100 * oracle.wer, abs=1e-9)
     assert score.cer == pytest.approx(100 * jiwer.cer(reference, answer), abs=1e-9)
     assert score.words.deletions == oracle.deletions > 0
     assert score.words.insertions == oracle.insertions > 0
     assert score.words.substitutions == oracle.substitutions > 0
-    assert report.judged[1].wer == 0  # the normaliser makes the two texts equal
+    assert report.clips[1].wer == 0  # the normaliser makes the two texts equal
     assert score.rtf == pytest.approx(1.0 / score.audio_seconds)
 
 
 def test_hosts_hear_a_part_each_and_together_what_one_hears(monkeypatch, random_folders, manifest):
     """Two threads that think they are hosts."""
     config = EvaluateConfig((str(random_folders[0]),), (str(manifest),), batch_size=3, max_tokens=9)
-    alone = judge.compare(config)
+    alone = evaluator.evaluate_models(config)
     place, met, told = threading.local(), threading.Barrier(2, timeout=60), {}
     opened: dict[int, list[str]] = {0: [], 1: []}
-    listen = judge.listen
+    listen = evaluator.listen
 
     def from_all_hosts(value):
         told[place.host] = value
@@ -110,19 +117,19 @@ def test_hosts_hear_a_part_each_and_together_what_one_hears(monkeypatch, random_
 
     def host(number):
         place.host = number
-        return judge.compare(config)
+        return evaluator.evaluate_models(config)
 
-    monkeypatch.setattr(judge.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(judge.jax, "process_index", lambda: place.host)
-    monkeypatch.setattr(judge, "from_all_hosts", from_all_hosts)
-    monkeypatch.setattr(judge, "listen", lambda u: opened[place.host].append(u.id) or listen(u))
+    monkeypatch.setattr(evaluator.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(evaluator.jax, "process_index", lambda: place.host)
+    monkeypatch.setattr(evaluator, "from_all_hosts", from_all_hosts)
+    monkeypatch.setattr(evaluator, "listen", lambda u: opened[place.host].append(u.id) or listen(u))
     with ThreadPoolExecutor(2) as hosts:
         reports = list(hosts.map(host, (0, 1)))
     assert opened == {0: ["clip0", "clip2", "clip6"], 1: ["clip1", "clip3", "clip7"]}
     for report in reports:
-        ours, theirs = ({one.id: one.text for one in it.judged} for it in (report, alone))
+        ours, theirs = ({one.id: one.text for one in it.clips} for it in (report, alone))
         assert ours == theirs
-        assert report.entries[0].scores[0].words == alone.entries[0].scores[0].words
+        assert report.models[0].datasets[0].words == alone.models[0].datasets[0].words
         assert sorted(*report.skipped.values()) == sorted(*alone.skipped.values())
 
 
@@ -131,7 +138,7 @@ def test_the_language_asked_for_is_that_of_all_clips(manifest):
     manifest.write_text("\n".join(map(json.dumps, rows)))
     for asked, expected in ((None, "de"), ("French", "fr")):
         config = EvaluateConfig((), (), language=asked)
-        clips = judge._usable(judge._open(str(manifest), config), [], config, {})
+        clips = evaluator._usable(evaluator._open(str(manifest), config), [], config, {})
         assert {one.language for one in clips} == {expected}
 
 
@@ -146,7 +153,7 @@ def test_a_language_that_a_model_lacks_ends_no_evaluation(random_folders, manife
         (str(random_folders[1]),), (str(manifest),), tmp_path / "out", max_tokens=4
     )
     report = run(config)
-    assert report.entries[0].scores[0].clips == 2
+    assert report.models[0].datasets[0].clips == 2
     german, klingon, gone = report.skipped[manifest.stem]
     assert german.startswith("clip1: student: an English-only checkpoint cannot transcribe German")
     assert klingon.startswith('clip2: Whisper knows no language "tlh"')
@@ -158,13 +165,13 @@ def test_a_language_that_a_model_lacks_ends_no_evaluation(random_folders, manife
 def test_clips_are_judged_in_the_unit_of_their_language(random_folders, monkeypatch, tmp_path):
     texts = {"今天天气很好": ("zh", "今天天汽很好"), "we went home": ("en", "we went hum")}
 
-    def hear(recognizers, batches, config):
+    def transcribe_batches(recognizers, batches, config):
         for batch in batches:
             said = [hypothesis(texts[clip.reference][1]) for clip in batch]
-            yield judge.Heard(batch, dict.fromkeys(recognizers, said), {"student": 0.5})
+            yield evaluator.BatchResult(batch, dict.fromkeys(recognizers, said), {"student": 0.5})
 
-    monkeypatch.setattr(judge, "hear", hear)
-    monkeypatch.setattr(judge, "lacks", lambda recognizers, language: None)
+    monkeypatch.setattr(evaluator, "transcribe_batches", transcribe_batches)
+    monkeypatch.setattr(evaluator, "lacks", lambda recognizers, language: None)
     sets = []
     (tmp_path / "0.flac").write_bytes(encode_flac(np.zeros(SAMPLE_RATE, np.float32)))
     for text, (language, _) in texts.items():
@@ -172,18 +179,18 @@ def test_clips_are_judged_in_the_unit_of_their_language(random_folders, monkeypa
         row = {"audio": "0.flac", "text": text, "language": language}
         (tmp_path / f"{language}.jsonl").write_text(json.dumps(row))
     config = EvaluateConfig((str(random_folders[1]),), tuple(sets), character_errors=True)
-    report = judge.compare(config)
-    chinese, english = report.entries[0].scores
+    report = evaluator.evaluate_models(config)
+    chinese, english = report.models[0].datasets
     assert (chinese.rate, english.rate, report.rate) == ("CER", "WER", "WER/CER")
     assert (chinese.words.reference_words, chinese.wer) == (6, pytest.approx(100 / 6))
     assert chinese.cer == chinese.wer
     assert english.wer == pytest.approx(100 / 3)
-    assert [one.rate for one in report.judged] == ["CER", "WER"]
+    assert [one.rate for one in report.clips] == ["CER", "WER"]
     heads, rows = report.rows()
     assert heads[3] == "WER/CER %"
     assert [row[2] for row in rows] == ["zh (CER)", "en (WER)", "mean"]
-    report = judge.compare(dataclasses.replace(config, error_rate="cer"))
-    assert [score.rate for score in report.entries[0].scores] == ["CER", "CER"]
+    report = evaluator.evaluate_models(dataclasses.replace(config, error_rate="cer"))
+    assert [score.rate for score in report.models[0].datasets] == ["CER", "CER"]
     assert report.rows()[0][3] == "CER %"
     assert "CER and its parts are percent of the reference characters" in report.to_markdown()
 
@@ -217,10 +224,12 @@ def test_times_are_paired_medians_without_compilation(monkeypatch):
         now[0] += {"a": 4.0, "b": 2.0}[name] + 100 * slow + (50 if len(calls) == 5 else 0)
         return [hypothesis("x")] * len(waveforms_BN)
 
-    monkeypatch.setattr(judge, "recognize", recognize)
-    monkeypatch.setattr(judge.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(evaluator, "recognize", recognize)
+    monkeypatch.setattr(evaluator.time, "perf_counter", lambda: now[0])
     config = EvaluateConfig(("a", "b"), ("d",), passes=3)
-    rounds = list(hear({"a": "a", "b": "b"}, [[clip(0)] * 2, [clip(1)] * 2, [clip(2)]], config))
+    rounds = list(
+        transcribe_batches({"a": "a", "b": "b"}, [[clip(0)] * 2, [clip(1)] * 2, [clip(2)]], config)
+    )
     assert [one.seconds for one in rounds] == [{"a": 4.0, "b": 2.0}] * 3
     assert calls[:2] == ["a", "b"]
     assert calls[8:10] == ["b", "a"]  # the second batch begins with the other model
@@ -246,8 +255,8 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_loaded(changes, com
 
 
 def test_datasets_are_called_by_as_much_of_their_name_as_tells_them_apart():
-    assert list(judge.dataset_names(("a/b/c.jsonl", "org/set_16.1"))) == ["c", "set_16.1"]
-    assert list(judge.dataset_names(("a/c.parquet", "b/c.parquet"))) == [
+    assert list(evaluator.dataset_names(("a/b/c.jsonl", "org/set_16.1"))) == ["c", "set_16.1"]
+    assert list(evaluator.dataset_names(("a/c.parquet", "b/c.parquet"))) == [
         "a/c.parquet",
         "b/c.parquet",
     ]
