@@ -40,9 +40,9 @@ from flax_distil.config import (
 from flax_distil.data.audio_states import (
     AudioStates,
     StateFolder,
-    audio_states,
     clip_names,
-    in_files,
+    load_or_encode,
+    split_files,
     write_states,
 )
 from flax_distil.data.augment import open_noise
@@ -101,11 +101,11 @@ def random_states(folder: Path, utterances, width: int) -> AudioStates:
     clips = len(utterances)
     names = clip_names(range(clips), [""] * clips)
     states = np.random.default_rng(1).normal(size=(8, 1500, width)).astype(ml_dtypes.bfloat16)
-    for rows in in_files(np.arange(clips)):
+    for rows in split_files(np.arange(clips)):
         some = [states[row % len(states)] for row in rows]
         path = folder / f"{rows[0]}.safetensors"
         write_states(path, names[rows], [12.0] * len(rows), some)
-    return audio_states([StateFolder(folder, names)], utterances, encode=lambda _: None)
+    return load_or_encode([StateFolder(folder, names)], utterances, encode=lambda _: None)
 
 
 def load(config, batch, workers, batches, **changes):

@@ -27,7 +27,7 @@ from flax_distil.config import (
     RunConfig,
     ValidationConfig,
 )
-from flax_distil.data.utterances import listen, read_dataset
+from flax_distil.data.utterances import load_waveform, read_dataset
 from flax_distil.decode.recognizer import Recognizer, make_recognizer
 from flax_distil.distill import trainer
 from flax_distil.distill.flops import measured_peak
@@ -83,7 +83,7 @@ def run(config: DemoConfig) -> Report:
     run_folder = teach(config, speech, teacher, untrained, filtered)
     step("6. A folder for Transformers, checked in PyTorch")
     trained = folder / "student"
-    clip = Path(str(next(iter(read_dataset(heldout(speech)[0]).since(0))).audio))
+    clip = Path(str(next(iter(read_dataset(heldout(speech)[0]).iter_from(0))).audio))
     export.run(ExportConfig(str(run_folder), trained, verify=True, verify_audio=clip))
     step("7. Judged on clips that nobody was trained on")
     models = {"teacher": teacher, "untrained": untrained, "student": trained}
@@ -199,7 +199,11 @@ def judge(config: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Re
             max_tokens=config.max_tokens,
         )
     )
-    clips = [listen(utterance) for source in sets for utterance in read_dataset(source).since(0)]
+    clips = [
+        load_waveform(utterance)
+        for source in sets
+        for utterance in read_dataset(source).iter_from(0)
+    ]
     differing = differing_texts(models["student"], clips, config.max_tokens)
     same = f"{len(clips) - len(differing)} of {len(clips)} of the student's texts are the same"
     told = {"speech": speech.sources, "in PyTorch": same}
@@ -220,9 +224,9 @@ def judge(config: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Re
 
 def read_as_one(config: DemoConfig, recognizer: Recognizer, source: Path) -> float:
     """WER in percent of the clips of a manifest, joined and transcribed as a user's recording."""
-    utterances = list(read_dataset(source).since(0))
+    utterances = list(read_dataset(source).iter_from(0))
     pause = np.zeros(round(config.pause * SAMPLE_RATE), np.float32)
-    parts = [part for one in utterances for part in (listen(one), pause)]
+    parts = [part for one in utterances for part in (load_waveform(one), pause)]
     text = transcribe(np.concatenate(parts), recognizer, language="en").text
     normalize = normalizer("en")
     reference = " ".join(normalize(one.text or "") for one in utterances)

@@ -149,12 +149,14 @@ def choose_track(container: InputContainer, track: int | None, name: str) -> Aud
         marked = (one for one in tracks if one.disposition & Disposition.default)
         return next(marked, tracks[0])
     if not 1 <= track <= len(tracks):
-        known = ", ".join(f"{number} ({about(one)})" for number, one in enumerate(tracks, 1))
+        known = ", ".join(
+            f"{number} ({describe_track(one)})" for number, one in enumerate(tracks, 1)
+        )
         raise AudioError(f"{name}: there is no audio track {track}; the file has {known}")
     return tracks[track - 1]
 
 
-def about(track: AudioStream) -> str:
+def describe_track(track: AudioStream) -> str:
     """Language, title and codec of a track."""
     known = [track.metadata.get("language"), track.metadata.get("title")]
     codec = track.codec_context.name if track.codec_context else "unknown codec"

@@ -24,7 +24,14 @@ from flax_distil.audio.container import (
     seek,
     source_name,
 )
-from flax_distil.audio.samples import Clock, Piece, by_second, mixed, placed, resampled
+from flax_distil.audio.samples import (
+    Chunk,
+    TrackClock,
+    mix_to_mono,
+    place_frames,
+    resample,
+    split_seconds,
+)
 from flax_distil.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -78,9 +85,9 @@ def load_audio(
     NaN.
     """
     name, deadline = source_name(source), Deadline.after(limits.deadline)
-    start = 0 if offset is None else in_samples(offset, "offset", rate)
-    end = None if duration is None else start + in_samples(duration, "duration", rate)
-    part = Part(rate, start, end)
+    start = 0 if offset is None else to_samples(offset, "offset", rate)
+    end = None if duration is None else start + to_samples(duration, "duration", rate)
+    part = SampleRange(rate, start, end)
     waveform, last = np.zeros(0, np.float32), 0
     # Float files may hold anything; what is no number is found in the samples.
     with audio_errors(name), np.errstate(invalid="ignore", over="ignore"):
@@ -88,12 +95,12 @@ def load_audio(
         if start > PREROLL * rate and back is not None:
             with open_audio(source, format, track, deadline) as opened:
                 seek(opened, start / rate - PREROLL)
-                waveform, _ = decode_part(opened, part, name, limits, deadline, sought=True)
+                waveform, _ = decode_range(opened, part, name, limits, deadline, sought=True)
             if not waveform.size and not isinstance(source, (str, Path, bytes)):
                 source.seek(back)
         if not waveform.size:
             with open_audio(source, format, track, deadline) as opened:
-                waveform, last = decode_part(opened, part, name, limits, deadline)
+                waveform, last = decode_range(opened, part, name, limits, deadline)
     if start and last and not waveform.size:
         raise AudioError(
             f"{name}: the part starts at {offset:g} s, and the audio ends at {last / rate:g} s"
@@ -116,11 +123,11 @@ def audio_duration(
         declared = declared_seconds(opened)
         if declared is not None:
             return declared
-        nothing = Part(SAMPLE_RATE, round(LIMITS.max_seconds * SAMPLE_RATE), None)
-        return decode_part(opened, nothing, name, LIMITS, deadline)[1] / SAMPLE_RATE
+        nothing = SampleRange(SAMPLE_RATE, round(LIMITS.max_seconds * SAMPLE_RATE), None)
+        return decode_range(opened, nothing, name, LIMITS, deadline)[1] / SAMPLE_RATE
 
 
-class Part(NamedTuple):
+class SampleRange(NamedTuple):
     """The samples from `start` to before `end` at `rate` Hz; None is the end of the recording."""
 
     rate: int
@@ -128,9 +135,9 @@ class Part(NamedTuple):
     end: int | None
 
 
-def decode_part(
+def decode_range(
     opened: Opened,
-    part: Part,
+    part: SampleRange,
     name: str,
     limits: Limits,
     deadline: Deadline,
@@ -142,18 +149,18 @@ def decode_part(
     part. Nothing is returned where that turns out to lie inside or behind it.
     """
     frames = decoded_frames(opened, name, deadline)
-    track = placed(frames, Clock.of(opened), name, limits.max_seconds, sought)
+    track = place_frames(frames, TrackClock.of(opened), name, limits.max_seconds, sought)
     samples = bytearray()  # one growing buffer: hours of audio cost their own size and little more
     cancelled, loudest, last = 0.0, 0.0, 0
 
-    def one_channel() -> Iterator[Piece]:
+    def one_channel() -> Iterator[Chunk]:
         nonlocal cancelled
-        for piece in by_second(track, sought):
-            mono, cancels = mixed(piece)
+        for piece in split_seconds(track, sought):
+            mono, cancels = mix_to_mono(piece)
             cancelled += cancels * piece.samples.shape[1] / piece.rate
             yield mono
 
-    for piece in resampled(one_channel(), part.rate):
+    for piece in resample(one_channel(), part.rate):
         deadline.check(name)
         last = piece.end
         if sought and not samples and piece.index > part.start:
@@ -191,7 +198,7 @@ def full_scale(
     return waveform
 
 
-def in_samples(seconds: float, what: str, rate: int) -> int:
+def to_samples(seconds: float, what: str, rate: int) -> int:
     """A time as a number of samples. Raises InputError for one that is none."""
     if not 0 <= seconds < math.inf:
         raise InputError(f"{what} is {seconds:g} s: it must be a number from 0 on")

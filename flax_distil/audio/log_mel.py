@@ -30,10 +30,10 @@ def log_mel(
     Equal to Transformers' WhisperFeatureExtractor (transposed) within 1e-4.
     """
     log_BTM = log_powers(waveform_BN, mels)
-    return scaled(log_BTM, log_BTM.max(axis=(1, 2), keepdims=True))
+    return scale_log_powers(log_BTM, log_BTM.max(axis=(1, 2), keepdims=True))
 
 
-def scaled(
+def scale_log_powers(
     log_BTM: Float[Array | np.ndarray, "*B T M"], loudest: Float[Array | np.ndarray, "..."]
 ) -> Any:
     """Log powers cut off 8 decades below the loudest one of a clip, in the range of the model.

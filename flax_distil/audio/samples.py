@@ -27,7 +27,7 @@ STEP_POWER = 2.0**-30  # of sound at the step of 16-bit samples; what is below i
 FULL_SCALE = {"s16": 2**15, "s16p": 2**15, "s32": 2**31, "s32p": 2**31, "flt": 1, "fltp": 1}
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Samples (channels, n) that begin at sample `index` of a recording at `rate` Hz."""
 
     rate: int
@@ -39,20 +39,20 @@ class Piece(NamedTuple):
         """The sample behind the last."""
         return self.index + self.samples.shape[1]
 
-    def alike(self, other: "Piece") -> bool:
+    def alike(self, other: "Chunk") -> bool:
         """Whether both have one rate and number of channels."""
         return self.rate == other.rate and len(self.samples) == len(other.samples)
 
-    def within(self, start: int, end: int | None) -> "Piece":
+    def within(self, start: int, end: int | None) -> "Chunk":
         """What of it lies from sample `start` to before `end`."""
         first = min(max(start, self.index), self.end)
         last = self.end if end is None else max(min(end, self.end), first)
         kept = self.samples[:, first - self.index : last - self.index]
-        return Piece(self.rate, first, kept)
+        return Chunk(self.rate, first, kept)
 
 
 @dataclass(frozen=True)
-class Clock:
+class TrackClock:
     """How time stamps of a track become seconds of the recording."""
 
     timed: bool
@@ -65,7 +65,7 @@ class Clock:
     """Time stamp of the recording's beginning."""
 
     @classmethod
-    def of(cls, opened: Opened) -> "Clock":
+    def of(cls, opened: Opened) -> "TrackClock":
         """The clock of a track: a file begins at 0, or with its first track where the format's
         time stamps begin anywhere."""
         container, stream = opened
@@ -89,16 +89,16 @@ class Clock:
         return round((frame.pts - self.origin) * self.tick * frame.rate)
 
 
-def placed(
-    frames: Iterable[AudioFrame], clock: Clock, name: str, longest: float, sought: bool = False
-) -> Iterator[Piece]:
+def place_frames(
+    frames: Iterable[AudioFrame], clock: TrackClock, name: str, longest: float, sought: bool = False
+) -> Iterator[Chunk]:
     """The frames where the recording has them, with silence in the gaps.
 
     longest: seconds of a gap that is believed. sought: the frames begin in the middle of the
     recording, where their time stamps tell; else the first one is its beginning.
     """
     place, rate, shift = None, 0, 0.0
-    for frame, samples in converted(frames):
+    for frame, samples in convert_frames(frames):
         if place is None:
             place, rate = clock.index(frame) if sought else 0, frame.rate
             if place is None:
@@ -115,25 +115,25 @@ def placed(
                 for piece in silence(rate, place, round(gap * rate), len(samples)):
                     yield piece
                     place = piece.end
-        yield Piece(rate, place, samples)
+        yield Chunk(rate, place, samples)
         place += samples.shape[1]
 
 
-def silence(rate: int, index: int, count: int, channels: int) -> Iterator[Piece]:
+def silence(rate: int, index: int, count: int, channels: int) -> Iterator[Chunk]:
     """`count` samples of silence, a second at a time."""
     for start in range(index, index + count, rate):
         length = min(rate, index + count - start)
-        yield Piece(rate, start, np.zeros((channels, length), np.float32))
+        yield Chunk(rate, start, np.zeros((channels, length), np.float32))
 
 
-def converted(
+def convert_frames(
     frames: Iterable[AudioFrame],
 ) -> Iterator[tuple[AudioFrame, Float32[np.ndarray, "channels n"]]]:
     """Each frame and its samples, in [-1, 1] where the format has a full scale."""
     convert, form = None, None
     for frame in frames:
         if frame.format.name in FULL_SCALE:
-            yield frame, channels_apart(frame)
+            yield frame, frame_samples(frame)
             continue
         if form != (form := (frame.format.name, frame.layout.name, frame.rate)):
             convert = av.AudioResampler(format="fltp")
@@ -142,7 +142,7 @@ def converted(
             yield frame, block.to_ndarray()
 
 
-def channels_apart(frame: AudioFrame) -> Float32[np.ndarray, "channels n"]:
+def frame_samples(frame: AudioFrame) -> Float32[np.ndarray, "channels n"]:
     """A frame's samples in [-1, 1], as FFmpeg converts them."""
     samples = frame.to_ndarray()  # packed ones as [1, n · channels]
     if frame.format.is_packed:
@@ -150,13 +150,13 @@ def channels_apart(frame: AudioFrame) -> Float32[np.ndarray, "channels n"]:
     return samples.astype(np.float32) * np.float32(1 / FULL_SCALE[frame.format.name])
 
 
-def by_second(pieces: Iterable[Piece], whole: bool = False) -> Iterator[Piece]:
+def split_seconds(pieces: Iterable[Chunk], whole: bool = False) -> Iterator[Chunk]:
     """The same samples, cut at the recording's whole seconds; `whole`: begins with such a cut.
 
     Where a part of a file is decoded the cuts are those of the whole file, so that what is decided
     a second at a time is decided alike, and a resampler's phase is the same.
     """
-    waiting: list[Piece] = []
+    waiting: list[Chunk] = []
     for piece in pieces:
         if whole:
             begin = -(-piece.index // piece.rate) * piece.rate
@@ -165,18 +165,18 @@ def by_second(pieces: Iterable[Piece], whole: bool = False) -> Iterator[Piece]:
                 continue
             whole = False
         if waiting and not waiting[0].alike(piece):
-            yield joined(waiting)
+            yield concatenate(waiting)
             waiting = []
         while (cut := piece.index - piece.index % piece.rate + piece.rate) <= piece.end:
-            yield joined([*waiting, piece.within(piece.index, cut)])
+            yield concatenate([*waiting, piece.within(piece.index, cut)])
             waiting, piece = [], piece.within(cut, None)
         if piece.samples.size:
             waiting.append(piece)
     if waiting:
-        yield joined(waiting)
+        yield concatenate(waiting)
 
 
-def joined(pieces: list[Piece]) -> Piece:
+def concatenate(pieces: list[Chunk]) -> Chunk:
     """Pieces that follow each other as one, each channel in a row of memory."""
     first, last = pieces[0], pieces[-1]
     samples = np.empty((len(first.samples), last.end - first.index), np.float32)
@@ -185,7 +185,7 @@ def joined(pieces: list[Piece]) -> Piece:
     )
 
 
-def mixed(piece: Piece) -> tuple[Piece, bool]:
+def mix_to_mono(piece: Chunk) -> tuple[Chunk, bool]:
     """The mean of the channels; or, where they cancel each other, the louder of them, and True.
 
     The channels are averaged here and not by FFmpeg, which sums stereo into one float channel with
@@ -195,8 +195,8 @@ def mixed(piece: Piece) -> tuple[Piece, bool]:
     if channels == 1:
         return piece, False
     mean = piece.samples.mean(axis=0, keepdims=True)
-    powers = np.array([power_of(channel) for channel in piece.samples])
-    power = power_of(mean[0])
+    powers = np.array([mean_square(channel) for channel in piece.samples])
+    power = mean_square(mean[0])
     unrelated = powers.sum() / channels**2
     if unrelated < STEP_POWER or power >= CANCELLED * unrelated:  # also where they hold NaN
         return piece._replace(samples=mean), False
@@ -205,22 +205,22 @@ def mixed(piece: Piece) -> tuple[Piece, bool]:
     return piece._replace(samples=piece.samples[louder : louder + 1]), True
 
 
-def power_of(samples: Float32[np.ndarray, "n"]) -> float:
+def mean_square(samples: Float32[np.ndarray, "n"]) -> float:
     """Mean square."""
     return float(samples @ samples) / max(len(samples), 1)
 
 
-def resampled(pieces: Iterable[Piece], rate: int) -> Iterator[Piece]:
+def resample(pieces: Iterable[Chunk], rate: int) -> Iterator[Chunk]:
     """One channel at `rate` Hz, in its place there."""
     resampler, place, end = None, 0, (0, 0)
     for piece in pieces:
         if piece.rate == rate:
-            yield from flushed(resampler, rate, place)
+            yield from flush(resampler, rate, place)
             resampler, end = None, (0, 0)
             yield piece
             continue
         if end != (piece.rate, piece.index):
-            yield from flushed(resampler, rate, place)
+            yield from flush(resampler, rate, place)
             resampler = av.AudioResampler(format="fltp", rate=rate)
             place = round(piece.index * rate / piece.rate)
         assert resampler is not None
@@ -228,13 +228,13 @@ def resampled(pieces: Iterable[Piece], rate: int) -> Iterator[Piece]:
         frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
         frame.sample_rate, end = piece.rate, (piece.rate, piece.end)
         for block in resampler.resample(frame):
-            yield Piece(rate, place, block.to_ndarray())
+            yield Chunk(rate, place, block.to_ndarray())
             place += block.samples
-    yield from flushed(resampler, rate, place)
+    yield from flush(resampler, rate, place)
 
 
-def flushed(resampler: av.AudioResampler | None, rate: int, place: int) -> Iterator[Piece]:
+def flush(resampler: av.AudioResampler | None, rate: int, place: int) -> Iterator[Chunk]:
     """What a resampler still holds."""
     for block in resampler.resample(None) if resampler else ():
-        yield Piece(rate, place, block.to_ndarray())
+        yield Chunk(rate, place, block.to_ndarray())
         place += block.samples

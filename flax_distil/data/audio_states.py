@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from flax_distil.audio.load import CLIP_SAMPLES
 from flax_distil.data.utterances import Skipped, Utterance
-from flax_distil.data.windows import hear, in_order
+from flax_distil.data.windows import decode_clip, map_in_order
 from flax_distil.errors import InputError
 from flax_distil.files import remove_partial, write_whole
 from flax_distil.parallel.multihost import barrier
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 FILE_CLIPS = 64  # that training writes at a time, and that a kill can cost
 ENCODING_SECONDS = 30 * 24 * 3600.0  # hosts wait for each other as long as they live
 
-Stored = Literal["bfloat16", "int8"]
+StateDtype = Literal["bfloat16", "int8"]
 STORED_TOO = ("steps", "parts")  # where they are needed
 
 # Waveforms of one static batch to audio states.
@@ -107,7 +107,7 @@ def write_states(
     names: UInt64[np.ndarray, "n"],
     seconds: Sequence[float],
     states: Sequence[BFloat16[np.ndarray, "S D"]],
-    stored: Stored = "bfloat16",
+    stored: StateDtype = "bfloat16",
     parts: Sequence[Sequence[float | None]] = (),
 ) -> None:
     """Put a file in its place: there or not there, never half.
@@ -119,7 +119,7 @@ def write_states(
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"clips": names, "seconds": np.array(seconds, np.float32), "states": np.stack(states)}
     if stored == "int8":
-        tensors["states"], tensors["steps"] = in_steps(tensors["states"])
+        tensors["states"], tensors["steps"] = quantize(tensors["states"])
     if longest := max(map(len, parts), default=0):
         filled = [[*row, *[None] * (longest - len(row))] for row in parts]
         tensors["parts"] = np.array(filled, np.float32)
@@ -132,7 +132,7 @@ def write_states(
         ) from None
 
 
-def in_steps(
+def quantize(
     states_NSD: BFloat16[np.ndarray, "n S D"],
 ) -> tuple[Int8[np.ndarray, "n S D"], Float32[np.ndarray, "n 1 D"]]:
     """States as multiples of a step, which each channel of a clip has: a few channels of Whisper's
@@ -142,13 +142,13 @@ def in_steps(
     return np.round(wide_NSD / steps).astype(np.int8), steps
 
 
-def audio_states(
+def load_or_encode(
     folders: Sequence[StateFolder],
     utterances: Sequence[Utterance],
     encode: Encode,
     batch_size: int = 16,
     workers: int = 4,
-    stored: Stored = "bfloat16",
+    stored: StateDtype = "bfloat16",
 ) -> AudioStates:
     """The states of all datasets, after encoding what is not there yet; a killed run goes on.
 
@@ -159,14 +159,14 @@ def audio_states(
         InputError: a file is damaged, the disk is full, or not shared by all hosts.
     """
     starts = np.cumsum([0, *(len(folder.names) for folder in folders)])
-    found = [find(folder) for folder in folders]
+    found = [index_files(folder) for folder in folders]
     for folder in folders:
         remove_partial(folder.path)
     barrier(f"{folders[0].path} looked through")  # before anyone writes
     work = [
         (folder, start, rows)
         for folder, start, (_, places, _) in zip(folders, starts, found, strict=False)
-        for rows in in_files(np.flatnonzero(places[:, 0] < 0))
+        for rows in split_files(np.flatnonzero(places[:, 0] < 0))
     ]
     mine = work[jax.process_index() :: jax.process_count()]
     total = sum(len(rows) for _, _, rows in mine)
@@ -181,7 +181,7 @@ def audio_states(
             )
     barrier(f"{folders[0].path} written", ENCODING_SECONDS)
     if work:
-        found = [find(folder) for folder in folders]
+        found = [index_files(folder) for folder in folders]
     for folder, (_, places, _) in zip(folders, found, strict=True):
         if lacking := int((places[:, 0] < 0).sum()):
             raise InputError(
@@ -191,15 +191,15 @@ def audio_states(
     return _joined(found)
 
 
-def in_files(rows: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "m"]]:
+def split_files(rows: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "m"]]:
     """Clips by the file that they are written to."""
     return [rows[first : first + FILE_CLIPS] for first in range(0, len(rows), FILE_CLIPS)]
 
 
-Found = tuple[list[Any], Int[np.ndarray, "n 2"], Float32[np.ndarray, "n"]]
+StateIndex = tuple[list[Any], Int[np.ndarray, "n 2"], Float32[np.ndarray, "n"]]
 
 
-def find(folder: StateFolder) -> Found:
+def index_files(folder: StateFolder) -> StateIndex:
     """The files of a dataset, where each clip is in them (file -1: nowhere), and its seconds."""
     files, there = [], {}
     for path in sorted(folder.path.glob("[!.]*.safetensors")):
@@ -220,7 +220,7 @@ def find(folder: StateFolder) -> Found:
     return files, places, np.array([one[2] for one in found], np.float32)
 
 
-def _joined(found: Sequence[Found]) -> AudioStates:
+def _joined(found: Sequence[StateIndex]) -> AudioStates:
     files, places, seconds = zip(*found, strict=True)
     before = np.cumsum([0, *map(len, files)])
     moved = [one + np.array([shift, 0]) for one, shift in zip(places, before, strict=False)]
@@ -235,7 +235,7 @@ def _encoded(
     seconds: list[float] = []
     parts: list[Sequence[float | None]] = []
     states: list[np.ndarray] = []
-    clips = in_order(hear, utterances, workers, ahead=2 * batch_size)
+    clips = map_in_order(decode_clip, utterances, workers, ahead=2 * batch_size)
     while some := list(islice(clips, batch_size)):
         waveforms = np.zeros((batch_size, CLIP_SAMPLES), np.int16)
         for waveform, clip in zip(waveforms, some, strict=False):

@@ -11,8 +11,8 @@ from jaxtyping import Int16
 from flax_distil.audio.load import AudioError, to_int16
 from flax_distil.audio.noise import mean_power, mix_at_snr, noise_excerpt
 from flax_distil.config import AugmentConfig, DataConfig
-from flax_distil.data.chance import Purpose, generator
-from flax_distil.data.utterances import Utterances, listen, read_dataset
+from flax_distil.data.rng import Purpose, generator
+from flax_distil.data.utterances import Utterances, load_waveform, read_dataset
 from flax_distil.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ RECORDINGS_KEPT = 32  # decoded
 AddNoise = Callable[[Int16[np.ndarray, "n"], tuple[int, ...]], Int16[np.ndarray, "n"]]
 
 
-def masks_log_mel(config: AugmentConfig) -> bool:
+def uses_spec_augment(config: AugmentConfig) -> bool:
     """Whether SpecAugment is on."""
     return config.time_masks + config.frequency_masks > 0
 
@@ -83,4 +83,4 @@ class Noise:
 
 @lru_cache(RECORDINGS_KEPT)
 def _heard(noise: Noise, number: int) -> np.ndarray:
-    return listen(noise.recordings[number])
+    return load_waveform(noise.recordings[number])

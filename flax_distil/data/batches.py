@@ -22,13 +22,13 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, Int16, Shaped, UInt32
 
-from flax_distil.data.chance import Purpose, generator
-from flax_distil.data.packing import beginnings, length
+from flax_distil.data.packing import clip_seconds, part_offsets
+from flax_distil.data.rng import Purpose, generator
 from flax_distil.data.stored_teacher import StoredTeacher, collate_stored, first_places, places
 from flax_distil.data.utterances import Utterance, to_language
 from flax_distil.errors import InputError
 from flax_distil.text.languages import WITHOUT_SPACES
-from flax_distil.text.special import pieces, plain
+from flax_distil.text.special import split_timestamps, strip_special
 from flax_distil.text.tokens import WhisperTokens
 
 NonSpeech = Literal["teacher", "no_speech", "end"]
@@ -103,7 +103,7 @@ class Example:
     ce: float | tuple[float, ...] = 1.0
 
 
-def example(
+def make_example(
     utterance: Utterance,
     tokens: WhisperTokens,
     options: TargetOptions,
@@ -116,7 +116,7 @@ def example(
     is read. Of its label the end is taken, as much as Whisper reads and the longest bucket holds.
     Raises InputError for an utterance without a label or a language the checkpoint lacks.
     """
-    timed, prompted = coins(seed)
+    timed, prompted = example_draws(seed)
     language = utterance.language or options.language
     code = None if language is None else to_language(language)
     timestamps = timed < options.timestamp_probability
@@ -136,7 +136,7 @@ def example(
     room = min(PREVIOUS_TOKENS, max(options.buckets) - len(prompt) - len(label) - 1)
     before = []
     if prompted < options.prompt_probability and room > 0:
-        before = written(ids_before(utterance, previous, tokens, options.target, spelt))[-room:]
+        before = written(previous_ids(utterance, previous, tokens, options.target, spelt))[-room:]
     if before:
         line = [*tokens.prompt(code, options.task, timestamps, before), *label, *end]
         start = line.index(tokens.sot)
@@ -146,7 +146,7 @@ def example(
     return Example(line[:-1], line[1:], start, stored, options.kl, options.ce)
 
 
-def ids_before(
+def previous_ids(
     utterance: Utterance,
     previous: Utterance | None,
     tokens: WhisperTokens,
@@ -157,7 +157,7 @@ def ids_before(
     kept = utterance.previous
     if kept is None:
         return label_ids(previous, tokens, target, language) if previous else []
-    ids = written_ids(kept, tokens, " ") if isinstance(kept, str) else kept
+    ids = encode_transcript(kept, tokens, " ") if isinstance(kept, str) else kept
     return [token for token in ids if token < tokens.eot or token >= tokens.timestamp_begin]
 
 
@@ -165,7 +165,7 @@ def has_speech(utterance: Utterance, target: Literal["label", "text"]) -> bool:
     """Whether there is speech to learn: an empty reference says that there is none."""
     if utterance.parts:
         return any(has_speech(part, target) for part in utterance.parts)
-    empty = target == "text" and utterance.text is not None and not plain(utterance.text)
+    empty = target == "text" and utterance.text is not None and not strip_special(utterance.text)
     return utterance.speech and not empty
 
 
@@ -228,32 +228,34 @@ def label_ids(
     as timestamps. Other special tokens written in texts are left out.
     """
     if utterance.parts:
-        starts = beginnings(utterance)
+        starts = part_offsets(utterance)
         return [
             token
             for start, part in zip(starts, utterance.parts, strict=True)
             if has_speech(part, target)
-            for token in timed_ids(part, label_ids(part, tokens, target, language), start, tokens)
+            for token in shift_timestamps(
+                part, label_ids(part, tokens, target, language), start, tokens
+            )
         ]
     space = "" if language in WITHOUT_SPACES else " "
     if target == "text":
         if utterance.text is None:
             raise InputError(f"{utterance.id} has no text to learn: name its text_column")
-        return tokens.encode(space + plain(utterance.text))
+        return tokens.encode(space + strip_special(utterance.text))
     if utterance.token_ids is not None:
         return list(utterance.token_ids)
     if utterance.transcript is not None:
-        return written_ids(utterance.transcript, tokens, space)
+        return encode_transcript(utterance.transcript, tokens, space)
     raise InputError(
         f"{utterance.id} has no token_ids: label its dataset with pseudo-label, or learn its "
         'reference (target = "text")'
     )
 
 
-def written_ids(transcript: str, tokens: WhisperTokens, space: str) -> list[int]:
+def encode_transcript(transcript: str, tokens: WhisperTokens, space: str) -> list[int]:
     """Token ids of a label given as text; each stretch of text begins with `space`."""
     ids: list[int] = []
-    for piece in pieces(transcript):
+    for piece in split_timestamps(transcript):
         if isinstance(piece, str):
             ids += tokens.encode(space + piece.strip())
         else:
@@ -261,21 +263,23 @@ def written_ids(transcript: str, tokens: WhisperTokens, space: str) -> list[int]
     return ids
 
 
-def timed_ids(part: Utterance, label: list[int], start: float, tokens: WhisperTokens) -> list[int]:
+def shift_timestamps(
+    part: Utterance, label: list[int], start: float, tokens: WhisperTokens
+) -> list[int]:
     """The label of a part that begins `start` seconds into its window.
 
     Timestamps are moved; a label without any stands between the times of its clip.
     """
     times = [tokens.seconds(token) for token in label]
     if not any(time is not None for time in times):
-        return [tokens.timestamp(start), *label, tokens.timestamp(start + length(part))]
+        return [tokens.timestamp(start), *label, tokens.timestamp(start + clip_seconds(part))]
     return [
         token if time is None else tokens.timestamp(start + time)
         for token, time in zip(label, times, strict=True)
     ]
 
 
-def coins(seed: Sequence[int]) -> tuple[float, float]:
+def example_draws(seed: Sequence[int]) -> tuple[float, float]:
     """Two numbers in [0, 1), the same for the same seed, whoever asks: timestamps, prompt."""
     timed, prompted = generator(Purpose.EXAMPLE, *seed).random(2)
     return float(timed), float(prompted)

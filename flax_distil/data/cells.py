@@ -12,14 +12,14 @@ from jaxtyping import Float32
 
 from flax_distil.audio.container import RATES
 from flax_distil.audio.load import SAMPLE_RATE, AudioError, full_scale
-from flax_distil.audio.samples import Piece, by_second, mixed, resampled
+from flax_distil.audio.samples import Chunk, mix_to_mono, resample, split_seconds
 from flax_distil.data.table import Row
 
 UNWRITABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 
 
-def escaped(name: str) -> str:
+def escape(name: str) -> str:
     r"""A name as any file can hold it: `\udce9` for a byte that is no UTF-8, `\n` for a new line.
 
     Opening a file takes the name as it is; all that is written down or shown takes this.
@@ -30,7 +30,7 @@ def escaped(name: str) -> str:
 def cell_name(value: Any) -> str | None:
     """An id, speaker, recording or language: a string that can be written."""
     text = _string(value)
-    return None if text is None else escaped(text)
+    return None if text is None else escape(text)
 
 
 def cell_text(value: Any) -> str | None:
@@ -72,7 +72,7 @@ def cell_tokens(value: Any) -> tuple[int, ...] | None:
         return None
 
 
-def truth(value: Any) -> bool:
+def cell_bool(value: Any) -> bool:
     """False for what a column of yes and no writes as no; True for all else and for nothing."""
     if isinstance(value, str):
         return value.strip().lower() not in ("false", "no", "0")
@@ -112,7 +112,7 @@ def _array(value: Any) -> np.ndarray:
         return np.zeros(0, object)
 
 
-def located(path: str, folder: Path | None) -> str:
+def resolve_path(path: str, folder: Path | None) -> str:
     """Where a file is that a row names: seen from the table's folder, or from the one above."""
     if folder is None or "://" in path or os.path.isabs(path):
         return path
@@ -120,7 +120,7 @@ def located(path: str, folder: Path | None) -> str:
     return str(next((base for base in bases if os.path.isfile(base / path)), folder) / path)
 
 
-def waveform(samples: np.ndarray, rate: float, name: str) -> Float32[np.ndarray, "n"]:
+def array_to_waveform(samples: np.ndarray, rate: float, name: str) -> Float32[np.ndarray, "n"]:
     """Samples as a dataset holds them: one channel at 16 kHz in [-1, 1].
 
     samples: [n], [channels, n] or [n, channels]; integers are of 16 bits where all fit, else of 32.
@@ -138,9 +138,9 @@ def waveform(samples: np.ndarray, rate: float, name: str) -> Float32[np.ndarray,
         channels = channels / scale
     if not channels.size or not np.isfinite(channels).all():
         raise AudioError(f"{name}: the samples are none, or hold NaN or infinity")
-    piece = Piece(int(rate), 0, np.ascontiguousarray(channels, np.float32))
-    pieces = [mixed(one)[0] for one in by_second([piece])]
+    piece = Chunk(int(rate), 0, np.ascontiguousarray(channels, np.float32))
+    pieces = [mix_to_mono(one)[0] for one in split_seconds([piece])]
     if rate != SAMPLE_RATE:
-        pieces = list(resampled(pieces, SAMPLE_RATE))
+        pieces = list(resample(pieces, SAMPLE_RATE))
     found = np.concatenate([one.samples[0] for one in pieces])
     return full_scale(found, float(np.abs(found).max(initial=0)), name)

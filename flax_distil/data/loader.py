@@ -19,19 +19,19 @@ from flax_distil.data.batches import (
     Batch,
     Example,
     bucket_for,
-    coins,
     collate,
-    example,
+    example_draws,
     has_speech,
     longest_prompt,
+    make_example,
 )
-from flax_distil.data.chance import Purpose, generator
-from flax_distil.data.mixing import STREAMED, Place, Source, places, rows_by_lane
-from flax_distil.data.packing import measured
+from flax_distil.data.mixing import STREAMED, ExampleKey, TrainingSource, example_keys, rows_by_lane
+from flax_distil.data.packing import with_durations
+from flax_distil.data.rng import Purpose, generator
 from flax_distil.data.streams import LanePlace, Streamed, check_lanes, read_lane
 from flax_distil.data.usable import language_reason
-from flax_distil.data.utterances import Joined, Skipped, Utterance
-from flax_distil.data.windows import Clip, hear, read_ahead
+from flax_distil.data.utterances import Concatenated, Skipped, Utterance
+from flax_distil.data.windows import DecodedClip, decode_clip, prefetch
 from flax_distil.data.workers import open_pool
 from flax_distil.errors import InputError
 from flax_distil.parallel.multihost import from_all_hosts, host_slice
@@ -66,10 +66,10 @@ class Prepared(NamedTuple):
     seconds: float
 
 
-class Row(NamedTuple):
+class ExampleRow(NamedTuple):
     """What one row of a batch is made of; `utterance` and `before` are there of a stream only."""
 
-    place: Place
+    place: ExampleKey
     utterance: Utterance | None = None
     before: Utterance | None = None
 
@@ -81,7 +81,7 @@ class Loader:
     Each of `hosts` gets its rows of the same global batches, with the same L.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[TrainingSource, ...]
     tokens: WhisperTokens
     batch_size: int
     workers: int = 4
@@ -119,9 +119,9 @@ class Loader:
                 bucket_for(longest, source.options.buckets)
 
     @property
-    def utterances(self) -> Joined:
+    def utterances(self) -> Concatenated:
         """The utterances that the row numbers of batches name: all but those of streams."""
-        return Joined([s.utterances for s in self.sources if s.size is not None])  # type: ignore[misc]
+        return Concatenated([s.utterances for s in self.sources if s.size is not None])  # type: ignore[misc]
 
     def batches(self, state: LoaderState) -> Iterator[tuple[Batch, LoaderState]]:
         """Full batches, each with the state that continues after it.
@@ -142,7 +142,7 @@ class Loader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _global_rows(self, state: LoaderState) -> Iterator[tuple[list[Row], LoaderState]]:
+    def _global_rows(self, state: LoaderState) -> Iterator[tuple[list[ExampleRow], LoaderState]]:
         """All rows of each batch, filled of streams for this host's lanes alone, and what is after.
 
         Raises InputError for the state of a run on other datasets or lanes.
@@ -161,16 +161,16 @@ class Loader:
         standing = self._standing(state)
         readers = {name: self._reader(state.seed, name, start) for name, start in standing.items()}
 
-        def row(place: Place) -> Row:
+        def row(place: ExampleKey) -> ExampleRow:
             reader = readers.get(f"{place.source}/{place.lane}")
             if place.number != STREAMED or reader is None:
-                return Row(place)
+                return ExampleRow(place)
             found = next(reader)
             standing[f"{place.source}/{place.lane}"] = found.after
             place = place._replace(passes=found.after.passes, number=found.number)
-            return Row(place, found.utterance, found.before)
+            return ExampleRow(place, found.utterance, found.before)
 
-        come = places(self.sources, state.seed, state.position, lanes)
+        come = example_keys(self.sources, state.seed, state.position, lanes)
         arrangement = rows_by_lane(size, lanes)
         try:
             for position in count(state.position + size, size):
@@ -198,14 +198,14 @@ class Loader:
         number, lane = map(int, name.split("/"))
         source, block = self.sources[number], max(self.sources[number].buffer // self.lanes, 1)
         stream: Any = source.utterances
-        return read_ahead(read_lane(stream, lane, self.lanes, block, (seed, number), start), block)
+        return prefetch(read_lane(stream, lane, self.lanes, block, (seed, number), start), block)
 
     @property
     def _lanes(self) -> int:
         """1 without streams: any host can read any utterance of a dataset."""
         return self.lanes if any(source.size is None for source in self.sources) else 1
 
-    def _inputs(self, rows: Sequence[Row], seed: int) -> int:
+    def _inputs(self, rows: Sequence[ExampleRow], seed: int) -> int:
         """Decoder inputs that the rows need at most, the same on every host.
 
         Labels of streams are known to their host alone; on several hosts they get the longest
@@ -226,13 +226,13 @@ class Loader:
             needed = max(needed, min(inputs, max(source.options.buckets)))
         return needed
 
-    def _prompted(self, place: Place, seed: int) -> bool:
+    def _prompted(self, place: ExampleKey, seed: int) -> bool:
         """Whether the example is read with the utterance before it in its dataset."""
         source = self.sources[place.source]
         follows = source.own_prompts or bool(source.follows[place.number])
-        return follows and coins((seed, *place))[1] < source.options.prompt_probability
+        return follows and example_draws((seed, *place))[1] < source.options.prompt_probability
 
-    def _prepare(self, seed: int, row: Row) -> Prepared:
+    def _prepare(self, seed: int, row: ExampleRow) -> Prepared:
         place, utterance, before = row
         source = self.sources[place.source]
         if utterance is None:
@@ -241,20 +241,20 @@ class Loader:
                 before = source.utterances[place.number - 1]  # type: ignore[index]
         options = source.options
         speech = has_speech(utterance, options.target)
-        if speech and not said(utterance, options.target):
+        if speech and not has_target(utterance, options.target):
             return self._left_out(utterance, f"no {options.target} to learn")
         language = utterance.language or options.language
         prompted = speech or options.non_speech == "end"
         if prompted and (reason := language_reason(language, self.tokens)):
             return self._left_out(utterance, reason)
-        if before is not None and not said(before, options.target):
+        if before is not None and not has_target(before, options.target):
             before = None
-        clip = None if self.states else hear(utterance, place.passes)
-        if isinstance(clip, Clip):
+        clip = None if self.states else decode_clip(utterance, place.passes)
+        if isinstance(clip, DecodedClip):
             utterance = clip.utterance  # a window's with the times of its sound
         if self.states and (seconds := self.states.parts(self._number(place))):
-            utterance = measured(utterance, [None if isnan(one) else one for one in seconds])
-        targets = example(utterance, self.tokens, options, (seed, *place), before)
+            utterance = with_durations(utterance, [None if isnan(one) else one for one in seconds])
+        targets = make_example(utterance, self.tokens, options, (seed, *place), before)
         if len(targets.tokens) > max(options.buckets):
             return self._left_out(utterance, f"its label has {len(targets.tokens)} tokens")
         if self.states:
@@ -271,7 +271,7 @@ class Loader:
         logger.warning("%s has weight 0: %s", utterance.id, reason)
         return Prepared(Example([self.tokens.sot], [self.tokens.eot], 0), NOTHING, 0.0)
 
-    def _number(self, place: Place) -> int:
+    def _number(self, place: ExampleKey) -> int:
         """The utterance's number among those of all datasets, as `utterances` has them."""
         if self.sources[place.source].size is None:
             return STREAMED
@@ -298,7 +298,7 @@ class Loader:
         )
 
 
-def said(utterance: Utterance, target: Literal["label", "text"]) -> bool:
+def has_target(utterance: Utterance, target: Literal["label", "text"]) -> bool:
     """Whether there is a label or text, of all parts of a window."""
     parts = [one for one in utterance.parts or (utterance,) if has_speech(one, target)]
     if target == "text":
@@ -306,7 +306,7 @@ def said(utterance: Utterance, target: Literal["label", "text"]) -> bool:
     return all((part.token_ids, part.transcript) != (None, None) for part in parts)
 
 
-def on_all_hosts(state: LoaderState) -> LoaderState:
+def gather_state(state: LoaderState) -> LoaderState:
     """The state with the lanes of every host, for a checkpoint; all hosts call it at once."""
     if not state.streams:
         return state

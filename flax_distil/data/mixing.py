@@ -16,28 +16,28 @@ from jaxtyping import Bool, Int
 
 from flax_distil.config import DistillConfig, TrainingDataConfig
 from flax_distil.data.batches import TargetOptions, label_ids
-from flax_distil.data.chance import Purpose, generator
-from flax_distil.data.packing import Packed, length, pack
+from flax_distil.data.packing import Packed, clip_seconds, pack
+from flax_distil.data.rng import Purpose, generator
 from flax_distil.data.usable import usable_rows
 from flax_distil.data.utterances import (
-    Joined,
+    Concatenated,
     Utterance,
     Utterances,
     UtteranceStream,
     read_dataset,
 )
 from flax_distil.errors import InputError
-from flax_distil.text.special import plain
+from flax_distil.text.special import strip_special
 from flax_distil.text.tokens import WhisperTokens
 
-BLOCK = 1 << 16  # draws that one generator makes
-HEARD_FOR_HOURS = 200  # clips whose headers are read where a dataset does not tell durations
+DRAWS_PER_BLOCK = 1 << 16  # draws that one generator makes
+CLIPS_FOR_HOURS = 200  # clips whose headers are read where a dataset does not tell durations
 
 
 STREAMED = -1  # stands for the number of an utterance of a stream
 
 
-class Place(NamedTuple):
+class ExampleKey(NamedTuple):
     """One example of a run; with the run's seed, the seed of all that is random about it."""
 
     source: int
@@ -50,7 +50,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainingSource:
     """One dataset of a mixture, and how it is taught."""
 
     utterances: Sequence[Utterance] | UtteranceStream
@@ -80,7 +80,7 @@ class Source:
         return None if isinstance(self.utterances, UtteranceStream) else len(self.utterances)
 
 
-def training_sources(config: DistillConfig, tokens: WhisperTokens) -> tuple[Source, ...]:
+def training_sources(config: DistillConfig, tokens: WhisperTokens) -> tuple[TrainingSource, ...]:
     """What `labels` and `data` of a run name; clips without speech are sources of their own.
 
     Raises InputError for datasets that cannot be read, have nothing to learn, or are mixed with a
@@ -100,7 +100,7 @@ def training_sources(config: DistillConfig, tokens: WhisperTokens) -> tuple[Sour
         for source in open_source(TrainingDataConfig(str(path), target="label"), options, tokens)
     ]
     sources = [
-        joined(parts)
+        concatenate_sources(parts)
         for speech in (True, False)
         if (parts := [one for one in stores if one.speech is speech])
     ]
@@ -113,12 +113,12 @@ def training_sources(config: DistillConfig, tokens: WhisperTokens) -> tuple[Sour
             "stored_teacher read no previous text, and prompt_probability is "
             f"{config.prompt_probability:g}: set it to 0"
         )
-    return weighted(sources, config.non_speech_share)
+    return with_weights(sources, config.non_speech_share)
 
 
 def open_source(
     config: TrainingDataConfig, options: TargetOptions, tokens: WhisperTokens
-) -> tuple[Source, ...]:
+) -> tuple[TrainingSource, ...]:
     """One dataset: its clips of speech, and those without, where there are any."""
     utterances = read_dataset(config)
     columns = utterances.columns
@@ -164,7 +164,7 @@ def _source(
     options: TargetOptions,
     weight: float | None,
     speech: bool,
-) -> Source:
+) -> TrainingSource:
     """A dataset, as it is or packed to windows."""
     windows: Utterances | Packed = utterances
     if config.pack_seconds is not None:
@@ -174,28 +174,28 @@ def _source(
         value is not None for value in utterances.column("condition_on_prev")
     )
     follows = windows.follows()
-    return Source(
+    return TrainingSource(
         windows, options, lengths, follows, weight, speech=speech, own_prompts=own_prompts
     )
 
 
 def _stream_source(
     config: TrainingDataConfig, stream: UtteranceStream, options: TargetOptions
-) -> Source:
+) -> TrainingSource:
     if config.limit is not None or config.pack_seconds is not None:
         raise InputError(
             f"{config.source} is a stream: leave out limit and pack_seconds, or streaming"
         )
     none = np.zeros(0, np.int32)
-    return Source(
+    return TrainingSource(
         stream, options, none, none > 0, config.weight, config.shuffle_buffer, config.speech
     )
 
 
-def joined(parts: Sequence[Source]) -> Source:
+def concatenate_sources(parts: Sequence[TrainingSource]) -> TrainingSource:
     """Datasets that are drawn as one: each utterance once before any comes again."""
-    return Source(
-        Joined([part.utterances for part in parts]),  # type: ignore[misc]
+    return TrainingSource(
+        Concatenated([part.utterances for part in parts]),  # type: ignore[misc]
         parts[0].options,
         np.concatenate([part.lengths for part in parts]),
         np.concatenate([part.follows for part in parts]),
@@ -205,7 +205,9 @@ def joined(parts: Sequence[Source]) -> Source:
     )
 
 
-def weighted(sources: Sequence[Source], non_speech_share: float | None) -> tuple[Source, ...]:
+def with_weights(
+    sources: Sequence[TrainingSource], non_speech_share: float | None
+) -> tuple[TrainingSource, ...]:
     """The sources with weights: those given, else their hours of audio.
 
     non_speech_share: of the examples that are clips without speech; by their weights where None.
@@ -227,7 +229,7 @@ def weighted(sources: Sequence[Source], non_speech_share: float | None) -> tuple
             sources = [source for source in sources if source.speech]
     if len(sources) == 1:
         return (replace(sources[0], weight=sources[0].weight or 1.0),)
-    weights = [one.weight or hours(one.utterances) for one in sources]
+    weights = [one.weight or audio_hours(one.utterances) for one in sources]
     if non_speech_share:
         sums = {True: 0.0, False: 0.0}
         for one, weight in zip(sources, weights, strict=True):
@@ -254,24 +256,24 @@ def label_lengths(
             return -1
         one = Utterance("", b"", text=str(text), transcript=str(text))
         # 1: without the space that most languages begin with, a text may have a token more
-        return len(label_ids(one, tokens, target)) + 1 if plain(str(text)) else 0
+        return len(label_ids(one, tokens, target)) + 1 if strip_special(str(text)) else 0
 
     return np.array([length_of(text) for text in utterances.column(column)], np.int32)
 
 
-def hours(utterances: Any) -> float:
+def audio_hours(utterances: Any) -> float:
     """Hours of audio: as the dataset tells, else estimated from clips spread over it."""
     if isinstance(utterances, UtteranceStream):
         name = utterances.config.source
         raise InputError(f"the hours of {name} are not known, it is a stream: give weight")
-    if isinstance(utterances, Joined):
-        return sum(map(hours, utterances.parts))
+    if isinstance(utterances, Concatenated):
+        return sum(map(audio_hours, utterances.parts))
     if isinstance(utterances, Packed):
-        return hours(utterances.utterances)
+        return audio_hours(utterances.utterances)
     known = [seconds for seconds in utterances.column("duration") if seconds is not None]
     if len(known) < len(utterances):
-        step = max(len(utterances) // HEARD_FOR_HOURS, 1)
-        known = [length(utterances[row]) for row in range(0, len(utterances), step)]
+        step = max(len(utterances) // CLIPS_FOR_HOURS, 1)
+        known = [clip_seconds(utterances[row]) for row in range(0, len(utterances), step)]
     mean = sum(map(float, known)) / max(len(known), 1)
     if mean == 0:
         raise InputError(f"the hours of {utterances.config.source} are not known: give its weight")
@@ -281,40 +283,42 @@ def hours(utterances: Any) -> float:
 # --- order --------------------------------------------------------------------------------------
 
 
-def draws(weights: Sequence[float], seed: int, position: int) -> Iterator[tuple[int, int]]:
+def draw_sources(weights: Sequence[float], seed: int, position: int) -> Iterator[tuple[int, int]]:
     """From the `position`-th example of a run on: its source, and how many it gave before."""
     edges = np.cumsum(weights) / np.sum(weights)
     edges[-1] = 1.0  # not a rounding error below
     before = np.zeros(len(weights), np.int64)
     for block in count():
-        random = generator(Purpose.SOURCE, seed, block).random(BLOCK)
+        random = generator(Purpose.SOURCE, seed, block).random(DRAWS_PER_BLOCK)
         chosen = np.searchsorted(edges, random, side="right")
-        if (block + 1) * BLOCK <= position:
+        if (block + 1) * DRAWS_PER_BLOCK <= position:
             before += np.bincount(chosen, minlength=len(weights))
             continue
-        for number, source in enumerate(chosen.tolist(), block * BLOCK):
+        for number, source in enumerate(chosen.tolist(), block * DRAWS_PER_BLOCK):
             if number >= position:
                 yield source, int(before[source])
             before[source] += 1
 
 
-def places(sources: Sequence[Source], seed: int, position: int, lanes: int = 1) -> Iterator[Place]:
+def example_keys(
+    sources: Sequence[TrainingSource], seed: int, position: int, lanes: int = 1
+) -> Iterator[ExampleKey]:
     """From the `position`-th example of a run on: where each stands.
 
     Every dataset is passed over again and again, each utterance once a pass. Of streams the lane is
     told, p mod `lanes`; what comes next there, its host knows.
     """
     orders: dict[int, tuple[int, np.ndarray]] = {}
-    drawn = draws([source.weight or 1.0 for source in sources], seed, position)
+    drawn = draw_sources([source.weight or 1.0 for source in sources], seed, position)
     for example, (source, before) in enumerate(drawn, position):
         size = sources[source].size
         if size is None:
-            yield Place(source, example % lanes, 0, STREAMED)
+            yield ExampleKey(source, example % lanes, 0, STREAMED)
             continue
         passes, at = divmod(before, size)
         if source not in orders or orders[source][0] != passes:
             orders[source] = passes, pass_order(size, seed, source, passes)
-        yield Place(source, 0, passes, int(orders[source][1][at]))
+        yield ExampleKey(source, 0, passes, int(orders[source][1][at]))
 
 
 def pass_order(size: int, seed: int, source: int, passes: int) -> Int[np.ndarray, "n"]:

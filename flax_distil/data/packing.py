@@ -44,7 +44,7 @@ class Packed(Sequence[Utterance]):
     def __getitem__(self, index) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        return join(tuple(self._part(row) for row in self.groups[index]), self.pause)
+        return join_parts(tuple(self._part(row) for row in self.groups[index]), self.pause)
 
     def _part(self, row: int) -> Utterance:
         """A row with the duration that its header told, so that nobody reads that again."""
@@ -53,7 +53,7 @@ class Packed(Sequence[Utterance]):
             return part
         return replace(part, duration=seconds)
 
-    def since(self, start: int) -> Iterator[Utterance]:
+    def iter_from(self, start: int) -> Iterator[Utterance]:
         """The windows from `start` on."""
         return (self[number] for number in range(start, len(self)))
 
@@ -81,7 +81,7 @@ def pack(utterances: Utterances, seconds: float, pause: float) -> Packed:
     groups: list[list[int]] = []
     open_groups: dict[tuple[str | None, ...], tuple[list[int], float]] = {}
     planned = durations(utterances)
-    for row, key in enumerate(owners(utterances)):
+    for row, key in enumerate(pack_keys(utterances)):
         duration = seconds if math.isnan(planned[row]) else min(planned[row], seconds)
         group, filled = open_groups.get(key, ([], 0.0))
         if not group or filled + pause + duration > seconds + 1e-6:
@@ -92,7 +92,7 @@ def pack(utterances: Utterances, seconds: float, pause: float) -> Packed:
     return Packed(utterances, [tuple(group) for group in groups], pause, planned)
 
 
-def owners(utterances: Utterances) -> list[tuple[str | None, ...]]:
+def pack_keys(utterances: Utterances) -> list[tuple[str | None, ...]]:
     """Speaker, recording and language of each row, read without its audio."""
     columns, default = utterances.columns, utterances.config.language
     read = lambda name: utterances.column(name) if name else [None] * len(utterances)
@@ -126,16 +126,16 @@ def durations(utterances: Utterances) -> Float64[np.ndarray, "n"]:
                 found[silent] = kept
                 return found
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-        read = lambda row: length(utterances[row], unknown=math.nan)
+        read = lambda row: clip_seconds(utterances[row], unknown=math.nan)
         for start in range(0, len(silent), HEADERS_AT_ONCE * 64):
             rows = silent[start : start + HEADERS_AT_ONCE * 64]
             found[rows] = list(pool.map(read, rows))
     if path is not None:
-        keep(path, found[silent])
+        save_durations(path, found[silent])
     return found
 
 
-def keep(path: Path, seconds: Float64[np.ndarray, "n"]) -> None:
+def save_durations(path: Path, seconds: Float64[np.ndarray, "n"]) -> None:
     """Put the durations into the cache, where it can be written to."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def identity_digest(utterances: Utterances) -> str:
     return hashlib.sha256(contents.encode(errors="surrogateescape")).hexdigest()[:32]
 
 
-def join(parts: tuple[Utterance, ...], pause: float) -> Utterance:
+def join_parts(parts: tuple[Utterance, ...], pause: float) -> Utterance:
     """One utterance of several, with all their words."""
     first, *rest = parts
     if not rest:
@@ -191,21 +191,21 @@ def join(parts: tuple[Utterance, ...], pause: float) -> Utterance:
     )
 
 
-def measured(window: Utterance, seconds: Sequence[float | None]) -> Utterance:
+def with_durations(window: Utterance, seconds: Sequence[float | None]) -> Utterance:
     """A window with the durations that its parts have, without those of None."""
     pairs = zip(window.parts, seconds, strict=False)
     parts = tuple(replace(part, duration=one) for part, one in pairs if one is not None)
-    found = join(parts, window.pause)
+    found = join_parts(parts, window.pause)
     return replace(found, id=window.id) if len(parts) == len(window.parts) else found
 
 
-def beginnings(window: Utterance) -> list[float]:
+def part_offsets(window: Utterance) -> list[float]:
     """Second at which each part of a window begins."""
-    lengths = [length(part) + window.pause for part in window.parts]
+    lengths = [clip_seconds(part) + window.pause for part in window.parts]
     return [0.0, *accumulate(lengths[:-1])]
 
 
-def length(utterance: Utterance, unknown: float = 0.0) -> float:
+def clip_seconds(utterance: Utterance, unknown: float = 0.0) -> float:
     """Seconds, read from the audio's header where the dataset does not tell.
 
     A clip that cannot be read counts as `unknown`; whoever hears it will say why.

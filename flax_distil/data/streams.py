@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flax_distil.data.chance import Purpose, generator
-from flax_distil.data.utterances import Utterance, UtteranceStream, follows
+from flax_distil.data.rng import Purpose, generator
+from flax_distil.data.utterances import Utterance, UtteranceStream, continues
 from flax_distil.errors import InputError
 
 
@@ -67,7 +67,7 @@ def read_lane(
                 if taken >= place.taken:
                     shard, row, utterance = block[number]
                     last, _, before = block[max(number - 1, 0)]
-                    adjacent = number > 0 and shard == last and follows(utterance, before)
+                    adjacent = number > 0 and shard == last and continues(utterance, before)
                     yield Streamed(
                         utterance,
                         before if adjacent else None,

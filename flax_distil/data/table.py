@@ -32,7 +32,7 @@ RECORDING = ("recording", "recording_id", "chapter_id", "session_id", "meeting_i
 TRANSCRIPT = ("whisper_transcript",)  # of distil-whisper's label sets, and of ours
 
 # Place of an utterance in the dataset that was labelled, in a label store.
-NUMBER = "utterance_number"
+UTTERANCE_NUMBER = "utterance_number"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from flax_distil.data.batches import TargetOptions, longest_prompt
-from flax_distil.data.utterances import Utterances, to_language, truth
+from flax_distil.data.utterances import Utterances, cell_bool, to_language
 from flax_distil.errors import InputError
 from flax_distil.text.languages import LANGUAGES
 from flax_distil.text.tokens import WhisperTokens
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Rows:
+class LearnableRows:
     """The rows of a dataset that can be learnt, and the reasons against all others."""
 
     speech: Int[np.ndarray, "n"]
@@ -55,7 +55,7 @@ def usable_rows(
     options: TargetOptions,
     tokens: WhisperTokens,
     packed: bool = False,
-) -> Rows:
+) -> LearnableRows:
     """The rows that can be learnt.
 
     lengths: tokens of what each row has to learn; 0 where it is empty, -1 where there is none.
@@ -67,7 +67,7 @@ def usable_rows(
     column = utterances.columns.language
     languages = utterances.column(column) if column else [None] * len(utterances)
     default = utterances.config.language or options.language
-    speech = spoken(utterances) & ~((lengths == 0) & (options.target == "text"))
+    speech = speech_rows(utterances) & ~((lengths == 0) & (options.target == "text"))
     ended = utterances.column("ended") if packed else [True] * len(utterances)
     usable, left_out = np.ones(len(utterances), bool), {}
     for row in range(len(utterances)):
@@ -76,29 +76,31 @@ def usable_rows(
             reason = f"no {options.target} to learn"
         elif speech[row] and lengths[row] > longest:
             reason = f"over {longest} tokens, which is all that a label bucket holds"
-        elif speech[row] and not truth(ended[row]):
+        elif speech[row] and not cell_bool(ended[row]):
             reason = "a label that was cut, which cannot be packed with others"
         elif speech[row] or options.non_speech == "end":
             reason = reason_of(languages[row] or default)
         if reason is not None:
             usable[row] = False
             left_out.setdefault(reason, []).append(int(row))
-    found = Rows(np.flatnonzero(usable & speech), np.flatnonzero(usable & ~speech), left_out)
-    tell(found, utterances)
+    found = LearnableRows(
+        np.flatnonzero(usable & speech), np.flatnonzero(usable & ~speech), left_out
+    )
+    log_left_out(found, utterances)
     return found
 
 
-def spoken(utterances: Utterances) -> Bool[np.ndarray, "n"]:
+def speech_rows(utterances: Utterances) -> Bool[np.ndarray, "n"]:
     """Whether each row is said to hold speech."""
     if not utterances.config.speech:
         return np.zeros(len(utterances), bool)
-    return np.array([truth(value) for value in utterances.column("speech")], bool)
+    return np.array([cell_bool(value) for value in utterances.column("speech")], bool)
 
 
-def tell(rows: Rows, utterances: Utterances) -> None:
+def log_left_out(rows: LearnableRows, utterances: Utterances) -> None:
     """Log what is left out. Raises InputError where nothing is left."""
     source, count = utterances.config.source, len(utterances)
-    out = reasons(rows.left_out, lambda row: utterances[row].id)
+    out = describe_left_out(rows.left_out, lambda row: utterances[row].id)
     if not len(rows.speech) + len(rows.non_speech):
         raise InputError(f"none of the {count} rows of {source} can be learnt: {out}")
     if rows.left_out:
@@ -106,7 +108,7 @@ def tell(rows: Rows, utterances: Utterances) -> None:
         log.warning("%s: %d of %d rows are left out: %s", source, number, count, out)
 
 
-def reasons(left_out: dict[str, list[int]], name: Callable[[int], str]) -> str:
+def describe_left_out(left_out: dict[str, list[int]], name: Callable[[int], str]) -> str:
     """Each reason with its number of rows and the first of them by `name`."""
     return "; ".join(
         f"{why} ({len(rows)}, first {name(rows[0])})" for why, rows in left_out.items()

@@ -14,22 +14,22 @@ from jaxtyping import Float32, Int
 from flax_distil.audio.load import SAMPLE_RATE, AudioError, load_audio
 from flax_distil.config import DataConfig
 from flax_distil.data.cells import (
+    array_to_waveform,
     cell_audio,
+    cell_bool,
     cell_name,
     cell_number,
     cell_seconds,
     cell_text,
     cell_tokens,
-    escaped,
+    escape,
     is_missing,
-    located,
-    truth,
-    waveform,
+    resolve_path,
 )
 from flax_distil.data.parquet import ParquetRows
 from flax_distil.data.sources import read_table
 from flax_distil.data.stored_teacher import StoredTeacher, read_stored
-from flax_distil.data.table import NUMBER, Columns, Counts, Row, find_columns
+from flax_distil.data.table import UTTERANCE_NUMBER, Columns, Counts, Row, find_columns
 from flax_distil.errors import InputError
 from flax_distil.text.languages import to_language_code
 
@@ -76,7 +76,7 @@ class Utterance:
     """What a packed window is made of; its audio is then theirs, `pause` seconds apart."""
     pause: float = 0.0
     fault: str | None = None
-    """What is wrong with its row; `listen` raises it, so that a row is skipped like a bad clip."""
+    """What is wrong with its row; `load_waveform` raises it, and the row is skipped."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Skipped:
     reason: str
 
     def __post_init__(self):
-        object.__setattr__(self, "id", escaped(self.id))
-        object.__setattr__(self, "reason", escaped(self.reason))
+        object.__setattr__(self, "id", escape(self.id))
+        object.__setattr__(self, "reason", escape(self.reason))
 
 
 class Utterances(Sequence[Utterance]):
@@ -128,7 +128,7 @@ class Utterances(Sequence[Utterance]):
         folder = rows.folder(number) if isinstance(rows, ParquetRows) else self.folder
         return to_utterance(self.rows[number], number, self.columns, self.config, folder)
 
-    def since(self, start: int) -> Iterator[Utterance]:
+    def iter_from(self, start: int) -> Iterator[Utterance]:
         """The utterances from `start` on."""
         return (self[number] for number in range(start, len(self)))
 
@@ -137,7 +137,7 @@ class Utterances(Sequence[Utterance]):
         columns, read = self.columns, None
         if name in ("duration", "offset"):
             read = cell_seconds
-        elif name == NUMBER:
+        elif name == UTTERANCE_NUMBER:
             read = cell_number
         elif name == columns.text:
             read = cell_text
@@ -181,7 +181,7 @@ class Utterances(Sequence[Utterance]):
         if not known:
             return np.zeros(len(self), bool)
         whose = list(zip(*(self.column(name) for name in known), strict=True))
-        numbers = self.column(NUMBER)
+        numbers = self.column(UTTERANCE_NUMBER)
         if None in numbers and self.taken is not None:  # a gap left by what was not taken
             numbers = self.taken.tolist()
         same = [False]
@@ -198,9 +198,9 @@ class UtteranceStream:
         self.rows, self.columns, self.config = rows, columns, config
 
     def __iter__(self) -> Iterator[Utterance]:
-        return self.since(0)
+        return self.iter_from(0)
 
-    def since(self, start: int) -> Iterator[Utterance]:
+    def iter_from(self, start: int) -> Iterator[Utterance]:
         """The utterances from `start` on; what lies before is passed over, not decoded."""
         skip = getattr(self.rows, "skip", None)
         rows = skip(start) if skip else islice(self.rows, start, None)
@@ -223,7 +223,7 @@ class UtteranceStream:
         return None if self.config.limit is None else max(self.config.limit - start, 0)
 
 
-class Joined(Sequence[Utterance]):
+class Concatenated(Sequence[Utterance]):
     """Several datasets one after the other."""
 
     def __init__(self, parts: Sequence[Sequence[Utterance]]):
@@ -297,10 +297,10 @@ def to_utterance(
     offset, previous = cell_seconds(row.get("offset")), row.get("condition_on_prev")
     if isinstance(previous, bool | int):  # whether it follows on the one before, not yet labelled
         previous = None
-    speech = config.speech and truth(row.get("speech"))
+    speech = config.speech and cell_bool(row.get("speech"))
     return Utterance(
-        id=name(columns.id) or (path and escaped(path)) or str(number),
-        audio=located(audio, folder) if isinstance(audio, str) else audio,
+        id=name(columns.id) or (path and escape(path)) or str(number),
+        audio=resolve_path(audio, folder) if isinstance(audio, str) else audio,
         text=text(columns.text) if speech else "",
         duration=cell_seconds(row.get("duration")),
         speaker=name(columns.speaker),
@@ -313,8 +313,8 @@ def to_utterance(
         transcript=text(columns.transcript),
         previous=cell_text(previous) if isinstance(previous, str) else cell_tokens(previous),
         recording=name(columns.recording)
-        or (escaped(Path(path).name) if path and offset is not None else None),
-        ended=truth(row.get("ended")),
+        or (escape(Path(path).name) if path and offset is not None else None),
+        ended=cell_bool(row.get("ended")),
         speech=speech,
         fault=_fault(row, number, columns, config.source),
     )
@@ -334,7 +334,7 @@ def _fault(row: Row, number: int | str, columns: Columns, source: str) -> str | 
     return None
 
 
-def follows(utterance: Utterance, before: Utterance | None) -> bool:
+def continues(utterance: Utterance, before: Utterance | None) -> bool:
     """Whether `before`, the one read before, is of the same known speaker or recording."""
     if before is None:
         return False
@@ -352,14 +352,16 @@ def to_language(language: str) -> str:
         raise
 
 
-def listen(utterance: Utterance, longest: float | None = None) -> Float32[np.ndarray, "n"]:
+def load_waveform(utterance: Utterance, longest: float | None = None) -> Float32[np.ndarray, "n"]:
     """The clip's samples at 16 kHz in [-1, 1], at most `longest` seconds of them.
 
     Raises AudioError when there are none.
     """
     if utterance.parts:
         silence = np.zeros(round(utterance.pause * SAMPLE_RATE), np.float32)
-        pieces = [piece for part in utterance.parts for piece in (silence, listen(part, longest))]
+        pieces = [
+            piece for part in utterance.parts for piece in (silence, load_waveform(part, longest))
+        ]
         return np.concatenate(pieces[1:])
     source, offset = utterance.audio, utterance.offset
     known = (longest, None if offset is None else utterance.duration or None)
@@ -367,7 +369,7 @@ def listen(utterance: Utterance, longest: float | None = None) -> Float32[np.nda
     if utterance.fault:
         raise AudioError(utterance.fault)
     if isinstance(source, np.ndarray):
-        source = waveform(source, utterance.rate or SAMPLE_RATE, utterance.id)
+        source = array_to_waveform(source, utterance.rate or SAMPLE_RATE, utterance.id)
         start = round((offset or 0) * SAMPLE_RATE)
         end = None if duration is None else start + round(duration * SAMPLE_RATE)
         if offset is not None and start >= len(source):

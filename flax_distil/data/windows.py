@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Int16
 
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, AudioError, to_int16
-from flax_distil.data.packing import measured
-from flax_distil.data.utterances import Skipped, Utterance, listen, to_language
+from flax_distil.data.packing import with_durations
+from flax_distil.data.utterances import Skipped, Utterance, load_waveform, to_language
 from flax_distil.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ SLACK_SAMPLES = SAMPLE_RATE // 100
 
 
 @dataclass(frozen=True)
-class Clip:
+class DecodedClip:
     """An utterance and its samples: at most 30 s, not padded yet."""
 
     utterance: Utterance
@@ -45,7 +45,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Windows:
+class WindowBatch:
     """Clips padded to 30 s; a short batch is filled up with its last clip, which is not valid.
 
     Silence would do as well, but a model may write longer about silence than about any clip, and a
@@ -57,7 +57,7 @@ class Windows:
     valid: Bool[np.ndarray, "B"]
 
 
-def in_order(
+def map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
 ) -> Iterator[Result]:
     """`map` in threads, up to `ahead` items in advance of the consumer; the order is kept."""
@@ -74,7 +74,7 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def read_ahead(items: Iterable[Item], count: int) -> Generator[Item]:
+def prefetch(items: Iterable[Item], count: int) -> Generator[Item]:
     """The items in order, up to `count` of them read in advance by a thread."""
     pool, end = ThreadPoolExecutor(1, thread_name_prefix="reader"), object()
     source = iter(items)
@@ -87,22 +87,22 @@ def read_ahead(items: Iterable[Item], count: int) -> Generator[Item]:
         pool.shutdown(cancel_futures=True)
 
 
-def hear(utterance: Utterance, turn: int = 0) -> Clip | Skipped:
+def decode_clip(utterance: Utterance, turn: int = 0) -> DecodedClip | Skipped:
     """The decoded clip, or why there is none: damaged, missing, longer than 30 s.
 
     Of a packed window that needs several clips it is one after the other, by `turn`.
     """
-    clips = hear_clips(utterance)
+    clips = decode_clips(utterance)
     return clips if isinstance(clips, Skipped) else clips[turn % len(clips)]
 
 
-def hear_clips(utterance: Utterance) -> list[Clip] | Skipped:
-    """The clips of an utterance, at least one, or why there is none; see `hear_all`.
+def decode_clips(utterance: Utterance) -> list[DecodedClip] | Skipped:
+    """The clips of an utterance, at least one, or why there is none; see `decode_utterance`.
 
     Parts of a window that are left out are warned of.
     """
-    found = hear_all(utterance)
-    clips = [one for one in found if isinstance(one, Clip)]
+    found = decode_utterance(utterance)
+    clips = [one for one in found if isinstance(one, DecodedClip)]
     skipped = [one for one in found if isinstance(one, Skipped)]
     if not clips:
         return Skipped(utterance.id, "; ".join(dict.fromkeys(one.reason for one in skipped)))
@@ -111,7 +111,7 @@ def hear_clips(utterance: Utterance) -> list[Clip] | Skipped:
     return clips
 
 
-def hear_all(utterance: Utterance) -> list[Clip | Skipped]:
+def decode_utterance(utterance: Utterance) -> list[DecodedClip | Skipped]:
     """All clips of an utterance: one, but of a packed window as many as its sound needs.
 
     What a dataset or a header tells of durations is not always so. The parts of a window have the
@@ -122,7 +122,7 @@ def hear_all(utterance: Utterance) -> list[Clip | Skipped]:
         return [_decoded(utterance)]
     decoded = [_decoded(part) for part in utterance.parts]
     pause = round(utterance.pause * SAMPLE_RATE)
-    groups: list[dict[int, Clip]] = []  # clips by the number of their part
+    groups: list[dict[int, DecodedClip]] = []  # clips by the number of their part
     room = 0
     for number, clip in enumerate(decoded):
         if isinstance(clip, Skipped):
@@ -136,40 +136,40 @@ def hear_all(utterance: Utterance) -> list[Clip | Skipped]:
     return [*clips, *(one for one in decoded if isinstance(one, Skipped))]
 
 
-def _window(window: Utterance, clips: dict[int, Clip]) -> Clip:
+def _window(window: Utterance, clips: dict[int, DecodedClip]) -> DecodedClip:
     """Some parts of a window one after the other, with the times that they have there."""
     pause = np.zeros(round(window.pause * SAMPLE_RATE), np.int16)
     pieces = [piece for clip in clips.values() for piece in (pause, clip.samples)]
     samples = np.concatenate(pieces[1:])[:CLIP_SAMPLES]
     numbers = range(len(window.parts))
     seconds = tuple(clips[one].duration if one in clips else None for one in numbers)
-    return Clip(measured(window, seconds), samples, seconds)
+    return DecodedClip(with_durations(window, seconds), samples, seconds)
 
 
-def _decoded(utterance: Utterance) -> Clip | Skipped:
+def _decoded(utterance: Utterance) -> DecodedClip | Skipped:
     """One clip, of which no more is decoded than shows that it is too long."""
     longest = CLIP_SAMPLES // SAMPLE_RATE + 1
     try:
         if utterance.language is not None:
             to_language(utterance.language)
-        samples = to_int16(listen(utterance, longest))
+        samples = to_int16(load_waveform(utterance, longest))
     except (InputError, OSError) as error:
         return Skipped(utterance.id, str(error))
     if len(samples) > CLIP_SAMPLES + SLACK_SAMPLES:
         seconds = len(samples) / SAMPLE_RATE
         more = " or more" if seconds >= longest else ""
         return Skipped(utterance.id, f"too long: {seconds:.2f} s{more}, a window has 30 s")
-    return Clip(utterance, samples[:CLIP_SAMPLES])
+    return DecodedClip(utterance, samples[:CLIP_SAMPLES])
 
 
-def stack(clips: Sequence[Clip], batch_size: int) -> Windows:
+def pad_clips(clips: Sequence[DecodedClip], batch_size: int) -> WindowBatch:
     """One to `batch_size` clips as one batch of exactly that size."""
     waveforms = np.zeros((batch_size, CLIP_SAMPLES), np.int16)
     for row, clip in zip(waveforms, clips, strict=False):
         row[: len(clip.samples)] = clip.samples
     waveforms[len(clips) :] = waveforms[len(clips) - 1]
     utterances = [clip.utterance for clip in clips]
-    return Windows(utterances, waveforms, np.arange(batch_size) < len(clips))
+    return WindowBatch(utterances, waveforms, np.arange(batch_size) < len(clips))
 
 
 def window_batches(
@@ -177,16 +177,16 @@ def window_batches(
     batch_size: int,
     workers: int = 4,
     skipped: Callable[[Skipped], None] | None = None,
-) -> Iterator[Windows]:
-    """Every utterance once, in order, in batches of one shape; see `Windows` for the last.
+) -> Iterator[WindowBatch]:
+    """Every utterance once, in order, in batches of one shape; see `WindowBatch` for the last.
 
     `skipped` is told what could not be heard; without it, the first such clip is an AudioError.
     """
 
-    def heard() -> Iterator[Clip]:
-        for found in in_order(hear_all, utterances, workers, ahead=2 * batch_size):
+    def heard() -> Iterator[DecodedClip]:
+        for found in map_in_order(decode_utterance, utterances, workers, ahead=2 * batch_size):
             for clip in found:
-                if isinstance(clip, Clip):
+                if isinstance(clip, DecodedClip):
                     yield clip
                 elif skipped is None:
                     raise AudioError(f"{clip.id}: {clip.reason}")
@@ -195,4 +195,4 @@ def window_batches(
 
     clips = heard()
     while batch := list(islice(clips, batch_size)):
-        yield stack(batch, batch_size)
+        yield pad_clips(batch, batch_size)

@@ -21,13 +21,15 @@ def open_pool(function: Callable, threads: int, processes: int = 0) -> tuple[Exe
     """
     if not processes:
         return ThreadPoolExecutor(threads, thread_name_prefix="loader"), function
-    return ProcessPoolExecutor(processes, get_context("spawn"), _begin, (function,)), _call
+    return ProcessPoolExecutor(
+        processes, get_context("spawn"), _start_worker, (function,)
+    ), _call_function
 
 
 _function: Any = None  # of a worker process
 
 
-def _begin(function: Callable) -> None:
+def _start_worker(function: Callable) -> None:
     global _function
     _function = function
     for number in (signal.SIGINT, signal.SIGTERM):  # a run that is stopped still needs its batches
@@ -43,5 +45,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _call(*arguments: Any) -> Any:
+def _call_function(*arguments: Any) -> Any:
     return _function(*arguments)

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flax_distil.data.loader import LoaderState, on_all_hosts
+from flax_distil.data.loader import LoaderState, gather_state
 from flax_distil.distill.replicas import bit_sums
 from flax_distil.distill.state import TrainState
 from flax_distil.errors import InputError, writing
@@ -123,7 +123,7 @@ class Checkpoints:
     def _save(self, one: ocp.CheckpointManager, step: int, progress: Progress, **trees: Any):
         self.wait()  # for the one before, whose failure would otherwise be told as this one's
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        progress = replace(progress, loader=on_all_hosts(progress.loader))
+        progress = replace(progress, loader=gather_state(progress.loader))
         sums = bit_sums(trees) | json_sum(progress)
         items["progress"] = ocp.args.JsonSave(asdict(progress) | {"sums": sums})
         try:

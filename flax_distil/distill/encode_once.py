@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from flax_distil.config import DistillConfig
-from flax_distil.data.audio_states import AudioStates, StateFolder, audio_states, clip_names
-from flax_distil.data.augment import masks_log_mel
-from flax_distil.data.mixing import Source
+from flax_distil.data.audio_states import AudioStates, StateFolder, clip_names, load_or_encode
+from flax_distil.data.augment import uses_spec_augment
+from flax_distil.data.mixing import TrainingSource
 from flax_distil.data.packing import identity
-from flax_distil.data.utterances import NUMBER, Joined, Utterances
+from flax_distil.data.utterances import UTTERANCE_NUMBER, Concatenated, Utterances
 from flax_distil.decode.recognizer import listen
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
@@ -25,7 +25,10 @@ from flax_distil.pseudo_label.store import SETTINGS, read_settings
 
 
 def kept_states(
-    config: DistillConfig, teacher: Checkpoint, student: Checkpoint, sources: Sequence[Source]
+    config: DistillConfig,
+    teacher: Checkpoint,
+    student: Checkpoint,
+    sources: Sequence[TrainingSource],
 ) -> AudioStates | None:
     """The encoder's output of all clips from disk, where the run keeps it there.
 
@@ -39,7 +42,7 @@ def kept_states(
             "audio_states hold what the teacher's frozen encoder says, and this student has an "
             "encoder of its own: leave audio_states out"
         )
-    changing = config.augment.noise or masks_log_mel(config.augment)
+    changing = config.augment.noise or uses_spec_augment(config.augment)
     if changing or any(source.size is None for source in sources):
         raise InputError(
             "audio_states hold one output for each clip of a dataset: leave them out with streams, "
@@ -47,9 +50,9 @@ def kept_states(
         )
     spec = Spec(teacher.dims, config.compute.dtype)
     params = replicate(jax.device_put(encoders[0], jax.local_devices()[0]))
-    return audio_states(
+    return load_or_encode(
         [one for source in sources for one in folders(config.audio_states, encoders[0], source)],
-        Joined([source.utterances for source in sources]),  # type: ignore[misc]
+        Concatenated([source.utterances for source in sources]),  # type: ignore[misc]
         lambda waveforms_BN: listen(spec, params, waveforms_BN),
         config.validation.batch_size,
         config.run.workers,
@@ -57,10 +60,10 @@ def kept_states(
     )
 
 
-def folders(root: Path, encoder: dict, source: Source) -> list[StateFolder]:
+def folders(root: Path, encoder: dict, source: TrainingSource) -> list[StateFolder]:
     """Where the states of a source are, dataset by dataset."""
     utterances: Any = source.utterances  # no stream: those are refused before
-    if isinstance(utterances, Joined):
+    if isinstance(utterances, Concatenated):
         parts = utterances.parts
         lengths = np.split(source.lengths, np.cumsum([len(part) for part in parts])[:-1])
     else:
@@ -75,7 +78,7 @@ def state_folder(
     if isinstance(utterances, Utterances):
         store = Path(utterances.config.source)
         if (store / SETTINGS).is_file():
-            columns = (NUMBER, "id", "duration", "mean_log_probability")
+            columns = (UTTERANCE_NUMBER, "id", "duration", "mean_log_probability")
             names = stored_names(*map(utterances.column, columns))
             return StateFolder(states_of(root, encoder, read_settings(store)), names)
     digest = hashlib.sha256(repr(identity(utterances)).encode() + lengths.tobytes()).hexdigest()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flax_distil.config import DistillConfig
-from flax_distil.data.mixing import Source
+from flax_distil.data.mixing import TrainingSource
 from flax_distil.data.usable import language_reason
-from flax_distil.data.utterances import Joined, Utterances, to_language
+from flax_distil.data.utterances import Concatenated, Utterances, to_language
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.pseudo_label.labeller import fingerprint
@@ -51,7 +51,7 @@ def check_vocabulary(config: DistillConfig, tokens: WhisperTokens) -> None:
             )
 
 
-def check_ids(sources: Sequence[Source], tokens: WhisperTokens) -> None:
+def check_ids(sources: Sequence[TrainingSource], tokens: WhisperTokens) -> None:
     """Raises InputError where labels that do not say their vocabulary have ids that the student's
     lacks, or its `<|notimestamps|>`, which no label holds: another vocabulary's first time."""
     for utterances in parts(sources):
@@ -92,7 +92,7 @@ def warn_of_teacher(config: DistillConfig, teacher: Checkpoint) -> None:
         )
 
 
-def warn_of_prompts(config: DistillConfig, sources: Sequence[Source]) -> None:
+def warn_of_prompts(config: DistillConfig, sources: Sequence[TrainingSource]) -> None:
     """Say so, once, where no dataset tells which utterance was spoken before another."""
     if config.prompt_probability and not any(map(knows_previous, sources)):
         log.warning(
@@ -103,7 +103,7 @@ def warn_of_prompts(config: DistillConfig, sources: Sequence[Source]) -> None:
         )
 
 
-def knows_previous(source: Source) -> bool:
+def knows_previous(source: TrainingSource) -> bool:
     """Whether some utterance of a source may be read with the text before it."""
     if source.size is not None:
         return source.own_prompts or bool(source.follows.any())
@@ -111,14 +111,14 @@ def knows_previous(source: Source) -> bool:
     return (columns.speaker, columns.recording) != (None, None)
 
 
-def taught(config: DistillConfig, sources: Sequence[Source], tokens: WhisperTokens) -> dict:
+def taught(config: DistillConfig, sources: Sequence[TrainingSource], tokens: WhisperTokens) -> dict:
     """What an exported student has to say of its training: languages, tasks, and whether some
     examples were read with the text before them."""
     previous = bool(config.prompt_probability) and any(map(knows_previous, sources))
     return spoken(sources, tokens) | {"previous_text": previous}
 
 
-def spoken(sources: Sequence[Source], tokens: WhisperTokens) -> dict[str, Any]:
+def spoken(sources: Sequence[TrainingSource], tokens: WhisperTokens) -> dict[str, Any]:
     """Languages and tasks that are learnt, sorted; languages are None where not all are known."""
     languages, tasks = set(), set()
     for source in sources:
@@ -139,9 +139,9 @@ def spoken(sources: Sequence[Source], tokens: WhisperTokens) -> dict[str, Any]:
     return {"languages": sorted(codes) if known else None, "tasks": sorted(tasks)}
 
 
-def parts(sources: Sequence[Source]) -> Iterator[Any]:
+def parts(sources: Sequence[TrainingSource]) -> Iterator[Any]:
     """The datasets that sources are made of, windows opened."""
     for source in sources:
         found = source.utterances
-        for one in found.parts if isinstance(found, Joined) else (found,):
+        for one in found.parts if isinstance(found, Concatenated) else (found,):
             yield getattr(one, "utterances", one)

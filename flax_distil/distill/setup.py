@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_distil.config import DistillConfig
-from flax_distil.data.mixing import Source
+from flax_distil.data.mixing import TrainingSource
 from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.data.utterances import to_language
 from flax_distil.distill.step import Frozen, TrainSpec
@@ -123,7 +123,7 @@ def check_numbers(config: DistillConfig) -> None:
         raise InputError(f"label_buckets {config.label_buckets}: name lengths from 1 to 448 tokens")
 
 
-def resolved(config: DistillConfig, sources: Sequence[Source]) -> DistillConfig:
+def resolved(config: DistillConfig, sources: Sequence[TrainingSource]) -> DistillConfig:
     """The configuration with its epochs as steps, the last batch of them filled up.
 
     Raises InputError where a stream, whose clips are not counted, is among the sources.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from flax_distil.config import DistillConfig
-from flax_distil.data.augment import masks_log_mel, open_noise
+from flax_distil.data.augment import open_noise, uses_spec_augment
 from flax_distil.data.batches import Batch
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import training_sources
@@ -147,7 +147,7 @@ def run(config: DistillConfig) -> TrainSummary:
         hosts=jax.process_count(),
         states=kept_states(config, teacher, student, sources),
         add_noise=open_noise(config.augment),
-        masks=masks_log_mel(config.augment),
+        masks=uses_spec_augment(config.augment),
     )
     facts = taught(config, sources, tokens)
     return train(config, teacher, student, loader, validate, facts, held_out(config, tokens))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from flax_distil.config import DataConfig, DistillConfig
 from flax_distil.data.utterances import Utterance, Utterances, read_dataset, to_language
-from flax_distil.data.windows import Clip, Skipped, hear, window_batches
+from flax_distil.data.windows import DecodedClip, Skipped, decode_clip, window_batches
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import Recognizer, recognize
 from flax_distil.errors import InputError
@@ -115,8 +115,8 @@ def check_usable(
             continue
         spoken = language or utterances.config.language or config.language
         against = unusable(str(text), spoken, tokens)
-        clip = against or hear(utterances[number])
-        if isinstance(clip, Clip):
+        clip = against or decode_clip(utterances[number])
+        if isinstance(clip, DecodedClip):
             return
         reason = clip if isinstance(clip, str) else f"{clip.id}: {clip.reason}"
     raise InputError(

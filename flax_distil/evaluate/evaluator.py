@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, pad_or_trim
 from flax_distil.config import DataConfig, EvaluateConfig
-from flax_distil.data.utterances import Utterance, listen, read_dataset, to_language
+from flax_distil.data.utterances import Utterance, load_waveform, read_dataset, to_language
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
 from flax_distil.errors import InputError, check_writable, writing
@@ -242,7 +242,7 @@ def _usable(
                 raise InputError(reason)
             if not _rate(language, config).normalize(utterance.text or ""):
                 raise InputError("no reference")
-            waveform = listen(utterance)
+            waveform = load_waveform(utterance)
         except (InputError, OSError) as error:
             skipped.append(f"{utterance.id}: {error}")
             continue

@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 
 from flax_distil.audio.load import SAMPLE_RATE, pad_or_trim
-from flax_distil.data.utterances import listen, read_dataset
+from flax_distil.data.utterances import load_waveform, read_dataset
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
@@ -30,7 +30,7 @@ def with_heads_of(checkpoint: Checkpoint, teacher: str, speech: str) -> Checkpoi
             f"{teacher} has {guide.dims.vocab:,} tokens and the student {checkpoint.dims.vocab:,}: "
             "alignment heads are chosen by a teacher with the same tokenizer"
         )
-    sounds = [listen(clip) for clip in islice(read_dataset(speech).since(0), CLIPS)]
+    sounds = [load_waveform(clip) for clip in islice(read_dataset(speech).iter_from(0), CLIPS)]
     if not sounds:
         raise InputError(f"{speech} has no clip to choose alignment heads on")
     heads = heads_like(

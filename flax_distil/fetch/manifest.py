@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Clip:
+class ManifestClip:
     """One line of a manifest; `audio_filepath` is relative to the manifest's folder."""
 
     audio_filepath: str
@@ -19,7 +19,7 @@ class Clip:
     language: str = "en"
 
 
-def write_manifest(path: Path, clips: Iterable[Clip]) -> Path:
+def write_manifest(path: Path, clips: Iterable[ManifestClip]) -> Path:
     """Write one JSON object a line; the file appears complete or not at all."""
     half_written = path.with_name(path.name + ".part")
     lines = (json.dumps(asdict(clip), ensure_ascii=False) + "\n" for clip in clips)
@@ -28,12 +28,14 @@ def write_manifest(path: Path, clips: Iterable[Clip]) -> Path:
     return path
 
 
-def read_manifest(path: Path) -> list[Clip]:
+def read_manifest(path: Path) -> list[ManifestClip]:
     """The clips of a manifest that `write_manifest` wrote."""
-    return [Clip(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        ManifestClip(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()
+    ]
 
 
-def seen_from(folder: Path, manifest: Path) -> list[Clip]:
+def rebase_paths(folder: Path, manifest: Path) -> list[ManifestClip]:
     """The clips of a manifest, their paths made relative to `folder`."""
     return [
         replace(clip, audio_filepath=os.path.relpath(manifest.parent / clip.audio_filepath, folder))

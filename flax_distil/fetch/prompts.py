@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flax_distil.audio.load import AudioError, encode_flac, load_audio
-from flax_distil.fetch.manifest import Clip, write_manifest
+from flax_distil.fetch.manifest import ManifestClip, write_manifest
 from flax_distil.fetch.packages import lock
 from flax_distil.model.dims import SAMPLE_RATE
 
@@ -130,7 +130,7 @@ def _audiobook(root: Path) -> Iterator[tuple[Path, str, str]]:
             yield folder / f"{match[2]}.wav", match[1], "librivox"
 
 
-def _convert(source: Path, text: str, speaker: str, folder: Path) -> Clip | None:
+def _convert(source: Path, text: str, speaker: str, folder: Path) -> ManifestClip | None:
     """Write one clip as FLAC; None for one that does not decode or is a mere click."""
     try:
         waveform = load_audio(source, format="g722" if source.suffix == ".g722" else None)
@@ -142,4 +142,4 @@ def _convert(source: Path, text: str, speaker: str, folder: Path) -> Clip | None
     stem = source.stem if speaker != "allison" else f"{source.parent.name}-{source.stem}"
     name = f"audio/{stem.removeprefix('en_US_f_Allison-')}.flac"
     (folder / name).write_bytes(encode_flac(waveform))
-    return Clip(name, text, round(len(waveform) / SAMPLE_RATE, 3), speaker)
+    return ManifestClip(name, text, round(len(waveform) / SAMPLE_RATE, 3), speaker)

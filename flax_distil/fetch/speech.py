@@ -9,7 +9,7 @@ import numpy as np
 
 from flax_distil.cache import cache_folder
 from flax_distil.errors import InputError
-from flax_distil.fetch.manifest import Clip, seen_from, write_manifest
+from flax_distil.fetch.manifest import ManifestClip, rebase_paths, write_manifest
 from flax_distil.fetch.prompts import human_prompts
 from flax_distil.fetch.synthesis import sentences, synthesise
 
@@ -59,9 +59,9 @@ def demo_speech(
             f"{len(texts)} sentences with {heldout_spoken} held out leave none to train on: "
             f"speak at least {heldout_spoken + 1}"
         )
-    synthetic = seen_from(folder, synthesise(texts, folder / "synthetic", seed))
+    synthetic = rebase_paths(folder, synthesise(texts, folder / "synthetic", seed))
     prompts = human_prompts(cache_folder() / "demo-speech" / "human")
-    human = seen_from(folder, prompts) if prompts else []
+    human = rebase_paths(folder, prompts) if prompts else []
     train, heldout = split(shuffled(synthetic, seed), heldout_spoken)
     human_train, human_heldout = split(shuffled(human, seed), heldout_prompts)
     log.info(
@@ -78,7 +78,7 @@ def demo_speech(
     )
 
 
-def split(clips: list[Clip], heldout: int) -> tuple[list[Clip], list[Clip]]:
+def split(clips: list[ManifestClip], heldout: int) -> tuple[list[ManifestClip], list[ManifestClip]]:
     """(train, held out): the first `heldout` clips, and all others that say the same words."""
     words = {_words(clip) for clip in clips[:heldout]}
     train = [clip for clip in clips if _words(clip) not in words]
@@ -90,5 +90,5 @@ def shuffled(items: list[T], seed: int) -> list[T]:
     return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 
 
-def _words(clip: Clip) -> str:
+def _words(clip: ManifestClip) -> str:
     return " ".join("".join(c for c in clip.text.lower() if c.isalnum() or c == " ").split())

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from flax_distil.audio.load import encode_flac, load_audio
 from flax_distil.errors import InputError
-from flax_distil.fetch.manifest import Clip, write_manifest
+from flax_distil.fetch.manifest import ManifestClip, write_manifest
 from flax_distil.model.dims import SAMPLE_RATE
 
 log = logging.getLogger(__name__)
@@ -61,5 +61,5 @@ def synthesise(texts: Sequence[str], folder: str | Path, seed: int = 0) -> Path:
             os.replace(half_written, path)
         seconds = len(load_audio(path)) / SAMPLE_RATE
         name = str(path.relative_to(folder))
-        clips.append(Clip(name, text, round(seconds, 3), f"hibari-{pitch:.2f}"))
+        clips.append(ManifestClip(name, text, round(seconds, 3), f"hibari-{pitch:.2f}"))
     return write_manifest(folder / "manifest.jsonl", clips)

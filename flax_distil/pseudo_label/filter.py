@@ -22,7 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from flax_distil.config import FilterConfig
-from flax_distil.data.utterances import NUMBER
+from flax_distil.data.utterances import UTTERANCE_NUMBER
 from flax_distil.errors import InputError, check_writable
 from flax_distil.pseudo_label.store import (
     SETTINGS,
@@ -64,7 +64,7 @@ MEASURED = (
     "no_speech_probability",
     "whisper_transcript",
     "language",
-    NUMBER,
+    UTTERANCE_NUMBER,
     "id",
     "error_rate",
     "ended",
@@ -319,8 +319,8 @@ def disagreements(table: pa.Table, path: Path, config: FilterConfig) -> Float[np
     if config.agree_with is None:
         return np.zeros(len(table))
     asked = read_settings(config.source).get("error_rate", "auto")
-    theirs, names = {}, (NUMBER, "id", "whisper_transcript", "language")
-    clip = itemgetter(NUMBER, "id")  # a window that was split has several of a number
+    theirs, names = {}, (UTTERANCE_NUMBER, "id", "whisper_transcript", "language")
+    clip = itemgetter(UTTERANCE_NUMBER, "id")  # a window that was split has several of a number
     other = shard_files(config.agree_with).get(int(path.stem))
     if other is not None:
         theirs = {clip(row): row["whisper_transcript"] for row in _read(other, names).to_pylist()}

@@ -23,8 +23,8 @@ from rich.console import Console
 
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import PseudoLabelConfig
-from flax_distil.data.audio_states import Stored, clip_names, write_states
-from flax_distil.data.cells import escaped
+from flax_distil.data.audio_states import StateDtype, clip_names, write_states
+from flax_distil.data.cells import escape
 from flax_distil.data.packing import Packed, pack
 from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.data.utterances import (
@@ -35,7 +35,7 @@ from flax_distil.data.utterances import (
     read_dataset,
     to_language,
 )
-from flax_distil.data.windows import Clip, hear_clips, in_order, stack
+from flax_distil.data.windows import DecodedClip, decode_clips, map_in_order, pad_clips
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.errors import InputError
 from flax_distil.files import remove_partial
@@ -69,7 +69,7 @@ PLACE_AND_PACE += ("max_skipped_share", "verify", "datasets")
 Teacher = Callable[[Int16[np.ndarray, "B N"], str | None], Sequence[Hypothesis]]
 
 # The clips of an utterance, each with the audio cell of its row: several of a window that is split.
-Heard = list[tuple[Clip, dict[str, Any]]]
+Heard = list[tuple[DecodedClip, dict[str, Any]]]
 
 # language or None to detect it → why the teacher cannot read it; None where it can
 Lacks = Callable[[str | None], str | None]
@@ -258,7 +258,7 @@ def label(
         stale = readable_now(utterances, done, listen_to, config.workers)
         done = {number: shard for number, shard in done.items() if number not in stale}
     while left:
-        heard = in_order(
+        heard = map_in_order(
             lambda numbered: (numbered[0], listen_to(numbered[1])),
             pending(utterances, config.shard_size, store, done, claims, stale),
             config.workers,
@@ -330,9 +330,9 @@ def pending(
         known = -(-len(utterances) // shard_size)
     for number in filter(ours, range(known)):
         first = number * shard_size
-        yield from enumerate(islice(utterances.since(first), shard_size), first)
+        yield from enumerate(islice(utterances.iter_from(first), shard_size), first)
     if isinstance(utterances, UtteranceStream):
-        rest = enumerate(utterances.since(known * shard_size), known * shard_size)
+        rest = enumerate(utterances.iter_from(known * shard_size), known * shard_size)
         for number, rows in groupby(rest, lambda numbered: numbered[0] // shard_size):
             if ours(number):
                 yield from rows
@@ -347,7 +347,7 @@ def _remove_partial(store: LabelStore) -> None:
 
 def _heard(utterance: Utterance, store_audio: str, lacks: Lacks) -> Skipped | Heard:
     """The decoded clips and the audio cells of their rows; runs in the loader's threads."""
-    clips = hear_clips(utterance)
+    clips = decode_clips(utterance)
     if isinstance(clips, Skipped):
         return clips
     language = utterance.language and to_language(utterance.language)
@@ -360,7 +360,7 @@ def _heard(utterance: Utterance, store_audio: str, lacks: Lacks) -> Skipped | He
             f"{utterance.id} is not a file of its own, so its audio cannot be referred to: use "
             "store_audio embed"
         )
-    if escaped(utterance.audio) != utterance.audio:
+    if escape(utterance.audio) != utterance.audio:
         return Skipped(
             utterance.id, "Parquet cannot hold its name: rename it, or use store_audio embed"
         )
@@ -369,7 +369,7 @@ def _heard(utterance: Utterance, store_audio: str, lacks: Lacks) -> Skipped | He
     return [(clip, {"bytes": None, "path": path}) for clip in clips]
 
 
-def embedded(clip: Clip) -> dict[str, Any]:
+def embedded(clip: DecodedClip) -> dict[str, Any]:
     """The audio cell of a clip whose samples are in the store."""
     contents = encode_flac(clip.samples.astype(np.float32) / 32768.0)
     return {"bytes": contents, "path": f"{clip.utterance.id}.flac"}
@@ -389,7 +389,7 @@ def _label_shard(
     groups: dict[str | None, list] = {}
 
     def flush(language: str | None, group: list) -> None:
-        batch = stack([clip for _, clip, _ in group], config.batch_size)
+        batch = pad_clips([clip for _, clip, _ in group], config.batch_size)
         hypotheses = teacher(batch.waveforms, language)
         for (place, clip, audio), hypothesis in zip(group, hypotheses, strict=False):
             made = pseudo_label(place[0], clip, audio, hypothesis, config.task, config.error_rate)
@@ -431,7 +431,9 @@ def stored_names(
     return clip_names(numbers, ids, durations, log_probabilities)
 
 
-def keep_states(folder: Path, number: int, labels: Sequence[PseudoLabel], stored: Stored) -> None:
+def keep_states(
+    folder: Path, number: int, labels: Sequence[PseudoLabel], stored: StateDtype
+) -> None:
     """What the encoder says of the clips of a shard; see `data.audio_states`."""
     path = folder / f"{number:05d}.safetensors"
     names = stored_names(

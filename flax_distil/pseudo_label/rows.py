@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from flax_distil.data.utterances import Utterance
-from flax_distil.data.windows import Clip
+from flax_distil.data.windows import DecodedClip
 from flax_distil.decode.options import Hypothesis
 from flax_distil.pseudo_label.store import PseudoLabel
 from flax_distil.text.wer import error_rate
@@ -11,7 +11,7 @@ from flax_distil.text.wer import error_rate
 
 def pseudo_label(
     number: int,
-    clip: Clip,
+    clip: DecodedClip,
     audio: dict[str, Any],
     hypothesis: Hypothesis,
     task: str = "transcribe",

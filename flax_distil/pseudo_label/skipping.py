@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from flax_distil.data.packing import Packed
 from flax_distil.data.utterances import Skipped, Utterance, Utterances, UtteranceStream
-from flax_distil.data.windows import in_order
+from flax_distil.data.windows import map_in_order
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label.store import Shard
 
@@ -70,7 +70,7 @@ def readable_now(
     """The shards with a clip that was skipped and would not be any more."""
     numbered = [(shard, clip) for shard in done.values() for clip in shard.skipped_numbers]
     numbered = [(shard, clip) for shard, clip in numbered if clip < len(utterances)]
-    heard = in_order(
+    heard = map_in_order(
         lambda one: (one[0], listen_to(utterances[one[1]])), numbered, workers, ahead=2 * workers
     )
     return {shard.number: shard for shard, clip in heard if not isinstance(clip, Skipped)}

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flax_distil.data.stored_teacher import StoredForm, StoredTeacher, places
-from flax_distil.data.utterances import NUMBER, Skipped
+from flax_distil.data.utterances import UTTERANCE_NUMBER, Skipped
 from flax_distil.errors import InputError, check_writable
 from flax_distil.pseudo_label.folder import Folder, write_whole
 
@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
         ("language", pa.string()),
         ("speaker", pa.string()),
         ("recording", pa.string()),
-        (NUMBER, pa.int64()),
+        (UTTERANCE_NUMBER, pa.int64()),
         ("mean_log_probability", pa.float32()),
         ("compression_ratio", pa.float32()),
         ("no_speech_probability", pa.float32()),

@@ -11,12 +11,12 @@ SPECIAL = re.compile(r"<\|([^<>|\s]{1,40})\|>")
 SECONDS = re.compile(r"\d{1,2}\.\d{1,2}")
 
 
-def plain(text: str) -> str:
+def strip_special(text: str) -> str:
     """The text without special tokens and without space at either end."""
     return SPECIAL.sub("", text).strip()
 
 
-def pieces(text: str) -> list[str | float]:
+def split_timestamps(text: str) -> list[str | float]:
     """Stretches of text, and the seconds of the timestamps between them, in order."""
     found: list[str | float] = [""]
     end = 0

@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from flax_distil.audio.load import CLIP_SAMPLES
-from flax_distil.audio.log_mel import HOP, log_mel, log_powers, scaled
+from flax_distil.audio.log_mel import HOP, log_mel, log_powers, scale_log_powers
 from flax_distil.model.dims import CHUNK_FRAMES
 from flax_distil.model.spec import Params, Spec
 from flax_distil.parallel.clips import by_clip
@@ -23,7 +23,7 @@ def recording_mel(waveform: Float32[np.ndarray, "n"], mels: int) -> Float32[np.n
     starts = range(0, max(frames, 1) * HOP, CLIP_SAMPLES)
     parts = [_piece(waveform, start, mels) for start in starts]
     log_TM = np.concatenate(parts)[:frames]
-    return scaled(log_TM, log_TM.max()) if frames else log_TM
+    return scale_log_powers(log_TM, log_TM.max()) if frames else log_TM
 
 
 def window(mel_TM: Float32[np.ndarray, "T M"], start: int, size: int) -> Float32[np.ndarray, "T M"]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flax_distil.data import audio_states as module
-from flax_distil.data.audio_states import StateFolder, audio_states, clip_names, write_states
+from flax_distil.data.audio_states import StateFolder, clip_names, load_or_encode, write_states
 from flax_distil.data.utterances import Utterance
 from flax_distil.errors import InputError
 
@@ -43,7 +43,7 @@ class Encoder:
 
 def test_every_clip_once_and_again_from_disk(folder):
     for encoder in (Encoder(), Encoder(breaks_after=0)):
-        kept = audio_states([folder], clips(5), encoder, batch_size=2)
+        kept = load_or_encode([folder], clips(5), encoder, batch_size=2)
         found = kept.read([4, 0, 1])
         assert found.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(found[:, 2, 3].astype(np.float32), VALUES[[4, 0, 1]])
@@ -53,12 +53,12 @@ def test_every_clip_once_and_again_from_disk(folder):
 def test_goes_on_after_a_kill(folder, monkeypatch):
     monkeypatch.setattr(module, "FILE_CLIPS", 2)
     with pytest.raises(KeyboardInterrupt):
-        audio_states([folder], clips(5), Encoder(2), batch_size=1)
+        load_or_encode([folder], clips(5), Encoder(2), batch_size=1)
     (folder.path / ".half.safetensors.1.partial").write_bytes(b"{")
     rest = Encoder()
     with (folder.path / ".busy.safetensors.1.partial").open("wb") as busy:
         fcntl.flock(busy, fcntl.LOCK_EX)
-        kept = audio_states([folder], clips(5), rest, batch_size=1)
+        kept = load_or_encode([folder], clips(5), rest, batch_size=1)
     assert rest.calls == 3
     left = [path.name for path in folder.path.glob(".*")]
     assert left == [".busy.safetensors.1.partial"]  # of a process that is writing it
@@ -72,7 +72,7 @@ def test_clips_that_were_dropped_change_nothing_and_new_ones_are_added(folder):
     chosen = StateFolder(folder.path, folder.names[[2, 4]])
     other = StateFolder(folder.path.with_name("other"), names(2))
     encoder = Encoder()
-    kept = audio_states([chosen, other], [*clips(5)[2::2], *clips(2)], encoder, batch_size=2)
+    kept = load_or_encode([chosen, other], [*clips(5)[2::2], *clips(2)], encoder, batch_size=2)
     assert encoder.calls == 1
     expected = VALUES[[2, 4, 0, 1]]
     np.testing.assert_array_equal(kept.read(range(4))[:, 0, 0].astype(np.float32), expected)
@@ -88,7 +88,7 @@ def test_int8_is_half_as_large_and_near_in_every_channel(folder):
     for stored in ("bfloat16", "int8"):
         there = StateFolder(folder.path / stored, folder.names)
         write_states(there.path / "0.safetensors", there.names, [0.1] * 5, narrow, stored)
-        kept = audio_states([there], clips(5), Encoder(0))
+        kept = load_or_encode([there], clips(5), Encoder(0))
         sizes[stored] = (there.path / "0.safetensors").stat().st_size
         away = np.abs(kept.read(range(5)).astype(np.float32) - states_NSD)
         loudest = np.abs(states_NSD).max(axis=1, keepdims=True)
@@ -97,14 +97,14 @@ def test_int8_is_half_as_large_and_near_in_every_channel(folder):
 
 
 def test_a_damaged_file_is_named(folder):
-    audio_states([folder], clips(5), Encoder())
+    load_or_encode([folder], clips(5), Encoder())
     (file,) = folder.path.iterdir()
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(InputError, match=f"{file.name} is damaged .*delete it"):
-        audio_states([folder], clips(5), Encoder())
+        load_or_encode([folder], clips(5), Encoder())
 
 
 def test_a_clip_that_cannot_be_heard_has_no_seconds(tmp_path):
     utterances = [*clips(1), Utterance("bad", b"nothing")]
-    kept = audio_states([StateFolder(tmp_path, names(2))], utterances, Encoder())
+    kept = load_or_encode([StateFolder(tmp_path, names(2))], utterances, Encoder())
     np.testing.assert_allclose(kept.seconds, [0.1, 0])

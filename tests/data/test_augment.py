@@ -8,10 +8,10 @@ from test_batches import MULTILINGUAL
 
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import AugmentConfig
-from flax_distil.data.augment import masks_log_mel, open_noise
+from flax_distil.data.augment import open_noise, uses_spec_augment
 from flax_distil.data.batches import TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
-from flax_distil.data.mixing import Source
+from flax_distil.data.mixing import TrainingSource
 from flax_distil.data.utterances import Utterance
 from flax_distil.errors import InputError
 
@@ -63,7 +63,7 @@ def test_the_seed_decides(recordings, samples):
 
 def batches(tone, **changes):
     rows = [Utterance(str(n), tone(0.3), language="en", token_ids=(7,)) for n in range(6)]
-    source = Source(rows, TargetOptions(), np.ones(6, int), np.zeros(6, bool))
+    source = TrainingSource(rows, TargetOptions(), np.ones(6, int), np.zeros(6, bool))
     return list(islice(Loader((source,), MULTILINGUAL, 3, **changes).batches(LoaderState(2)), 6))
 
 
@@ -87,8 +87,8 @@ def test_the_loader_adds_noise_and_keys_that_are_each_example_s(recordings, tone
 
 def test_off_by_default():
     assert open_noise(AugmentConfig()) is None
-    assert not masks_log_mel(AugmentConfig())
-    assert masks_log_mel(AugmentConfig(frequency_masks=1))
+    assert not uses_spec_augment(AugmentConfig())
+    assert uses_spec_augment(AugmentConfig(frequency_masks=1))
 
 
 @pytest.mark.parametrize(

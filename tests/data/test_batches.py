@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models
 from flax_distil.data.batches import (
     TargetOptions,
     bucket_for,
-    coins,
     collate,
-    example,
+    example_draws,
     longest_prompt,
+    make_example,
 )
 from flax_distil.data.utterances import Utterance
 from flax_distil.errors import InputError
@@ -55,7 +55,7 @@ def labelled(*token_ids, language=None) -> Utterance:
 
 
 def columns(utterance, tokens, length=8, seed=(0, 0, 0), **options):
-    row = example(utterance, tokens, TargetOptions(**options), seed)
+    row = make_example(utterance, tokens, TargetOptions(**options), seed)
     silence = np.zeros((1, 10), np.int16)
     batch = collate([row], silence, [1.0], [0], length, tokens.eot)
     return batch.tokens[0].tolist(), batch.targets[0].tolist(), batch.weights[0].tolist()
@@ -117,11 +117,13 @@ def test_targets_are_transformers_shifted_labels():
 
 
 def test_the_coins_are_fair_independent_and_seeded():
-    falls = np.array([coins((3, 1, number)) for number in range(2000)]) < 0.5
+    falls = np.array([example_draws((3, 1, number)) for number in range(2000)]) < 0.5
     assert np.all(np.abs(falls.mean(axis=0) - 0.5) < 0.04)  # 3.6 standard deviations
     assert abs((falls[:, 0] == falls[:, 1]).mean() - 0.5) < 0.04
-    assert coins((3, 1, 0)) == coins((3, 1, 0)) != coins((3, 1))  # zeros count
-    assert coins((3, 2, 0)) != coins((3, 1, 0))
+    assert (
+        example_draws((3, 1, 0)) == example_draws((3, 1, 0)) != example_draws((3, 1))
+    )  # zeros count
+    assert example_draws((3, 2, 0)) != example_draws((3, 1, 0))
 
 
 def test_the_text_before_is_read_and_not_learnt():
@@ -130,27 +132,27 @@ def test_the_text_before_is_read_and_not_learnt():
     sure = {"prompt_probability": 1.0, "buckets": (16,)}
     for timestamps, given in [(0.0, [5, 6]), (1.0, [BEGIN, 5, 6, BEGIN + 9])]:
         options = TargetOptions(timestamp_probability=timestamps, **sure)
-        without = example(label, MULTILINGUAL, options, (1,))
-        row = example(label, MULTILINGUAL, options, (1,), before)
+        without = make_example(label, MULTILINGUAL, options, (1,))
+        row = make_example(label, MULTILINGUAL, options, (1,), before)
         assert row.tokens == [50361, *given, *without.tokens]
         assert without.start == 0
         assert row.targets[row.start :] == without.targets
         assert row.start == 1 + len(given) == row.tokens.index(MULTILINGUAL.sot)
     never = TargetOptions(prompt_probability=0.0)
-    assert example(label, MULTILINGUAL, never, (1,), before).tokens[0] == MULTILINGUAL.sot
+    assert make_example(label, MULTILINGUAL, never, (1,), before).tokens[0] == MULTILINGUAL.sot
 
 
 def test_the_end_of_a_long_text_before_is_read():
     before = labelled(*range(300), language="en")
     options = TargetOptions(prompt_probability=1.0)
-    row = example(labelled(7, language="en"), MULTILINGUAL, options, (1,), before)
+    row = make_example(labelled(7, language="en"), MULTILINGUAL, options, (1,), before)
     assert row.tokens[1:224] == list(range(77, 300))  # 223, as Whisper reads
     long = labelled(*[7] * 400, language="en")
-    row = example(long, MULTILINGUAL, options, (1,), before)
+    row = make_example(long, MULTILINGUAL, options, (1,), before)
     assert len(row.tokens) == 448  # the context; 43 are left for the text before
     assert row.tokens[1:44] == list(range(257, 300))
     full = labelled(*[7] * 444, language="en")
-    assert example(full, MULTILINGUAL, options, (1,), before).tokens[0] == MULTILINGUAL.sot
+    assert make_example(full, MULTILINGUAL, options, (1,), before).tokens[0] == MULTILINGUAL.sot
 
 
 def test_a_label_that_was_cut_has_no_end():
@@ -176,7 +178,7 @@ def test_clips_without_speech_have_targets_of_their_own(what, weights, targets):
     empty = Utterance("b", b"", text="", language="en")
     for clip, target in ((noise, "label"), (empty, "text")):
         options = TargetOptions(non_speech=what, timestamp_probability=0.0, target=target)
-        row = example(clip, MULTILINGUAL, options, (0,))
+        row = make_example(clip, MULTILINGUAL, options, (0,))
         batch = collate([row], np.zeros((1, 1), np.int16), [1.0], [0], 8, 50257, weighted=True)
         size = len(targets)
         assert batch.targets[0, :size].tolist() == targets
@@ -190,13 +192,15 @@ def test_clips_without_speech_have_targets_of_their_own(what, weights, targets):
 def test_the_end_of_silence_with_timestamps():
     """Whisper's rules ask for a timestamp first: then the end is learnt."""
     noise = Utterance("a", b"", speech=False, language="en")
-    row = example(noise, MULTILINGUAL, TargetOptions(non_speech="end", timestamp_probability=1.0))
+    row = make_example(
+        noise, MULTILINGUAL, TargetOptions(non_speech="end", timestamp_probability=1.0)
+    )
     assert row.targets == [50259, 50359, BEGIN, 50257]
     assert row.ce == (0, 0, 1, 1)
 
 
 def test_factors_of_a_dataset():
-    row = example(labelled(7), ENGLISH, TargetOptions(kl=0.0, ce=0.5))
+    row = make_example(labelled(7), ENGLISH, TargetOptions(kl=0.0, ce=0.5))
     batch = collate([row], np.zeros((1, 1), np.int16), [1.0], [0], 4, 50256, weighted=True)
     assert batch.loss_weights[0].tolist() == [[0, 0.5]] * 3 + [[0, 0]]
 
@@ -221,20 +225,24 @@ def test_published_labels_are_tokens_and_never_their_characters(base_folder):
             for part in expected
             for token in part
         ]
-        row = example(Utterance("a", b"", transcript=transcript, language="en"), tokens, options)
+        row = make_example(
+            Utterance("a", b"", transcript=transcript, language="en"), tokens, options
+        )
         prompt = tokens.prompt("en", timestamps=transcript.startswith("<"))
         assert row.tokens == [*prompt, *label]
         assert row.targets[-1] == tokens.eot
     previous = (tokens.previous, begin, *world, begin + 5)
     one = Utterance("a", b"", transcript="<|0.00|> Hello<|1.20|>", previous=previous, language="en")
-    row = example(one, tokens, options)
+    row = make_example(one, tokens, options)
     assert row.tokens[: row.start] == list(previous)
 
 
 def test_special_tokens_in_references_are_left_out(base_folder):
     tokens = load_tokens(base_folder)
     text = "<|startoftranscript|>Hello <|0.00|>world.<|endoftext|>"
-    row = example(Utterance("a", b"", text, language="en"), tokens, TargetOptions(target="text"))
+    row = make_example(
+        Utterance("a", b"", text, language="en"), tokens, TargetOptions(target="text")
+    )
     assert row.tokens[4:] == tokens.encode(" Hello world.")
 
 
@@ -252,13 +260,13 @@ def test_errors():
     with pytest.raises(InputError, match="449 tokens, the longest bucket 448"):
         bucket_for(449, (448, 32))
     with pytest.raises(InputError, match="a has no token_ids: label its dataset"):
-        example(Utterance("a", b""), ENGLISH, TargetOptions())
+        make_example(Utterance("a", b""), ENGLISH, TargetOptions())
     with pytest.raises(InputError, match="needs a language"):
-        example(labelled(7), MULTILINGUAL, TargetOptions())
+        make_example(labelled(7), MULTILINGUAL, TargetOptions())
 
 
 def test_a_row_not_heard_weighs_nothing_and_a_batch_is_a_pytree():
-    rows = [example(labelled(7), ENGLISH, TargetOptions())] * 2
+    rows = [make_example(labelled(7), ENGLISH, TargetOptions())] * 2
     batch = collate(rows, np.zeros((2, 4), np.int16), [0.0, 1.5], [4, 2], 32, ENGLISH.eot)
     assert batch.weights.sum(axis=1).tolist() == [0, 3]
     shapes = {leaf.shape for leaf in jax.tree.leaves(batch)}

@@ -10,9 +10,9 @@ import pytest
 
 from flax_distil.audio.load import AudioError
 from flax_distil.config import DataConfig
-from flax_distil.data.cells import cell_name, cell_seconds, cell_text, escaped, waveform
+from flax_distil.data.cells import array_to_waveform, cell_name, cell_seconds, cell_text, escape
 from flax_distil.data.table import Table, find_columns
-from flax_distil.data.utterances import Skipped, Utterances, listen, read_dataset
+from flax_distil.data.utterances import Skipped, Utterances, load_waveform, read_dataset
 
 
 def utterances(*rows) -> Utterances:
@@ -61,7 +61,7 @@ def test_numbers_of_parquet_are_no_times(tmp_path):
 def test_what_is_skipped_can_be_written():
     skipped = Skipped("a\ud800", "gone: \udce9\n")
     assert (skipped.id, skipped.reason) == (r"a\ud800", r"gone: \udce9\n")
-    assert escaped(skipped.reason) == skipped.reason
+    assert escape(skipped.reason) == skipped.reason
 
 
 def test_hostile_rows_are_faults_of_theirs(tmp_path):
@@ -86,7 +86,7 @@ def test_hostile_rows_are_faults_of_theirs(tmp_path):
         for text in (utterance.id, utterance.text, utterance.speaker):
             assert text is None or text.encode() is not None
         with pytest.raises(AudioError) as error:
-            listen(utterance)
+            load_waveform(utterance)
         Skipped(utterance.id, str(error.value)).reason.encode()
     assert "row 1 has token_ids 'abc': it must be a list of integers" in (found[1].fault or "")
     assert "row 8 has text ['a', 'b']: it must be text" in (found[8].fault or "")
@@ -105,7 +105,7 @@ def test_samples_as_audio(tmp_path, tone, kind, shape):
     pq.write_table(pa.table({"audio": [samples.tolist()]}), tmp_path / "b.parquet")
     for name in "ab":
         (found,) = read_dataset(tmp_path / f"{name}.parquet")
-        assert listen(found) == pytest.approx(sound, abs=2**-15)
+        assert load_waveform(found) == pytest.approx(sound, abs=2**-15)
 
 
 def test_samples_at_another_rate(tone):
@@ -116,17 +116,17 @@ def test_samples_at_another_rate(tone):
         {"audio": half.tolist(), "sampling_rate": 8_000},
     ]
     for found in utterances(*rows):
-        heard = listen(found)
+        heard = load_waveform(found)
         assert len(heard) == 16_000
         assert heard[1000:15_000] == pytest.approx(tone(1.0)[1000:15_000], abs=2e-3)
     cut = utterances({"audio": half, "sampling_rate": 8_000, "offset": 0.25, "duration": 0.5})
-    assert len(listen(cut[0])) == 8000
+    assert len(load_waveform(cut[0])) == 8000
 
 
 def test_floats_far_beyond_1_are_scaled_and_said(tone, caplog):
     """Float samples written as if full scale were 32768."""
     sound = tone(0.1)
-    found = waveform(sound * 32_768, 16_000, "loud")
+    found = array_to_waveform(sound * 32_768, 16_000, "loud")
     np.testing.assert_allclose(found, sound / np.abs(sound).max(), rtol=1e-5)
     assert "loud: samples reach 983" in caplog.text
 
@@ -135,13 +135,13 @@ def test_bytes_in_json(tmp_path, flac):
     contents = base64.b64encode(flac(0.1)).decode()
     path = tmp_path / "m.json"
     path.write_text(json.dumps([{"audio": {"bytes": contents, "path": "a.flac"}}]))
-    assert len(listen(read_dataset(path)[0])) == 1600
+    assert len(load_waveform(read_dataset(path)[0])) == 1600
 
 
 def test_two_channels_are_averaged(tone):
     both = np.stack([tone(0.1), np.zeros(1600, np.float32)])
     for samples in (both, both.T):
-        assert waveform(samples, 16_000, "a") == pytest.approx(tone(0.1) / 2)
+        assert array_to_waveform(samples, 16_000, "a") == pytest.approx(tone(0.1) / 2)
 
 
 @pytest.mark.parametrize(
@@ -158,4 +158,4 @@ def test_two_channels_are_averaged(tone):
 )
 def test_what_is_no_sound(samples, rate):
     with pytest.raises(AudioError):
-        waveform(samples, rate, "a")
+        array_to_waveform(samples, rate, "a")

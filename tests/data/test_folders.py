@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flax_distil.config import DataConfig
-from flax_distil.data.utterances import listen, read_dataset
+from flax_distil.data.utterances import load_waveform, read_dataset
 from flax_distil.errors import InputError
 
 
@@ -33,7 +33,7 @@ def folder(tmp_path, flac):
 def texts(source, **config) -> dict[str, str | None]:
     """Text of each utterance by id; each of them can be opened."""
     found = read_dataset(DataConfig(str(source), **config))
-    assert {len(listen(one)) for one in found} == {1600}
+    assert {len(load_waveform(one)) for one in found} == {1600}
     assert len({one.id for one in found}) == len(found)
     return {one.id: one.text for one in found}
 
@@ -149,7 +149,7 @@ def test_lists_of_any_name(folder, name, content):
     clips = folder({"wavs/a.flac": None, "wavs/b.flac": None, name: content, "config.json": "{}"})
     found = read_dataset(clips)
     assert [utterance.text for utterance in found] == ["one", "two"]
-    assert [len(listen(utterance)) for utterance in found] == [1600, 1600]
+    assert [len(load_waveform(utterance)) for utterance in found] == [1600, 1600]
 
 
 def test_unlisted_audio_stays_and_is_counted(folder, caplog):
@@ -212,12 +212,12 @@ def test_starts_and_ends_of_one_recording_are_clips(folder):
     path = clips / "m.jsonl"
     path.write_text("\n".join(json.dumps(row | {"end": row["start"] + 0.05}) for row in rows))
     found = read_dataset(path)
-    assert [len(listen(one)) for one in found] == [800, 800]
+    assert [len(load_waveform(one)) for one in found] == [800, 800]
     assert [one.id for one in found] == ["a.flac@0.0", "a.flac@0.05"]
     path.write_text(
         '{"audio": "a.flac", "start": 0.0, "end": 0.05}'
     )  # may be of what it was cut from
-    assert [len(listen(one)) for one in read_dataset(path)] == [1600]
+    assert [len(load_waveform(one)) for one in read_dataset(path)] == [1600]
 
 
 def test_brackets_are_names(folder, tmp_path, flac):
@@ -253,7 +253,7 @@ def test_saved_datasets_have_relative_paths_too(folder, tmp_path):
     saved = datasets.Dataset.from_dict({"audio": ["a.flac", "a.flac"], "text": ["1", None]})
     saved.save_to_disk(clips)
     found = read_dataset(clips)
-    assert [len(listen(one)) for one in found] == [1600] * 2
+    assert [len(load_waveform(one)) for one in found] == [1600] * 2
     assert str(found.counts) == "2 rows, 1 with text, 1 without"
 
 
@@ -356,7 +356,7 @@ def test_names_that_no_file_can_hold(folder, tmp_path):
     os.rename(clips / "10:30.flac", os.path.join(os.fsencode(clips), b"latin-\xe9.flac"))
     found = read_dataset(clips)
     assert [one.id for one in found] == [r"a\nb.flac", r"latin-\udce9.flac"]
-    assert [len(listen(one)) for one in found] == [1600] * 2
+    assert [len(load_waveform(one)) for one in found] == [1600] * 2
     (clips / "metadata.csv").write_bytes(b"file_name,text\nlatin-\xe9.flac,one\n")
     assert texts(clips) == {r"latin-\udce9.flac": "one", r"a\nb.flac": None}
 

@@ -13,7 +13,7 @@ from flax_distil.config import AugmentConfig
 from flax_distil.data.augment import open_noise
 from flax_distil.data.batches import TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
-from flax_distil.data.mixing import Source
+from flax_distil.data.mixing import TrainingSource
 from flax_distil.data.utterances import Utterance, read_dataset
 from flax_distil.errors import InputError
 
@@ -34,7 +34,7 @@ def utterances(tone):
 def loader(utterances, batch_size=4, **changes) -> Loader:
     lengths = np.array([len(utterance.token_ids or ()) for utterance in utterances], int)
     options = TargetOptions(buckets=(8, 12, 32), prompt_probability=0.5)
-    source = Source(utterances, options, lengths, np.arange(len(utterances)) > 5)
+    source = TrainingSource(utterances, options, lengths, np.arange(len(utterances)) > 5)
     return Loader((source,), MULTILINGUAL, batch_size, **changes)
 
 
@@ -76,7 +76,7 @@ def test_processes_give_what_threads_give(tmp_path, flac):
     rows = read_dataset(tmp_path / "labels.parquet")
     noise = open_noise(AugmentConfig(tmp_path / "labels.parquet", noise_probability=0.5))
     options = TargetOptions(language="en")
-    source = Source(rows, options, np.ones(6, int), np.zeros(6, bool))
+    source = TrainingSource(rows, options, np.ones(6, int), np.zeros(6, bool))
     found = [
         list(islice(Loader((source,), MULTILINGUAL, 3, add_noise=noise, **who).batches(START), 4))
         for who in ({"workers": 2}, {"processes": 1})

@@ -13,11 +13,11 @@ from flax_distil.config import DistillConfig, TrainingDataConfig
 from flax_distil.data.batches import TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import (
-    BLOCK,
-    Source,
-    draws,
+    DRAWS_PER_BLOCK,
+    TrainingSource,
+    draw_sources,
+    example_keys,
     pass_order,
-    places,
     rows_by_lane,
     training_sources,
 )
@@ -26,14 +26,14 @@ from flax_distil.errors import InputError
 from flax_distil.text.tokens import load_tokens
 
 
-def source(size: int, weight: float) -> Source:
+def source(size: int, weight: float) -> TrainingSource:
     rows = [Utterance(str(n), b"", token_ids=(n,)) for n in range(size)]
-    return Source(rows, TargetOptions(), np.ones(size, int), np.zeros(size, bool), weight)
+    return TrainingSource(rows, TargetOptions(), np.ones(size, int), np.zeros(size, bool), weight)
 
 
 def test_proportions_are_the_weights():
     weights, taken = [6.0, 3.0, 1.0], 100_000
-    drawn = np.array([one for one, _ in islice(draws(weights, 7, 0), taken)])
+    drawn = np.array([one for one, _ in islice(draw_sources(weights, 7, 0), taken)])
     shares = np.bincount(drawn) / taken
     sigma = np.sqrt(np.array([0.6, 0.3, 0.1]) * np.array([0.4, 0.7, 0.9]) / taken)
     assert np.all(np.abs(shares - [0.6, 0.3, 0.1]) < 4 * sigma)
@@ -41,17 +41,17 @@ def test_proportions_are_the_weights():
     assert np.all(np.abs(early - [0.6, 0.3, 0.1]) < 4 * sigma * 10)
 
 
-@pytest.mark.parametrize("position", [1, 999, BLOCK, BLOCK + 5])
+@pytest.mark.parametrize("position", [1, 999, DRAWS_PER_BLOCK, DRAWS_PER_BLOCK + 5])
 def test_draws_go_on_from_any_position(position):
     weights = [1.0, 2.5]
-    whole = islice(draws(weights, 3, 0), position, position + 50)
-    assert list(islice(draws(weights, 3, position), 50)) == list(whole)
+    whole = islice(draw_sources(weights, 3, 0), position, position + 50)
+    assert list(islice(draw_sources(weights, 3, position), 50)) == list(whole)
 
 
 def test_each_source_is_passed_over_at_its_own_pace():
     sources = [source(5, 4.0), source(50, 1.0)]
     seen: dict[tuple[int, int], list[int]] = {}
-    for place in islice(places(sources, 2, 0), 200):
+    for place in islice(example_keys(sources, 2, 0), 200):
         seen.setdefault((place.source, place.passes), []).append(place.number)
     small = [numbers for (of, _), numbers in seen.items() if of == 0]
     assert len(small) > 25
@@ -64,7 +64,7 @@ def test_each_source_is_passed_over_at_its_own_pace():
 def test_the_order_is_pinned():
     """A numpy whose Philox or permutation changed would change every run's data order."""
     assert pass_order(8, seed=0, source=0, passes=0).tolist() == [0, 5, 2, 3, 7, 6, 1, 4]
-    assert [one for one, _ in islice(draws([1, 1], 0, 0), 8)] == [1, 1, 1, 0, 1, 0, 0, 1]
+    assert [one for one, _ in islice(draw_sources([1, 1], 0, 0), 8)] == [1, 1, 1, 0, 1, 0, 0, 1]
 
 
 def test_a_lane_s_rows_lie_together():
@@ -94,8 +94,8 @@ def test_five_languages_in_one_batch(base_folder):
     nowhere = np.zeros(5, bool)
     lengths = np.array([len(ids) for ids in learnt])
     sources = (
-        Source(said, TargetOptions(target="text"), lengths, nowhere),
-        Source(labelled, TargetOptions(task="translate"), lengths, nowhere),
+        TrainingSource(said, TargetOptions(target="text"), lengths, nowhere),
+        TrainingSource(labelled, TargetOptions(task="translate"), lengths, nowhere),
     )
     ((batch, _),) = islice(Loader(sources, tokens, 40).batches(LoaderState()), 1)
     assert set(batch.rows.tolist()) == set(range(10))

@@ -10,12 +10,12 @@ from test_batches import BEGIN, MULTILINGUAL
 from flax_distil.audio.load import SAMPLE_RATE, audio_duration
 from flax_distil.config import TrainingDataConfig
 from flax_distil.data import packing
-from flax_distil.data.audio_states import StateFolder, audio_states, clip_names
+from flax_distil.data.audio_states import StateFolder, clip_names, load_or_encode
 from flax_distil.data.batches import TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import open_source
-from flax_distil.data.packing import length, pack
-from flax_distil.data.utterances import Utterance, listen, read_dataset
+from flax_distil.data.packing import clip_seconds, pack
+from flax_distil.data.utterances import Utterance, load_waveform, read_dataset
 from flax_distil.errors import InputError
 
 CLIPS = [("a", 1.0), ("b", 2.0), ("a", 1.5), ("a", 0.5), ("b", 1.0), ("a", 4.0)]
@@ -41,14 +41,14 @@ def test_one_speaker_in_order_up_to_the_limit(manifest):
     assert [window.text for window in windows] == ["word0 word2", "word1 word4", "word3", "word5"]
     assert windows[1].speaker == "b"
     assert windows[0].duration == pytest.approx(2.75)
-    assert [window.id for window in windows.since(2)] == [windows[2].id, windows[3].id]
+    assert [window.id for window in windows.iter_from(2)] == [windows[2].id, windows[3].id]
 
 
 def test_sounds_like_its_parts(manifest):
     utterances = read_dataset(manifest)
-    whole = listen(pack(utterances, seconds=30, pause=0.25)[0])
+    whole = load_waveform(pack(utterances, seconds=30, pause=0.25)[0])
     silence = np.zeros(SAMPLE_RATE // 4, np.float32)
-    parts = [listen(utterances[row]) for row in (0, 2, 3, 5)]
+    parts = [load_waveform(utterances[row]) for row in (0, 2, 3, 5)]
     expected = np.concatenate([p for part in parts for p in (silence, part)][1:])
     np.testing.assert_array_equal(whole, expected)
 
@@ -112,9 +112,9 @@ def test_headers_are_read_once(manifest, monkeypatch, tmp_path):
 
 
 def test_lengths_of_samples_and_of_parts(flac):
-    assert length(Utterance("a", np.zeros(8000, np.float32))) == 0.5
-    assert length(Utterance("a", flac(2.0), offset=0.5)) == 1.5
-    assert length(Utterance("a", flac(2.0), offset=2.5), unknown=30.0) == 30.0
+    assert clip_seconds(Utterance("a", np.zeros(8000, np.float32))) == 0.5
+    assert clip_seconds(Utterance("a", flac(2.0), offset=0.5)) == 1.5
+    assert clip_seconds(Utterance("a", flac(2.0), offset=2.5), unknown=30.0) == 30.0
 
 
 def test_a_window_keeps_to_its_recording(manifest):
@@ -204,7 +204,7 @@ def test_audio_states_keep_the_times_of_their_sound(tmp_path, flac):
     encode = lambda waveforms: np.zeros((len(waveforms), 2, 2), np.float32)
     loaders = [Loader((source,), MULTILINGUAL, 4)]
     for _ in range(2):  # encoded now, and from disk
-        states = audio_states([folder], source.utterances, encode, batch_size=2)
+        states = load_or_encode([folder], source.utterances, encode, batch_size=2)
         loaders.append(Loader((source,), MULTILINGUAL, 4, states=states))
     batches = [next(iter(loader.batches(LoaderState(3))))[0] for loader in loaders]
     for batch in batches[1:]:

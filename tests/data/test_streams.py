@@ -12,7 +12,7 @@ from test_batches import MULTILINGUAL
 from flax_distil.config import DataConfig
 from flax_distil.data.batches import TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
-from flax_distil.data.mixing import Source
+from flax_distil.data.mixing import TrainingSource
 from flax_distil.data.sources import Table
 from flax_distil.data.streams import LanePlace, read_lane
 from flax_distil.data.utterances import Columns, Utterance, UtteranceStream, find_columns
@@ -83,9 +83,9 @@ def loader(stream, tone, batch_size=8, lanes=4, **changes) -> Loader:
     """A stream and a dataset of seven, which is drawn half as often."""
     options = TargetOptions(buckets=(16, 32), prompt_probability=0.5)
     none = np.zeros(0, int)
-    streamed = Source(stream, options, none, none > 0, 2.0, buffer=8)
+    streamed = TrainingSource(stream, options, none, none > 0, 2.0, buffer=8)
     known = [Utterance(f"k{n}", tone(0.01), language="en", token_ids=(900 + n,)) for n in range(7)]
-    kept = Source(known, options, np.ones(7, int), np.zeros(7, bool), 1.0)
+    kept = TrainingSource(known, options, np.ones(7, int), np.zeros(7, bool), 1.0)
     return Loader((streamed, kept), MULTILINGUAL, batch_size, lanes=lanes, **changes)
 
 

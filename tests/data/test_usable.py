@@ -9,7 +9,7 @@ from test_batches import ENGLISH, MULTILINGUAL
 
 from flax_distil.config import DistillConfig, TrainingDataConfig
 from flax_distil.data.loader import Loader, LoaderState
-from flax_distil.data.mixing import draws, training_sources
+from flax_distil.data.mixing import draw_sources, training_sources
 from flax_distil.data.usable import language_reason
 from flax_distil.errors import InputError
 
@@ -95,7 +95,7 @@ def test_clips_without_speech_are_a_share_of_the_examples(manifest):
         (False, 1),
         (False, 4),
     ]
-    drawn = [one for one, _ in islice(draws([s.weight for s in sources], 0, 0), 8_000)]
+    drawn = [one for one, _ in islice(draw_sources([s.weight for s in sources], 0, 0), 8_000)]
     shares = np.bincount(drawn, minlength=3) / len(drawn)
     assert shares[0] == pytest.approx(0.75, abs=0.02)  # 4 standard deviations
     by_hours = training_sources(configured(*tables), MULTILINGUAL)

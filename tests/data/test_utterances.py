@@ -12,12 +12,12 @@ from flax_distil.audio.container import decoded_frames
 from flax_distil.audio.load import AudioError, to_int16
 from flax_distil.config import DataConfig
 from flax_distil.data.utterances import (
-    Joined,
+    Concatenated,
     Utterance,
     Utterances,
     UtteranceStream,
-    follows,
-    listen,
+    continues,
+    load_waveform,
     read_dataset,
     to_language,
 )
@@ -49,7 +49,7 @@ def parquet(path, flac, rows=3, **extra) -> str:
 
 
 def lengths(utterances) -> list[int]:
-    return [len(listen(utterance)) for utterance in utterances]
+    return [len(load_waveform(utterance)) for utterance in utterances]
 
 
 @pytest.mark.parametrize("key", ["audio", "audio_filepath"])
@@ -73,13 +73,13 @@ def test_segments_of_one_recording(clips, tone):
     ]
     found = read_dataset(lines(clips / "manifest.jsonl", rows))
     whole = to_int16(tone(0.3))
-    assert np.array_equal(to_int16(listen(found[0])), whole[:1600])
-    assert np.array_equal(to_int16(listen(found[1])), whole[1600:3200])
-    assert len(listen(found[2])) == 800  # the recording ends
+    assert np.array_equal(to_int16(load_waveform(found[0])), whole[:1600])
+    assert np.array_equal(to_int16(load_waveform(found[1])), whole[1600:3200])
+    assert len(load_waveform(found[2])) == 800  # the recording ends
     assert found[1].id == "audio/2.flac@0.1"
     with pytest.raises(AudioError, match=r"starts at 0\.4 s, and the audio ends at 0\.3 s"):
-        listen(found[3])
-    assert len(listen(found[1], longest=0.05)) == 800
+        load_waveform(found[3])
+    assert len(load_waveform(found[1], longest=0.05)) == 800
 
 
 def test_a_clip_s_recording_is_not_decoded_whole(clips, flac, monkeypatch):
@@ -172,7 +172,7 @@ def test_saved_dataset_and_its_stream(tmp_path, flac):
     heard = UtteranceStream(stream, found.columns, DataConfig("stream", limit=3))
     assert [utterance.text for utterance in heard] == TEXTS
     for _ in range(2):  # a second resume must not start the stream again
-        assert [utterance.text for utterance in heard.since(2)] == ["three"]
+        assert [utterance.text for utterance in heard.iter_from(2)] == ["three"]
 
 
 def test_named_columns(tmp_path, flac):
@@ -187,7 +187,7 @@ def test_named_columns(tmp_path, flac):
 def test_joined(tmp_path, flac):
     one = read_dataset(parquet(tmp_path / "a.parquet", flac, 2, token_ids=[[1], [2, 3]]))
     two = read_dataset(parquet(tmp_path / "b.parquet", flac, 3, token_ids=[[], None, [4] * 9]))
-    both = Joined([one, two])
+    both = Concatenated([one, two])
     assert [utterance.text for utterance in both] == ["one", "two", *TEXTS]
     assert [p.label_lengths().tolist() for p in both.parts] == [[1, 2], [0, -1, 9]]
     assert both[-1].token_ids == (4,) * 9
@@ -206,7 +206,7 @@ def test_who_follows_whom(tmp_path, flac):
     expected = [False, True, False, False, False, False]
     found = read_dataset(tmp_path / "a.parquet")
     assert found.follows().tolist() == expected
-    in_turn = [follows(two, one) for one, two in zip([None, *found], found, strict=False)]
+    in_turn = [continues(two, one) for one, two in zip([None, *found], found, strict=False)]
     assert in_turn == [False, True, False, False, True, False]  # a stream does not see the gap
     rows = [{"audio": b"", "speaker": None}] * 2
     assert not Utterances(rows, read_columns(rows), DataConfig("rows")).follows().any()
@@ -244,13 +244,13 @@ def test_bytes_need_a_format_where_they_do_not_tell(tone):
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     rows = [{"audio": {"bytes": file.getvalue(), "path": "en/hello.G722"}}]
-    heard = listen(Utterances(rows, read_columns(rows), DataConfig("rows"))[0])
+    heard = load_waveform(Utterances(rows, read_columns(rows), DataConfig("rows"))[0])
     assert abs(len(heard) - 8000) <= 320
 
 
 def test_samples_are_their_own_audio(tone):
-    assert listen(Utterance("a", tone(0.1))) is not None
-    assert np.array_equal(listen(Utterance("a", tone(0.1))), tone(0.1))
+    assert load_waveform(Utterance("a", tone(0.1))) is not None
+    assert np.array_equal(load_waveform(Utterance("a", tone(0.1))), tone(0.1))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_what_is_no_time_is_one_row_s_fault(tmp_path, field, value):
     rows = [{"audio": "a.wav", field: value}, {"audio": "a.wav", field: float("nan")}]
     found = read_dataset(lines(tmp_path / "manifest.jsonl", rows))
     with pytest.raises(AudioError, match=f"row 0 has {field} {value!r}: it must be seconds"):
-        listen(found[0])
+        load_waveform(found[0])
     assert (found[1].fault, getattr(found[1], field)) == (None, None)  # pandas' missing value
     assert found.column(field) == [None, None]
 

@@ -10,9 +10,15 @@ import pytest
 from flax_distil.audio import load
 from flax_distil.audio.container import decoded_frames
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, AudioError, encode_flac, to_int16
-from flax_distil.data.packing import beginnings, join
+from flax_distil.data.packing import join_parts, part_offsets
 from flax_distil.data.utterances import Skipped, Utterance
-from flax_distil.data.windows import Clip, hear, hear_all, in_order, window_batches
+from flax_distil.data.windows import (
+    DecodedClip,
+    decode_clip,
+    decode_utterance,
+    map_in_order,
+    window_batches,
+)
 
 
 def test_in_order_keeps_the_order_and_runs_ahead():
@@ -23,22 +29,22 @@ def test_in_order_keeps_the_order_and_runs_ahead():
         time.sleep(0.05 if number == 0 else 0.0)
         return number
 
-    results = in_order(slow_first, range(20), workers=4, ahead=5)
+    results = map_in_order(slow_first, range(20), workers=4, ahead=5)
     assert next(results) == 0
     assert 2 <= len(started) <= 7  # ahead of the consumer, and not further
     assert list(results) == list(range(1, 20))
 
 
 def test_in_order_stops_its_threads_when_left_early():
-    results = in_order(lambda number: number, range(100), workers=2, ahead=5)
+    results = map_in_order(lambda number: number, range(100), workers=2, ahead=5)
     next(results)
     results.close()
     assert not [thread for thread in threading.enumerate() if "loader" in thread.name]
 
 
 def test_thirty_seconds_are_kept_and_more_is_not(tone):
-    def heard(samples: int) -> Clip | Skipped:
-        return hear(Utterance("a", np.zeros(samples, np.float32)))
+    def heard(samples: int) -> DecodedClip | Skipped:
+        return decode_clip(Utterance("a", np.zeros(samples, np.float32)))
 
     assert heard(CLIP_SAMPLES).duration == 30.0  # type: ignore[union-attr]
     # A resampler's surplus is cut off; what is really longer is not touched.
@@ -59,15 +65,15 @@ def test_of_a_long_clip_no_more_is_decoded_than_shows_it(monkeypatch):
     bomb = encode_flac(np.zeros(600 * SAMPLE_RATE, np.float32))
     assert len(bomb) < 50_000
     tracemalloc.start()
-    found = hear(Utterance("a", bomb))
+    found = decode_clip(Utterance("a", bomb))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert found == Skipped("a", "too long: 31.00 s or more, a window has 30 s")
     assert sum(seconds) < 33
     assert peak < 31 * SAMPLE_RATE * 4 * 5  # a few copies
-    assert isinstance(hear(Utterance("a", bomb, offset=300.0)), Skipped)
-    part = hear(Utterance("a", bomb, offset=300.0, duration=29.5))
-    assert isinstance(part, Clip)
+    assert isinstance(decode_clip(Utterance("a", bomb, offset=300.0)), Skipped)
+    part = decode_clip(Utterance("a", bomb, offset=300.0, duration=29.5))
+    assert isinstance(part, DecodedClip)
     assert part.duration == 29.5
     assert sum(seconds) < 33 + 2 * 36
 
@@ -89,16 +95,16 @@ def test_windows(tone, flac):
 
 def window(*parts: Utterance, pause: float = 0.5) -> Utterance:
     """A packed window that believes what its parts tell of their durations."""
-    return join(parts, pause)
+    return join_parts(parts, pause)
 
 
 def test_a_window_has_the_times_of_its_sound(tone):
     """Durations of the manifest are wrong by a second; those of the samples count."""
     planned = window(*(Utterance(str(n), tone(n + 1.0), duration=2.0) for n in range(3)))
-    (clip,) = hear_all(planned)
-    assert isinstance(clip, Clip)
+    (clip,) = decode_utterance(planned)
+    assert isinstance(clip, DecodedClip)
     assert [part.duration for part in clip.utterance.parts] == [1.0, 2.0, 3.0]
-    assert beginnings(clip.utterance) == [0.0, 1.5, 4.0]
+    assert part_offsets(clip.utterance) == [0.0, 1.5, 4.0]
     assert clip.utterance.id == planned.id
     assert clip.utterance.duration == clip.duration == 7.0
 
@@ -106,15 +112,15 @@ def test_a_window_has_the_times_of_its_sound(tone):
 def test_a_window_that_grows_is_split_and_not_lost(tone):
     """Three parts of 12 s that claim 9 s: two windows, each clip once."""
     parts = [Utterance(str(n), tone(12.0, 300.0 + n), f"t{n}", duration=9.0) for n in range(3)]
-    first, second = hear_all(window(*parts))
-    assert isinstance(first, Clip)
-    assert isinstance(second, Clip)
+    first, second = decode_utterance(window(*parts))
+    assert isinstance(first, DecodedClip)
+    assert isinstance(second, DecodedClip)
     assert [part.id for part in first.utterance.parts] == ["0", "1"]
     assert (first.utterance.text, second.utterance.text) == ("t0 t1", "t2")
     assert (first.duration, second.duration) == (24.5, 12.0)
     assert first.utterance.id != window(*parts).id
     np.testing.assert_array_equal(second.samples, to_int16(tone(12.0, 302.0)))
-    turns = [hear(window(*parts), turn) for turn in range(3)]
+    turns = [decode_clip(window(*parts), turn) for turn in range(3)]
     assert [one.duration for one in turns] == [24.5, 12.0, 24.5]  # type: ignore[union-attr]
     (both,) = window_batches([window(*parts)], batch_size=2)
     assert [one.id for one in both.utterances] == [first.utterance.id, "2"]
@@ -122,13 +128,15 @@ def test_a_window_that_grows_is_split_and_not_lost(tone):
 
 def test_a_damaged_part_costs_its_window_that_part_alone(tone):
     bad = Utterance("bad", b"no audio", duration=1.0)
-    clip, skipped = hear_all(window(Utterance("a", tone(1.0)), bad, Utterance("b", tone(2.0))))
-    assert isinstance(clip, Clip)
+    clip, skipped = decode_utterance(
+        window(Utterance("a", tone(1.0)), bad, Utterance("b", tone(2.0)))
+    )
+    assert isinstance(clip, DecodedClip)
     assert [part.id for part in clip.utterance.parts] == ["a", "b"]
     assert clip.duration == 3.5
     assert isinstance(skipped, Skipped)
     assert skipped.id == "bad"
-    lost = hear(window(bad, bad))
+    lost = decode_clip(window(bad, bad))
     assert isinstance(lost, Skipped)
     assert "not an audio file" in lost.reason
 

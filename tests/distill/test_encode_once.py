@@ -77,7 +77,7 @@ def kept(run: DistillConfig) -> np.ndarray:
 
 def test_the_labellers_states_are_found_through_the_filter(run, monkeypatch):
     recognizer = make_recognizer(load_checkpoint(run.teacher))
-    (windows,) = window_batches(read_dataset(run.labels[0]).since(0), 2)
+    (windows,) = window_batches(read_dataset(run.labels[0]).iter_from(0), 2)
     assert [one.id for one in windows.utterances] == ["4.flac", "5.flac"]
     heard = listen(recognizer.spec, recognizer.params["encoder"], windows.waveforms)
     expected = np.asarray(heard).astype(ml_dtypes.bfloat16)

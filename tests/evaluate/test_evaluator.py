@@ -108,7 +108,7 @@ def test_hosts_hear_a_part_each_and_together_what_one_hears(monkeypatch, random_
     alone = evaluator.evaluate_models(config)
     place, met, told = threading.local(), threading.Barrier(2, timeout=60), {}
     opened: dict[int, list[str]] = {0: [], 1: []}
-    listen = evaluator.listen
+    load_waveform = evaluator.load_waveform
 
     def from_all_hosts(value):
         told[place.host] = value
@@ -122,7 +122,7 @@ def test_hosts_hear_a_part_each_and_together_what_one_hears(monkeypatch, random_
     monkeypatch.setattr(evaluator.jax, "process_count", lambda: 2)
     monkeypatch.setattr(evaluator.jax, "process_index", lambda: place.host)
     monkeypatch.setattr(evaluator, "from_all_hosts", from_all_hosts)
-    monkeypatch.setattr(evaluator, "listen", lambda u: opened[place.host].append(u.id) or listen(u))
+    monkeypatch.setattr(evaluator, "load_waveform", lambda u: opened[place.host].append(u.id) or load_waveform(u))
     with ThreadPoolExecutor(2) as hosts:
         reports = list(hosts.map(host, (0, 1)))
     assert opened == {0: ["clip0", "clip2", "clip6"], 1: ["clip1", "clip3", "clip7"]}

@@ -8,7 +8,7 @@ import pytest
 
 from flax_distil.audio.load import encode_flac, load_audio
 from flax_distil.fetch import prompts, speech
-from flax_distil.fetch.manifest import Clip, read_manifest, seen_from, write_manifest
+from flax_distil.fetch.manifest import ManifestClip, read_manifest, rebase_paths, write_manifest
 from flax_distil.fetch.prompts import human_prompts
 from flax_distil.fetch.speech import demo_speech, shuffled, split
 from flax_distil.fetch.synthesis import sentences, synthesise
@@ -25,13 +25,16 @@ def test_sentences_are_many_and_varied():
 
 
 def test_manifest_there_and_back(tmp_path):
-    clips = [Clip("audio/a.flac", "naïve “x”", 1.25, "s"), Clip("b.flac", "", 0.5, "t", "fr")]
+    clips = [
+        ManifestClip("audio/a.flac", "naïve “x”", 1.25, "s"),
+        ManifestClip("b.flac", "", 0.5, "t", "fr"),
+    ]
     path = write_manifest(tmp_path / "manifest.jsonl", clips)
     assert read_manifest(path) == clips
     assert json.loads(path.read_text().splitlines()[0])["audio_filepath"] == "audio/a.flac"
     (tmp_path / "deep").mkdir()
     deep = write_manifest(tmp_path / "deep" / "manifest.jsonl", clips)
-    assert seen_from(tmp_path, deep)[0].audio_filepath == "deep/audio/a.flac"
+    assert rebase_paths(tmp_path, deep)[0].audio_filepath == "deep/audio/a.flac"
 
 
 def test_synthesis_is_deterministic_and_resumes(tmp_path):
@@ -74,7 +77,10 @@ def test_recognised_as_what_was_said(tiny_en_folder, tmp_path):
 
 
 def test_no_heldout_words_are_trained_on():
-    clips = [Clip(f"{n}.flac", text, 1.0, "s") for n, text in enumerate(["A b.", "c", "a B", "d"])]
+    clips = [
+        ManifestClip(f"{n}.flac", text, 1.0, "s")
+        for n, text in enumerate(["A b.", "c", "a B", "d"])
+    ]
     train, heldout = split(clips, 1)
     assert [clip.text for clip in heldout] == ["A b."]
     assert [clip.text for clip in train] == ["c", "d"]
@@ -87,7 +93,7 @@ def few(monkeypatch, tmp_path):
 
     def silent(texts, folder, seed):
         folder.mkdir(parents=True, exist_ok=True)
-        clips = [Clip(f"{n}.flac", text, 1.0, "s") for n, text in enumerate(texts)]
+        clips = [ManifestClip(f"{n}.flac", text, 1.0, "s") for n, text in enumerate(texts)]
         return write_manifest(folder / "manifest.jsonl", clips)
 
     monkeypatch.setattr(speech, "synthesise", silent)

@@ -61,14 +61,14 @@ def encode_together(folder: Path) -> None:
         return waveforms[:, :2, None] / 32768
 
     there = audio_states.StateFolder(folder / "shared", names)
-    kept = audio_states.audio_states([there], clips, encode, batch_size=2)
+    kept = audio_states.load_or_encode([there], clips, encode, batch_size=2)
     print(f"encoded {encoded} read {(64 * kept.read(range(7))[:, 0, 0].astype(float)).tolist()}")
     disk = folder / f"disk-{jax.process_index()}"
     disk.mkdir()
     os.chdir(disk)  # a path that is another place on each host
     own = audio_states.StateFolder(Path("own"), names)
     try:
-        audio_states.audio_states([own], clips, encode, batch_size=2)
+        audio_states.load_or_encode([own], clips, encode, batch_size=2)
     except InputError as error:
         print(error)
 

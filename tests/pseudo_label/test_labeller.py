@@ -16,8 +16,8 @@ from fake_teacher import clip, fake_teacher, label_with
 
 from flax_distil.audio.load import load_audio, to_int16
 from flax_distil.config import DataConfig
-from flax_distil.data.audio_states import StateFolder, audio_states
-from flax_distil.data.utterances import UtteranceStream, listen, read_dataset
+from flax_distil.data.audio_states import StateFolder, load_or_encode
+from flax_distil.data.utterances import UtteranceStream, load_waveform, read_dataset
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label.distributions import Explained
 from flax_distil.pseudo_label.labeller import label, settings, stored_names, summary_table
@@ -300,7 +300,7 @@ def test_states_are_there_before_their_shard(config, monkeypatch, tmp_path):
     names = stored_names(
         *map(labels.column, ("utterance_number", "id", "duration", "mean_log_probability"))
     )
-    kept = audio_states([StateFolder(states, names)], labels, encode=None)
+    kept = load_or_encode([StateFolder(states, names)], labels, encode=None)
     expected = [n for n in range(23) if n not in (5, 13)]
     assert kept.read(range(21))[:, 0, 1].tolist() == expected
     np.testing.assert_allclose(kept.seconds, 0.1)
@@ -338,7 +338,7 @@ def test_a_stream_goes_on_where_it_stopped(config, speech):
     def gone(_):
         raise AssertionError("a finished stream is not read again")
 
-    stream.since = gone
+    stream.iter_from = gone
     assert label(stream, fake_teacher, store, streamed).labels == 21
 
 
@@ -363,7 +363,7 @@ def test_a_store_of_references_is_read_from_anywhere(config, speech, monkeypatch
     assert summary.labels == 2
     assert [one.id for one in summary.skipped] == [r"odd-\udce9.flac"]
     monkeypatch.chdir("/")
-    assert all(len(listen(one)) for one in read_dataset(config.output_dir))
+    assert all(len(load_waveform(one)) for one in read_dataset(config.output_dir))
 
 
 def test_a_part_of_a_recording_cannot_be_referred_to(config, speech):

@@ -5,7 +5,7 @@ import json
 from datasets import load_dataset
 from fake_teacher import label_with
 
-from flax_distil.data.utterances import listen, read_dataset
+from flax_distil.data.utterances import load_waveform, read_dataset
 from flax_distil.pseudo_label import folder
 from flax_distil.pseudo_label import store as store_module
 from flax_distil.pseudo_label.store import LabelStore
@@ -38,7 +38,7 @@ def test_a_label_store_is_a_dataset(config):
     assert found[3].token_ids == (1, 2, 3)
     assert found[3].language == "en"
     assert found[3].speaker == "s0"
-    assert len(listen(found[3])) == 1600
+    assert len(load_waveform(found[3])) == 1600
     assert found.label_lengths().tolist() == [3] * 21
 
 
