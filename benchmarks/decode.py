@@ -1,7 +1,7 @@
 """Short clips and a long recording against other engines, speculative decoding against greedy.
 
     python benchmarks/decode.py [--models whisper-tiny.en whisper-base] [--batches 1 8]
-        [--rounds 3] [--minutes 1] [--student FOLDER] [--smaller NAME] [--guesses 4]
+        [--rounds 3] [--minutes 1] [--student FOLDER] [--smaller NAME] [--draft-tokens 4]
         [--vocabulary 24000] [--speculative-batches 1 4 16] [--json FILE] [AUDIO ...]
 
 The figures that are published: --rounds 5 --minutes 10, on a machine that does nothing else.
@@ -208,7 +208,7 @@ def installed_engines(ways: Mapping[str, Callable[..., Engine]], *given) -> dict
 
 
 def drafted(recognizer: Recognizer, options: argparse.Namespace) -> dict[str, Engine]:
-    """Greedy search, and the same text through every drafter; `tally` of the last batch on it."""
+    """Greedy search, and the same text through every drafter; `acceptance` is the last batch's."""
     decode = DecodeOptions("en", max_tokens=options.tokens)
     checkpoints = {"lookup": None}
     checkpoints |= {"student": load_checkpoint(options.student)} if options.student else {}
@@ -217,7 +217,7 @@ def drafted(recognizer: Recognizer, options: argparse.Namespace) -> dict[str, En
     def assisted(assistant):
         def run(windows):
             found = recognize(recognizer, windows, decode, assistant)
-            run.tally = total(one.tally for one in found)
+            run.acceptance = total(one.acceptance for one in found)
             return [one.text for one in found]
 
         return run
@@ -231,7 +231,7 @@ def drafted(recognizer: Recognizer, options: argparse.Namespace) -> dict[str, En
             Console(stderr=True).print(f"{name} is left out: it has another vocabulary")
             continue
         for vocabulary in (None, options.vocabulary) if checkpoint else (None,):
-            assistant = make_assistant(recognizer, checkpoint, options.guesses, vocabulary)
+            assistant = make_assistant(recognizer, checkpoint, options.draft_tokens, vocabulary)
             runs[name if vocabulary is None else f"{name}, {vocabulary} tokens"] = assisted(
                 assistant
             )
@@ -266,13 +266,13 @@ def paired(
     warm_up = batches[0][..., : 60 * SAMPLE_RATE]
     for run in runs.values():
         run(warm_up)  # compiles
-    times, texts, tallies = ({name: [] for name in runs} for _ in range(3))
+    times, texts, acceptances = ({name: [] for name in runs} for _ in range(3))
     for sounds in tqdm(batches, desc=title, leave=False):
         for name, run in runs.items():
             start = time.perf_counter()
             texts[name] += run(sounds)
             times[name].append(time.perf_counter() - start)
-            tallies[name].append(getattr(run, "tally", None))
+            acceptances[name].append(getattr(run, "acceptance", None))
     rows = []
     for name in runs:
         pairs = list(zip(texts[first], texts[name], strict=True))
@@ -286,9 +286,9 @@ def paired(
             "equal_texts_percent": round(100 * float(np.mean([a == b for a, b in pairs])), 1),
             "wer_to_first": round(100 * word_errors(*zip(*pairs, strict=True)).rate, 2),
         }
-        if tally := total(tallies[name]):
-            row["acceptance_percent"] = round(100 * tally.acceptance_rate, 1)
-            row["tokens_a_pass"] = round(tally.tokens_per_pass, 2)
+        if acceptance := total(acceptances[name]):
+            row["acceptance_percent"] = round(100 * acceptance.rate, 1)
+            row["tokens_a_pass"] = round(acceptance.tokens_per_pass, 2)
         rows.append(row)
     return rows
 
@@ -335,7 +335,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="at most so many a clip")
     parser.add_argument("--student", help="drafts for the models with its vocabulary")
     parser.add_argument("--smaller", help="a smaller Whisper, as the student")
-    parser.add_argument("--guesses", type=int, default=4, help="tokens drafted a pass")
+    parser.add_argument("--draft-tokens", type=int, default=4, help="tokens drafted a pass")
     parser.add_argument("--vocabulary", type=int, default=24000, help="text tokens to guess from")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

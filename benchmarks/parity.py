@@ -34,7 +34,7 @@ from flax_distil.audio.log_mel import HOP
 from flax_distil.cache import cache_folder
 from flax_distil.decode.language import detect_language
 from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import Recognizer, listen, make_recognizer, recognize
+from flax_distil.decode.recognizer import Recognizer, encode, make_recognizer, recognize
 from flax_distil.fetch.manifest import read_manifest
 from flax_distil.fetch.prompts import FOREIGN, foreign_prompts, human_prompts
 from flax_distil.fetch.weights import fetch_weights
@@ -110,7 +110,7 @@ def languages(spoken_in: list[str], count: int, size: int) -> list[dict]:
         )
         row = {"language": spoken, "clips": 0, "as_openai": 0, "right": 0, "differences": []}
         for batch, windows in batches(chosen(files or [], count), size, spoken):
-            audio = listen(ours.spec, ours.params["encoder"], windows)
+            audio = encode(ours.spec, ours.params["encoder"], windows)
             found = detect_language(ours.spec, ours.params["decoder"], audio, ours.tokens)
             # One at a time: the loudest frame of a batch would set the floor for all.
             mel = torch.stack([whisper.log_mel_spectrogram(window) for window in windows])
@@ -333,7 +333,7 @@ def students_words(name: str, folders: list[str], minutes: float) -> list[dict]:
     texts = [one.tokens for one in recognize(teacher, windows, DecodeOptions("en"))]
 
     def aligned(recognizer: Recognizer) -> list[tuple[str, tuple[float, float]]]:
-        audio = listen(recognizer.spec, recognizer.params["encoder"], windows)
+        audio = encode(recognizer.spec, recognizer.params["encoder"], windows)
         rows = align(recognizer, audio, texts, ["en"] * len(texts))
         return [(word.word, (word.start, word.end)) for row in rows for word in row]
 

@@ -43,7 +43,7 @@ from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE
 from flax_distil.config import ComputeConfig, DistillConfig
 from flax_distil.data.batches import Batch
 from flax_distil.data.stored_teacher import StoredForm
-from flax_distil.decode.recognizer import listen
+from flax_distil.decode.recognizer import encode
 from flax_distil.distill.flops import measured_peak, step_flops, vocabulary_tokens
 from flax_distil.distill.setup import make_train_spec, split_parameters
 from flax_distil.distill.state import initial_state
@@ -168,7 +168,7 @@ def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
     plain = replace(fused, vocabulary_chunk=0)
 
     encoder, decoder = (jax.tree.map(jnp.asarray, teacher.params[half]) for half in teacher.params)
-    audio = np.asarray(listen(fused.teacher, encoder, batch.waveforms))
+    audio = np.asarray(encode(fused.teacher, encoder, batch.waveforms))
     audio = audio.astype(ml_dtypes.bfloat16)  # as it lies on disk
     encoded = replace(batch, audio=audio, waveforms=batch.waveforms[:, :0])
     audio_BSD = jnp.asarray(audio, fused.teacher.dtype)

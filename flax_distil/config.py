@@ -126,7 +126,7 @@ class PseudoLabelConfig:
     """Drafts what the teacher verifies: the same labels in fewer passes of the teacher, faster on
     accelerators. A student or smaller Whisper with the same tokenizer (folder or name), or lookup,
     which repeats what was written before."""
-    guesses: int = 4
+    draft_tokens: int = 4
     """Tokens that the assistant drafts a pass."""
     batch_size: int = 16
     """Clips decoded at a time."""
@@ -548,7 +548,7 @@ class TranscribeConfig:
     """Drafts what the model verifies: the same text in fewer passes of the model. A student or
     smaller Whisper with the same tokenizer (folder or name), or lookup, which repeats what was
     written before. Helps greedy search, not beams."""
-    guesses: int = 4
+    draft_tokens: int = 4
     """Tokens that the assistant drafts a pass."""
     beams: int = 1
     """Texts followed at once by beam search; 1 is greedy search."""

@@ -15,12 +15,14 @@ from flax_distil.model.spec import Spec
 from flax_distil.model.student import same_arrays
 from flax_distil.parallel.clips import replicate
 
-GUESSES = 4  # a pass, where nobody says how many
+DRAFT_TOKENS = 4  # a pass, where nobody says how many
 CPU_READING = 0.16  # what one token more takes there, where a pass of one takes 1 (docs/LOG.md)
 CPU_VOCABULARY = 24_000  # of 100 tokens of English text some 94 are among them (docs/LOG.md)
 
 
-def load_assistant(recognizer: Recognizer, name: str | Path, guesses: int = GUESSES) -> Assistant:
+def load_assistant(
+    recognizer: Recognizer, name: str | Path, draft_tokens: int = DRAFT_TOKENS
+) -> Assistant:
     """The assistant that `name` stands for: a checkpoint's folder or name, or "lookup".
 
     On CPUs it guesses from the first 24,000 text tokens: its projection takes half the time.
@@ -30,13 +32,13 @@ def load_assistant(recognizer: Recognizer, name: str | Path, guesses: int = GUES
     """
     vocabulary = CPU_VOCABULARY if jax.default_backend() == "cpu" else None
     checkpoint = None if name == "lookup" else load_checkpoint(name)
-    return make_assistant(recognizer, checkpoint, guesses, vocabulary)
+    return make_assistant(recognizer, checkpoint, draft_tokens, vocabulary)
 
 
 def make_assistant(
     recognizer: Recognizer,
     checkpoint: Checkpoint | None,
-    guesses: int = GUESSES,
+    draft_tokens: int = DRAFT_TOKENS,
     vocabulary: int | None = None,
     texts: Iterable[Sequence[int]] = (),
     break_even: float | None = None,
@@ -49,13 +51,15 @@ def make_assistant(
     pass: the weights it reads, of those that a pass reads, and on CPUs its own verification.
 
     Raises:
-        InputError: the two have different vocabularies or mel bins, or `guesses` is less than 1.
+        InputError: the two have different vocabularies or mel bins, or `draft_tokens` is 0.
     """
-    if guesses < 1:
-        raise InputError(f"{guesses} guesses a pass: an assistant makes at least 1")
+    if draft_tokens < 1:
+        raise InputError(f"{draft_tokens} draft tokens a pass: an assistant makes at least 1")
     reading = CPU_READING if jax.default_backend() == "cpu" else 0.0
     if checkpoint is None:
-        return Assistant(LookupDrafter(), guesses, reading if break_even is None else break_even)
+        return Assistant(
+            LookupDrafter(), draft_tokens, reading if break_even is None else break_even
+        )
     ours, theirs = recognizer.spec.dims, checkpoint.dims
     if ours.vocab != theirs.vocab:
         raise InputError(
@@ -79,7 +83,7 @@ def make_assistant(
         break_even = (_size(drafter.params["layers"]) + drafter.head_DU.size) / weights + reading
     encoder = put(checkpoint.params["encoder"])
     shared = same_arrays(encoder, recognizer.params["encoder"])
-    return Assistant(drafter, guesses, break_even, None if shared else (spec, encoder))
+    return Assistant(drafter, draft_tokens, break_even, None if shared else (spec, encoder))
 
 
 def _size(tree: Any) -> int:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from flax_distil.decode.greedy import Found, Prompt, multiply, prefill, score
+from flax_distil.decode.greedy import Prompt, SearchResult, multiply, prefill, score
 from flax_distil.decode.rules import Progress, RuleSet, advance, apply, begin
 from flax_distil.model.spec import Params, Spec
 from flax_distil.model.whisper import Cache
@@ -78,7 +78,7 @@ def beam(
     max_tokens: int,
     search: BeamSearch,
     head_DV: Float[Array, "D V"] | None = None,
-) -> Found:
+) -> SearchResult:
     """The best text that a beam search finds; the arguments are those of `greedy`."""
     decoder = spec.decoder(params)
     project, allowed = decoder.projection(head_DV), rules.rules()
@@ -122,7 +122,7 @@ def beam(
     loop = jax.lax.while_loop(more, write, start)
     text = choose(loop.going, loop.ended, search)
     no_speech = jax.nn.softmax(logits_B2V[:, 0])[:, rules.no_speech]
-    return Found(text.tokens, text.lengths, text.sums, no_speech, text.whole)
+    return SearchResult(text.tokens, text.lengths, text.sums, no_speech, text.whole)
 
 
 def gains(logits_BKV: Array, allow, progress: Progress, as_transformers: bool) -> Array:

@@ -71,7 +71,7 @@ class Assistant:
     """
 
     drafter: Drafter
-    guesses: int
+    draft_tokens: int
     break_even: float = 0.0
     encoder: tuple[Spec, Params] | None = None
 

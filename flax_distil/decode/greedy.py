@@ -37,7 +37,7 @@ class Sampling(NamedTuple):
     seed: Int[Array, " B"]
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """What a search returns, padded to static shapes.
 
     tokens: without the prompt, filled up with the end token.
@@ -57,7 +57,7 @@ class Found(NamedTuple):
 class _Loop(NamedTuple):
     cache: Cache
     logits_BV: Array
-    found: Found
+    found: SearchResult
     done_B: Array
     progress: Progress
 
@@ -98,7 +98,7 @@ def greedy(
     copies: int = 1,
     length_penalty: float | None = None,
     head_DV: Float[Array, "D V"] | None = None,
-) -> Found:
+) -> SearchResult:
     """The most probable next token, until every row has ended or `max_tokens` are written.
 
     params: the decoder's. active_B: False on rows that only fill up the batch; they write nothing.
@@ -138,7 +138,7 @@ def greedy(
         progress = advance(progress, token_B, rules)
         return _Loop(cache, project(hidden_B1D)[:, 0], found, done_B, progress)
 
-    nothing = Found(
+    nothing = SearchResult(
         tokens=jnp.full((batch, max_tokens), rules.end, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         log_probability=jnp.zeros(batch, jnp.float32),
@@ -191,7 +191,7 @@ def score(
     return log_probability / ((5 + lengths) / 6) ** penalty
 
 
-def best(found: Found, copies: int, length_penalty: float | None) -> Found:
+def best(found: SearchResult, copies: int, length_penalty: float | None) -> SearchResult:
     """The best of every `copies` rows."""
     if copies == 1:
         return found

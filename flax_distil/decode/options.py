@@ -79,7 +79,7 @@ class DecodeOptions:
             )
 
 
-class Tally(NamedTuple):
+class Acceptance(NamedTuple):
     """How good an assistant's guesses were: integers, one a row (arrays) or one for all.
 
     passes: of the teacher, the prompt's included.
@@ -95,7 +95,7 @@ class Tally(NamedTuple):
     written: Any
 
     @property
-    def acceptance_rate(self) -> float:
+    def rate(self) -> float:
         """Part of the guesses that were kept, over all rows."""
         return float(np.sum(self.accepted) / max(np.sum(self.drafted), 1))
 
@@ -113,7 +113,7 @@ class Hypothesis:
         distribution after suppression (before it in Transformers' beam search).
     no_speech_probability: of the no-speech token at the start of transcript.
     temperature: at which it was written.
-    tally: of an assistant's guesses, where one helped.
+    acceptance: of an assistant's guesses, where one helped.
     ended: whether the model ended the text; False where it was cut at `max_tokens`.
     """
 
@@ -124,11 +124,13 @@ class Hypothesis:
     no_speech_probability: float
     compression_ratio: float
     temperature: float = 0.0
-    tally: Tally | None = None
+    acceptance: Acceptance | None = None
     ended: bool = True
 
 
-def total(tallies: Iterable[Tally | None]) -> Tally | None:
-    """All guesses together; None where nobody guessed."""
-    known = [tally for tally in tallies if tally is not None]
-    return Tally(*(int(np.sum(column)) for column in zip(*known, strict=True))) if known else None
+def total(acceptances: Iterable[Acceptance | None]) -> Acceptance | None:
+    """The sums over all of them; None where no assistant was used."""
+    known = [one for one in acceptances if one is not None]
+    return (
+        Acceptance(*(int(np.sum(column)) for column in zip(*known, strict=True))) if known else None
+    )

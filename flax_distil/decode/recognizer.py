@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Num
 from flax_distil.audio.log_mel import log_mel
 from flax_distil.decode.beam import BeamSearch, beam
 from flax_distil.decode.drafters import Assistant
-from flax_distil.decode.greedy import Found, Prompt, Sampling, greedy
+from flax_distil.decode.greedy import Prompt, Sampling, SearchResult, greedy
 from flax_distil.decode.language import detect_language
-from flax_distil.decode.options import DecodeOptions, Hypothesis, Tally
+from flax_distil.decode.options import Acceptance, DecodeOptions, Hypothesis
 from flax_distil.decode.rules import RuleSet
 from flax_distil.decode.speculative import speculative
 from flax_distil.errors import InputError
@@ -134,14 +134,14 @@ def recognize(
     if not batch:
         return []
     known, previous = prepare(recognizer, options, batch, assistant)
-    filled_BN = fill(waveforms_BN)
-    audio_BSD = listen(recognizer.spec, recognizer.params["encoder"], filled_BN)
+    filled_BN = pad_batch(waveforms_BN)
+    audio_BSD = encode(recognizer.spec, recognizer.params["encoder"], filled_BN)
     languages = [known] * batch if known else detect(recognizer, audio_BSD)[:batch]
     windows = [
         Window(language, previous, options.temperature, options.seed + row)
         for row, language in enumerate(languages)
     ]
-    heard_BSE = drafter_hears(assistant, windows, listen, filled_BN)
+    heard_BSE = drafter_hears(assistant, windows, encode, filled_BN)
     return decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
 
 
@@ -160,7 +160,7 @@ def prepare(
             f"an assistant cannot help {options.beams} beams and the best of {drawn} texts: use "
             "one of each, or no assistant"
         )
-    check_memory(recognizer, bucket(batch), options)
+    check_memory(recognizer, batch_bucket(batch), options)
     known = checked_language(recognizer, options)
     previous = text_ids(recognizer.tokens, options.prompt)
     if len(previous) > (most := room_before(recognizer, options)):
@@ -181,7 +181,7 @@ def decode(
 
     `prompt`, `language`, `temperature` and `seed` are the windows', not the options'. heard_BSE:
     what the assistant hears, where it has an encoder of its own. It is not asked where it could
-    only lose time (`drafting_pays`); hypotheses then have no tally.
+    only lose time (`drafting_pays`); hypotheses then have no acceptance.
 
     Raises:
         InputError: hotwords or prefix are too long, or the model lacks the language or task.
@@ -195,14 +195,14 @@ def decode(
     # Of any prompt the same, for it decides the program: a search ends where the context is full.
     room = min(options.max_tokens, spec.dims.text_positions)
     arguments = (spec, params, audio_BSD, prompt, active_B, rule_set(tokens, options), room)
-    drawn, tally = sampling(windows, rows), None
+    drawn, acceptance = sampling(windows, rows), None
     if assistant and drafting_pays(windows, rows):
         draft_audio = audio_BSD if heard_BSE is None else heard_BSE
-        found, tally = speculative(
+        found, acceptance = speculative(
             *arguments,
             assistant.drafter,
             draft_audio,
-            assistant.guesses,
+            assistant.draft_tokens,
             drawn,
             recognizer.head_DV,
             assistant.break_even,
@@ -215,7 +215,7 @@ def decode(
         found = greedy(*arguments, drawn, copies, penalty, recognizer.head_DV)
     prefix = prefix_ids(tokens, options)
     most = [min(room, spec.dims.text_positions + 1 - len(prompt)) for prompt in prompts]
-    return read(jax.device_get(found), windows, tokens, most, prefix, jax.device_get(tally))
+    return read(jax.device_get(found), windows, tokens, most, prefix, jax.device_get(acceptance))
 
 
 def drafting_pays(windows: Sequence[Window], rows: int) -> bool:
@@ -240,7 +240,7 @@ def sampling(windows: Sequence[Window], rows: int) -> Sampling | None:
 
 
 @by_clip(static=("spec",))
-def listen(spec: Spec, params: Params, waveforms_BN: Num[Array, "B N"]) -> Float[Array, "B S D"]:
+def encode(spec: Spec, params: Params, waveforms_BN: Num[Array, "B N"]) -> Float[Array, "B S D"]:
     """Waveforms to audio states; log-mel runs on the device. params: the encoder's.
 
     CPUs take one clip after the other, which stays in their cache (docs/LOG.md).
@@ -258,16 +258,16 @@ def listen(spec: Spec, params: Params, waveforms_BN: Num[Array, "B N"]) -> Float
 def drafter_hears(
     assistant: Assistant | None,
     windows: Sequence[Window],
-    encode: Callable[..., Array],
+    encoder: Callable[..., Array],
     sound: np.ndarray,
 ) -> Float[Array, "B S E"] | None:
     """Audio states for an assistant with an encoder of its own, where `decode` will ask it.
 
-    encode: of (spec, params, sound).
+    encoder: of (spec, params, sound).
     """
     if assistant is None or assistant.encoder is None or not drafting_pays(windows, len(sound)):
         return None
-    return encode(*assistant.encoder, sound)
+    return encoder(*assistant.encoder, sound)
 
 
 def detect(recognizer: Recognizer, audio_BSD: Float[Array, "B S D"]) -> list[str]:
@@ -291,14 +291,14 @@ def checked_language(recognizer: Recognizer, options: DecodeOptions) -> str | No
     return asked
 
 
-def bucket(batch: int) -> int:
+def batch_bucket(batch: int) -> int:
     """The power of two that a batch is filled up to."""
     return 1 << max(batch - 1, 0).bit_length()
 
 
-def fill(array: np.ndarray) -> np.ndarray:
+def pad_batch(array: np.ndarray) -> np.ndarray:
     """Rows of zeros up to the next power of two."""
-    missing = bucket(len(array)) - len(array)
+    missing = batch_bucket(len(array)) - len(array)
     return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
 
 
@@ -393,12 +393,12 @@ def make_prompt(prompts: Sequence[Sequence[int]], sot: int) -> Prompt:
 
 
 def read(
-    found: Found,
+    found: SearchResult,
     windows: Sequence[Window],
     tokens: WhisperTokens,
     most: Sequence[int],
     prefix: tuple[int, ...] = (),
-    tally: Tally | None = None,
+    acceptance: Acceptance | None = None,
 ) -> list[Hypothesis]:
     """Hypotheses out of the first rows of a search's result, which `prefix` goes before.
 
@@ -419,7 +419,7 @@ def read(
                 no_speech_probability=float(found.no_speech[row]),
                 compression_ratio=compression_ratio(text),
                 temperature=window.temperature,
-                tally=tally and Tally(*(int(column[row]) for column in tally)),
+                acceptance=acceptance and Acceptance(*(int(column[row]) for column in acceptance)),
                 ended=ended,
             )
         )

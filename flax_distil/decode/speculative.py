@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from flax_distil.decode.drafters import Drafter, Drafts, Text, cool, draw, keys
-from flax_distil.decode.greedy import Found, Prompt, Sampling, likeliest, prefill
-from flax_distil.decode.options import Tally
+from flax_distil.decode.greedy import Prompt, Sampling, SearchResult, likeliest, prefill
+from flax_distil.decode.options import Acceptance
 from flax_distil.decode.rules import Progress, RuleSet, advance, apply, begin
 from flax_distil.model.spec import Params, Spec
 from flax_distil.model.whisper import Cache
@@ -37,14 +37,14 @@ class _Loop(NamedTuple):
     log_probability_B: Array
     done_B: Array
     balance_B: Array  # accepted guesses beyond what guessing costs; below 0 the row writes alone
-    tally: Tally
+    acceptance: Acceptance
 
     def guessing(self) -> Array:
         """[B], which rows go on, and with guesses."""
         return (self.balance_B >= 0) & ~self.done_B
 
 
-class _Verdict(NamedTuple):
+class _Verified(NamedTuple):
     """The teacher's next tokens: the first `agreed` are the drafter's too, then one of its own.
 
     gains: their log-probabilities. progress: what the rules knew before each of them.
@@ -56,7 +56,9 @@ class _Verdict(NamedTuple):
     progress: Progress
 
 
-@by_clip(static=("spec", "rules", "max_tokens", "guesses"), whole=("params", "drafter", "head_DV"))
+@by_clip(
+    static=("spec", "rules", "max_tokens", "draft_tokens"), whole=("params", "drafter", "head_DV")
+)
 def speculative(
     spec: Spec,
     params: Params,
@@ -67,11 +69,11 @@ def speculative(
     max_tokens: int,
     drafter: Drafter,
     draft_audio_BSD: Float[Array, "B S E"],
-    guesses: int,
+    draft_tokens: int,
     sampling: Sampling | None = None,
     head_DV: Float[Array, "D V"] | None = None,
     break_even: float | Float[Array, ""] = 0.0,
-) -> tuple[Found, Tally]:
+) -> tuple[SearchResult, Acceptance]:
     """What `greedy` finds, in fewer passes of the teacher; with `sampling`, a draw from it.
 
     params: the teacher's decoder. draft_audio_BSD: what the drafter hears, `audio_BSD` where it
@@ -79,8 +81,8 @@ def speculative(
     them that the teacher must accept, or a row goes on without (0: it never does).
     """
     decoder = spec.decoder(params)
-    project, room = decoder.projection(head_DV), max_tokens + guesses + 1
-    cost = break_even * guesses
+    project, room = decoder.projection(head_DV), max_tokens + draft_tokens + 1
+    cost = break_even * draft_tokens
     # Who can try again owes until then; who cannot has credit for some poor passes.
     most, earned = (0.0, cost / drafter.pause) if drafter.pause else (PATIENCE * cost, 0.0)
 
@@ -88,14 +90,14 @@ def speculative(
         read_BK = jnp.concatenate([loop.text.newest(1), drafts.tokens], axis=1)
         hidden_BKD, cache = decoder.step(read_BK, loop.cache)
         logits_BKV, progress = project(hidden_BKD), loop.text.progress
-        verdict = judge(logits_BKV, progress, drafts, guessing_B, rules, sampling)
-        kept = _keep(loop._replace(cache=cache), verdict, guessing_B, rules, limit_B)
-        paid_B = loop.balance_B + verdict.agreed_B - cost
+        verified = verify(logits_BKV, progress, drafts, guessing_B, rules, sampling)
+        kept = _keep(loop._replace(cache=cache), verified, guessing_B, rules, limit_B)
+        paid_B = loop.balance_B + verified.agreed_B - cost
         balance_B = jnp.where(guessing_B, jnp.minimum(paid_B, most), loop.balance_B + earned)
         return kept._replace(balance_B=balance_B)
 
     def guess(loop: _Loop) -> _Loop:
-        drafts, memory = drafter.propose(loop.memory, loop.text, guesses, rules, sampling)
+        drafts, memory = drafter.propose(loop.memory, loop.text, draft_tokens, rules, sampling)
         return write(loop._replace(memory=memory), drafts, loop.guessing())
 
     def alone(loop: _Loop) -> _Loop:
@@ -107,7 +109,7 @@ def speculative(
         more = lambda loop: ~loop.done_B.all() & ~loop.guessing().any()
         return jax.lax.while_loop(more, alone, loop)
 
-    # The first token is the prompt's own pass: a verdict on no guesses.
+    # The first token is the prompt's own pass: no drafts to verify.
     hidden_B2D, cache = prefill(decoder, audio_BSD, prompt, room)
     logits_B2V = project(hidden_B2D)
     memory = drafter.start(draft_audio_BSD, prompt, room)
@@ -118,31 +120,31 @@ def speculative(
     no_guess = Drafts(jnp.zeros((len(active_B), 0), jnp.int32), None)
     nobody_B = jnp.zeros_like(active_B)
     progress = loop.text.progress
-    verdict = judge(logits_B2V[:, 1:], progress, no_guess, nobody_B, rules, sampling)
-    loop = _keep(loop, verdict, nobody_B, rules, limit_B)
+    verified = verify(logits_B2V[:, 1:], progress, no_guess, nobody_B, rules, sampling)
+    loop = _keep(loop, verified, nobody_B, rules, limit_B)
     loop = jax.lax.while_loop(lambda loop: ~loop.done_B.all(), go_on, loop)
 
     where_BL = jnp.arange(max_tokens) + jnp.broadcast_to(prompt.length, active_B.shape)[:, None]
     tokens_BL = jnp.take_along_axis(loop.text.tokens, where_BL, axis=1)
-    written_BL = jnp.arange(max_tokens) < loop.tally.written[:, None]
+    written_BL = jnp.arange(max_tokens) < loop.acceptance.written[:, None]
     tokens_BL = jnp.where(written_BL, tokens_BL, rules.end)
-    found = Found(
+    found = SearchResult(
         tokens=tokens_BL,
         lengths=(tokens_BL != rules.end).sum(axis=1),
         log_probability=loop.log_probability_B,
         no_speech=jax.nn.softmax(logits_B2V[:, 0])[:, rules.no_speech],
     )
-    return found, loop.tally
+    return found, loop.acceptance
 
 
-def judge(
+def verify(
     logits_BKV: Float[Array, "B K V"],
     progress: Progress,
     drafts: Drafts,
     guessing_B: Bool[Array, " B"],
     rules: RuleSet,
     sampling: Sampling | None = None,
-) -> _Verdict:
+) -> _Verified:
     """Agrees with the guesses from the left, as long as they are what the teacher would write.
 
     logits_BKV: the teacher's, before the first guess and after each of the K - 1. guessing_B: on
@@ -164,7 +166,7 @@ def judge(
     guessed_BK = jnp.pad(drafts.tokens, ((0, 0), (0, 1)))
     tokens_BK = jnp.where(jnp.arange(count) < agreed_B[:, None], guessed_BK, own_BK)
     gains_BK1 = jnp.take_along_axis(jax.nn.log_softmax(logits_BKV), tokens_BK[..., None], axis=-1)
-    return _Verdict(tokens_BK, gains_BK1[..., 0], agreed_B, every)
+    return _Verified(tokens_BK, gains_BK1[..., 0], agreed_B, every)
 
 
 def _agreed(right_BK: Array) -> Array:
@@ -209,47 +211,47 @@ def _begin(
         length=nothing_B + prompt.length,
         progress=begin(len(active_B), remembered)._replace(index=nothing_B),
     )
-    tally = Tally(*[nothing_B] * len(Tally._fields))
+    acceptance = Acceptance(*[nothing_B] * len(Acceptance._fields))
     zeros_B = jnp.zeros(active_B.shape)
-    return _Loop(cache, memory, text, zeros_B, ~active_B, zeros_B, tally)
+    return _Loop(cache, memory, text, zeros_B, ~active_B, zeros_B, acceptance)
 
 
 def _keep(
-    loop: _Loop, verdict: _Verdict, guessing_B: Array, rules: RuleSet, limit_B: Array
+    loop: _Loop, verified: _Verified, guessing_B: Array, rules: RuleSet, limit_B: Array
 ) -> _Loop:
     """Each row takes its tokens, up to the first end and its limit; those behind are forgotten.
 
     They stay in the caches, behind the length, where nobody looks and the next ones overwrite them.
     """
-    text, tally, count = loop.text, loop.tally, verdict.tokens_BK.shape[1]
-    ends_BK = verdict.tokens_BK == rules.end
+    text, acceptance, count = loop.text, loop.acceptance, verified.tokens_BK.shape[1]
+    ends_BK = verified.tokens_BK == rules.end
     until_end_B = jnp.where(ends_BK.any(axis=1), ends_BK.argmax(axis=1) + 1, count)
-    kept_B = jnp.minimum(verdict.agreed_B + 1, until_end_B)
-    kept_B = jnp.where(loop.done_B, 0, jnp.minimum(kept_B, limit_B - tally.written))
+    kept_B = jnp.minimum(verified.agreed_B + 1, until_end_B)
+    kept_B = jnp.where(loop.done_B, 0, jnp.minimum(kept_B, limit_B - acceptance.written))
     last_B = jnp.maximum(kept_B - 1, 0)
     pick = lambda leaf: jax.vmap(lambda row, last: row[last])(leaf, last_B)
-    token_B = pick(verdict.tokens_BK)
-    advanced = advance(jax.tree.map(pick, verdict.progress), token_B, rules)
+    token_B = pick(verified.tokens_BK)
+    advanced = advance(jax.tree.map(pick, verified.progress), token_B, rules)
     on_B = kept_B > 0
     renew = lambda new, old: jnp.where(on_B.reshape(-1, *[1] * (new.ndim - 1)), new, old)
     write = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
     text = Text(
-        tokens=jax.vmap(write)(text.tokens, verdict.tokens_BK, text.length),
+        tokens=jax.vmap(write)(text.tokens, verified.tokens_BK, text.length),
         length=text.length + kept_B,
         progress=jax.tree.map(renew, advanced, text.progress),
     )
-    gains_BK = jnp.where(jnp.arange(count) < kept_B[:, None], verdict.gains_BK, 0)
-    tally = Tally(
-        passes=tally.passes + ~loop.done_B,
-        alone=tally.alone + ~(loop.done_B | guessing_B),
-        drafted=tally.drafted + jnp.where(guessing_B, count - 1, 0),
-        accepted=tally.accepted + jnp.minimum(verdict.agreed_B, kept_B),
-        written=tally.written + kept_B,
+    gains_BK = jnp.where(jnp.arange(count) < kept_B[:, None], verified.gains_BK, 0)
+    acceptance = Acceptance(
+        passes=acceptance.passes + ~loop.done_B,
+        alone=acceptance.alone + ~(loop.done_B | guessing_B),
+        drafted=acceptance.drafted + jnp.where(guessing_B, count - 1, 0),
+        accepted=acceptance.accepted + jnp.minimum(verified.agreed_B, kept_B),
+        written=acceptance.written + kept_B,
     )
     return loop._replace(
         cache=loop.cache._replace(length=text.length - 1),
         text=text,
         log_probability_B=loop.log_probability_B + gains_BK.sum(axis=1),
-        done_B=loop.done_B | (on_B & (token_B == rules.end)) | (tally.written >= limit_B),
-        tally=tally,
+        done_B=loop.done_B | (on_B & (token_B == rules.end)) | (acceptance.written >= limit_B),
+        acceptance=acceptance,
     )

@@ -14,7 +14,7 @@ from flax_distil.data.augment import uses_spec_augment
 from flax_distil.data.mixing import TrainingSource
 from flax_distil.data.packing import identity
 from flax_distil.data.utterances import UTTERANCE_NUMBER, Concatenated, Utterances
-from flax_distil.decode.recognizer import listen
+from flax_distil.decode.recognizer import encode
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.spec import Spec
@@ -53,7 +53,7 @@ def kept_states(
     return load_or_encode(
         [one for source in sources for one in folders(config.audio_states, encoders[0], source)],
         Concatenated([source.utterances for source in sources]),  # type: ignore[misc]
-        lambda waveforms_BN: listen(spec, params, waveforms_BN),
+        lambda waveforms_BN: encode(spec, params, waveforms_BN),
         config.validation.batch_size,
         config.run.workers,
         config.audio_states_dtype,

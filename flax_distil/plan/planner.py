@@ -19,7 +19,7 @@ from flax_distil.config import (
 from flax_distil.data.batches import bucket_for
 from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import bucket
+from flax_distil.decode.recognizer import batch_bucket
 from flax_distil.errors import InputError, read_json
 from flax_distil.model.dims import PUBLISHED, WhisperDims, dims_from_hf
 from flax_distil.model.student import choose_layers
@@ -134,7 +134,7 @@ def decode(
         program = decode_programs(dims, dtype, rows, options, ours, length)[index]
         return replace(program, name=f"{stage}: {program.name}")
 
-    rows = -(-bucket(batch) // len(ours))
+    rows = -(-batch_bucket(batch) // len(ours))
     return [
         judged(partial(one, index=index), rows, target, len(ours), dims, config) for index in (0, 1)
     ]

@@ -16,7 +16,7 @@ from flax_distil.data.batches import Batch
 from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.decode.greedy import Prompt, greedy
 from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import listen
+from flax_distil.decode.recognizer import encode
 from flax_distil.decode.rules import RuleSet
 from flax_distil.distill.flops import (
     cross_flops,
@@ -150,7 +150,7 @@ def decode_programs(
         Program(
             "encode", batch, rows, 0, batch * encoder_flops(dims),
             {"encoder": bytes_a_chip(params["encoder"]), "batch": bytes_a_chip(waveforms)},
-            lower(listen, spec, params["encoder"], waveforms),
+            lower(encode, spec, params["encoder"], waveforms),
         ),
         Program(
             "decode", batch, rows, steps, batch * decoder,

@@ -30,8 +30,8 @@ from flax_distil.decode.recognizer import (
     decode,
     detect,
     drafter_hears,
-    fill,
-    listen,
+    encode,
+    pad_batch,
     prepare,
 )
 from flax_distil.errors import InputError
@@ -76,11 +76,11 @@ def explain(
 ) -> list[Explained]:
     """`recognize`, and with a form the distributions at every token of what was written."""
     known, _ = prepare(recognizer, options, len(waveforms_BN), assistant)
-    filled_BN = fill(waveforms_BN)
-    audio_BSD = listen(recognizer.spec, recognizer.params["encoder"], filled_BN)
+    filled_BN = pad_batch(waveforms_BN)
+    audio_BSD = encode(recognizer.spec, recognizer.params["encoder"], filled_BN)
     languages = [known] * len(waveforms_BN) if known else detect(recognizer, audio_BSD)
     windows = [Window(language) for language in languages[: len(waveforms_BN)]]
-    heard_BSE = drafter_hears(assistant, windows, listen, filled_BN)
+    heard_BSE = drafter_hears(assistant, windows, encode, filled_BN)
     found = decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
     stored: Sequence[StoredTeacher | None] = [None] * len(found)
     if form:

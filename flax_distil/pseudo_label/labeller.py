@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 # Settings that decide nothing about the labels.
 PLACE_AND_PACE = ("batch_size", "workers", "output_dir", "claim_patience")
-PLACE_AND_PACE += ("audio_states", "audio_states_dtype", "assistant", "guesses")
+PLACE_AND_PACE += ("audio_states", "audio_states_dtype", "assistant", "draft_tokens")
 PLACE_AND_PACE += ("max_skipped_share", "verify", "datasets")
 
 
@@ -95,8 +95,8 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     for name in ("batch_size", "shard_size", "workers", "max_tokens", "beams"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
-    if config.guesses != PseudoLabelConfig.guesses and not config.assistant:
-        raise InputError("--guesses would do nothing: add --assistant")
+    if config.draft_tokens != PseudoLabelConfig.draft_tokens and not config.assistant:
+        raise InputError("--draft-tokens would do nothing: add --assistant")
     parts = [(one, windows(one)) for one in by_dataset(config)]
     checkpoint = load_checkpoint(config.model)
     check_form(config, checkpoint.dims.vocab)
@@ -105,7 +105,7 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     if config.assistant:
         if config.batch_size > 1 and jax.default_backend() == "cpu":
             log.warning("on a CPU the assistant is asked for batches of one: use --batch-size 1")
-        assistant = load_assistant(recognizer, config.assistant, config.guesses)
+        assistant = load_assistant(recognizer, config.assistant, config.draft_tokens)
     summaries = [
         label_with(checkpoint, recognizer, assistant, utterances, one) for one, utterances in parts
     ]

@@ -23,12 +23,12 @@ from flax_distil.decode.recognizer import (
     decode,
     detect,
     drafter_hears,
-    fill,
-    listen,
+    encode,
+    pad_batch,
     prepare,
 )
 from flax_distil.text.wer import compression_ratio
-from flax_distil.transcribe.features import clip_mel, listen_to_mel, window
+from flax_distil.transcribe.features import clip_mel, encode_mel, window
 from flax_distil.transcribe.merging import Piece, Span, cut, flat, merge, merge_timed
 from flax_distil.transcribe.options import ChunkedOptions
 from flax_distil.transcribe.result import Segment, Transcript
@@ -112,7 +112,7 @@ class Reading:
                 )
             ),
             compression_ratio=compression_ratio(text),
-            tally=total(one.tally for one in self.heard),
+            acceptance=total(one.acceptance for one in self.heard),
             ended=all(one.ended for one in self.heard),
         )
 
@@ -167,13 +167,13 @@ def hear(
         for one in reading
     ]
     if options.timestamps:  # a chunk may be read on, from its log-mel
-        encode, mels = listen_to_mel, recognizer.spec.dims.mels
+        encoder, mels = encode_mel, recognizer.spec.dims.mels
         sounds = [one.mel_ahead(mels) for one in reading]
     else:
-        encode, sounds = listen, [pad_or_trim(one.chunk.samples) for one in reading]
-    sound = fill(np.stack(sounds))
-    audio_BSD = encode(recognizer.spec, recognizer.params["encoder"], sound)
-    heard_BSE = drafter_hears(assistant, windows, encode, sound)
+        encoder, sounds = encode, [pad_or_trim(one.chunk.samples) for one in reading]
+    sound = pad_batch(np.stack(sounds))
+    audio_BSD = encoder(recognizer.spec, recognizer.params["encoder"], sound)
+    heard_BSE = drafter_hears(assistant, windows, encoder, sound)
     found = decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
     times = recognizer.tokens.times if options.timestamps else None
     for one, hypothesis in zip(reading, found, strict=True):
@@ -200,7 +200,7 @@ def language_of(recognizer: Recognizer, waveform: Float32[np.ndarray, "n"]) -> s
     if not recognizer.tokens.multilingual:
         return "en"
     first = pad_or_trim(waveform)[None]
-    return detect(recognizer, listen(recognizer.spec, recognizer.params["encoder"], first))[0]
+    return detect(recognizer, encode(recognizer.spec, recognizer.params["encoder"], first))[0]
 
 
 def assemble(
@@ -237,5 +237,5 @@ def assemble(
             )
         )
     text = tokens.decode(flat([span.tokens for span in spans]))
-    tally = total(found.tally for _, found in heard)
-    return Transcript(text, tuple(segments), heard[0][1].language, tally)
+    acceptance = total(found.acceptance for _, found in heard)
+    return Transcript(text, tuple(segments), heard[0][1].language, acceptance)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from flax_distil.decode.drafters import Assistant
 from flax_distil.decode.options import DecodeOptions, Hypothesis
-from flax_distil.decode.recognizer import Recognizer, Window, bucket, decode
+from flax_distil.decode.recognizer import Recognizer, Window, batch_bucket, decode
 from flax_distil.transcribe.options import SequentialOptions
 
 
@@ -31,7 +31,7 @@ def decode_with_fallback(
         again = [replace(windows[row], temperature=temperature) for row in failed]
         chosen_BSD, helper = audio_BSD, assistant if temperature == 0 else None
         if len(failed) < len(windows):
-            rows = failed + failed[:1] * (bucket(len(failed)) - len(failed))
+            rows = failed + failed[:1] * (batch_bucket(len(failed)) - len(failed))
             chosen_BSD, helper = audio_BSD[jnp.array(rows)], None
         hypotheses = decode(recognizer, chosen_BSD, options, again, helper, heard_BSE)
         found |= dict(zip(failed, hypotheses, strict=True))

@@ -38,10 +38,8 @@ def clip_mel(waveform: Float32[np.ndarray, "n"], mels: int) -> Float32[np.ndarra
 
 
 @by_clip(static=("spec",))
-def listen_to_mel(
-    spec: Spec, params: Params, mel_BTM: Float[Array, "B T M"]
-) -> Float[Array, "B S D"]:
-    """Log-mel windows to audio states; CPUs take one after the other, as in `listen`.
+def encode_mel(spec: Spec, params: Params, mel_BTM: Float[Array, "B T M"]) -> Float[Array, "B S D"]:
+    """Log-mel windows to audio states; CPUs take one after the other, as in `encode`.
 
     params: the encoder's.
     """

@@ -52,7 +52,7 @@ NEEDED_BY = {  # a flag, and what says nothing without it
     ),
     "--max-line-width": ("max_line_count",),
     "--vad": tuple(f"vad_{name}" for name in VoiceOptions.__dataclass_fields__),
-    "--assistant": ("guesses",),
+    "--assistant": ("draft_tokens",),
     "--beams": ("patience",),
 }
 SUFFIXES = frozenset(f".{ending}" for ending in ENDINGS.split())
@@ -73,10 +73,10 @@ def run(config: TranscribeConfig) -> list[Path]:
     recognizer = make_recognizer(load_checkpoint(config.model), config.dtype)
     assistant = None
     if config.assistant:
-        assistant = load_assistant(recognizer, config.assistant, config.guesses)
+        assistant = load_assistant(recognizer, config.assistant, config.draft_tokens)
     limits = Limits(config.max_seconds, config.deadline)
     sources = Sources(list(targets), config.track, limits, config.digital_silence)
-    written, heard, tally, begun = [], 0.0, None, time.monotonic()
+    written, heard, acceptance, begun = [], 0.0, None, time.monotonic()
     transcripts = transcribe_all(
         recognizer, sources.waveforms(), options, long_form, config.batch_size, assistant, voice
     )
@@ -94,15 +94,20 @@ def run(config: TranscribeConfig) -> list[Path]:
                     sources.failures.append(str(error))
                 said = transcript.text.strip()
                 tqdm.write(f"{source}: {said}" if len(targets) > 1 else said, file=sys.stdout)
-                tally = total((tally, transcript.tally))
+                acceptance = total((acceptance, transcript.acceptance))
     spent = time.monotonic() - begun
     if heard:
         log.info("%.1f min of audio in %.1f s, RTF %.3f", heard / 60, spent, spent / heard)
-    if tally:
+    if acceptance:
         log.info(
             "the assistant: %.0f %% of its guesses accepted, %.2f tokens a pass of the model, "
             "%d of %d passes without guesses",
-            *(100 * tally.acceptance_rate, tally.tokens_per_pass, tally.alone, tally.passes),
+            *(
+                100 * acceptance.rate,
+                acceptance.tokens_per_pass,
+                acceptance.alone,
+                acceptance.passes,
+            ),
         )
     if sources.failures:
         count = f"{len(sources.failures)} of {len(targets)} files could not be used:"

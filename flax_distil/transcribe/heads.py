@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import Recognizer, fill, listen, recognize
+from flax_distil.decode.recognizer import Recognizer, encode, pad_batch, recognize
 from flax_distil.model.spec import Params, Spec
 from flax_distil.parallel.clips import by_clip
 from flax_distil.transcribe.words import attend, pad, standardised, upper_half
@@ -35,10 +35,10 @@ def heads_like(
     found = recognize(teacher, waveforms_BN, DecodeOptions(language))
     prompts = [tokens.prompt(one.language if tokens.multilingual else None) for one in found]
     frames = [round(100 * second) for second in seconds]
-    filled_BN = fill(waveforms_BN)
+    filled_BN = pad_batch(waveforms_BN)
     texts = [one.tokens for one in found]
     read = pad(tokens, spec, prompts, texts, len(filled_BN), frames)
-    hear = lambda one: listen(one.spec, one.params["encoder"], filled_BN)
+    hear = lambda one: encode(one.spec, one.params["encoder"], filled_BN)
     heads = teacher.alignment_heads or upper_half(spec)
     target_BLS, _ = attend(spec, teacher.params["decoder"], hear(teacher), *read, heads)
     likeness_BNH = correlations(

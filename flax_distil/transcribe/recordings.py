@@ -49,7 +49,7 @@ def transcribe(
         `ChunkedOptions` in batches, for speed and for models that were taught no timestamps.
     assistant: a student's or smaller Whisper's folder or name, "lookup", or an `Assistant`: drafts
         what the model verifies, so that the same text needs fewer passes of the model. How many is
-        in the transcript's `tally`.
+        in the transcript's `acceptance`.
     voice: cuts out the pauses first, by voice-activity detection (extra `vad`).
 
     Audio without any sound has no text.

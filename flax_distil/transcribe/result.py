@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from flax_distil.decode.options import Tally
+from flax_distil.decode.options import Acceptance
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Transcript:
     text: str
     segments: tuple[Segment, ...]
     language: str
-    tally: Tally | None = None
+    acceptance: Acceptance | None = None
     """How good the assistant's guesses were, where one helped."""
 
     def as_dict(self) -> dict[str, Any]:
         """The dictionary that openai-whisper's `transcribe` returns."""
-        result = asdict(replace(self, tally=None))
-        del result["tally"]
+        result = asdict(replace(self, acceptance=None))
+        del result["acceptance"]
         for segment in result["segments"]:
             if segment["words"] is None:
                 del segment["words"]

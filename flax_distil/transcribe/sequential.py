@@ -17,22 +17,22 @@ from jaxtyping import Array, Float, Float32
 from flax_distil.audio.load import SAMPLE_RATE, pad_or_trim
 from flax_distil.audio.log_mel import HOP
 from flax_distil.decode.drafters import Assistant
-from flax_distil.decode.options import DecodeOptions, Hypothesis, Tally, total
+from flax_distil.decode.options import Acceptance, DecodeOptions, Hypothesis, total
 from flax_distil.decode.recognizer import (
     Recognizer,
     Window,
-    bucket,
+    batch_bucket,
     check_memory,
     detect,
     drafter_hears,
-    fill,
+    pad_batch,
     prepare,
     room_before,
 )
 from flax_distil.model.dims import CHUNK_FRAMES, CHUNK_SECONDS
 from flax_distil.text.tokens import WhisperTokens
 from flax_distil.transcribe.fallback import decode_with_fallback
-from flax_distil.transcribe.features import clip_mel, listen_to_mel, recording_mel, window
+from flax_distil.transcribe.features import clip_mel, encode_mel, recording_mel, window
 from flax_distil.transcribe.options import SequentialOptions
 from flax_distil.transcribe.result import Segment, Transcript
 from flax_distil.transcribe.silence import drop_made_up
@@ -70,7 +70,7 @@ class Reading:
     forgotten: int = 0  # how many of `written` the next window is not told
     segments: list[Segment] = field(default_factory=list)
     last_speech: float = 0.0  # seconds at which the last word ended
-    tally: Tally | None = None
+    acceptance: Acceptance | None = None
     unaided: int = 0  # windows until an assistant is asked again
     pause: int = 0  # how many they were the last time
     told: int = 0  # frames that the caller knows to be read
@@ -100,13 +100,13 @@ class Reading:
                 return True
         return False
 
-    def count(self, tally: Tally | None, break_even: float) -> None:
+    def count(self, acceptance: Acceptance | None, break_even: float) -> None:
         """Adds a window's guesses; after poor ones the next 1, 3, 7 … windows do without."""
-        self.tally = total((self.tally, tally))
-        if tally is None:
+        self.acceptance = total((self.acceptance, acceptance))
+        if acceptance is None:
             self.unaided = max(self.unaided - 1, 0)
         else:
-            poor = tally.acceptance_rate < break_even
+            poor = acceptance.rate < break_even
             self.unaided = self.pause = 2 * self.pause + 1 if poor else 0
 
     def tell(self, frames: int) -> float:
@@ -117,7 +117,7 @@ class Reading:
     def transcript(self, recognizer: Recognizer) -> Transcript:
         """What has been read."""
         text = recognizer.tokens.decode(self.written[len(self.prompt) :])
-        return Transcript(text, tuple(self.segments), self.language or "en", self.tally)
+        return Transcript(text, tuple(self.segments), self.language or "en", self.acceptance)
 
 
 def transcribe_sequentially(
@@ -138,7 +138,7 @@ def transcribe_sequentially(
             cannot help this search.
     """
     options = replace(options, timestamps=True, temperature=max(sequential.temperatures))
-    check_memory(recognizer, bucket(batch_size), options)
+    check_memory(recognizer, batch_bucket(batch_size), options)
     options = replace(options, temperature=0)
     known, prompt = prepare(recognizer, options, batch_size, assistant)
     waiting = enumerate(waveforms)
@@ -180,7 +180,7 @@ def begin(
             clip_mel(pad_or_trim(waveform), mel_TM.shape[1]) if short else mel_TM[:CHUNK_FRAMES]
         )
         encoder = recognizer.params["encoder"]
-        language = detect(recognizer, listen_to_mel(recognizer.spec, encoder, first_TM[None]))[0]
+        language = detect(recognizer, encode_mel(recognizer.spec, encoder, first_TM[None]))[0]
     points = [round(second * FRAME_RATE) for second in sequential.clips] or [0]
     points += [len(mel_TM)] * (len(points) % 2)
     clips = list(zip(points[::2], points[1::2], strict=True))
@@ -197,8 +197,8 @@ def advance(
     """Reads one window of each recording; the assistant is asked where any still wants it."""
     if all(one.unaided for one in reading):
         assistant = None
-    mel_BTM = fill(np.stack([window(one.mel, one.seek, one.size) for one in reading]))
-    audio_BSD = listen_to_mel(recognizer.spec, recognizer.params["encoder"], mel_BTM)
+    mel_BTM = pad_batch(np.stack([window(one.mel, one.seek, one.size) for one in reading]))
+    audio_BSD = encode_mel(recognizer.spec, recognizer.params["encoder"], mel_BTM)
     windows = [
         Window(
             one.language or "en",
@@ -207,7 +207,7 @@ def advance(
         )
         for one in reading
     ]
-    heard_BSE = drafter_hears(assistant, windows, listen_to_mel, mel_BTM)
+    heard_BSE = drafter_hears(assistant, windows, encode_mel, mel_BTM)
     found = decode_with_fallback(
         recognizer, audio_BSD, options, windows, sequential, assistant, heard_BSE
     )
@@ -218,7 +218,7 @@ def advance(
     if sequential.word_timestamps:
         parts = with_words(recognizer, audio_BSD, reading, parts, options.task, sequential)
     for one, part, hypothesis in zip(reading, parts, found, strict=True):
-        one.count(hypothesis.tally, assistant.break_even if assistant else 0)
+        one.count(hypothesis.acceptance, assistant.break_even if assistant else 0)
         take(one, part)
         one.fresh = False
         hot = hypothesis.temperature > FORGET_ABOVE

@@ -8,7 +8,7 @@ from flax_distil.audio.load import load_audio, pad_or_trim
 from flax_distil.cache import cache_folder
 from flax_distil.decode.language import detect_language
 from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import listen, make_recognizer, recognize
+from flax_distil.decode.recognizer import encode, make_recognizer, recognize
 from flax_distil.fetch.prompts import FOREIGN, foreign_prompts
 from flax_distil.model.checkpoint import load_checkpoint, read_safetensors
 from flax_distil.model.openai import to_openai
@@ -46,7 +46,7 @@ def test_languages_are_those_that_openai_hears(base, theirs, spoken):
     import whisper
 
     waveforms = np.stack([pad_or_trim(clip) for _, clip in spoken])
-    audio = listen(base.spec, base.params["encoder"], waveforms)
+    audio = encode(base.spec, base.params["encoder"], waveforms)
     ours = detect_language(base.spec, base.params["decoder"], audio, base.tokens)
     # One at a time: the loudest frame of a batch would set the floor for all.
     mel = torch.stack([whisper.log_mel_spectrogram(waveform) for waveform in waveforms])

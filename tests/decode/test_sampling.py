@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_distil.decode.greedy import Found, Sampling, best, choose
+from flax_distil.decode.greedy import Sampling, SearchResult, best, choose
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import Window, decode, make_recognizer
 from flax_distil.errors import InputError
@@ -33,7 +33,9 @@ def test_without_temperature_it_is_the_most_probable():
 
 
 def test_the_best_of_the_drawn_is_taken():
-    found = Found(jnp.arange(4)[:, None], jnp.array([4, 2, 3, 9]), -jnp.array([4.0, 3, 5, 9]), None)
+    found = SearchResult(
+        jnp.arange(4)[:, None], jnp.array([4, 2, 3, 9]), -jnp.array([4.0, 3, 5, 9]), None
+    )
     found = found._replace(no_speech=jnp.zeros(4))
     assert best(found, 2, None).tokens.tolist() == [[0], [3]]  # -1 of -1, -1.5; -1 of -1.7, -1
     assert best(found, 2, 0.0).tokens.tolist() == [[1], [2]]  # the sums themselves

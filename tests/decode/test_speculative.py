@@ -15,7 +15,7 @@ from flax_distil.decode.greedy import Prompt, Sampling, greedy
 from flax_distil.decode.options import DecodeOptions, total
 from flax_distil.decode.recognizer import recognize
 from flax_distil.decode.rules import RuleSet, begin
-from flax_distil.decode.speculative import PATIENCE, judge, speculative
+from flax_distil.decode.speculative import PATIENCE, speculative, verify
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.dims import WhisperDims
@@ -42,11 +42,11 @@ def pair():
 
 
 @pytest.mark.parametrize(
-    ("kind", "guesses"),
+    ("kind", "draft_tokens"),
     [("model", 1), ("model", 4), ("part of the vocabulary", 2), ("lookup", 3)],
 )
 @pytest.mark.parametrize(("rules", "prompt"), [(RULES, ONE_PROMPT), (TIMES, PROMPTS)])
-def test_writes_what_greedy_writes_row_by_row(pair, rules, prompt, kind, guesses):
+def test_writes_what_greedy_writes_row_by_row(pair, rules, prompt, kind, draft_tokens):
     params, blurred, audio = pair
     drafter = {
         "model": model_drafter(SPEC, blurred),
@@ -56,15 +56,17 @@ def test_writes_what_greedy_writes_row_by_row(pair, rules, prompt, kind, guesses
     arguments = (SPEC, params, audio, prompt, ACTIVE, rules, 39)
     expected = greedy(*arguments)
     for break_even in (0.7, 0.0):  # rows that stop guessing, and none
-        found, tally = speculative(*arguments, drafter, audio, guesses, break_even=break_even)
+        found, acceptance = speculative(
+            *arguments, drafter, audio, draft_tokens, break_even=break_even
+        )
         np.testing.assert_array_equal(found.tokens, expected.tokens)
         np.testing.assert_array_equal(found.lengths, expected.lengths)
         # Sums of up to 38 float32 logarithms, in another order of operations.
         np.testing.assert_allclose(found.log_probability, expected.log_probability, atol=1e-3)
         np.testing.assert_allclose(found.no_speech, expected.no_speech, rtol=1e-5)
-    assert 0 < tally.acceptance_rate < 1  # neither side of the loop is idle
-    assert 1 < tally.tokens_per_pass < guesses + 1
-    assert tally.passes[2] == 0
+    assert 0 < acceptance.rate < 1  # neither side of the loop is idle
+    assert 1 < acceptance.tokens_per_pass < draft_tokens + 1
+    assert acceptance.passes[2] == 0
     assert len(set(expected.lengths.tolist())) >= 3
 
 
@@ -90,11 +92,13 @@ def test_searches_write_the_same_with_a_tpus_caches(pair, monkeypatch):
 def test_the_teacher_itself_is_always_right(pair):
     params, _, audio = pair
     arguments = (SPEC, params, audio, ONE_PROMPT, ACTIVE, RULES, 36)
-    found, tally = speculative(*arguments, model_drafter(SPEC, params), audio, 3)
+    found, acceptance = speculative(*arguments, model_drafter(SPEC, params), audio, 3)
     np.testing.assert_array_equal(found.tokens, greedy(*arguments).tokens)
     # All but those behind the end, which nobody needs.
-    written = np.asarray(tally.written)
-    np.testing.assert_array_equal(tally.passes, np.where(ACTIVE, 1 + -(-(written - 1) // 4), 0))
+    written = np.asarray(acceptance.written)
+    np.testing.assert_array_equal(
+        acceptance.passes, np.where(ACTIVE, 1 + -(-(written - 1) // 4), 0)
+    )
 
 
 @pytest.mark.parametrize("certain", [False, True])
@@ -103,7 +107,7 @@ def test_samples_are_the_teachers(certain):
 
     Every third row does not guess.
     """
-    rows, vocab, guesses = 60_000, 6, 2
+    rows, vocab, draft_tokens = 60_000, 6, 2
     rules = RuleSet(end=99, no_speech=0, suppressed=(), suppressed_first=())
     p = jax.random.normal(jax.random.key(0), (vocab, vocab)) * 1.5  # by the token before
     q = jax.random.normal(jax.random.key(1), (vocab, vocab)) * 1.5
@@ -122,18 +126,18 @@ def test_samples_are_the_teachers(certain):
     read = jnp.concatenate([start[:, None], drafts.tokens], axis=1)
     progress = begin(rows)._replace(index=start)
     guessing = jnp.arange(rows) % 3 > 0
-    verdict = judge(p[read], progress, drafts, guessing, rules, sampling)
-    agreed = np.asarray(verdict.agreed_B)
+    verified = verify(p[read], progress, drafts, guessing, rules, sampling)
+    agreed = np.asarray(verified.agreed_B)
     assert ({*agreed[guessing]}, {*agreed[~guessing]}) == ({0, 1, 2}, {0})
-    # The places behind the last verdict are filled up by plain sampling.
-    tokens, rng = np.asarray(verdict.tokens_BK).copy(), np.random.default_rng(0)
+    # The places behind the last verified token are filled up by plain sampling.
+    tokens, rng = np.asarray(verified.tokens_BK).copy(), np.random.default_rng(0)
     p = np.asarray(jax.nn.softmax(p / temperature), np.float64)
     p /= p.sum(-1, keepdims=True)
     for place in (1, 2):
         drawn = (p[tokens[:, place - 1]].cumsum(-1) < rng.random((rows, 1))).sum(-1)
         tokens[:, place] = np.where(agreed >= place, tokens[:, place], drawn)
     expected = p[0][:, None, None] * p[:, :, None] * p[None]
-    seen = np.zeros((vocab,) * (guesses + 1))
+    seen = np.zeros((vocab,) * (draft_tokens + 1))
     np.add.at(seen, tuple(tokens.T), 1)
     # Chi-squared with 215 degrees of freedom: mean 215, deviation 21.
     assert ((seen - rows * expected) ** 2 / (rows * expected)).sum() < 215 + 4 * 21
@@ -145,10 +149,12 @@ def test_a_row_that_guesses_badly_goes_on_alone(pair):
     text = greedy(*arguments).tokens
 
     def passes(drafter, break_even):
-        found, tally = speculative(*arguments, drafter, audio, 4, break_even=break_even)
+        found, acceptance = speculative(*arguments, drafter, audio, 4, break_even=break_even)
         np.testing.assert_array_equal(found.tokens, text)
-        np.testing.assert_array_equal(tally.drafted, 4 * (tally.passes - tally.alone))
-        return (np.asarray(column)[ACTIVE] for column in (tally.passes, tally.alone))
+        np.testing.assert_array_equal(
+            acceptance.drafted, 4 * (acceptance.passes - acceptance.alone)
+        )
+        return (np.asarray(column)[ACTIVE] for column in (acceptance.passes, acceptance.alone))
 
     # The first token is the prompt's own pass.
     assert [*passes(model_drafter(SPEC, params), 0.5)][1].max() == 1
@@ -173,11 +179,11 @@ def test_draws_stay_the_teachers_where_rows_stop_guessing(pair, monkeypatch, kin
     arguments = (SPEC, params, jnp.repeat(audio[:1], rows, axis=0), prompt, jnp.ones(rows, bool))
     sampling = lambda seed: Sampling(jnp.full(rows, 10.0), seed * rows + jnp.arange(rows))
     plain = greedy(*arguments, RULES, 6, sampling(0))
-    found, tally = speculative(
+    found, acceptance = speculative(
         *arguments, RULES, 6, drafter, arguments[2], 2, sampling(1), break_even=0.4
     )
     # Rows that guess and rows that do not share their passes.
-    assert len({*np.asarray(tally.alone).tolist()}) > 1
+    assert len({*np.asarray(acceptance.alone).tolist()}) > 1
     pairs = [np.asarray(one.tokens)[:, 4:] @ [97, 1] for one in (plain, found)]
     counts = np.stack([np.bincount(pair, minlength=97 * 97) for pair in pairs])
     counts = counts[:, counts.sum(0) > 9]
@@ -219,23 +225,25 @@ def test_real_speech_with_a_truncated_student(monkeypatch, tiny_en, tiny_en_fold
         found = recognize(tiny_en, chosen, options, assistant)
         assert [one.tokens for one in found] == [one.tokens for one in expected]
         assert [one.text for one in found] == [one.text for one in expected]
-        tally = total(one.tally for one in found)
-        assert tally is not None
-        assert tally.written == sum(len(one.tokens) + 1 for one in found)
+        acceptance = total(one.acceptance for one in found)
+        assert acceptance is not None
+        assert acceptance.written == sum(len(one.tokens) + 1 for one in found)
         if checkpoint:
-            assert 0 < tally.acceptance_rate < 1
+            assert 0 < acceptance.rate < 1
 
 
 def test_a_cpu_asks_no_assistant_for_many_rows(tiny_en, windows):
     lookup = make_assistant(tiny_en, None)
     found = recognize(tiny_en, windows, DecodeOptions(max_tokens=4), lookup)
-    assert [one.tally for one in found] == [None, None]
+    assert [one.acceptance for one in found] == [None, None]
     # Nor does it hear: here it could not.
     deaf = dataclasses.replace(lookup, encoder=(tiny_en.spec, {}))
     recognize(tiny_en, windows, DecodeOptions(max_tokens=4), deaf)
-    assert recognize(tiny_en, windows[:1], DecodeOptions(max_tokens=4), lookup)[0].tally
+    assert recognize(tiny_en, windows[:1], DecodeOptions(max_tokens=4), lookup)[0].acceptance
     drawn = recognize(tiny_en, windows, DecodeOptions(max_tokens=4, temperature=0.5), lookup)
-    assert all(one.tally for one in drawn)  # a draw does not depend on how many others there are
+    assert all(
+        one.acceptance for one in drawn
+    )  # a draw does not depend on how many others there are
 
 
 def test_frequent_ids(tiny_en):
@@ -250,7 +258,7 @@ def test_frequent_ids(tiny_en):
 def test_an_unfit_assistant_is_refused(tiny_en, base_folder, windows):
     with pytest.raises(InputError, match=r"51,865 tokens and the model 51,864"):
         make_assistant(tiny_en, load_checkpoint(base_folder))
-    with pytest.raises(InputError, match="0 guesses"):
+    with pytest.raises(InputError, match="0 draft tokens"):
         make_assistant(tiny_en, None, 0)
     with pytest.raises(InputError, match="5 beams"):
         recognize(tiny_en, windows, DecodeOptions(beams=5), make_assistant(tiny_en, None))

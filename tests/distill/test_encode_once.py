@@ -23,7 +23,7 @@ from flax_distil.config import (
 from flax_distil.data.mixing import training_sources
 from flax_distil.data.utterances import read_dataset
 from flax_distil.data.windows import window_batches
-from flax_distil.decode.recognizer import listen, make_recognizer
+from flax_distil.decode.recognizer import encode, make_recognizer
 from flax_distil.distill import encode_once
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.pseudo_label import filter as filtering
@@ -79,14 +79,14 @@ def test_the_labellers_states_are_found_through_the_filter(run, monkeypatch):
     recognizer = make_recognizer(load_checkpoint(run.teacher))
     (windows,) = window_batches(read_dataset(run.labels[0]).iter_from(0), 2)
     assert [one.id for one in windows.utterances] == ["4.flac", "5.flac"]
-    heard = listen(recognizer.spec, recognizer.params["encoder"], windows.waveforms)
+    heard = encode(recognizer.spec, recognizer.params["encoder"], windows.waveforms)
     expected = np.asarray(heard).astype(ml_dtypes.bfloat16)
 
     def encodes(*_):
         raise AssertionError("the encoder ran again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(encode_once, "listen", encodes)
+        patched.setattr(encode_once, "encode", encodes)
         np.testing.assert_array_equal(kept(run), expected)
     shutil.rmtree(run.audio_states)
     np.testing.assert_array_equal(kept(run), expected)
@@ -123,7 +123,7 @@ def test_data_that_differ_in_anything_have_states_of_their_own(run, tmp_path, mo
             data = (TrainingDataConfig("clips.jsonl", audio_column=column, target="label"),)
             folders.append(kept(replace(run, labels=(), data=data)))
     heavier = (replace(data[0], weight=2.0),)  # the same sound
-    monkeypatch.setattr(encode_once, "listen", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(encode_once, "encode", lambda *_: pytest.fail("encoded again"))
     np.testing.assert_array_equal(kept(replace(run, labels=(), data=heavier)), folders[-1])
     assert len({one.tobytes() for one in folders}) == 4
 

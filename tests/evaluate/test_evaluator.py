@@ -122,7 +122,9 @@ def test_hosts_hear_a_part_each_and_together_what_one_hears(monkeypatch, random_
     monkeypatch.setattr(evaluator.jax, "process_count", lambda: 2)
     monkeypatch.setattr(evaluator.jax, "process_index", lambda: place.host)
     monkeypatch.setattr(evaluator, "from_all_hosts", from_all_hosts)
-    monkeypatch.setattr(evaluator, "load_waveform", lambda u: opened[place.host].append(u.id) or load_waveform(u))
+    monkeypatch.setattr(
+        evaluator, "load_waveform", lambda u: opened[place.host].append(u.id) or load_waveform(u)
+    )
     with ThreadPoolExecutor(2) as hosts:
         reports = list(hosts.map(host, (0, 1)))
     assert opened == {0: ["clip0", "clip2", "clip6"], 1: ["clip1", "clip3", "clip7"]}

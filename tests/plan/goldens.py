@@ -92,7 +92,7 @@ def lowered(golden: Golden):
     programs = planner.decode_programs(
         sizes.student if stage == "evaluate" else sizes.teacher,
         judge.dtype,
-        -(-planner.bucket(judge.batch_size) // len(chips)),
+        -(-planner.batch_bucket(judge.batch_size) // len(chips)),
         options,
         chips,
         options.max_tokens,

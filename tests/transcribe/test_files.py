@@ -157,7 +157,9 @@ def test_a_bad_file_does_not_stop_the_good_ones(random_folders, tmp_path, capsys
 def test_an_assistant_is_reported(random_folders, tmp_path, caplog, method):
     caplog.set_level("INFO")
     (tmp_path / "a.flac").write_bytes(encode_flac(tone(0.5)))
-    options = dict(output_dir=tmp_path, method=method, assistant=str(random_folders[1]), guesses=2)
+    options = dict(
+        output_dir=tmp_path, method=method, assistant=str(random_folders[1]), draft_tokens=2
+    )
     run(config([tmp_path / "a.flac"], random_folders[0], **options))
     assert "% of its guesses accepted" in caplog.text
     assert "tokens a pass" in caplog.text
@@ -241,7 +243,7 @@ def test_what_cannot_be_written_does_not_stop_the_others(random_folders, tmp_pat
         (dict(highlight_words=True), "--highlight-words would do nothing: add --word-timestamps"),
         (dict(word_timestamps=True, max_line_count=2), "add --max-line-width"),
         (dict(vad_padding=0.1), "--vad-padding would do nothing: add --vad"),
-        (dict(guesses=2), "add --assistant"),
+        (dict(draft_tokens=2), "add --assistant"),
         (dict(patience=2.0), "add --beams"),
         (dict(batch_size=0), "at least 1"),
         (dict(max_seconds=0.0), "max_seconds is 0: it must be above 0"),

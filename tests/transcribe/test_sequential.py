@@ -9,7 +9,7 @@ import whisper
 
 from flax_distil.config import ExportConfig
 from flax_distil.decode.assistant import make_assistant
-from flax_distil.decode.options import DecodeOptions, Hypothesis, Tally
+from flax_distil.decode.options import Acceptance, DecodeOptions, Hypothesis
 from flax_distil.decode.recognizer import Window, make_recognizer, prompt_ids
 from flax_distil.errors import InputError
 from flax_distil.export import run
@@ -154,7 +154,7 @@ def test_words_end_where_segments_do(tiny_en, talk):
 @pytest.mark.parametrize("seconds", [2.5, 40])
 def test_the_language_is_that_of_what_openai_hears_first(monkeypatch, base_folder, seconds):
     recognizer, heard = make_recognizer(load_checkpoint(base_folder)), []
-    monkeypatch.setattr(sequential, "listen_to_mel", lambda _, __, mel: heard.append(mel))
+    monkeypatch.setattr(sequential, "encode_mel", lambda _, __, mel: heard.append(mel))
     monkeypatch.setattr(sequential, "detect", lambda *_: ["de"])
     sound = np.random.default_rng(0).normal(0, 0.1, round(seconds * 16_000)).astype(np.float32)
     assert begin(recognizer, sound, None, (), PLAIN).language == "de"
@@ -196,8 +196,8 @@ def test_an_assistant_changes_no_text(monkeypatch, tiny_en, tiny_en_folder, talk
     assert [(one.start, one.end, one.tokens) for one in found.segments] == [
         (one.start, one.end, one.tokens) for one in plain.segments
     ]
-    assert found.tally.tokens_per_pass > 1
-    assert plain.tally is None
+    assert found.acceptance.tokens_per_pass > 1
+    assert plain.acceptance is None
     assert found.as_dict().keys() == plain.as_dict().keys()
     with pytest.raises(InputError, match="cannot help 5 beams"):
         transcribe(**arguments, options=DecodeOptions(beams=5), assistant="lookup")
@@ -209,12 +209,12 @@ def test_windows_after_poor_guesses_do_without():
     for window in range(14):
         if not reading.unaided:
             asked.append(window)
-        reading.count(None if reading.unaided else Tally(2, 1, 4, 2, 4), 0.6)
+        reading.count(None if reading.unaided else Acceptance(2, 1, 4, 2, 4), 0.6)
     assert asked == [0, 2, 6]
     reading.unaided = 0
-    reading.count(Tally(2, 1, 4, 3, 5), 0.6)
+    reading.count(Acceptance(2, 1, 4, 3, 5), 0.6)
     assert (reading.unaided, reading.pause) == (0, 0)
-    assert reading.tally == Tally(8, 4, 16, 9, 17)
+    assert reading.acceptance == Acceptance(8, 4, 16, 9, 17)
 
 
 @pytest.mark.parametrize("long_form", [SequentialOptions((0.0, 0.8)), ChunkedOptions(10)])

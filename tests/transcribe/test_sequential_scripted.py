@@ -113,7 +113,7 @@ def ours(monkeypatch, tokens, scene: int, previous_text: bool = True, **options)
         return rows
 
     monkeypatch.setattr(sequential, "recording_mel", lambda *_: mel)
-    monkeypatch.setattr(sequential, "listen_to_mel", lambda *_: None)
+    monkeypatch.setattr(sequential, "encode_mel", lambda *_: None)
     monkeypatch.setattr(sequential, "decode_with_fallback", decode)
     monkeypatch.setattr(sequential, "word_timestamps", timed)
     spec = Spec(WhisperDims(80, 51_864, 16, 1, 2, 2, 2, 64, 64), "float32")

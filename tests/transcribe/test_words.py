@@ -12,7 +12,7 @@ from whisper.tokenizer import get_tokenizer
 
 from flax_distil.audio.load import pad_or_trim
 from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import listen, make_recognizer, recognize
+from flax_distil.decode.recognizer import encode, make_recognizer, recognize
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.student import init_student
 from flax_distil.text.tokens import load_tokens
@@ -77,7 +77,7 @@ def heard(human_clips, tiny_en_folder):
     clips = [*[clip for clip, _ in human_clips[:20:5]], *[clip for clip, _ in human_clips[-4:]]]
     windows = np.stack([pad_or_trim(clip) for clip in clips])
     texts = [one.tokens for one in recognize(recognizer, windows, DecodeOptions(max_tokens=100))]
-    audio = listen(recognizer.spec, recognizer.params["encoder"], windows)
+    audio = encode(recognizer.spec, recognizer.params["encoder"], windows)
     return recognizer, clips, texts, audio
 
 
