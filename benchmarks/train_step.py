@@ -7,8 +7,7 @@
   feature extractor in PyTorch, KL + CE, clipping, torch.optim.AdamW.
 - plain: our step with the logits of the whole batch; fused: with those of `--chunk` tokens.
 - encode once: the audio states come with the batch, as `--audio-states` keeps them.
-- stored states, stored top K: and the teacher's final states, or its top K and tails, as
-  `--stored-teacher` reads them.
+- stored states: and the teacher's final states, as `--stored-teacher` reads them.
 
 All get the same noise and labels (random lengths up to `--tokens`) and the same weights. A round
 runs every way in turn, so that a busy machine is unfair to none; figures are medians over rounds,
@@ -42,7 +41,7 @@ from rich.table import Table
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE
 from flax_distil.config import ComputeConfig, DistillConfig
 from flax_distil.data.batches import Batch
-from flax_distil.data.stored_teacher import StoredForm
+from flax_distil.data.stored_teacher import FinalStates
 from flax_distil.decode.recognizer import encode
 from flax_distil.distill.flops import measured_peak, step_flops, vocabulary_tokens
 from flax_distil.distill.setup import make_train_spec, split_parameters
@@ -55,10 +54,9 @@ from flax_distil.model.student import init_student
 from flax_distil.parallel.mesh import make_mesh
 from flax_distil.parallel.platform import name_platform
 from flax_distil.parallel.sharding import shardings
-from flax_distil.pseudo_label.distributions import final_states, top_k
+from flax_distil.pseudo_label.distributions import final_states
 
 PYTORCH = "Transformers"
-TEMPERATURES = (1.0, 2.0)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 
 
@@ -172,22 +170,18 @@ def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
     audio = audio.astype(ml_dtypes.bfloat16)  # as it lies on disk
     encoded = replace(batch, audio=audio, waveforms=batch.waveforms[:, :0])
     audio_BSD = jnp.asarray(audio, fused.teacher.dtype)
-    heard = fused.teacher, decoder, audio_BSD, batch.tokens
-    forms = {
-        "stored states": StoredForm(width=teacher.dims.width),
-        "stored top K": StoredForm(options.top_k, TEMPERATURES),
-    }
+    given = fused.teacher, decoder, audio_BSD, batch.tokens
+    states = FinalStates(np.asarray(final_states(*given)))
 
     make = partial(ours, config)
     made: dict[str, Any] = {
         "plain": make(plain, teacher, student, batch),
         "fused": make(fused, teacher, student, batch),
         "encode once": make(fused, teacher, student, encoded),
+        "stored states": make(
+            replace(fused, stored_teacher=True), teacher, student, replace(encoded, stored=states)
+        ),
     }
-    for name, form in forms.items():
-        found = [final_states(*heard)] if form.width else top_k(*heard, *form[:2])
-        stored = replace(encoded, stored=form.make(list(map(np.asarray, found))))
-        made[name] = make(replace(fused, stored=form), teacher, student, stored)
     theirs = Way(pytorch(config, folder, teacher, student, batch), made["plain"].flops)
     return {PYTORCH: theirs} | made
 

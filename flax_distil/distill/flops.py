@@ -41,7 +41,7 @@ def step_flops(
     tokens = 3 * vocabulary_flops(student, logits)
     if spec.asks_teacher:
         clip += decoder_flops(teacher, length) + cross_flops(teacher)
-    if loss.kl and (spec.stored is None or spec.stored.width):
+    if loss.kl:
         tokens += vocabulary_flops(teacher, logits)
     if own_encoder:
         clip += (3 if train_encoder else 1) * encoder_flops(student)

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from flax_distil.config import DistillConfig
 from flax_distil.data.mixing import TrainingSource
-from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.data.utterances import to_language
 from flax_distil.distill.step import Frozen, TrainSpec
 from flax_distil.errors import InputError
@@ -35,15 +34,9 @@ COUNTS = {
 
 
 def make_train_spec(
-    config: DistillConfig,
-    teacher: WhisperDims,
-    student: WhisperDims,
-    mesh: Mesh,
-    stored: StoredForm | None = None,
+    config: DistillConfig, teacher: WhisperDims, student: WhisperDims, mesh: Mesh
 ) -> TrainSpec:
     """The static half of the step, as the trainer compiles it on this mesh.
-
-    stored: how the labels hold their teacher, for `config.stored_teacher`.
 
     Raises:
         InputError: teacher and student cannot be compared token by token, or numbers of the
@@ -62,7 +55,7 @@ def make_train_spec(
         accumulation=compute.accumulation,
         vocabulary_chunk=compute.vocabulary_chunk,
         data_shards=data_shards(mesh),
-        stored=stored,
+        stored_teacher=config.stored_teacher,
         augment=config.augment,
         dropout=config.dropout,
     )
@@ -168,7 +161,7 @@ def read_of_teacher(teacher: Params, spec: TrainSpec) -> Params:
     if spec.asks_teacher:
         return teacher
     read = {"encoder": teacher["encoder"]}
-    if spec.stored and spec.stored.width:
+    if spec.stored_teacher:
         embedding = teacher["decoder"]["tokens"]["embedding"]
         read["decoder"] = {"tokens": {"embedding": embedding}}
     return read

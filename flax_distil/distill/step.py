@@ -17,10 +17,10 @@ from flax_distil.audio.log_mel import log_mel
 from flax_distil.audio.spec_augment import spec_augment
 from flax_distil.config import AugmentConfig, LossConfig, OptimizerConfig
 from flax_distil.data.batches import Batch
-from flax_distil.data.stored_teacher import StoredForm
+from flax_distil.data.stored_teacher import FinalStates
 from flax_distil.distill.losses import Losses, hidden_mse, objective
 from flax_distil.distill.state import TrainState, apply_gradients, learning_rate
-from flax_distil.distill.vocabulary import Heard, Stored, vocabulary_losses
+from flax_distil.distill.vocabulary import TeacherStates, vocabulary_losses
 from flax_distil.model.spec import Params, Spec
 from flax_distil.model.whisper import Dropout
 from flax_distil.parallel.mesh import for_each_shard
@@ -33,7 +33,7 @@ class TrainSpec:
     layer_map: teacher layer for each student layer, for the MSE of hidden states.
     vocabulary_chunk: tokens of a device whose logits exist at a time; 0 is all of them.
     data_shards: into how many parts the mesh cuts a batch.
-    stored: how batches hold the teacher's distributions; None where the teacher is in memory.
+    stored_teacher: batches hold the teacher's final states, and its decoder does not run.
     """
 
     teacher: Spec
@@ -44,14 +44,14 @@ class TrainSpec:
     accumulation: int = 1
     vocabulary_chunk: int = 0
     data_shards: int = 1
-    stored: StoredForm | None = None
+    stored_teacher: bool = False
     augment: AugmentConfig | None = None
     dropout: float = 0.0
 
     @property
     def asks_teacher(self) -> bool:
         """Whether the teacher's decoder runs: not for cross-entropy alone, nor where stored."""
-        return self.stored is None and bool(self.loss.kl or self.loss.mse)
+        return not self.stored_teacher and bool(self.loss.kl or self.loss.mse)
 
 
 class Frozen(NamedTuple):
@@ -68,11 +68,11 @@ class Frozen(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """What the student is given: audio states, the teacher's distributions in the form that the
-    loss takes, and its hidden states after each layer."""
+    """What the student is given: audio states, the teacher's final states, and its hidden states
+    after each layer."""
 
     audio: Array
-    teacher: Heard | Stored | None
+    teacher: TeacherStates | None
     every: Any
 
 
@@ -142,27 +142,17 @@ def teach(frozen: Frozen, batch: Batch, spec: TrainSpec) -> Guide:
         encoder = spec.teacher.encoder(frozen.teacher["encoder"])
         audio_BSD = encoder(features(batch, spec))
     audio_BSD = jnp.asarray(audio_BSD, spec.teacher.dtype)
-    if spec.stored is not None:
-        return Guide(audio_BSD, remembered(frozen, batch, spec), None)
-    if not spec.asks_teacher:
+    if not (spec.stored_teacher or spec.asks_teacher):
         return Guide(audio_BSD, None, None)
     params = frozen.teacher["decoder"]
+    embedding_VD = params["tokens"]["embedding"]
+    if spec.stored_teacher:
+        assert isinstance(batch.stored, FinalStates)
+        hidden_BLD = jnp.asarray(batch.stored.teacher_states, spec.teacher.dtype)
+        return Guide(audio_BSD, TeacherStates(hidden_BLD, embedding_VD), None)
     decoder = spec.teacher.decoder(params)
     hidden_BLD, every_NBLD = decoder.hidden_states(jnp.asarray(batch.tokens), audio_BSD)
-    return Guide(audio_BSD, Heard(hidden_BLD, params["tokens"]["embedding"]), every_NBLD)
-
-
-def remembered(frozen: Frozen, batch: Batch, spec: TrainSpec) -> Heard | Stored:
-    """The teacher's distributions that came with the batch."""
-    assert batch.stored is not None
-    assert spec.stored is not None
-    columns = map(jnp.asarray, vars(batch.stored).values())
-    if spec.stored.width:
-        (hidden_BLD,) = columns
-        embedding_VD = frozen.teacher["decoder"]["tokens"]["embedding"]
-        return Heard(hidden_BLD.astype(spec.teacher.dtype), embedding_VD)
-    tokens, top, tails = columns
-    return Stored(tokens, top, tails[..., spec.stored.temperatures.index(spec.loss.temperature)])
+    return Guide(audio_BSD, TeacherStates(hidden_BLD, embedding_VD), every_NBLD)
 
 
 def features(batch: Batch, spec: TrainSpec) -> Float[Array, "B T M"]:
@@ -227,7 +217,7 @@ def evaluation_losses(
     """KL at temperature 1, cross-entropy and weights, summed over a batch, without gradients; the
     KL is 0 where the teacher's decoder is not in memory."""
     loss = LossConfig(kl=float(spec.asks_teacher), ce=1.0, temperature=1.0)
-    spec = replace(spec, loss=loss, stored=None)
+    spec = replace(spec, loss=loss, stored_teacher=False)
 
     def add(sums_3: Array, micro: Batch) -> tuple[Array, None]:
         losses = student_losses(params, frozen, teach(frozen, micro, spec), micro, spec)[1]

@@ -42,7 +42,7 @@ from flax_distil.distill.setup import (
 from flax_distil.distill.state import TrainState, initial_state
 from flax_distil.distill.step import Frozen, TrainSpec, train_step
 from flax_distil.distill.stopping import stop_signals
-from flax_distil.distill.stored import check_stored_teacher, stored_form
+from flax_distil.distill.stored import check_stored_teacher
 from flax_distil.distill.tracking import Done, Speed, Tracker, Watch, check_wandb, environment
 from flax_distil.distill.validation import Validate, Validation, make_validate
 from flax_distil.errors import InputError, check_writable, writing
@@ -226,7 +226,7 @@ def prepare(
     """
     compute = config.compute
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor)
-    spec = make_train_spec(config, teacher.dims, student.dims, mesh, stored_form(config))
+    spec = make_train_spec(config, teacher.dims, student.dims, mesh)
     check_batch(config.batch_size, mesh, compute.accumulation)
     dims = teacher.dims
     check_heads({"encoder": dims.encoder_heads, "decoder": dims.decoder_heads}, mesh)

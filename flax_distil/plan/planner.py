@@ -17,7 +17,6 @@ from flax_distil.config import (
     PseudoLabelConfig,
 )
 from flax_distil.data.batches import bucket_for
-from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import batch_bucket
 from flax_distil.errors import InputError, read_json
@@ -57,7 +56,7 @@ def plan(recipe: Path, topology: str, config: PlanConfig) -> Plan:
     chips = devices(target)
     programs: list[Estimate | TooLarge] = []
     if "train" in config.programs:
-        programs += train(config, recipe, distill, sizes, target, chips)
+        programs += train(config, distill, sizes, target, chips)
     if "label" in config.programs and "pseudo-label" in stages:
         label = load_recipe(recipe, PseudoLabelConfig)
         options = DecodeOptions(timestamps=label.timestamps, max_tokens=label.max_tokens)
@@ -77,7 +76,6 @@ def plan(recipe: Path, topology: str, config: PlanConfig) -> Plan:
 
 def train(
     config: PlanConfig,
-    recipe: Path,
     distill: DistillConfig,
     sizes: Sizes,
     target: Slice,
@@ -89,13 +87,7 @@ def train(
         usual = bucket_for(config.label_length, distill.label_buckets)
     if isinstance(config.batch, int):
         distill = replace(distill, batch_size=config.batch)
-
-    compute, stored = distill.compute, None
-    if distill.stored_teacher:
-        label = load_recipe(recipe, PseudoLabelConfig)
-        stored = StoredForm(label.top_k, label.top_k_temperatures)
-        if label.teacher_states:
-            stored = StoredForm(width=sizes.teacher.width)
+    compute = distill.compute
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, chips)
     if config.batch != "auto":  # which needs a number to begin with, of which any is as good
         check_batch(distill.batch_size, mesh, compute.accumulation)
@@ -104,7 +96,7 @@ def train(
 
     def step(rows: int, length: int) -> Program:
         asked = replace(distill, batch_size=rows * parts)
-        return train_program(asked, sizes.teacher, sizes.student, chips, length, stored)
+        return train_program(asked, sizes.teacher, sizes.student, chips, length)
 
     return [
         judged(partial(step, length=length), rows, target, len(chips), sizes.teacher, config)

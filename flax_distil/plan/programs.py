@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from flax_distil.config import DistillConfig
 from flax_distil.data.augment import uses_spec_augment
 from flax_distil.data.batches import Batch
-from flax_distil.data.stored_teacher import StoredForm
+from flax_distil.data.stored_teacher import FinalStates
 from flax_distil.decode.greedy import Prompt, greedy
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import encode
@@ -70,18 +70,15 @@ def train_program(
     student: WhisperDims,
     devices: list[Any],
     length: int,
-    stored: StoredForm | None = None,
 ) -> Program:
     """The trainer's step on batches whose labels have `length` tokens.
-
-    stored: how labels hold their teacher, for `config.stored_teacher`.
 
     Raises:
         InputError: recipe, models and number of chips do not fit.
     """
     compute = config.compute
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, devices)
-    plan = make_train_spec(config, teacher, student, mesh, stored)
+    plan = make_train_spec(config, teacher, student, mesh)
     check_batch(config.batch_size, mesh, compute.accumulation)
     check_heads({"encoder": teacher.encoder_heads, "decoder": teacher.decoder_heads}, mesh)
     theirs, ours = plan.teacher.abstract(), plan.student.abstract()
@@ -97,7 +94,7 @@ def train_program(
     placed = shardings(state, mesh, compute.fsdp_min_elements)
     state = at(state, placed)
     frozen = at(frozen, shardings(frozen, mesh, compute.fsdp_min_elements))
-    batch = abstract_batch(config, teacher, length, batch_sharding(mesh), stored)
+    batch = abstract_batch(config, teacher, length, batch_sharding(mesh))
     options = overlap_options(mesh) if compute.overlap else {}
     step = compile_step(plan, mesh, placed, options)
     rows = config.batch_size // plan.data_shards // compute.accumulation
@@ -169,7 +166,6 @@ def abstract_batch(
     dims: WhisperDims,
     length: int,
     sharding: NamedSharding,
-    stored: StoredForm | None,
 ) -> Batch:
     """Shapes of the loader's batches; what is kept of encoder or teacher instead of running it."""
     rows = config.batch_size
@@ -189,9 +185,9 @@ def abstract_batch(
         "rows": shape((rows,), jnp.int32),
         "audio": audio,
     }
-    if stored is not None:
-        sizes = stored.columns().values()
-        fields["stored"] = stored.make([shape((rows, length, n), kind) for n, kind in sizes])
+    if config.stored_teacher:
+        states: Any = shape((rows, length, dims.width), jnp.float16)
+        fields["stored"] = FinalStates(states)
     if uses_spec_augment(config.augment):
         fields["keys"] = shape((rows, 2), jnp.uint32)
     return Batch(**fields)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_distil.config import LossConfig
-from flax_distil.distill.vocabulary import Heard, Stored, vocabulary_losses
+from flax_distil.distill.vocabulary import TeacherStates, vocabulary_losses
 from flax_distil.parallel.mesh import for_each_shard
 
 B, L, D, V = 4, 6, 8, 50
@@ -46,7 +46,7 @@ def smoothed(targets, smoothing):
 def fused(
     hidden, embedding, wanted, theirs, targets, weights, config, chunk=0, shards=1, factors=None
 ):
-    copies, teacher = for_each_shard(embedding, shards), Heard(wanted, theirs)
+    copies, teacher = for_each_shard(embedding, shards), TeacherStates(wanted, theirs)
     parts = vocabulary_losses(hidden, copies, teacher, targets, weights, config, chunk, factors)
     return parts.total, (parts.kl, parts.ce)
 
@@ -136,60 +136,12 @@ def test_tokens_without_weight_are_not_visited(arrays):
     assert float(none[0]) == 0
 
 
-def stored(wanted, theirs, k, temperature):
-    """What labelling keeps of a teacher: in full precision here."""
-    log_p = jax.nn.log_softmax(jnp.einsum("bld,vd->blv", wanted, theirs))
-    top, tokens = jax.lax.top_k(log_p, k)
-    rest = jnp.put_along_axis(log_p, tokens, -jnp.inf, axis=-1, inplace=False)
-    return Stored(tokens, top, jax.nn.logsumexp(rest / temperature, axis=-1))
-
-
-def test_all_tokens_stored_are_the_teacher(arrays):
-    """K = V: there is no tail, and value and gradients are those of the whole divergence."""
-    with jax.enable_x64():
-        hidden, embedding, wanted, theirs, targets, weights = map(jnp.asarray, arrays)
-        for config in (LossConfig(ce=0.5, temperature=2.0), LossConfig(temperature=1.0)):
-            teacher = stored(wanted, theirs, V, config.temperature)
-            (expected, _), whole = jax.value_and_grad(fused, argnums=(0, 1), has_aux=True)(
-                hidden, embedding, wanted, theirs, targets, weights, config
-            )
-            loss = lambda h, e, *rest: vocabulary_losses(h, for_each_shard(e, 2), *rest, 5).total
-            rest = (teacher, targets, weights, config)
-            total, gradients = jax.value_and_grad(loss, argnums=(0, 1))(hidden, embedding, *rest)
-            np.testing.assert_allclose(total, expected, rtol=1e-12)
-            for ours, full in zip(gradients, whole, strict=True):
-                np.testing.assert_allclose(ours, full, atol=1e-12)
-
-
-def test_fewer_stored_tokens_never_say_more_than_all(arrays):
-    """KL over K + 1 events grows with K towards the whole one, whose tail it takes as one event;
-    its gradient is the numeric one."""
-    with jax.enable_x64():
-        hidden, embedding, wanted, theirs, targets, weights = map(jnp.asarray, arrays)
-        config = LossConfig(kl=1.0, ce=0.0, temperature=2.0)
-
-        def kl(k, hidden=hidden):
-            teacher = stored(wanted, theirs, k, config.temperature)
-            return vocabulary_losses(
-                hidden, embedding[None], teacher, targets, weights, config
-            ).total
-
-        full = fused(hidden, embedding, wanted, theirs, targets, weights, config)[0]
-        values = [float(kl(k)) for k in (1, 4, 16, 48)]
-        assert 0 < values[0] < values[1] < values[2] < values[3] < float(full)
-        assert values[3] > 0.99 * float(full)
-        direction = jnp.asarray(np.random.default_rng(1).normal(size=hidden.shape))
-        slope = jnp.vdot(jax.grad(lambda h: kl(4, h))(hidden), direction)
-        near = [kl(4, hidden + step * direction) for step in (1e-5, -1e-5)]
-        np.testing.assert_allclose(slope, (near[0] - near[1]) / 2e-5, rtol=1e-7)
-
-
 def test_a_teacher_who_agrees_with_the_student_costs_nothing(arrays):
-    """Whatever the temperature: the tail's mass is that of the temperature, not of T = 1."""
+    """Whatever the temperature."""
     hidden, embedding, _, _, targets, weights = (jnp.asarray(a, jnp.float32) for a in arrays)
     for temperature in (1.0, 2.0, 5.0):
         config = LossConfig(kl=1.0, ce=0.0, temperature=temperature)
-        teacher = stored(hidden, embedding, 3, temperature)
+        teacher = TeacherStates(hidden, embedding)
         loss = lambda h, t=teacher, c=config: (
             vocabulary_losses(h, embedding[None], t, targets.astype(int), weights, c).total
         )

@@ -66,7 +66,6 @@ def accumulated_text(chosen) -> str:
 @pytest.fixture(scope="session")
 def student_text(chosen) -> str:
     """The student's part of the step for a v5e-8, of whisper-small's width."""
-    from flax_distil.data.stored_teacher import StoredForm
     from flax_distil.plan.programs import train_program
     from flax_distil.plan.topology import devices
 
@@ -74,8 +73,8 @@ def student_text(chosen) -> str:
     sizes = {"width": 768, "encoder_ffn": 3072, "encoder_heads": 12}
     sizes |= {"decoder_ffn": 3072, "decoder_heads": 12}
     teacher, student = (replace(dims, **sizes) for dims in (chosen.teacher, chosen.student))
-    chips, stored = devices(tpu_slice("v5e-8")), StoredForm(32, (1.0, 2.0))
-    return text_of(train_program(config, teacher, student, chips, 128, stored), "v5e-8")
+    chips = devices(tpu_slice("v5e-8"))
+    return text_of(train_program(config, teacher, student, chips, 128), "v5e-8")
 
 
 @pytest.fixture(scope="session")
