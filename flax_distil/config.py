@@ -131,9 +131,16 @@ class PseudoLabelConfig:
     batch_size: int = 16
     """Clips decoded at a time."""
     shard_size: int = 512
-    """Utterances in one shard: what a kill can cost, and what processes share the work by."""
-    claim_patience: float = 600.0
-    """Seconds without a sign of life after which another process's shard is taken over."""
+    """Utterances per shard: the unit of work, which a kill can cost and machines share."""
+    engine: Literal["local", "ray"] = "local"
+    """local: this process, and the other hosts of a TPU slice that were started with it, take every
+    n-th shard each; ray: one worker per accelerator of a Ray cluster (extra `ray`), which restarts
+    workers that die."""
+    ray_address: str | None = None
+    """Address of the Ray cluster (HOST:PORT); by default that of RAY_ADDRESS, else the one running
+    on this machine, else a new one on this machine."""
+    ray_workers: int | None = None
+    """Number of Ray workers; by default one per TPU chip or GPU, or per machine without any."""
     max_skipped_share: float | None = None
     """Stop where more than this share of the clips cannot be labelled; where not given, where more
     than a tenth cannot, the first 100 aside."""

@@ -9,7 +9,7 @@ from flax_distil import cli
 from flax_distil.config import DistillConfig, FilterConfig, PseudoLabelConfig
 from flax_distil.model.dims import PUBLISHED
 from flax_distil.plan.planner import sizes_of
-from flax_distil.pseudo_label.labeller import by_dataset
+from flax_distil.pseudo_label.jobs import by_dataset
 from flax_distil.recipe import load_recipe, recipe_stages
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.toml"))

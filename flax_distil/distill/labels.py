@@ -12,7 +12,7 @@ from flax_distil.data.usable import language_reason
 from flax_distil.data.utterances import Concatenated, Utterances, to_language
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
-from flax_distil.pseudo_label.labeller import fingerprint
+from flax_distil.pseudo_label.identity import fingerprint
 from flax_distil.pseudo_label.store import SETTINGS, read_settings
 from flax_distil.text.tokens import WhisperTokens
 

@@ -11,7 +11,7 @@ from typing import Any
 from flax_distil.config import DistillConfig
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
-from flax_distil.pseudo_label.labeller import fingerprint
+from flax_distil.pseudo_label.identity import fingerprint
 from flax_distil.pseudo_label.store import read_settings
 
 

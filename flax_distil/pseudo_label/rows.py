@@ -1,35 +1,73 @@
-"""A row of a label store: what the teacher wrote, beside the reference and compared with it."""
+"""Rows of a label store: audio, the teacher's label, and its errors against the reference."""
 
+import os
 from typing import Any, Literal
 
-from flax_distil.data.utterances import Utterance
+import numpy as np
+
+from flax_distil.audio.load import encode_flac
+from flax_distil.data.cells import escape
+from flax_distil.data.utterances import Skipped, Utterance
 from flax_distil.data.windows import DecodedClip
 from flax_distil.decode.options import Hypothesis
+from flax_distil.errors import InputError
 from flax_distil.pseudo_label.store import PseudoLabel
 from flax_distil.text.wer import error_rate
+
+AudioCell = dict[str, Any]
+"""{bytes, path}, as `datasets` stores audio."""
+
+
+def audio_cells(
+    utterance: Utterance, clips: list[DecodedClip], store_audio: Literal["embed", "reference"]
+) -> list[AudioCell] | Skipped:
+    """The audio cell of each clip's row.
+
+    Raises InputError for references to an utterance that is only a part of a file.
+    """
+    if store_audio == "embed":
+        return [embedded(clip) for clip in clips]
+    if not isinstance(utterance.audio, str) or utterance.offset is not None:
+        raise InputError(
+            f"{utterance.id} is not a file of its own, so the store cannot refer to it: use "
+            "store_audio embed"
+        )
+    if escape(utterance.audio) != utterance.audio:
+        return Skipped(
+            utterance.id, "Parquet cannot hold its name: rename it, or use store_audio embed"
+        )
+    # Absolute, because the store may be read from another folder.
+    path = utterance.audio if "://" in utterance.audio else os.path.abspath(utterance.audio)
+    return [{"bytes": None, "path": path} for _ in clips]
+
+
+def embedded(clip: DecodedClip) -> AudioCell:
+    """The audio cell of a clip whose samples are kept in the store, as FLAC."""
+    contents = encode_flac(clip.samples.astype(np.float32) / 32768.0)
+    return {"bytes": contents, "path": f"{clip.utterance.id}.flac"}
 
 
 def pseudo_label(
     number: int,
     clip: DecodedClip,
-    audio: dict[str, Any],
+    audio: AudioCell,
     hypothesis: Hypothesis,
     task: str = "transcribe",
-    asked: Literal["auto", "wer", "cer"] = "auto",
+    unit: Literal["auto", "wer", "cer"] = "auto",
 ) -> PseudoLabel:
-    """One row: the hypothesis beside the reference, both normalised to count the errors.
+    """The row of one clip, with the errors of the hypothesis against the reference.
 
-    Without speech nothing is counted: whatever was written was made up.
+    number: position of the utterance in the dataset. Clips without speech have no error counts.
     """
-    utterance, errors, parts, judged = clip.utterance, None, None, {}
-    speech = speaks(utterance)
-    rate = error_rate("en" if task == "translate" else hypothesis.language, asked)
+    utterance, errors, parts, of_parts = clip.utterance, None, None, {}
+    speech = has_speech(utterance)
+    rate = error_rate("en" if task == "translate" else hypothesis.language, unit)
     if utterance.text is not None and speech:
         errors = rate.count([utterance.text], [hypothesis.text])
         parts = [part.text or "" for part in utterance.parts]
     if parts:
         counts = rate.count_parts(parts, hypothesis.text)
-        judged = {
+        of_parts = {
             "part_references": tuple(parts),
             "part_errors": tuple(errors for errors, _ in counts),
             "part_words": tuple(words for _, words in counts),
@@ -54,14 +92,14 @@ def pseudo_label(
         error_rate=errors and rate.unit,
         ended=hypothesis.ended,
         speech=speech,
-        **judged,
+        **of_parts,
         distributions=getattr(hypothesis, "distributions", None),
         audio_SD=getattr(hypothesis, "audio_SD", None),
     )
 
 
-def speaks(utterance: Utterance) -> bool:
-    """Whether anybody speaks in it, as far as is known: not where its reference is empty."""
+def has_speech(utterance: Utterance) -> bool:
+    """Whether the utterance contains speech: its reference, if it has one, must not be empty."""
     if utterance.parts:
-        return any(map(speaks, utterance.parts))
+        return any(map(has_speech, utterance.parts))
     return utterance.speech and (utterance.text is None or bool(utterance.text.strip()))

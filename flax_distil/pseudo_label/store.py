@@ -1,43 +1,49 @@
-"""The label store: a folder of Parquet shards that a killed run can go on with.
+"""A label store: a folder of Parquet shards, on disk or in a bucket, that a killed run can resume.
 
-    labels.json         what made them: teacher, options, data; written first, never changed
+    labels.json         what made the labels: teacher, options, data; written first, never changed
     data/00000.parquet  labels of utterances 0 … shard_size − 1, and so on
-    shards.json         an index of the shards, written once all are there
-    skipped.jsonl       utterances without a label, and why; written at the end
+    shards.json         an index of the shards, written once all of them exist
+    skipped.jsonl       utterances without a label, with the reason; written at the end
     README.md           tells `datasets.load_dataset(folder)` where the shards are
 
-A shard is a fixed range of utterances, says so itself, and depends on nothing but them. It appears
-under its name only when it is whole and on disk. So any process may make any shard, in any order.
-Its footer holds the sums and skips that a run needs to know of it: to go on costs the footers'
-reading, and nothing that grows with the store is written beside each shard.
+A shard is a fixed range of utterances and depends on nothing else, so any process can make any
+shard, in any order, and make it again. It appears under its name only when it is complete. Its
+footer holds its totals and skipped clips: resuming reads footers and no labels.
 """
 
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from cattrs import Converter
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from flax_distil.data.stored_teacher import StoredForm, StoredTeacher, places
 from flax_distil.data.utterances import UTTERANCE_NUMBER, Skipped
 from flax_distil.errors import InputError, check_writable
-from flax_distil.pseudo_label.folder import Folder, write_whole
+from flax_distil.files import remove_partial, write_whole
 
 log = logging.getLogger(__name__)
 
 SETTINGS = "labels.json"
+INDEX = "shards.json"
 # 1 had neither recording nor utterance_number; 2 none of ended, speech, error_rate and parts.
 FORMAT = 3
-ROW_GROUP = 4  # rows; training reads at random, and a whole row group at a time
+ROW_GROUP = 4  # rows; training reads at random, one row group at a time
 METADATA_KEY = b"flax_distil.shard"
 MAGIC = b"PAR1"  # at both ends of a Parquet file
-TAIL = 1 << 16  # bytes read for a footer at first; most are smaller
+TAIL = 1 << 16  # bytes read for a footer at first; most footers are smaller
 
 SCHEMA = pa.schema(
     [
@@ -71,60 +77,60 @@ configs:
 - config_name: default
   data_files: data/*.parquet
 ---
-Speech with pseudo-labels; `labels.json` tells what wrote them.
+Speech with pseudo-labels; `labels.json` says what made them.
 """
 
 
 @dataclass(frozen=True)
 class PseudoLabel:
-    """What the teacher wrote for one utterance: one row of a shard."""
+    """The teacher's label of one clip: one row of a shard."""
 
     id: str
     audio: dict[str, Any] = dataclasses.field(repr=False)
-    """{bytes, path}: 16 kHz FLAC, or only the path of the original."""
+    """{bytes, path}: 16 kHz FLAC, or only the path of the original file."""
     reference: str | None
-    """The dataset's own text, as it was."""
+    """The dataset's own text, unchanged."""
     whisper_transcript: str
     token_ids: tuple[int, ...]
-    """What the teacher wrote: timestamps if asked, neither prompt nor end of text."""
+    """Text and timestamps, without prompt and end of text."""
     duration: float
     """Seconds."""
     language: str | None
     speaker: str | None
     recording: str | None
-    """The recording, chapter or session it is a part of."""
+    """The recording, chapter or session that the utterance is a part of."""
     utterance_number: int
-    """Of the utterance or window in what was labelled: training finds the one before by it."""
+    """Position of the utterance or window in the dataset; training finds the previous one by it."""
     mean_log_probability: float
     compression_ratio: float
     no_speech_probability: float
     wer: float | None
-    """Fraction, not percent, after Whisper's normaliser; None where no reference word is left."""
+    """A fraction, not percent, after Whisper's normaliser; None without a reference word."""
     word_errors: int | None
     """Substitutions, deletions and insertions; None without a reference."""
     reference_words: int | None
     """Words of the normalised reference; None without a reference."""
     error_rate: str | None = None
-    """WER or CER: whether these three count words or characters; None without a reference."""
+    """WER or CER: the unit of the three fields above; None without a reference."""
     ended: bool = True
-    """Whether the teacher ended the text; False where it was cut at the longest label."""
+    """Whether the teacher wrote the end of text; False where the label was cut at max_tokens."""
     speech: bool = True
-    """Whether anybody speaks; where not, the transcript is what the teacher made up."""
+    """Whether the clip contains speech; if not, the transcript is a hallucination."""
     part_references: tuple[str, ...] | None = None
-    """Of a packed window, the texts of its parts; None where it is none or one has no text."""
+    """Texts of the parts of a packed window; None for single clips, or if a part has no text."""
     part_errors: tuple[int, ...] | None = None
-    """Of each part, by the alignment of the window's words."""
+    """Errors in each part, by the alignment of the whole window."""
     part_words: tuple[int, ...] | None = None
     """Words (or characters) of each part's normalised text."""
     distributions: StoredTeacher | None = dataclasses.field(default=None, repr=False)
-    """The teacher at each token and at the end behind them, where the store keeps it."""
+    """The teacher's distribution at each token of prompt and label, where the store keeps it."""
     audio_SD: np.ndarray | None = dataclasses.field(default=None, repr=False)
-    """What the encoder said of the clip, where that is kept, beside the store."""
+    """The encoder's output, which is kept beside the store."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known about a whole shard."""
+    """What the footer of a shard says."""
 
     number: int
     rows: int
@@ -132,150 +138,194 @@ class Shard:
     word_errors: int
     reference_words: int
     rates: tuple[str, ...]
-    """WER, CER or both: what was counted."""
+    """WER, CER or both: the units of the errors."""
     skipped: tuple[Skipped, ...]
     skipped_numbers: tuple[int, ...]
-    """Of these utterances in what was labelled."""
-    bytes: int
-    """Of the file."""
+    """Their utterance numbers."""
+    bytes: int = 0
+    """Size of the file."""
 
     @property
     def utterances(self) -> int:
-        """Labelled and skipped."""
+        """Labelled and skipped utterances."""
         return self.rows + len(self.skipped)
 
 
 @dataclass(frozen=True)
 class LabelStore:
-    """A folder of shards, made by one combination of settings."""
+    """A folder of shards, made with one combination of settings."""
 
     folder: Path
     settings: dict[str, Any]
 
+    @cached_property
+    def files(self) -> DirFileSystem:
+        """The folder as a file system of fsspec."""
+        address = self.address
+        try:
+            files, root = fsspec.url_to_fs(address, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise InputError(
+                f"cannot open {address} ({error}): install the bucket's file system "
+                "(pip install 'flax-distil[tpu]' for gs://), or name a folder where it is mounted"
+            ) from None
+        return DirFileSystem(root, files)
+
     @property
-    def files(self) -> Folder:
-        """The folder, on a disk or in a bucket."""
-        return Folder(self.folder)
+    def address(self) -> str:
+        """The folder as a path or URL; `Path` keeps one slash of `gs://bucket`."""
+        return re.sub(r"^([a-z][a-z0-9]+):/+", r"\1://", str(self.folder))
+
+    @property
+    def local(self) -> bool:
+        """Whether the folder is on a disk."""
+        return isinstance(self.files.fs, LocalFileSystem)
 
     def write(
         self, number: int, labels: Sequence[PseudoLabel], skipped: Mapping[int, Skipped]
     ) -> Shard:
-        """Make a shard of labels; clips that have none are known by their numbers."""
+        """Write a shard of labels. skipped: clips without one, by utterance number."""
         rows = [{name: getattr(label, name) for name in SCHEMA.names} for label in labels]
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
         if form := StoredForm.of(self.settings):
             for name, column in _distributions(labels, form).items():
                 table = table.append_column(name, column)
-        return self.put(number, table, skipped)
+        return self.write_table(number, table, skipped)
 
-    def put(
+    def write_table(
         self, number: int, table: pa.Table, skipped: Mapping[int, Skipped] | None = None
     ) -> Shard:
-        """Put a whole shard in its place: there or not there, never half."""
+        """Write a shard: the whole file or none of it."""
         skipped = skipped or {}
-        sums = {
-            name: sum(value or 0 for value in table.column(name).to_pylist())
-            for name in ("duration", "word_errors", "reference_words")
-        }
-        facts = {
-            "number": number,
-            "rows": table.num_rows,
-            "seconds": sums["duration"],
-            "word_errors": sums["word_errors"],
-            "reference_words": sums["reference_words"],
-            "rates": error_rates(table),
-            "skipped": [dataclasses.asdict(clip) for clip in skipped.values()],
-            "skipped_numbers": list(skipped),
-        }
-        contents = parquet_bytes(table.replace_schema_metadata({METADATA_KEY: json.dumps(facts)}))
-        self.files.write(_name(number), contents)
-        return _made(facts | {"bytes": len(contents)})
+
+        def total(column: str) -> Any:
+            return sum(value or 0 for value in table.column(column).to_pylist())
+
+        shard = Shard(
+            number=number,
+            rows=table.num_rows,
+            seconds=float(total("duration")),
+            word_errors=total("word_errors"),
+            reference_words=total("reference_words"),
+            rates=tuple(error_rates(table)),
+            skipped=tuple(skipped.values()),
+            skipped_numbers=tuple(skipped),
+        )
+        facts = _JSON.unstructure(shard)
+        del facts["bytes"]  # not known until the footer that holds them is written
+        metadata = {METADATA_KEY: json.dumps(facts)}
+        contents = parquet_bytes(table.replace_schema_metadata(metadata))
+        self.write_file(_name(number), contents)
+        return dataclasses.replace(shard, bytes=len(contents))
+
+    def write_file(self, name: str, contents: bytes) -> None:
+        """Write a file: the whole of it or nothing, also when the process is killed."""
+        if self.local:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / name, contents)
+        else:  # an upload becomes visible when it is complete
+            self.files.pipe_file(name, contents)
+
+    def read_file(self, name: str, start: int = 0) -> bytes:
+        """A file's contents from byte `start` on. Raises FileNotFoundError."""
+        return self.files.cat_file(name, start=start)
 
     def finished(
-        self, progress: Any = iter, read: Mapping[int, Shard] | None = None, verify: bool = False
+        self, progress: Any = iter, known: Mapping[int, Shard] | None = None, verify: bool = False
     ) -> dict[int, Shard]:
-        """The shards that are there and whole, by number; others are made again.
+        """The complete shards by number; the others have to be made again.
 
-        A shard of the size that the index tells is taken for whole, of any other the footer is
-        read; what was `read` before is not read again. `progress` wraps the list of files.
+        A shard whose size is that of the index is taken as complete; of any other the footer is
+        read. progress: wraps the list of files. known: shards that were read before.
 
-        verify: read all of every shard instead, and remove those with a damaged page.
+        verify: read all of every shard, and remove those with a damaged page.
         """
-        known = {} if verify else {shard.number: shard for shard in self._index()}
-        found = dict(read or {})
-        for name, size in progress(sorted(self._shards().items())):
-            if (number := int(name.partition(".")[0])) in found:
+        index = {} if verify else {shard.number: shard for shard in self._read_index()[1]}
+        shards = dict(known or {})
+        for number, size in progress(sorted(self._shard_sizes().items())):
+            if number in shards:
                 continue
-            if number in known and known[number].bytes == size:
-                found[number] = known[number]
-            elif shard := self.whole(number, size, verify):
-                found[number] = shard
+            if number in index and index[number].bytes == size:
+                shards[number] = index[number]
+            elif shard := self._read_shard(number, size, verify):
+                shards[number] = shard
             elif verify:
-                self.files.remove(_name(number))
-        return found
+                self.files.rm_file(_name(number))
+        return shards
 
-    def whole(self, number: int, size: int | None = None, verify: bool = False) -> Shard | None:
-        """What a shard of `size` bytes says of itself; None where it is not there, or damaged.
+    def write_index(self, shards: Iterable[Shard], complete: bool = False) -> None:
+        """Write what `finished` would return. complete: whether no utterance is left to label."""
+        entries = [_JSON.unstructure(one) for one in sorted(shards, key=lambda one: one.number)]
+        self.write_file(INDEX, as_json({"complete": complete, "shards": entries}))
 
-        verify: as far as every page shows, and not the footer alone.
+    def complete(self) -> bool:
+        """Whether the index says that no utterance is left to label."""
+        return self._read_index()[0]
+
+    def remove_partial(self) -> None:
+        """Remove what killed processes left beside the store's files."""
+        if self.local:
+            for folder in (self.folder, self.folder / "data"):
+                remove_partial(folder)
+
+    def _read_index(self) -> tuple[bool, list[Shard]]:
+        try:
+            index = json.loads(self.read_file(INDEX))
+            return index["complete"], [_JSON.structure(one, Shard) for one in index["shards"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False, []  # missing or damaged: the shards hold the same facts
+
+    def _shard_sizes(self) -> dict[int, int]:
+        """Bytes of the shards that exist, complete or not, by number."""
+        try:
+            files: Any = self.files.ls("data", detail=True)
+        except FileNotFoundError:
+            return {}
+        named = ((Path(file["name"]), file["size"]) for file in files)
+        return {
+            int(path.stem): size
+            for path, size in named
+            if path.stem.isdigit() and path.suffix == ".parquet"
+        }
+
+    def _read_shard(self, number: int, size: int, verify: bool) -> Shard | None:
+        """The facts in a shard's footer; None where it is damaged.
+
+        verify: check every page, and not the footer alone.
         """
+        name = _name(number)
         try:
             if verify:
-                contents = self.files.read(_name(number))
-                pq.read_table(pa.BufferReader(contents), page_checksum_verification=True)
-            return _made(self._facts(_name(number), size))
+                pages = pa.BufferReader(self.read_file(name))
+                pq.read_table(pages, page_checksum_verification=True)
+            return _JSON.structure(self._footer(name, size) | {"bytes": size}, Shard)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            log.warning("%s is not a whole shard: %s", _name(number), error)
+            log.warning("%s is damaged: %s", name, error)
             return None
 
-    def _facts(self, name: str, size: int | None) -> dict[str, Any]:
-        """The footer's contents, and the file's size."""
-        size = self.files.size(name) if size is None else size
-        tail = self.files.read(name, max(size - TAIL, 0))
+    def _footer(self, name: str, size: int) -> dict[str, Any]:
+        tail = self.read_file(name, max(size - TAIL, 0))
         length = int.from_bytes(tail[-8:-4], "little") + 8
         if length > len(tail):
-            tail = self.files.read(name, max(size - length, 0))
-        # Arrow reads a footer alone as a file of nothing else.
+            tail = self.read_file(name, max(size - length, 0))
+        # Arrow reads a footer alone as a file without rows.
         footer = pq.read_metadata(pa.BufferReader(MAGIC + tail[-length:]))
-        return json.loads((footer.metadata or {})[METADATA_KEY]) | {"bytes": size}
-
-    def write_index(self, shards: Iterable[Shard], complete: bool = False) -> None:
-        """Write what `finished` would find; `complete` once no utterance is left."""
-        entries = [dataclasses.asdict(shard) for shard in sorted(shards, key=lambda s: s.number)]
-        self.files.write("shards.json", as_json({"complete": complete, "shards": entries}))
-
-    def _shards(self) -> dict[str, int]:
-        """The sizes of the shards that are there, whole or not, by file name."""
-        sizes = self.files.sizes("data").items()
-        return {n: size for n, size in sizes if n[0].isdigit() and n.endswith(".parquet")}
-
-    def _index(self) -> list[Shard]:
-        try:
-            return [_made(one) for one in json.loads(self.files.read("shards.json"))["shards"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []  # lost or damaged: the shards tell the same
-
-    def complete(self) -> bool:
-        """Whether the index says that no utterance is left."""
-        try:
-            return json.loads(self.files.read("shards.json"))["complete"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        return json.loads((footer.metadata or {})[METADATA_KEY])
 
 
 def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
-    """The store in `folder`, made now or begun earlier with the same settings.
+    """The store in `folder`: a new one, or one that was begun with the same settings.
 
-    Raises InputError when it was begun with others, naming each with both values, or when the
-    folder holds something else.
+    Raises InputError when it was begun with other settings, naming each with both values, or when
+    the folder holds something else.
     """
-    settings, files = json.loads(json.dumps({"format": FORMAT, **settings})), Folder(folder)
-    if files.local:
+    store = LabelStore(folder, json.loads(json.dumps({"format": FORMAT, **settings})))
+    if store.local:
         check_writable(folder)
-    if files.has(SETTINGS):
-        begun, asked = _flat(read_settings(folder)), _flat(settings)
+    if store.files.exists(SETTINGS):
+        begun, asked = _flat(read_settings(folder)), _flat(store.settings)
         differences = [
             f"{name} was {begun.get(name)!r} and is {asked.get(name)!r}"
             for name in sorted(begun.keys() | asked.keys())
@@ -283,20 +333,23 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
         ]
         if differences:
             raise InputError(
-                f"{folder} was begun with other settings: {'; '.join(differences)}. Go on with "
-                "the old ones, or take another output_dir"
+                f"{folder} was begun with other settings: {'; '.join(differences)}. Continue with "
+                "the old ones, or choose another output_dir"
             )
     else:
-        others = any(not name.startswith(".") for name in files.names())
-        if others and not files.has(SETTINGS):  # made by another process just now
-            raise InputError(f"{folder} is not empty and no label store: take another output_dir")
-        files.write(SETTINGS, as_json(settings))
-    files.write("README.md", CARD.encode())
-    return LabelStore(folder, settings)
+        names: Any = store.files.ls("", detail=False) if store.files.exists("") else []
+        others = any(not Path(name).name.startswith(".") for name in names)
+        if others and not store.files.exists(SETTINGS):  # another host may have just written it
+            raise InputError(
+                f"{folder} is not empty and not a label store: choose another output_dir"
+            )
+        store.write_file(SETTINGS, as_json(store.settings))
+    store.write_file("README.md", CARD.encode())
+    return store
 
 
 def _distributions(labels: Sequence[PseudoLabel], form: StoredForm) -> dict[str, pa.Array]:
-    """The columns of the teacher's distributions: a list of lists of fixed size a row."""
+    """Columns of the teacher's distributions: a list of fixed-size lists per row."""
     kept = [label.distributions for label in labels if label.distributions is not None]
     starts = np.cumsum([0, *map(places, kept)], dtype=np.int32)
     columns = {}
@@ -309,7 +362,7 @@ def _distributions(labels: Sequence[PseudoLabel], form: StoredForm) -> dict[str,
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"data": {"split": 1}}` → `{"data.split": 1}`: a difference is named by its own field."""
+    """`{"data": {"split": 1}}` → `{"data.split": 1}`, so that a difference is named exactly."""
     flat = {}
     for name, value in settings.items():
         inner = isinstance(value, dict)
@@ -318,13 +371,13 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What made the labels in `folder`. Raises InputError where there is no label store."""
+    """The settings that made the labels in `folder`. Raises InputError: not a label store."""
     try:
-        return json.loads(Folder(folder).read(SETTINGS))
+        return json.loads(LabelStore(folder, {}).read_file(SETTINGS))
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder} is no label store: it has no labels.json") from None
+        raise InputError(f"{folder} is not a label store: it has no {SETTINGS}") from None
     except ValueError as error:
-        raise InputError(f"{folder}/labels.json is damaged: {error}") from None
+        raise InputError(f"{folder}/{SETTINGS} is damaged: {error}") from None
 
 
 def shard_files(folder: Path) -> dict[int, Path]:
@@ -332,8 +385,8 @@ def shard_files(folder: Path) -> dict[int, Path]:
 
     Raises InputError where there are none.
     """
-    if not (files := Folder(folder)).local:
-        raise InputError(f"{files.address} is read where it is mounted, or copied to a disk")
+    if not (store := LabelStore(folder, {})).local:
+        raise InputError(f"{store.address} is a bucket: name the folder where it is mounted")
     read_settings(folder)
     files = sorted((folder / "data").glob("[0-9]*.parquet"))
     if not files:
@@ -351,18 +404,13 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def as_json(value: Any) -> bytes:
-    """A JSON file's contents; bytes of a path that are no UTF-8 are escaped, as JSON can."""
+    """A JSON file's contents; bytes of a path that are not UTF-8 are escape."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     return text.encode(errors="backslashreplace")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """`value` as a whole JSON file."""
-    write_whole(path, as_json(value))
-
-
 def error_rates(table: pa.Table) -> list[str]:
-    """What the rows' errors are counted in: WER, CER, both, or neither."""
+    """The units in which the rows' errors are counted: WER, CER, both, or neither."""
     if "error_rate" not in table.column_names:
         return ["WER"] if table.column("reference_words").null_count < len(table) else []
     return sorted({value for value in table.column("error_rate").to_pylist() if value})
@@ -372,9 +420,5 @@ def _name(number: int) -> str:
     return f"data/{number:05d}.parquet"
 
 
-def _made(facts: dict[str, Any]) -> Shard:
-    skipped = tuple(Skipped(**clip) for clip in facts["skipped"])
-    tuples = {name: tuple(facts[name]) for name in ("rates", "skipped_numbers")}
-    made: dict[str, Any] = facts | tuples
-    made["skipped"] = skipped
-    return Shard(**made)
+# Shards as JSON, in footers and the index.
+_JSON = Converter(detailed_validation=False)

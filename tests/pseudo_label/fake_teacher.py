@@ -18,7 +18,11 @@ import pyarrow as pa
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import DataConfig, PseudoLabelConfig
 from flax_distil.decode.options import Hypothesis
-from flax_distil.pseudo_label.labeller import LabelSummary, label, settings, windows
+from flax_distil.pseudo_label.identity import settings
+from flax_distil.pseudo_label.jobs import LabelJob, windows
+from flax_distil.pseudo_label.labeller import label
+from flax_distil.pseudo_label.progress import LabelSummary
+from flax_distil.pseudo_label.shards import ShardLabeller
 from flax_distil.pseudo_label.store import SCHEMA, open_store
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.wer import word_errors
@@ -52,9 +56,21 @@ def label_with(
     config: PseudoLabelConfig, teacher=fake_teacher, states=None, lacks=lambda language: None
 ) -> LabelSummary:
     """`run` with this teacher in place of a Whisper."""
-    utterances = windows(config)
+    labeller = fake_labeller(config, teacher, states, lacks)
+    return label(labeller.job, labeller.shards)
+
+
+def fake_labeller(
+    config: PseudoLabelConfig,
+    teacher=fake_teacher,
+    states=None,
+    lacks=lambda language: None,
+    utterances=None,
+) -> ShardLabeller:
+    """A labeller for a configuration's dataset, or these utterances in its place."""
+    utterances = windows(config) if utterances is None else utterances
     store = open_store(config.output_dir, settings(config, utterances, "fake", 51864))
-    return label(utterances, teacher, store, config, states, lacks)
+    return ShardLabeller(LabelJob(config, utterances, store, states, lacks), teacher)
 
 
 def label_telling(manifest: str, output: str, began: int) -> None:

@@ -10,7 +10,7 @@ from fake_teacher import clip
 from flax_distil.cli import main
 from flax_distil.config import DataConfig, PseudoLabelConfig
 from flax_distil.errors import InputError
-from flax_distil.pseudo_label.labeller import by_dataset
+from flax_distil.pseudo_label.jobs import by_dataset
 from flax_distil.recipe import load_recipe, save_recipe
 
 
@@ -47,7 +47,7 @@ def test_each_dataset_has_a_store(recipe, tmp_path, capsys):
         assert len(found) == labels
         assert "datasets" not in json.loads(stores[name].read_text())
     assert main(["pseudo-label", "--recipe", str(recipe), "--limit", "1"]) == 2
-    assert "names 2 datasets, and flags change the first" in capsys.readouterr().err
+    assert "names 2 datasets, and flags change only the first" in capsys.readouterr().err
 
 
 def test_a_recipe_with_several_is_written_as_it_was_read(recipe, tmp_path):
@@ -66,5 +66,5 @@ def test_stores_are_named_by_what_tells_datasets_apart(config):
     assert by_dataset(config) == [config]
     twice = (DataConfig("a.jsonl"), DataConfig("b/a.jsonl"))
     several = dataclasses.replace(config, data=twice[0], datasets=twice)
-    with pytest.raises(InputError, match="two datasets are called a: label one of them by itself"):
+    with pytest.raises(InputError, match="two datasets are called a: label one of them separately"):
         by_dataset(several)

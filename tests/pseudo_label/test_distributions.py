@@ -62,7 +62,7 @@ def test_an_assistant_changes_no_label(config, random_folders, tmp_path):
         run(one)
         columns.append(pq.read_table(one.output_dir / "data" / "00000.parquet")["token_ids"])
     assert columns[0] == columns[1]
-    with pytest.raises(InputError, match="--draft-tokens would do nothing"):
+    with pytest.raises(InputError, match="--draft_tokens has no effect"):
         run(dataclasses.replace(config, draft_tokens=3))
     # An assistant may come and go: it decides nothing about the store.
     assert run(dataclasses.replace(helped, assistant=None)).labels == 3

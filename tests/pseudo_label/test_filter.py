@@ -11,7 +11,8 @@ from fake_teacher import clip
 from flax_distil.config import FilterConfig
 from flax_distil.data.utterances import Skipped, read_dataset
 from flax_distil.errors import InputError
-from flax_distil.pseudo_label.filter import REASONS, all_capitals, report_table, run
+from flax_distil.pseudo_label.criteria import REASONS, all_capitals
+from flax_distil.pseudo_label.filter import report_table, run
 from flax_distil.pseudo_label.store import PseudoLabel, open_store, read_settings
 
 # id: reference words, errors, seconds, tokens, mean log-probability, compression ratio
@@ -164,7 +165,9 @@ def test_no_references_at_all_is_no_table_of_thresholds(config):
 
 def test_folders_in_use(config):
     run(config)
-    with pytest.raises(InputError, match="filtered is in use: take another output_dir, or --over"):
+    with pytest.raises(
+        InputError, match="filtered is in use: choose another output_dir, or add --over"
+    ):
         run(config)
     run(dataclasses.replace(config, overwrite=True, max_wer=5.0))
     assert kept(config) == ["perfect", "thirty seconds"]
@@ -173,7 +176,7 @@ def test_folders_in_use(config):
     other = config.source.with_name("other")
     other.mkdir()
     (other / "thesis.tex").write_text("")
-    with pytest.raises(InputError, match="holds no earlier result of filter"):
+    with pytest.raises(InputError, match="does not hold an earlier result of filter"):
         run(dataclasses.replace(config, output_dir=other, overwrite=True))
 
 
@@ -186,7 +189,7 @@ def test_nothing_kept_writes_nothing(config):
 def test_bad_stores(config, tmp_path):
     (tmp_path / "file").touch()
     for name in ("absent", "file"):
-        with pytest.raises(InputError, match=r"is no label store: it has no labels\.json"):
+        with pytest.raises(InputError, match=r"is not a label store: it has no labels\.json"):
             run(dataclasses.replace(config, source=tmp_path / name))
     shard = config.source / "data" / "00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-9])
@@ -248,7 +251,7 @@ def test_clips_without_speech_are_counted_and_kept_where_asked(tmp_path):
     report = run(dataclasses.replace(config, overwrite=True, keep_non_speech=True))
     assert (report.dropped["non-speech"], report.dropped["too long"]) == (0, 1)
     assert report.non_speech == 1
-    assert report_table(report, config).columns[0]._cells[3] == "  of it non-speech"
+    assert report_table(report, config).columns[0]._cells[3] == "  of these non-speech"
     assert kept(config) == ["said", "noise"]
     assert [one.speech for one in read_dataset(config.output_dir)] == [True, False]
     assert report.kept_wer == 0.0
@@ -290,7 +293,9 @@ def test_no_speech_probability_and_another_teacher(tmp_path):
     config = dataclasses.replace(config, overwrite=True, max_no_speech_probability=0.6)
     assert run(config).dropped["no-speech probability"] == 1
     other = store(tmp_path / "of others", labels, data={"source": "elsewhere"}, shard_size=4)
-    with pytest.raises(InputError, match=r"of others cannot judge .*labels: data is .*elsewhere"):
+    with pytest.raises(
+        InputError, match=r"of others cannot be compared with .*labels: data is .*elsewhere"
+    ):
         run(dataclasses.replace(config, agree_with=other))
 
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from fake_teacher import clip, fake_teacher, label_with
+from fake_teacher import clip, fake_labeller, fake_teacher, label_with
 
 from flax_distil.audio.load import load_audio, to_int16
 from flax_distil.config import DataConfig
@@ -20,8 +20,10 @@ from flax_distil.data.audio_states import StateFolder, load_or_encode
 from flax_distil.data.utterances import UtteranceStream, load_waveform, read_dataset
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label.distributions import Explained
-from flax_distil.pseudo_label.labeller import label, settings, stored_names, summary_table
-from flax_distil.pseudo_label.store import LabelStore, open_store
+from flax_distil.pseudo_label.identity import stored_names
+from flax_distil.pseudo_label.labeller import label
+from flax_distil.pseudo_label.progress import summary_table
+from flax_distil.pseudo_label.store import LabelStore
 
 
 def rows(folder: Path) -> list[dict]:
@@ -139,7 +141,11 @@ def test_windows_keep_what_their_parts_are_and_where_the_errors_fall(config, spe
 
     label_with(dataclasses.replace(config, pack_seconds=30.0), teacher)
     (row,) = rows(config.output_dir)
-    assert row["part_references"] == ["Clip number 0.", "Clip number 1.", "Clip number 2."]
+    assert row["part_references"] == [
+        "Clip number 0.",
+        "Clip number 1.",
+        "Clip number 2.",
+    ]
     assert (row["part_words"], row["part_errors"]) == ([3, 3, 3], [0, 3, 0])
     assert (row["reference_words"], row["word_errors"]) == (9, 3)
     label_with(dataclasses.replace(config, output_dir=speech / "single"))
@@ -151,12 +157,17 @@ def test_a_window_that_grows_past_30_s_is_labelled_in_two(config, speech):
     listed = []
     for number in range(3):
         (speech / f"{number}.flac").write_bytes(clip(number, 11.0))
-        listed.append({"audio": f"{number}.flac", "text": f"Clip {number}.", "duration": 5.0})
+        listed.append(
+            {"audio": f"{number}.flac", "text": f"Clip {number}.", "duration": 5.0}
+        )
     listed.insert(1, {"audio": "5.flac", "text": "Clip 5.", "duration": 5.0})
     (speech / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
     summary = label_with(dataclasses.replace(config, pack_seconds=30.0))
     found = rows(config.output_dir)
-    assert [row["reference"] for row in found] == ["Clip 0. Clip 1.", "Clip 2."]
+    assert [row["reference"] for row in found] == [
+        "Clip 0. Clip 1.",
+        "Clip 2.",
+    ]
     assert [row["duration"] for row in found] == [22 + config.pack_pause, 11.0]
     assert [row["utterance_number"] for row in found] == [0, 0]
     assert [row["token_ids"][2] for row in found] == [0, 2]
@@ -320,17 +331,21 @@ def test_a_stream_goes_on_where_it_stopped(config, speech):
     label_with(config)
 
     streamed = dataclasses.replace(config, output_dir=config.output_dir.with_name("streamed"))
-    store = open_store(streamed.output_dir, settings(streamed, stream, "fake", 51864))
     left = iter([True] * 4)
+
+    def label_stream(teacher):
+        labeller = fake_labeller(streamed, teacher, utterances=stream)
+        return label(labeller.job, labeller.shards)
 
     def dying(waveforms, language):
         next(left)
         return fake_teacher(waveforms, language)
 
     with pytest.raises((StopIteration, RuntimeError)):
-        label(stream, dying, store, streamed)
+        label_stream(dying)
+    store = LabelStore(streamed.output_dir, {})
     assert len(store.finished()) == 2
-    label(stream, fake_teacher, store, streamed)
+    label_stream(fake_teacher)
     shards = {name: data for name, data in contents(config.output_dir).items() if "data/" in name}
     assert shards == {n: d for n, d in contents(streamed.output_dir).items() if "data/" in n}
     assert store.complete()
@@ -339,7 +354,7 @@ def test_a_stream_goes_on_where_it_stopped(config, speech):
         raise AssertionError("a finished stream is not read again")
 
     stream.iter_from = gone
-    assert label(stream, fake_teacher, store, streamed).labels == 21
+    assert label_stream(fake_teacher).labels == 21
 
 
 def test_audio_by_reference(config, speech):
@@ -388,7 +403,7 @@ def test_other_settings_are_named(config):
 def test_a_folder_of_something_else_is_left_alone(config):
     config.output_dir.mkdir()
     (config.output_dir / "thesis.tex").write_text("")
-    with pytest.raises(InputError, match="is not empty and no label store"):
+    with pytest.raises(InputError, match="is not empty and not a label store"):
         label_with(config)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from fake_teacher import clip, fake_teacher, label_with
+from fake_teacher import clip, fake_labeller, fake_teacher, label_with
 from test_labeller import contents, json_lines, rows
 
 from flax_distil.errors import InputError
@@ -65,16 +65,15 @@ def test_where_nothing_was_asked_for_the_first_hundred_may_be_skipped(config, sp
 
 def test_a_stream_is_limited_by_what_was_read(config, speech):
     from flax_distil.data.utterances import UtteranceStream, read_dataset
-    from flax_distil.pseudo_label.labeller import label, settings
-    from flax_distil.pseudo_label.store import open_store
+    from flax_distil.pseudo_label.labeller import label
 
     languages(speech, "en", "tlh", "tlh", "en", *["en"] * 8)
     listed = read_dataset(config.data)
     stream = UtteranceStream(list(listed.rows), listed.columns, config.data)
     asked = dataclasses.replace(config, max_skipped_share=0.3)
-    store = open_store(config.output_dir, settings(config, stream, "fake", 51864))
+    labeller = fake_labeller(asked, utterances=stream)
     with pytest.raises(InputError, match="2 of 4 clips were skipped"):
-        label(stream, fake_teacher, store, asked)
+        label(labeller.job, labeller.shards)
 
 
 def test_what_can_be_read_now_is_labelled_by_the_next_run(config, speech, tmp_path):

@@ -6,7 +6,6 @@ from datasets import load_dataset
 from fake_teacher import label_with
 
 from flax_distil.data.utterances import load_waveform, read_dataset
-from flax_distil.pseudo_label import folder
 from flax_distil.pseudo_label import store as store_module
 from flax_distil.pseudo_label.store import LabelStore
 
@@ -48,18 +47,18 @@ def test_to_go_on_costs_footers_alone(config, monkeypatch):
     store = LabelStore(config.output_dir, {})
     whole, read = store.finished(), []
 
-    def notice(self, name, start=0, before=folder.Folder.read):
+    def notice(self, name, start=0, before=LabelStore.read_file):
         contents = before(self, name, start)
         read.append((name, len(contents)))
         return contents
 
     monkeypatch.setattr(store_module, "TAIL", 8)  # so that a footer and no more is read
-    monkeypatch.setattr(folder.Folder, "read", notice)
+    monkeypatch.setattr(LabelStore, "read_file", notice)
     assert store.finished() == whole
     assert [name for name, _ in read] == ["shards.json"]
     read.clear()
-    store.files.remove("shards.json")
-    assert store.finished(read={0: whole[0]}) == whole
+    store.files.rm_file("shards.json")
+    assert store.finished(known={0: whole[0]}) == whole
     assert "data/00000.parquet" not in dict(read)
     assert read[0][0] == "data/00001.parquet"
     assert all(size < whole[1].bytes for _, size in read)
@@ -71,11 +70,11 @@ def test_to_go_on_costs_footers_alone(config, monkeypatch):
 def test_a_run_writes_its_index_once(config, monkeypatch):
     written = []
 
-    def notice(self, name, contents, before=folder.Folder.write):
+    def notice(self, name, contents, before=LabelStore.write_file):
         written.append(name)
         before(self, name, contents)
 
-    monkeypatch.setattr(folder.Folder, "write", notice)
+    monkeypatch.setattr(LabelStore, "write_file", notice)
     label_with(config)
     assert [name for name in written if "/" not in name] == [
         *("labels.json", "README.md", "shards.json", "skipped.jsonl")

@@ -1,0 +1,130 @@
+"""What is to be labelled: datasets, their windows, and the store that receives the labels."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from flax_distil.config import PseudoLabelConfig
+from flax_distil.data.packing import Packed, pack
+from flax_distil.data.utterances import (
+    Skipped,
+    Utterance,
+    Utterances,
+    UtteranceStream,
+    read_dataset,
+    to_language,
+)
+from flax_distil.data.windows import DecodedClip, decode_clips
+from flax_distil.errors import InputError
+from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
+from flax_distil.pseudo_label.distributions import check_form
+from flax_distil.pseudo_label.identity import fingerprint, settings, states_folder
+from flax_distil.pseudo_label.rows import AudioCell, audio_cells
+from flax_distil.pseudo_label.store import LabelStore, open_store
+
+Dataset = Utterances | UtteranceStream | Packed
+
+DecodedUtterance = list[tuple[DecodedClip, AudioCell]]
+"""The clips of an utterance with the audio cells of their rows: several of a window that was
+split."""
+
+
+@dataclass(frozen=True)
+class LabelJob:
+    """One dataset to label."""
+
+    config: PseudoLabelConfig
+    utterances: Dataset
+    store: LabelStore
+    states: Path | None = None
+    """Folder for the encoder's output, a file per shard, written before the shard."""
+    lacks: Callable[[str | None], str | None] = lambda language: None
+    """Why the teacher cannot transcribe a language (None: detected); None where it can."""
+
+    @property
+    def count(self) -> int | None:
+        """Number of utterances; None for a stream."""
+        return None if isinstance(self.utterances, UtteranceStream) else len(self.utterances)
+
+    def shard(self, number: int) -> Iterator[Utterance]:
+        """The utterances of a shard."""
+        size = self.config.shard_size
+        return islice(self.utterances.iter_from(number * size), size)
+
+    def decode(self, utterance: Utterance) -> Skipped | DecodedUtterance:
+        """The clips of an utterance, or why it has no label."""
+        clips = decode_clips(utterance)
+        if isinstance(clips, Skipped):
+            return clips
+        language = utterance.language and to_language(utterance.language)
+        if reason := self.lacks(language):
+            return Skipped(utterance.id, reason)
+        cells = audio_cells(utterance, clips, self.config.store_audio)
+        return cells if isinstance(cells, Skipped) else list(zip(clips, cells, strict=True))
+
+
+def prepare(config: PseudoLabelConfig) -> tuple[list[LabelJob], Checkpoint]:
+    """A job for each dataset of `config`, with its store opened, and the teacher.
+
+    Uses no accelerator. Raises InputError for a configuration, dataset or teacher that cannot be
+    used, and for a store that was begun with other settings.
+    """
+    for name in ("batch_size", "shard_size", "workers", "max_tokens", "beams"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
+    if config.draft_tokens != PseudoLabelConfig.draft_tokens and not config.assistant:
+        raise InputError("--draft_tokens has no effect without --assistant: add one")
+    datasets = [(one, windows(one)) for one in by_dataset(config)]
+    checkpoint = load_checkpoint(config.model)
+    check_form(config, checkpoint.dims.vocab)
+    tokens, weights = checkpoint.tokens(), fingerprint(checkpoint.params)
+    jobs = []
+    for one, utterances in datasets:
+        chosen = settings(one, utterances, weights, tokens.vocabulary, checkpoint.dims.width)
+        store = open_store(one.output_dir, chosen)
+        encoder = checkpoint.params["encoder"]
+        states = one.audio_states and states_folder(one.audio_states, encoder, store.settings)
+        jobs.append(LabelJob(one, utterances, store, states, partial(tokens.lacks, task=one.task)))
+    return jobs, checkpoint
+
+
+def by_dataset(config: PseudoLabelConfig) -> list[PseudoLabelConfig]:
+    """A configuration for each dataset. Several have stores inside `output_dir`, named by source,
+    configuration and split.
+
+    Raises InputError where two have the same name, or where flags change one of several datasets.
+    """
+    if not config.datasets:
+        return [config]
+    if config.data != config.datasets[0]:
+        raise InputError(
+            f"the recipe names {len(config.datasets)} datasets, and flags change only the first: "
+            "change the [[pseudo-label.data]] tables instead"
+        )
+    named: dict[str, PseudoLabelConfig] = {}
+    for data in config.datasets:
+        parts = (Path(data.source).stem, data.config, data.split)
+        name = "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts if part)
+        if name in named:
+            raise InputError(f"two datasets are called {name}: label one of them separately")
+        folder = config.output_dir / name
+        named[name] = dataclasses.replace(config, data=data, datasets=(), output_dir=folder)
+    return list(named.values())
+
+
+def windows(config: PseudoLabelConfig) -> Dataset:
+    """The dataset's utterances, packed into windows where `pack_seconds` is set.
+
+    Raises InputError for windows longer than 30 s, and for packing a stream, whose durations and
+    speakers are not known before it is read.
+    """
+    utterances, seconds = read_dataset(config.data), config.pack_seconds
+    if seconds is None:
+        return utterances
+    if isinstance(utterances, UtteranceStream):
+        raise InputError("a stream cannot be packed: leave out --streaming or --pack-seconds")
+    return pack(utterances, seconds, config.pack_pause)

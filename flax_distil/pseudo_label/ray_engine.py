@@ -1,0 +1,107 @@
+"""Labelling by Ray: one actor per accelerator of a cluster, each with a teacher of its own.
+
+Whichever actor is idle gets the next shard. It writes the shard to the store itself, so only
+numbers and totals travel; of a stream, which one process reads, also the utterances. Ray restarts
+an actor that died and runs its shard again.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from flax_distil.config import PseudoLabelConfig
+from flax_distil.data.utterances import Utterance
+from flax_distil.errors import InputError
+from flax_distil.pseudo_label.jobs import LabelJob
+from flax_distil.pseudo_label.progress import LabelProgress
+from flax_distil.pseudo_label.shards import ShardLabeller, Work
+from flax_distil.pseudo_label.store import Shard
+
+RETRIES = 3  # of a shard whose actor died; actors are restarted without limit
+
+
+class LabelActor:
+    """A process with a labeller for each dataset."""
+
+    def __init__(self, load: Callable[[], Sequence[ShardLabeller]]):
+        self.labellers = load()
+
+    def label(self, dataset: int, number: int, utterances: list[Utterance] | None) -> Shard:
+        """Label and write a shard. utterances: of a stream; else they are read here."""
+        labeller = self.labellers[dataset]
+        work = (number, labeller.job.shard(number) if utterances is None else utterances)
+        return next(labeller.shards([work]))
+
+
+def start_engines(
+    config: PseudoLabelConfig,
+    load: Callable[[], Sequence[ShardLabeller]],
+    jobs: Sequence[LabelJob],
+) -> list[Callable[[Iterable[Work], LabelProgress], Iterator[Shard]]]:
+    """An engine for each job, all on the same actors.
+
+    load: makes the labellers of the jobs, in their order, in each actor.
+
+    Raises InputError where Ray is not installed or the cluster cannot be reached.
+    """
+    try:
+        import ray
+        from ray.util.actor_pool import ActorPool
+    except ImportError:
+        raise InputError("--engine ray needs Ray: pip install 'flax-distil[ray]'") from None
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            ray.init(config.ray_address, include_dashboard=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(f"cannot reach a Ray cluster: {error}") from None
+    count, options = placement(ray.cluster_resources(), len(ray.nodes()))
+    actor = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **options)(LabelActor)
+    pool = ActorPool([actor.remote(load) for _ in range(config.ray_workers or count)])
+    return [partial(label_shards, pool, dataset, job) for dataset, job in enumerate(jobs)]
+
+
+def placement(resources: Mapping[str, float], nodes: int) -> tuple[int, dict[str, Any]]:
+    """How many actors a cluster has room for, and what each needs: a TPU chip, a GPU, or, where
+    there is neither, a machine."""
+    if chips := int(resources.get("TPU", 0)):
+        return chips, {"resources": {"TPU": 1}}
+    if gpus := int(resources.get("GPU", 0)):
+        return gpus, {"num_gpus": 1}
+    return nodes, {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
+
+
+def label_shards(
+    pool: Any, dataset: int, job: LabelJob, work: Iterable[Work], progress: LabelProgress
+) -> Iterator[Shard]:
+    """The shards of a job as the actors of `pool` finish them.
+
+    Raises InputError where one of them does, or dies at the same shard again and again.
+    """
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        for shard in _results(pool, dataset, job, work):
+            progress.count(shard.rows, shard.skipped)
+            progress.advance(shard.seconds, shard.utterances)
+            yield shard
+    except RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from None
+        raise
+    except RayActorError as error:
+        raise InputError(
+            f"a labelling actor died {RETRIES + 1} times at the same shard, or could not start "
+            f"({error}): see the logs of Ray on its machine"
+        ) from None
+
+
+def _results(pool: Any, dataset: int, job: LabelJob, work: Iterable[Work]) -> Iterator[Shard]:
+    for number, utterances in work:
+        if not pool.has_free():
+            yield pool.get_next_unordered()
+        rows = list(utterances) if job.count is None else None
+        pool.submit(lambda actor, task: actor.label.remote(*task), (dataset, number, rows))
+    while pool.has_next():
+        yield pool.get_next_unordered()
