@@ -91,9 +91,10 @@ def label_shards(
             raise InputError(str(error.cause)) from None
         raise
     except RayActorError as error:
+        last_line = str(error).strip().splitlines()[-1]
         raise InputError(
-            f"a labelling actor died {RETRIES + 1} times at the same shard, or could not start "
-            f"({error}): see the logs of Ray on its machine"
+            f"a labelling actor could not start, or died {RETRIES + 1} times at the same shard: "
+            f"{last_line}; see Ray's logs on its machine"
         ) from None
 
 

@@ -157,9 +157,7 @@ def test_a_window_that_grows_past_30_s_is_labelled_in_two(config, speech):
     listed = []
     for number in range(3):
         (speech / f"{number}.flac").write_bytes(clip(number, 11.0))
-        listed.append(
-            {"audio": f"{number}.flac", "text": f"Clip {number}.", "duration": 5.0}
-        )
+        listed.append({"audio": f"{number}.flac", "text": f"Clip {number}.", "duration": 5.0})
     listed.insert(1, {"audio": "5.flac", "text": "Clip 5.", "duration": 5.0})
     (speech / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
     summary = label_with(dataclasses.replace(config, pack_seconds=30.0))
