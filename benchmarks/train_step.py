@@ -1,7 +1,7 @@
 """One update of distillation, five ways, against the same update in PyTorch.
 
     python benchmarks/train_step.py [--model whisper-base] [--batch 8] [--tokens 128] [--layers 2]
-        [--rounds 3] [--dtype float32] [--chunk 128] [--top-k 32] [--json FILE]
+        [--rounds 3] [--dtype float32] [--chunk 128] [--json FILE]
 
 - Transformers: its modules, one frozen encoder pass for teacher and student, log-mel by its own
   feature extractor in PyTorch, KL + CE, clipping, torch.optim.AdamW.
@@ -41,7 +41,6 @@ from rich.table import Table
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE
 from flax_distil.config import ComputeConfig, DistillConfig
 from flax_distil.data.batches import Batch
-from flax_distil.data.stored_teacher import FinalStates
 from flax_distil.decode.recognizer import encode
 from flax_distil.distill.flops import measured_peak, step_flops, vocabulary_tokens
 from flax_distil.distill.setup import make_train_spec, split_parameters
@@ -171,7 +170,7 @@ def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
     encoded = replace(batch, audio=audio, waveforms=batch.waveforms[:, :0])
     audio_BSD = jnp.asarray(audio, fused.teacher.dtype)
     given = fused.teacher, decoder, audio_BSD, batch.tokens
-    states = FinalStates(np.asarray(final_states(*given)))
+    states = np.asarray(final_states(*given))
 
     make = partial(ours, config)
     made: dict[str, Any] = {
@@ -179,7 +178,10 @@ def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
         "fused": make(fused, teacher, student, batch),
         "encode once": make(fused, teacher, student, encoded),
         "stored states": make(
-            replace(fused, stored_teacher=True), teacher, student, replace(encoded, stored=states)
+            replace(fused, stored_teacher=True),
+            teacher,
+            student,
+            replace(encoded, teacher_states=states),
         ),
     }
     theirs = Way(pytorch(config, folder, teacher, student, batch), made["plain"].flops)
@@ -223,7 +225,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--chunk", type=int, default=128, help="tokens whose logits exist")
-    parser.add_argument("--top-k", type=int, default=32)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

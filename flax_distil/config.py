@@ -103,11 +103,6 @@ class PseudoLabelConfig:
     teacher_states: bool = False
     """Store what the teacher's decoder makes its logits of at each token (width x 2 bytes), so that
     distilling runs no teacher (distill --stored-teacher): exact at every temperature."""
-    top_k: int = 0
-    """Or store so many of its likeliest tokens at each token, and the mass of all others: less
-    room, and at temperature 2 much less of what it knows; 0 stores none."""
-    top_k_temperatures: tuple[float, ...] = (1.0, 2.0)
-    """Temperatures that can be distilled at with them."""
     audio_states: Path | None = None
     """Folder for the encoder's output of every clip (S x width x 2 bytes each): with the same
     folder, distill --audio-states runs no encoder."""
@@ -408,9 +403,8 @@ class DistillConfig:
     audio_states_dtype: Literal["bfloat16", "int8"] = "bfloat16"
     """How what is missing is written: int8 takes half the room."""
     stored_teacher: bool = False
-    """Take the teacher's distributions from the labels (pseudo-label --teacher-states or --top-k)
-    instead of running it: of the teacher only the embedding is in memory, or nothing with
-    --top-k, whose KL is over the stored tokens and the rest."""
+    """Take the teacher's distributions from labels made with pseudo-label --teacher-states instead
+    of running it; only its embedding is in memory."""
     augment: AugmentConfig = AugmentConfig()
     """Noise and SpecAugment."""
     train_encoder: bool = False

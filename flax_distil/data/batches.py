@@ -20,11 +20,10 @@ from typing import Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Int16, Shaped, UInt32
+from jaxtyping import Float, Float16, Int, Int16, Shaped, UInt32
 
 from flax_distil.data.packing import clip_seconds, part_offsets
 from flax_distil.data.rng import Purpose, generator
-from flax_distil.data.stored_teacher import StoredTeacher, collate_stored, first_places, places
 from flax_distil.data.utterances import Utterance, to_language
 from flax_distil.errors import InputError
 from flax_distil.text.languages import WITHOUT_SPACES
@@ -80,8 +79,8 @@ class Batch:
     """Numbers of the utterances in their dataset."""
     audio: Shaped[np.ndarray, "B S D"] | None = None
     """The encoder's output where it is kept on disk; there are no waveforms then (N = 0)."""
-    stored: StoredTeacher | None = None
-    """The teacher's distributions at the targets, where the labels hold them and they are used."""
+    teacher_states: Float16[np.ndarray, "B L D"] | None = None
+    """The teacher's final states at the targets, where the labels hold them and they are used."""
     keys: UInt32[np.ndarray, "B 2"] | None = None
     """Key data of each example for SpecAugment, where it is on."""
     loss_weights: Float[np.ndarray, "B L 2"] | None = None
@@ -98,7 +97,7 @@ class Example:
     tokens: list[int]
     targets: list[int]
     start: int
-    stored: StoredTeacher | None = None
+    teacher_states: Float16[np.ndarray, "n D"] | None = None
     kl: float | tuple[float, ...] = 1.0
     ce: float | tuple[float, ...] = 1.0
 
@@ -182,11 +181,11 @@ def non_speech_example(
     and by `options.non_speech` a cross-entropy: none, on the no-speech token there, or on an end
     that follows the prompt at once (after `<|0.00|>` where timestamps are written).
     """
-    stored = None if not options.stored else utterance.stored
+    states = utterance.teacher_states if options.stored else None
+    states = None if states is None else states[:1]
     if options.non_speech != "end":
         ce = options.ce * (options.non_speech == "no_speech")
-        kept = stored and first_places(stored, 1)
-        return Example([tokens.sot], [tokens.no_speech], 0, kept, options.kl, ce)
+        return Example([tokens.sot], [tokens.no_speech], 0, states, options.kl, ce)
     prompt = tokens.prompt(language, options.task, timestamps)
     line = [*prompt, *([tokens.timestamp_begin] if timestamps else []), tokens.eot]
     given = len(prompt) - 1
@@ -195,25 +194,40 @@ def non_speech_example(
         line[:-1],
         line[1:],
         0,
-        stored and first_places(stored, 1),
+        states,
         (options.kl, *[0.0] * (len(line) - 2)),
         (*[0.0] * given, *[options.ce] * taught),
     )
 
 
-def distributions(utterance: Utterance, stored: int, learnt: int) -> StoredTeacher:
+def distributions(utterance: Utterance, stored: int, learnt: int) -> Float16[np.ndarray, "n D"]:
     """The teacher at the first `learnt` of the `stored` places that a label with its prompt has.
 
     Raises InputError where the label holds another number of them.
     """
-    held = 0 if utterance.stored is None else places(utterance.stored)
-    if utterance.stored is None or held != stored:
+    states = utterance.teacher_states
+    held = 0 if states is None else len(states)
+    if states is None or held != stored:
         raise InputError(
             f"{utterance.id} holds its teacher's distributions at {held} tokens and its label with "
             f"the prompt has {stored}: label it again with --teacher-states, and train without "
             "stored_teacher where labels change"
         )
-    return first_places(utterance.stored, learnt)
+    return states[:learnt]
+
+
+def _pad_states(
+    examples: Sequence[Example], length: int
+) -> Float16[np.ndarray, "B {length} D"] | None:
+    """The examples' final states, from `start` on; None where no example has any."""
+    present = [row.teacher_states for row in examples if row.teacher_states is not None]
+    if not present:
+        return None
+    states_BLD = np.zeros((len(examples), length, present[0].shape[-1]), np.float16)
+    for states_LD, row in zip(states_BLD, examples, strict=True):
+        if row.teacher_states is not None:
+            states_LD[row.start : row.start + len(row.teacher_states)] = row.teacher_states
+    return states_BLD
 
 
 def label_ids(
@@ -336,7 +350,7 @@ def collate(
         seconds=np.asarray(seconds, np.float32),
         rows=np.asarray(rows, np.int32),
         audio=audio,
-        stored=collate_stored([(row.start, row.stored) for row in examples], length),
+        teacher_states=_pad_states(examples, length),
         keys=keys,
         loss_weights=factors,
     )

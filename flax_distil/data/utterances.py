@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Float16, Float32, Int
 
 from flax_distil.audio.load import SAMPLE_RATE, AudioError, load_audio
 from flax_distil.config import DataConfig
@@ -28,7 +28,6 @@ from flax_distil.data.cells import (
 )
 from flax_distil.data.parquet import ParquetRows
 from flax_distil.data.sources import read_table
-from flax_distil.data.stored_teacher import StoredTeacher, read_stored
 from flax_distil.data.table import UTTERANCE_NUMBER, Columns, Counts, Row, find_columns
 from flax_distil.errors import InputError
 from flax_distil.text.languages import to_language_code
@@ -59,8 +58,8 @@ class Utterance:
     """Samples a second where `audio` is samples; None is 16 kHz."""
     token_ids: tuple[int, ...] | None = field(default=None, repr=False)
     """The teacher's label, where the source is a label store: no prompt, no end of text."""
-    stored: StoredTeacher | None = field(default=None, repr=False)
-    """The teacher's distributions at the label's tokens, where the label store holds them."""
+    teacher_states: Float16[np.ndarray, "n D"] | None = field(default=None, repr=False)
+    """The teacher's final states at prompt and label, where the label store holds them."""
     transcript: str | None = field(default=None, repr=False)
     """The teacher's label as text, its timestamps and special tokens written out (`<|0.00|>`)."""
     previous: str | tuple[int, ...] | None = field(default=None, repr=False)
@@ -297,6 +296,7 @@ def to_utterance(
     offset, previous = cell_seconds(row.get("offset")), row.get("condition_on_prev")
     if isinstance(previous, bool | int):  # whether it follows on the one before, not yet labelled
         previous = None
+    states = row.get("teacher_states")
     speech = config.speech and cell_bool(row.get("speech"))
     return Utterance(
         id=name(columns.id) or (path and escape(path)) or str(number),
@@ -309,7 +309,7 @@ def to_utterance(
         format="g722" if suffix == "g722" else None,
         rate=rate,
         token_ids=cell_tokens(row.get("token_ids")),
-        stored=read_stored(row),
+        teacher_states=None if states is None else np.asarray(states, np.float16),
         transcript=text(columns.transcript),
         previous=cell_text(previous) if isinstance(previous, str) else cell_tokens(previous),
         recording=name(columns.recording)

@@ -17,7 +17,6 @@ from flax_distil.audio.log_mel import log_mel
 from flax_distil.audio.spec_augment import spec_augment
 from flax_distil.config import AugmentConfig, LossConfig, OptimizerConfig
 from flax_distil.data.batches import Batch
-from flax_distil.data.stored_teacher import FinalStates
 from flax_distil.distill.losses import Losses, hidden_mse, objective
 from flax_distil.distill.state import TrainState, apply_gradients, learning_rate
 from flax_distil.distill.vocabulary import TeacherStates, vocabulary_losses
@@ -147,8 +146,8 @@ def teach(frozen: Frozen, batch: Batch, spec: TrainSpec) -> Guide:
     params = frozen.teacher["decoder"]
     embedding_VD = params["tokens"]["embedding"]
     if spec.stored_teacher:
-        assert isinstance(batch.stored, FinalStates)
-        hidden_BLD = jnp.asarray(batch.stored.teacher_states, spec.teacher.dtype)
+        assert batch.teacher_states is not None
+        hidden_BLD = jnp.asarray(batch.teacher_states, spec.teacher.dtype)
         return Guide(audio_BSD, TeacherStates(hidden_BLD, embedding_VD), None)
     decoder = spec.teacher.decoder(params)
     hidden_BLD, every_NBLD = decoder.hidden_states(jnp.asarray(batch.tokens), audio_BSD)

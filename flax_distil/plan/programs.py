@@ -13,7 +13,6 @@ from jax.sharding import NamedSharding
 from flax_distil.config import DistillConfig
 from flax_distil.data.augment import uses_spec_augment
 from flax_distil.data.batches import Batch
-from flax_distil.data.stored_teacher import FinalStates
 from flax_distil.decode.greedy import Prompt, greedy
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import encode
@@ -186,8 +185,7 @@ def abstract_batch(
         "audio": audio,
     }
     if config.stored_teacher:
-        states: Any = shape((rows, length, dims.width), jnp.float16)
-        fields["stored"] = FinalStates(states)
+        fields["teacher_states"] = shape((rows, length, dims.width), jnp.float16)
     if uses_spec_augment(config.augment):
         fields["keys"] = shape((rows, 2), jnp.uint32)
     return Batch(**fields)

@@ -1,27 +1,16 @@
-"""The teacher's distribution at each token of prompt and label, for distilling without a teacher.
+"""The teacher's final states at each token of prompt and label, to distil without a teacher.
 
 Final states are the decoder's output before the embedding makes logits of it, in float16: 11 bits
-of each number, which the decoder's last layer norm keeps far from float16's largest.
-
-Of the likeliest tokens, K are kept with their log-probabilities, and of all others log Σ p^(1/T)
-for each temperature T that may be trained at. At T = 1 this is the tail's mass. At any other T it
-does not follow from that mass (it depends on how the tail divides it), so it is computed while the
-whole distribution is there, and training at a temperature that is not stored is refused.
-
-Log-probabilities are float16: 11 bits change each by at most |log p| / 2048, and so the divergence
-by at most 1/2048 of the teacher's entropy. Tokens are uint16, tails float32.
+of each number, which the decoder's last layer norm keeps far below float16's largest.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Float, Float16, Int, Int16
 
-from flax_distil.config import PseudoLabelConfig
-from flax_distil.data.stored_teacher import StoredForm, StoredTeacher
 from flax_distil.decode.drafters import Assistant
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.decode.recognizer import (
@@ -34,7 +23,6 @@ from flax_distil.decode.recognizer import (
     pad_batch,
     prepare,
 )
-from flax_distil.errors import InputError
 from flax_distil.model.spec import Params, Spec
 from flax_distil.parallel.clips import by_clip
 
@@ -43,8 +31,8 @@ from flax_distil.parallel.clips import by_clip
 class Explained(Hypothesis):
     """A hypothesis, and what its teacher knew when it wrote it."""
 
-    distributions: StoredTeacher | None = None
-    """What else it would have written, token by token."""
+    teacher_states: Float16[np.ndarray, "n D"] | None = None
+    """Its decoder's final states at each token of prompt and label."""
     audio_SD: BFloat16[np.ndarray, "S D"] | None = None
     """What its encoder said of the clip."""
 
@@ -52,29 +40,15 @@ class Explained(Hypothesis):
 LENGTHS = (32, 64, 128, 256, 448)  # texts are padded to one of these, so that few programs compile
 
 
-def check_form(config: PseudoLabelConfig, vocabulary: int) -> None:
-    """Raises InputError for two forms at once, and numbers of tokens or temperatures that cannot
-    be stored."""
-    if config.teacher_states and config.top_k:
-        raise InputError(
-            f"teacher_states and top_k {config.top_k}: the first holds all that the second does"
-        )
-    if not 0 <= config.top_k < vocabulary:
-        raise InputError(f"top_k {config.top_k} of {vocabulary} tokens: 0 stores none, 32 is usual")
-    temperatures = config.top_k_temperatures
-    if config.top_k and (not temperatures or min(temperatures) <= 0):
-        raise InputError(f"top_k_temperatures {temperatures}: name at least one, all above 0")
-
-
 def explain(
     recognizer: Recognizer,
     waveforms_BN: Int16[np.ndarray, "B N"],
     options: DecodeOptions,
-    form: StoredForm | None = None,
+    keep_states: bool = False,
     keep_audio: bool = False,
     assistant: Assistant | None = None,
 ) -> list[Explained]:
-    """`recognize`, and with a form the distributions at every token of what was written."""
+    """`recognize`, with the final states at every token and the audio states where asked for."""
     known, _ = prepare(recognizer, options, len(waveforms_BN), assistant)
     filled_BN = pad_batch(waveforms_BN)
     audio_BSD = encode(recognizer.spec, recognizer.params["encoder"], filled_BN)
@@ -82,27 +56,26 @@ def explain(
     windows = [Window(language) for language in languages[: len(waveforms_BN)]]
     heard_BSE = drafter_hears(assistant, windows, encode, filled_BN)
     found = decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
-    stored: Sequence[StoredTeacher | None] = [None] * len(found)
-    if form:
-        stored = distributions(recognizer, audio_BSD, found, options, form)
+    states: Sequence[np.ndarray | None] = [None] * len(found)
+    if keep_states:
+        states = label_states(recognizer, audio_BSD, found, options)
     kept = np.asarray(audio_BSD.astype(jnp.bfloat16)) if keep_audio else [None] * len(found)
     return [
-        Explained(**vars(hypothesis), distributions=one, audio_SD=audio_SD)
-        for hypothesis, one, audio_SD in zip(found, stored, kept, strict=False)
+        Explained(**vars(hypothesis), teacher_states=one, audio_SD=audio_SD)
+        for hypothesis, one, audio_SD in zip(found, states, kept, strict=False)
     ]
 
 
-def distributions(
+def label_states(
     recognizer: Recognizer,
     audio_BSD: Float[Array, "B S D"],
     hypotheses: Sequence[Hypothesis],
     options: DecodeOptions,
-    form: StoredForm,
-) -> list[StoredTeacher]:
-    """The teacher at each token of the prompt and of these hypotheses.
+) -> list[Float16[np.ndarray, "n D"]]:
+    """The teacher's final states at each token of the prompt and of these hypotheses.
 
     The whole text is read at once, behind the prompt that it was written behind and that training
-    puts before it; the prompt's distributions are kept too, from the start of transcript on. The
+    puts before it; the prompt's states are kept too, from the start of transcript on. The
     rows of `audio_BSD` are the hypotheses' clips.
     """
     tokens = recognizer.tokens
@@ -116,13 +89,9 @@ def distributions(
     tokens_BL = np.full((len(audio_BSD), length), tokens.eot, np.int32)
     for row, line in zip(tokens_BL, lines, strict=False):
         row[: len(line)] = line
-    spec, params = recognizer.spec, recognizer.params["decoder"]
-    if form.width:
-        found = (final_states(spec, params, audio_BSD, tokens_BL),)
-    else:
-        found = top_k(spec, params, audio_BSD, tokens_BL, form.top_k, form.temperatures)
-    found = jax.device_get(found)
-    return [form.make([leaf[row, : len(line)] for leaf in found]) for row, line in enumerate(lines)]
+    params = recognizer.params["decoder"]
+    states_BLD = np.asarray(final_states(recognizer.spec, params, audio_BSD, tokens_BL))
+    return [states_LD[: len(line)] for states_LD, line in zip(states_BLD, lines, strict=False)]
 
 
 @by_clip(static=("spec",))
@@ -131,28 +100,3 @@ def final_states(
 ) -> Float16[Array, "B L D"]:
     """What logits are made of. params: the decoder's."""
     return spec.decoder(params)(tokens_BL, audio_BSD).astype(jnp.float16)
-
-
-@by_clip(static=("spec", "k", "temperatures"))
-def top_k(
-    spec: Spec,
-    params: Params,
-    audio_BSD: Float[Array, "B S D"],
-    tokens_BL: Int[Array, "B L"],
-    k: int,
-    temperatures: tuple[float, ...],
-) -> tuple[Array, Array, Array]:
-    """The K likeliest next tokens [B L K], their log-probabilities, and the tails [B L T].
-
-    params: the decoder's. The logits of one clip exist at a time.
-    """
-    decoder = spec.decoder(params)
-
-    def row(hidden_LD: Array) -> tuple[Array, Array, Array]:
-        log_p_LV = jax.nn.log_softmax(decoder.logits(hidden_LD[None])[0])
-        top_LK, tokens_LK = jax.lax.top_k(log_p_LV, k)
-        rest_LV = jnp.put_along_axis(log_p_LV, tokens_LK, -jnp.inf, axis=-1, inplace=False)
-        tails = [jax.nn.logsumexp(rest_LV / temperature, axis=-1) for temperature in temperatures]
-        return tokens_LK.astype(jnp.uint16), top_LK.astype(jnp.float16), jnp.stack(tails, axis=-1)
-
-    return jax.lax.map(row, decoder(tokens_BL, audio_BSD))

@@ -31,9 +31,7 @@ def settings(
     weights: fingerprint of the teacher. vocabulary: number of its tokens. width: of its decoder.
     """
     fields = dataclasses.asdict(config) | {"teacher_states": config.teacher_states and width}
-    of_distributions = () if config.top_k else ("top_k", "top_k_temperatures")
-    of_states = () if config.teacher_states else ("teacher_states",)
-    for name in (*PLACE_AND_PACE, *of_distributions, *of_states):
+    for name in (*PLACE_AND_PACE, *(() if config.teacher_states else ("teacher_states",))):
         del fields[name]
     size = None if isinstance(utterances, UtteranceStream) else len(utterances)
     return {"weights": weights, "vocabulary": vocabulary, "utterances": size, **fields}

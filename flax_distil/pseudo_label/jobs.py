@@ -21,7 +21,6 @@ from flax_distil.data.utterances import (
 from flax_distil.data.windows import DecodedClip, decode_clips
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
-from flax_distil.pseudo_label.distributions import check_form
 from flax_distil.pseudo_label.identity import fingerprint, settings, states_folder
 from flax_distil.pseudo_label.rows import AudioCell, audio_cells
 from flax_distil.pseudo_label.store import LabelStore, open_store
@@ -77,10 +76,9 @@ def prepare(config: PseudoLabelConfig) -> tuple[list[LabelJob], Checkpoint]:
         if getattr(config, name) < 1:
             raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
     if config.draft_tokens != PseudoLabelConfig.draft_tokens and not config.assistant:
-        raise InputError("--draft_tokens has no effect without --assistant: add one")
+        raise InputError("--draft-tokens has no effect without --assistant: add one")
     datasets = [(one, windows(one)) for one in by_dataset(config)]
     checkpoint = load_checkpoint(config.model)
-    check_form(config, checkpoint.dims.vocab)
     tokens, weights = checkpoint.tokens(), fingerprint(checkpoint.params)
     jobs = []
     for one, utterances in datasets:

@@ -93,7 +93,7 @@ def pseudo_label(
         ended=hypothesis.ended,
         speech=speech,
         **of_parts,
-        distributions=getattr(hypothesis, "distributions", None),
+        teacher_states=getattr(hypothesis, "teacher_states", None),
         audio_SD=getattr(hypothesis, "audio_SD", None),
     )
 

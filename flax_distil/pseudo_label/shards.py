@@ -13,7 +13,6 @@ from jaxtyping import Int16
 
 from flax_distil.config import PseudoLabelConfig
 from flax_distil.data.audio_states import write_states
-from flax_distil.data.stored_teacher import StoredForm
 from flax_distil.data.utterances import Skipped, Utterance, to_language
 from flax_distil.data.windows import DecodedClip, map_in_order, pad_clips
 from flax_distil.decode.assistant import load_assistant
@@ -58,11 +57,11 @@ def load_teacher(job: LabelJob, checkpoint: Checkpoint) -> Teacher:
         max_tokens=config.max_tokens,
         beams=config.beams,
     )
-    form, keep_audio = StoredForm.of(job.store.settings), config.audio_states is not None
+    keep_states, keep_audio = config.teacher_states, config.audio_states is not None
 
     def teacher(waveforms_BN: np.ndarray, language: str | None) -> Sequence[Hypothesis]:
         of_batch = dataclasses.replace(options, language=language)
-        return explain(recognizer, waveforms_BN, of_batch, form, keep_audio, assistant)
+        return explain(recognizer, waveforms_BN, of_batch, keep_states, keep_audio, assistant)
 
     return teacher
 

@@ -29,7 +29,6 @@ from cattrs import Converter
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from flax_distil.data.stored_teacher import StoredForm, StoredTeacher, places
 from flax_distil.data.utterances import UTTERANCE_NUMBER, Skipped
 from flax_distil.errors import InputError, check_writable
 from flax_distil.files import remove_partial, write_whole
@@ -122,8 +121,8 @@ class PseudoLabel:
     """Errors in each part, by the alignment of the whole window."""
     part_words: tuple[int, ...] | None = None
     """Words (or characters) of each part's normalised text."""
-    distributions: StoredTeacher | None = dataclasses.field(default=None, repr=False)
-    """The teacher's distribution at each token of prompt and label, where the store keeps it."""
+    teacher_states: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    """float16 [n, D]: the decoder's final states at each token of prompt and label, if kept."""
     audio_SD: np.ndarray | None = dataclasses.field(default=None, repr=False)
     """The encoder's output, which is kept beside the store."""
 
@@ -187,9 +186,8 @@ class LabelStore:
         """Write a shard of labels. skipped: clips without one, by utterance number."""
         rows = [{name: getattr(label, name) for name in SCHEMA.names} for label in labels]
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
-        if form := StoredForm.of(self.settings):
-            for name, column in _distributions(labels, form).items():
-                table = table.append_column(name, column)
+        if width := self.settings.get("teacher_states"):
+            table = table.append_column("teacher_states", _states_column(labels, width))
         return self.write_table(number, table, skipped)
 
     def write_table(
@@ -348,17 +346,13 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
     return store
 
 
-def _distributions(labels: Sequence[PseudoLabel], form: StoredForm) -> dict[str, pa.Array]:
-    """Columns of the teacher's distributions: a list of fixed-size lists per row."""
-    kept = [label.distributions for label in labels if label.distributions is not None]
-    starts = np.cumsum([0, *map(places, kept)], dtype=np.int32)
-    columns = {}
-    for name, (size, dtype) in form.columns().items():
-        rows = [getattr(one, name) for one in kept]
-        values = np.concatenate([np.zeros((0, size)), *rows]).astype(dtype)
-        inner = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), size)
-        columns[name] = pa.ListArray.from_arrays(starts, inner)
-    return columns
+def _states_column(labels: Sequence[PseudoLabel], width: int) -> pa.Array:
+    """The final states: a list of lists of `width` numbers per row."""
+    rows = [label.teacher_states for label in labels if label.teacher_states is not None]
+    starts = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    values = np.concatenate([np.zeros((0, width), np.float16), *rows])
+    inner = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
+    return pa.ListArray.from_arrays(starts, inner)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

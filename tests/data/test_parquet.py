@@ -7,7 +7,6 @@ import pytest
 
 from flax_distil.config import DataConfig
 from flax_distil.data.parquet import ParquetRows, cell
-from flax_distil.data.stored_teacher import FinalStates
 from flax_distil.data.utterances import read_dataset
 
 STATES = np.arange(24, dtype=np.float16).reshape(4, 3, 2)  # rows, tokens, width
@@ -72,9 +71,8 @@ def test_stored_states_are_read_without_objects(tmp_path):
     pq.write_table(table, path, row_group_size=3)
     found = read_dataset(path)
     for number, utterance in enumerate(found):
-        assert isinstance(utterance.stored, FinalStates)
-        assert np.array_equal(utterance.stored.teacher_states, STATES[number])
-        assert not utterance.stored.teacher_states.flags.owndata
+        assert np.array_equal(utterance.teacher_states, STATES[number])
+        assert not utterance.teacher_states.flags.owndata
         assert utterance.token_ids == (1, 2)
         assert type(utterance.token_ids[0]) is int
 

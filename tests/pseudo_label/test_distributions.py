@@ -9,13 +9,11 @@ import torch
 from datasets import load_dataset
 
 from flax_distil.config import FilterConfig
-from flax_distil.data.stored_teacher import LikeliestTokens, collate_stored
+from flax_distil.data.batches import Example, _pad_states
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label import filter as filtering
 from flax_distil.pseudo_label import run
 from flax_distil.text.tokens import load_tokens
-
-K, TEMPERATURES = 5, (1.0, 2.0)
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +21,6 @@ def model(random_folders):
     from transformers import WhisperForConditionalGeneration
 
     return WhisperForConditionalGeneration.from_pretrained(random_folders[0]).eval()
-
-
-def test_stored_are_the_teachers_own(config, random_folders, model, tmp_path):
-    """float16 keeps 11 bits of a log-probability; tails are float32. The filter keeps them."""
-    config = dataclasses.replace(config, top_k=K, top_k_temperatures=TEMPERATURES)
-    for row, logits in labelled(config, random_folders[0], model, tmp_path / "filtered"):
-        log_p = torch.log_softmax(logits, -1)
-        top, expected = torch.topk(log_p, K)
-        assert len(row["top_tokens"]) == len(logits)
-        np.testing.assert_array_equal(row["top_tokens"], expected)
-        np.testing.assert_allclose(row["top_log_probabilities"], top, rtol=2**-11)
-        for place, temperature in enumerate(TEMPERATURES):
-            rest = (log_p / temperature).scatter(-1, expected, -torch.inf).logsumexp(-1)
-            np.testing.assert_allclose(np.array(row["tails"])[:, place], rest, atol=1e-5)
-    filtered, cache = str(tmp_path / "filtered"), str(tmp_path / "cache")
-    assert load_dataset(filtered, split="train", cache_dir=cache)[0]["tails"]
 
 
 def test_final_states_make_the_teachers_logits(config, random_folders, model, tmp_path):
@@ -50,6 +32,8 @@ def test_final_states_make_the_teachers_logits(config, random_folders, model, tm
         found = torch.tensor(row["teacher_states"]) @ embedding.T
         assert found.shape == logits.shape
         assert (found - logits).abs().max() < 1e-3 * logits.abs().max()
+    filtered, cache = str(tmp_path / "filtered"), str(tmp_path / "cache")
+    assert load_dataset(filtered, split="train", cache_dir=cache)[0]["teacher_states"]
 
 
 def test_an_assistant_changes_no_label(config, random_folders, tmp_path):
@@ -62,7 +46,7 @@ def test_an_assistant_changes_no_label(config, random_folders, tmp_path):
         run(one)
         columns.append(pq.read_table(one.output_dir / "data" / "00000.parquet")["token_ids"])
     assert columns[0] == columns[1]
-    with pytest.raises(InputError, match="--draft_tokens has no effect"):
+    with pytest.raises(InputError, match="--draft-tokens has no effect"):
         run(dataclasses.replace(config, draft_tokens=3))
     # An assistant may come and go: it decides nothing about the store.
     assert run(dataclasses.replace(helped, assistant=None)).labels == 3
@@ -89,25 +73,10 @@ def labelled(config, folder, model, filtered):
 
 
 def test_a_batch_has_them_where_their_tokens_are_learnt():
-    one, two = (
-        LikeliestTokens(
-            np.full((n, 3), n, np.uint16),
-            np.full((n, 3), -n, np.float16),
-            np.full((n, 2), -n, np.float32),
-        )
-        for n in (2, 4)
-    )
-    batch = collate_stored([(3, one), (1, two)], length=6)
-    assert batch.top_tokens[:, :, 0].tolist() == [[0, 0, 0, 2, 2, 0], [0, 4, 4, 4, 4, 0]]
-    assert (batch.top_tokens.shape, batch.tails.shape) == ((2, 6, 3), (2, 6, 2))
-    assert [leaf.dtype for leaf in vars(batch).values()] == [np.uint16, np.float16, np.float32]
-
-
-def test_numbers_that_cannot_be_stored(config, random_folders):
-    config = dataclasses.replace(config, model=str(random_folders[0]))
-    with pytest.raises(InputError, match="top_k 51864 of 51864 tokens"):
-        run(dataclasses.replace(config, top_k=51_864))
-    with pytest.raises(InputError, match="teacher_states and top_k 3"):
-        run(dataclasses.replace(config, top_k=3, teacher_states=True))
-    with pytest.raises(InputError, match="name at least one, all above 0"):
-        run(dataclasses.replace(config, top_k=3, top_k_temperatures=(0.0,)))
+    examples = [
+        Example([0] * 6, [0] * 6, start, np.full((n, 3), n, np.float16))
+        for start, n in ((3, 2), (1, 4))
+    ]
+    batch = _pad_states(examples, length=6)
+    assert batch[:, :, 0].tolist() == [[0, 0, 0, 2, 2, 0], [0, 4, 4, 4, 4, 0]]
+    assert (batch.shape, batch.dtype) == ((2, 6, 3), np.float16)
