@@ -1,4 +1,4 @@
-"""Where downloads and compiled programs are kept between runs."""
+"""The cache of downloads and compiled programs."""
 
 import math
 import os
@@ -7,33 +7,33 @@ from typing import Any
 
 
 def cache_folder() -> Path:
-    """The folder `FLAX_DISTIL_CACHE` names, else `~/.cache/flax-distil`; it may not exist yet."""
-    named = os.environ.get("FLAX_DISTIL_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "flax-distil"
+    """The folder of `FLAX_DISTIL_CACHE`, else `~/.cache/flax-distil`; it may not exist yet."""
+    folder = os.environ.get("FLAX_DISTIL_CACHE")
+    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "flax-distil"
 
 
 def model_folder(name: str) -> Path:
-    """Where a model fetched under a short name, such as whisper-tiny.en, lies."""
+    """The folder of a model fetched by its short name, such as whisper-tiny.en."""
     return cache_folder() / "models" / name
 
 
 def keep_programs() -> None:
-    """Let JAX keep compiled programs in the cache, so that the next run starts at once.
+    """Make JAX cache compiled programs, so that later runs start faster.
 
-    To be called before jax is imported; JAX's own variables, where set, win.
+    Call it before jax is imported. JAX's own environment variables take precedence.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 def compile_aside(lowered: Any, options: dict[str, Any] | None = None) -> Any:
-    """Compiles what JAX is not to keep: it cannot read programs for chips that are not here."""
+    """Compile without JAX's cache, which cannot load programs for absent chips."""
     import jax
 
-    kept = "jax_persistent_cache_min_compile_time_secs"
-    seconds = getattr(jax.config, kept)
-    jax.config.update(kept, math.inf)
+    option = "jax_persistent_cache_min_compile_time_secs"
+    seconds = getattr(jax.config, option)
+    jax.config.update(option, math.inf)
     try:
         return lowered.compile(compiler_options=options)
     finally:
-        jax.config.update(kept, seconds)
+        jax.config.update(option, seconds)

@@ -1,4 +1,4 @@
-"""The exceptions that mean «your input, not our bug», and guards around files that raise them."""
+"""Exceptions for wrong user input, and file checks that raise them."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """The user's input or configuration is wrong; the message says what, and the remedy.
+    """The user's input or configuration is wrong; the message says how, and the remedy.
 
     The command line prints it without a traceback and exits with status 2.
     """
@@ -18,7 +18,7 @@ class InputError(ValueError):
 
 
 class SomeFailed(InputError):
-    """Some of many inputs could not be used, the others are done; the message lists the failed.
+    """Some of many inputs failed and the others are done; the message lists the failed ones.
 
     The command line exits with status 1.
     """
@@ -27,7 +27,7 @@ class SomeFailed(InputError):
 
 
 class Stopped(InputError):
-    """A stage was asked to stop and saved what it did; the stages after it do not run.
+    """A stage was asked to stop and saved its work; later stages do not run.
 
     The command line exits with status 3.
     """
@@ -39,31 +39,31 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-        InputError: it is not there, or holds none.
+        InputError: the file is missing or does not hold a JSON object.
     """
     if not path.is_file():
-        raise InputError(f"{path} is not there: is {path.parent} a Whisper model?")
+        raise InputError(f"{path} is missing: is {path.parent} a Whisper model?")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:
-        raise InputError(f"{path} is no JSON (nested too deeply): fetch it again") from None
+        raise InputError(f"{path} is not JSON (nested too deeply): fetch it again") from None
     except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}): fetch it again") from None
+        raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object: fetch it again")
     return content
 
 
 def check_writable(folder: Path) -> None:
-    """Raises InputError where `folder` is none that can be written to, nor can be made."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise InputError(f"{there} is no folder that can be written to: give --output-dir another")
+    """Raises InputError where `folder` cannot be written to or created."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise InputError(f"cannot write to {existing}: choose another --output-dir")
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Around what writes into `folder`, whose disk may be full.
+    """Turns an OSError of writing into `folder`, as of a full disk, into an InputError.
 
     Raises:
         InputError: something could not be written.
@@ -71,5 +71,5 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = error.filename or folder
-        raise InputError(f"{named} cannot be written: {error.strerror or error}") from error
+        path = error.filename or folder
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

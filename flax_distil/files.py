@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever is killed and however full the disk is."""
+"""Atomic writing of files: complete or absent after a kill or on a full disk."""
 
 import fcntl
 import os
@@ -8,9 +8,10 @@ from pathlib import Path
 
 
 def write_whole(path: Path, contents: bytes) -> None:
-    """Write, reach the disk, then rename: a kill leaves the old file, or none, or the whole one.
+    """Write a file atomically: to a temporary file, synced, then renamed.
 
-    Raises OSError that names `path`, which is then as it was.
+    Raises:
+        OSError: writing failed; `path` is unchanged.
     """
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
@@ -26,20 +27,20 @@ def write_whole(path: Path, contents: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:  # a full disk has no room for what is of no use
+    except OSError as error:  # free the space on a full disk
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_changed(path: Path, text: str) -> None:
-    """As `write_whole`, where the file does not hold this text already."""
+    """As `write_whole`, unless the file already holds this text."""
     contents = text.encode()
     if not path.is_file() or path.read_bytes() != contents:
         write_whole(path, contents)
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what killed writers left; a file that is being written is locked and stays."""
+    """Remove temporary files of killed writers; files being written are locked and stay."""
     for path in folder.glob(".*.partial"):
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,9 +24,9 @@ from jaxtyping import Float, Float16, Int, Int16, Shaped, UInt32
 
 from flax_distil.data.packing import clip_seconds, part_offsets
 from flax_distil.data.rng import Purpose, generator
-from flax_distil.data.utterances import Utterance, to_language
+from flax_distil.data.utterances import Utterance
 from flax_distil.errors import InputError
-from flax_distil.text.languages import WITHOUT_SPACES
+from flax_distil.text.languages import WITHOUT_SPACES, to_language_code
 from flax_distil.text.special import split_timestamps, strip_special
 from flax_distil.text.tokens import WhisperTokens
 
@@ -59,6 +59,10 @@ class TargetOptions:
     """Factor of the KL divergence (and the hidden states' distance) of these examples."""
     ce: float = 1.0
     """Factor of their cross-entropy."""
+
+    def __post_init__(self):
+        if self.language is not None:
+            object.__setattr__(self, "language", to_language_code(self.language))
 
 
 @jax.tree_util.register_dataclass
@@ -117,11 +121,10 @@ def make_example(
     """
     timed, prompted = example_draws(seed)
     language = utterance.language or options.language
-    code = None if language is None else to_language(language)
     timestamps = timed < options.timestamp_probability
     if not has_speech(utterance, options.target):
-        return non_speech_example(utterance, tokens, options, code, timestamps)
-    spelt = "en" if options.task == "translate" else code
+        return non_speech_example(utterance, tokens, options, language, timestamps)
+    spelt = "en" if options.task == "translate" else language
     label = label_ids(utterance, tokens, options.target, spelt)
     timestamps &= any(token in tokens.times for token in label)
 
@@ -129,7 +132,7 @@ def make_example(
         return ids if timestamps else [token for token in ids if token not in tokens.times]
 
     label = written(label)
-    prompt = tokens.prompt(code, options.task, timestamps=timestamps)
+    prompt = tokens.prompt(language, options.task, timestamps=timestamps)
     end = [tokens.eot] if utterance.ended else []
     line, start = [*prompt, *label, *end], 0
     room = min(PREVIOUS_TOKENS, max(options.buckets) - len(prompt) - len(label) - 1)
@@ -137,7 +140,7 @@ def make_example(
     if prompted < options.prompt_probability and room > 0:
         before = written(previous_ids(utterance, previous, tokens, options.target, spelt))[-room:]
     if before:
-        line = [*tokens.prompt(code, options.task, timestamps, before), *label, *end]
+        line = [*tokens.prompt(language, options.task, timestamps, before), *label, *end]
         start = line.index(tokens.sot)
     stored = None
     if options.stored:

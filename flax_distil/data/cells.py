@@ -14,6 +14,8 @@ from flax_distil.audio.container import RATES
 from flax_distil.audio.load import SAMPLE_RATE, AudioError, full_scale
 from flax_distil.audio.samples import Chunk, mix_to_mono, resample, split_seconds
 from flax_distil.data.table import Row
+from flax_distil.errors import InputError
+from flax_distil.text.languages import to_language_code
 
 UNWRITABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 NO_TEXT = re.compile("[\x00\ud800-\udfff]")
@@ -37,6 +39,15 @@ def cell_text(value: Any) -> str | None:
     """What is said; U+FFFD where it holds what is no text."""
     text = _string(value)
     return None if text is None else NO_TEXT.sub("\ufffd", text)
+
+
+def cell_language(value: Any) -> str | None:
+    """Whisper's code of a language; the text itself where Whisper does not have the language."""
+    text = cell_name(value)
+    try:
+        return text and to_language_code(text)
+    except InputError:
+        return text
 
 
 def is_missing(value: Any) -> bool:

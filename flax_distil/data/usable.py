@@ -13,9 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from flax_distil.data.batches import TargetOptions, longest_prompt
-from flax_distil.data.utterances import Utterances, cell_bool, to_language
+from flax_distil.data.utterances import Utterances, cell_bool
 from flax_distil.errors import InputError
-from flax_distil.text.languages import LANGUAGES
 from flax_distil.text.tokens import WhisperTokens
 
 log = logging.getLogger(__name__)
@@ -33,20 +32,10 @@ class LearnableRows:
 
 
 def language_reason(language: str | None, tokens: WhisperTokens) -> str | None:
-    """Why a checkpoint cannot learn or write this language; None where it can."""
-    try:
-        code = None if language is None else to_language(language)
-    except InputError as error:
-        return str(error)
-    if not tokens.multilingual:
-        if code in (None, "en"):
-            return None
-        return f"an English-only checkpoint has no {LANGUAGES[code]}"
-    if code is None:
+    """Why a checkpoint cannot learn a language; None where it can."""
+    if language is None and tokens.multilingual:
         return "no language is named"
-    if code not in tokens.languages:
-        return f"this checkpoint's {len(tokens.languages)} languages lack {LANGUAGES[code]}"
-    return None
+    return tokens.unsupported(language)
 
 
 def usable_rows(

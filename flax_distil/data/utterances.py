@@ -3,7 +3,7 @@
 import logging
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from flax_distil.data.cells import (
     array_to_waveform,
     cell_audio,
     cell_bool,
+    cell_language,
     cell_name,
     cell_number,
     cell_seconds,
@@ -49,7 +50,7 @@ class Utterance:
     """Seconds, as far as the source tells; the length to cut where there is an `offset`."""
     speaker: str | None = None
     language: str | None = None
-    """As the source writes it; `to_language` makes a code of it."""
+    """Whisper's code; a language that Whisper does not have is as the source writes it."""
     offset: float | None = None
     """Seconds into a longer recording where the clip starts; None is all of the audio."""
     format: str | None = None
@@ -140,7 +141,9 @@ class Utterances(Sequence[Utterance]):
             read = cell_number
         elif name == columns.text:
             read = cell_text
-        elif name in (columns.id, columns.speaker, columns.recording, columns.language):
+        elif name == columns.language:
+            read = cell_language
+        elif name in (columns.id, columns.speaker, columns.recording):
             read = cell_name
         cells = self._cells(name)
         values = list(map(read, cells) if read else cells)
@@ -249,7 +252,7 @@ def read_dataset(source: DataConfig | str | Path) -> Utterances | UtteranceStrea
     """
     config = source if isinstance(source, DataConfig) else DataConfig(str(source))
     if config.language is not None:
-        to_language(config.language)
+        config = replace(config, language=to_language_code(config.language))
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit {config.limit} leaves no utterance: use 1 or more")
     table = read_table(config)
@@ -297,6 +300,7 @@ def to_utterance(
     if isinstance(previous, bool | int):  # whether it follows on the one before, not yet labelled
         previous = None
     states = row.get("teacher_states")
+    language = cell_language(row.get(columns.language)) if columns.language else None
     speech = config.speech and cell_bool(row.get("speech"))
     return Utterance(
         id=name(columns.id) or (path and escape(path)) or str(number),
@@ -304,7 +308,7 @@ def to_utterance(
         text=text(columns.text) if speech else "",
         duration=cell_seconds(row.get("duration")),
         speaker=name(columns.speaker),
-        language=name(columns.language) or config.language,
+        language=language or config.language,
         offset=offset,
         format="g722" if suffix == "g722" else None,
         rate=rate,
@@ -340,16 +344,6 @@ def continues(utterance: Utterance, before: Utterance | None) -> bool:
         return False
     whose, theirs = ((one.speaker, one.recording) for one in (utterance, before))
     return whose == theirs and whose != (None, None)
-
-
-def to_language(language: str) -> str:
-    """Whisper's code of a language, region aside: `"English"`, `"en-US"`, `"en_us"` → `"en"`."""
-    try:
-        return to_language_code(language)
-    except InputError:
-        if len(head := language.replace("_", "-").partition("-")[0]) in (2, 3):
-            return to_language_code(head)
-        raise
 
 
 def load_waveform(utterance: Utterance, longest: float | None = None) -> Float32[np.ndarray, "n"]:

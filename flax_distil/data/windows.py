@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int16
 
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, AudioError, to_int16
 from flax_distil.data.packing import with_durations
-from flax_distil.data.utterances import Skipped, Utterance, load_waveform, to_language
+from flax_distil.data.utterances import Skipped, Utterance, load_waveform
 from flax_distil.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -150,8 +150,6 @@ def _decoded(utterance: Utterance) -> DecodedClip | Skipped:
     """One clip, of which no more is decoded than shows that it is too long."""
     longest = CLIP_SAMPLES // SAMPLE_RATE + 1
     try:
-        if utterance.language is not None:
-            to_language(utterance.language)
         samples = to_int16(load_waveform(utterance, longest))
     except (InputError, OSError) as error:
         return Skipped(utterance.id, str(error))

@@ -27,7 +27,7 @@ from flax_distil.model.generation import kept_heads
 from flax_distil.model.spec import Params, Spec
 from flax_distil.parallel.clips import by_clip, chips_of, replicate
 from flax_distil.text.languages import to_language_code
-from flax_distil.text.tokens import WhisperTokens
+from flax_distil.text.tokens import TIMESTAMP_STEP, WhisperTokens
 from flax_distil.text.wer import compression_ratio
 
 log = logging.getLogger(__name__)
@@ -358,7 +358,7 @@ def rule_set(tokens: WhisperTokens, options: DecodeOptions) -> RuleSet:
         suppressed_first=tokens.suppressed_first,
         timestamp_begin=tokens.timestamp_begin if options.timestamps else None,
         no_timestamps=tokens.no_timestamps,
-        max_initial=round(options.max_initial_timestamp / 0.02),
+        max_initial=round(options.max_initial_timestamp / TIMESTAMP_STEP),
         prefixed=options.timestamps and bool(text_ids(tokens, options.prefix)),
         repetition_penalty=options.repetition_penalty,
         no_repeat_ngram=options.no_repeat_ngram,

@@ -8,8 +8,7 @@ from typing import Any
 
 from flax_distil.config import DistillConfig
 from flax_distil.data.mixing import TrainingSource
-from flax_distil.data.usable import language_reason
-from flax_distil.data.utterances import Concatenated, Utterances, to_language
+from flax_distil.data.utterances import Concatenated, Utterances
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.pseudo_label.identity import fingerprint
@@ -135,7 +134,7 @@ def spoken(sources: Sequence[TrainingSource], tokens: WhisperTokens) -> dict[str
             else:  # a stream's rows are not read yet
                 languages.add(None)
     known = None not in languages
-    codes = {to_language(one) for one in languages if one and not language_reason(one, tokens)}
+    codes = {one for one in languages if one and not tokens.unsupported(one)}
     return {"languages": sorted(codes) if known else None, "tasks": sorted(tasks)}
 
 

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from flax_distil.config import DistillConfig
 from flax_distil.data.mixing import TrainingSource
-from flax_distil.data.utterances import to_language
 from flax_distil.distill.step import Frozen, TrainSpec
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
@@ -21,6 +20,7 @@ from flax_distil.model.dims import WhisperDims
 from flax_distil.model.spec import HALVES, Params, Spec, unstack_layers
 from flax_distil.model.student import layer_map, same_arrays
 from flax_distil.parallel.mesh import data_shards
+from flax_distil.text.languages import to_language_code
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def check_numbers(config: DistillConfig) -> None:
     """Raises InputError for settings that could not train anything."""
     loss, optimizer = config.loss, config.optimizer
     if config.language is not None:
-        to_language(config.language)
+        to_language_code(config.language)
     if min(loss.kl, loss.ce, loss.mse) < 0 or loss.kl + loss.ce + loss.mse == 0:
         raise InputError(
             f"loss weights kl {loss.kl}, ce {loss.ce}, mse {loss.mse}: none may be negative and "

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from flax_distil.config import DataConfig, DistillConfig
-from flax_distil.data.utterances import Utterance, Utterances, read_dataset, to_language
+from flax_distil.data.utterances import Utterance, Utterances, read_dataset
 from flax_distil.data.windows import DecodedClip, Skipped, decode_clip, window_batches
 from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import Recognizer, recognize
@@ -126,13 +126,9 @@ def check_usable(
 
 def unusable(text: str, language: str | None, tokens: WhisperTokens) -> str | None:
     """Why nothing can be judged by this reference in this language; None where it can."""
-    try:
-        code = to_language(language) if language else None
-    except InputError as error:
-        return str(error)
-    if reason := tokens.lacks(code):
+    if reason := tokens.unsupported(language):
         return reason
-    blank = not error_rate(code or "en").normalize(text)
+    blank = not error_rate(language or "en").normalize(text)
     return "nothing is left of its references by the normaliser" if blank else None
 
 
@@ -157,14 +153,10 @@ def judge(
             else:
                 yield utterance
 
-    def language(utterance: Utterance) -> str | None:
-        code = utterance.language or config.language
-        return to_language(code) if code else None
-
     mine = range(len(utterances))[host_slice(len(utterances))]
     waiting = (utterances[number] for number in mine)
     judged = tqdm(waiting, "validation", len(mine), unit="clip", leave=False, delay=5)
-    for code, group in groupby(usable(judged), key=language):
+    for code, group in groupby(usable(judged), key=lambda one: one.language or config.language):
         options = DecodeOptions(language=code, max_tokens=config.validation.max_tokens)
         size, workers = config.validation.batch_size, config.run.workers
         for windows in window_batches(group, size, workers, skipped.append):

@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, pad_or_trim
 from flax_distil.config import DataConfig, EvaluateConfig
-from flax_distil.data.utterances import Utterance, load_waveform, read_dataset, to_language
+from flax_distil.data.utterances import Utterance, load_waveform, read_dataset
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
 from flax_distil.errors import InputError, check_writable, writing
 from flax_distil.evaluate.report import ClipResult, DatasetResult, ModelResult, Report
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.parallel.multihost import from_all_hosts, is_main_host, start
+from flax_distil.text.languages import to_language_code
 from flax_distil.text.wer import ErrorCounts, ErrorRate, error_rate
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def evaluate_models(config: EvaluateConfig) -> Report:
         name: make_recognizer(load_checkpoint(source), config.dtype)
         for name, source in names.items()
     }
-    if config.language and (reason := lacks(recognizers, to_language(config.language))):
+    if config.language and (reason := lacks(recognizers, to_language_code(config.language))):
         raise InputError(reason)
     results: dict[str, list[BatchResult]] = {}
     skipped: dict[str, list[str]] = {}
@@ -142,7 +143,7 @@ def dataset_names(sources: Sequence[str]) -> dict[str, str]:
 def lacks(recognizers: Mapping[str, Recognizer], language: str) -> str | None:
     """Which model cannot read a language, and why; None where all can."""
     for name, recognizer in recognizers.items():
-        if reason := recognizer.tokens.lacks(language):
+        if reason := recognizer.tokens.unsupported(language):
             return f"{name}: {reason}"
     return None
 
@@ -237,7 +238,7 @@ def _usable(
     """The clips that can be judged; the others are added to `skipped`, with the reason."""
     for utterance in utterances:
         try:
-            language = to_language(config.language or utterance.language or "en")
+            language = to_language_code(config.language or utterance.language or "en")
             if reason := lacks(recognizers, language):
                 raise InputError(reason)
             if not _rate(language, config).normalize(utterance.text or ""):

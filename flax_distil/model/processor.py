@@ -17,6 +17,7 @@ from flax_distil.model.dims import (
     WhisperDims,
 )
 from flax_distil.model.generation import special_ids
+from flax_distil.text.tokens import TIMESTAMP_STEP, TIMESTAMPS
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-TIMESTAMPS = [f"<|{step * 0.02:.2f}|>" for step in range(1501)]  # 0.00 to 30.00 s
+TIMES = [f"<|{step * TIMESTAMP_STEP:.2f}|>" for step in range(TIMESTAMPS)]  # 0.00 to 30.00 s
 
 
 def copy_processor(source: Path, folder: Path, dims: WhisperDims) -> None:
@@ -83,7 +84,7 @@ def tokenizer_files(tokenizer: dict[str, Any], dims: WhisperDims) -> dict[str, A
     missing = [
         {"id": ids["notimestamps"] + 1 + step, "content": token, **shape}
         | {"normalized": True, "special": False}
-        for step, token in enumerate(TIMESTAMPS)
+        for step, token in enumerate(TIMES)
         if token not in tokens
     ]
     added = sorted(tokenizer["added_tokens"] + missing, key=lambda token: token["id"])

@@ -16,7 +16,6 @@ from flax_distil.data.utterances import (
     Utterances,
     UtteranceStream,
     read_dataset,
-    to_language,
 )
 from flax_distil.data.windows import DecodedClip, decode_clips
 from flax_distil.errors import InputError
@@ -59,8 +58,7 @@ class LabelJob:
         clips = decode_clips(utterance)
         if isinstance(clips, Skipped):
             return clips
-        language = utterance.language and to_language(utterance.language)
-        if reason := self.lacks(language):
+        if reason := self.lacks(utterance.language):
             return Skipped(utterance.id, reason)
         cells = audio_cells(utterance, clips, self.config.store_audio)
         return cells if isinstance(cells, Skipped) else list(zip(clips, cells, strict=True))
@@ -86,7 +84,9 @@ def prepare(config: PseudoLabelConfig) -> tuple[list[LabelJob], Checkpoint]:
         store = open_store(one.output_dir, chosen)
         encoder = checkpoint.params["encoder"]
         states = one.audio_states and states_folder(one.audio_states, encoder, store.settings)
-        jobs.append(LabelJob(one, utterances, store, states, partial(tokens.lacks, task=one.task)))
+        jobs.append(
+            LabelJob(one, utterances, store, states, partial(tokens.unsupported, task=one.task))
+        )
     return jobs, checkpoint
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Int16
 
 from flax_distil.config import PseudoLabelConfig
 from flax_distil.data.audio_states import write_states
-from flax_distil.data.utterances import Skipped, Utterance, to_language
+from flax_distil.data.utterances import Skipped, Utterance
 from flax_distil.data.windows import DecodedClip, map_in_order, pad_clips
 from flax_distil.decode.assistant import load_assistant
 from flax_distil.decode.options import DecodeOptions, Hypothesis
@@ -132,8 +132,7 @@ class ShardLabeller:
                 advance(0.0, 1)
                 continue
             for piece, (clip, audio) in enumerate(decoded):
-                spoken = clip.utterance.language
-                language = None if spoken is None else to_language(spoken)
+                language = clip.utterance.language
                 group = groups.setdefault(language, [])
                 group.append(((position, piece), clip, audio))
                 if len(group) == config.batch_size:

@@ -1,5 +1,6 @@
-"""The languages Whisper knows, and the way from what people write to Whisper's code."""
+"""Whisper's languages, and the conversion of language names to Whisper's codes."""
 
+import re
 from difflib import get_close_matches
 
 from flax_distil.errors import InputError
@@ -132,12 +133,18 @@ CODES = {name.lower(): code for code, name in LANGUAGES.items()} | {
 
 
 def to_language_code(language: str) -> str:
-    """`"English"`, `"english"`, `"en"` → `"en"`. Raises InputError with the closest matches."""
+    """Whisper's code of a name or code, with or without a region: `"English"`, `"en-US"` → `"en"`.
+
+    Raises:
+        InputError: Whisper does not have the language; the message names the closest matches.
+    """
     wanted = language.strip().lower().replace("_", " ")
-    if wanted in LANGUAGES:
-        return wanted
-    if wanted in CODES:
-        return CODES[wanted]
+    head = re.split("[- ]", wanted)[0]
+    for name in (wanted, head if len(head) in (2, 3) else ""):
+        if name in LANGUAGES:
+            return name
+        if name in CODES:
+            return CODES[name]
     close = get_close_matches(wanted, [*CODES, *LANGUAGES], n=3)
     hint = " or ".join(f'"{match}"' for match in close) or 'a name or code such as "English", "en"'
-    raise InputError(f'Whisper knows no language "{language}": did you mean {hint}?')
+    raise InputError(f'Whisper has no language "{language}": did you mean {hint}?')

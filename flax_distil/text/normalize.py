@@ -1,4 +1,4 @@
-"""Whisper's text normalisers, applied to both sides before words are counted."""
+"""Whisper's text normalisers, applied to references and hypotheses before words are counted."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,16 +11,19 @@ UNPUBLISHED_RULES = (r"\bkinda\b", r"\bsorta\b", r"\bdunno\b", r"\bcause\b")
 
 @cache
 def normalizer(language: str | None, split_letters: bool | None = None) -> Callable[[str], str]:
-    """Whisper's English normaliser for English, its basic one for any other language or None.
+    """Whisper's English normaliser for English, its basic normaliser otherwise.
 
     English: lower case, no punctuation, fillers or brackets, numbers in digits, contractions and
-    British spellings unified. Basic: lower case, no punctuation or brackets; combining marks go
-    too, as in the published figures. The result has no space at either end, so that an empty text
-    is "". `language` is a code or a name; InputError for an unknown one.
+    British spellings unified. Basic: lower case, no punctuation, brackets or combining marks, as in
+    the published figures. The result has no surrounding space.
 
-    split_letters: each character stands alone, as in the Whisper paper (appendix C) for languages
-        without spaces between words, so that word errors are character errors; by default for
-        those (`languages.WITHOUT_SPACES`), and never for English.
+    language: a code, a name or None.
+    split_letters: put spaces between all characters, so that word errors are character errors
+        (Whisper paper, appendix C). The default is to do so for the languages of
+        `languages.WITHOUT_SPACES`; English text is never split.
+
+    Raises:
+        InputError: an unknown language.
     """
     code = None if language is None else to_language_code(language)
     if code == "en":

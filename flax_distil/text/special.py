@@ -1,8 +1,8 @@
-"""Special tokens that stand in texts as they are written, such as `<|0.00|>` or `<|endoftext|>`.
+"""Special tokens that are written out in texts, such as `<|0.00|>` or `<|endoftext|>`.
 
-Published label sets have them, and references may. Whisper's normalisers drop them before words
-are counted, so they are dropped in what is learnt as well: never are their characters a target. In
-pseudo-labels the timestamps among them are timestamps.
+Published label sets contain them, and references may. Whisper's normalisers drop them before words
+are counted, so they are dropped from training targets too. The timestamps in pseudo-labels become
+timestamp tokens.
 """
 
 import re
@@ -12,12 +12,12 @@ SECONDS = re.compile(r"\d{1,2}\.\d{1,2}")
 
 
 def strip_special(text: str) -> str:
-    """The text without special tokens and without space at either end."""
+    """The text without special tokens and without surrounding space."""
     return SPECIAL.sub("", text).strip()
 
 
 def split_timestamps(text: str) -> list[str | float]:
-    """Stretches of text, and the seconds of the timestamps between them, in order."""
+    """Pieces of text and the seconds of the timestamps between them, in order."""
     found: list[str | float] = [""]
     end = 0
     for token in SPECIAL.finditer(text):

@@ -1,8 +1,8 @@
 """Whisper's token ids: special tokens, prompts, text to ids and back.
 
-A tokenizer file is read as a plain byte-pair encoding plus a table of special tokens, and the two
-are kept apart. So a transcript that contains "<|endoftext|>" is encoded as those thirteen
-characters, and timestamps are there even when the file leaves them out, as tiny.en's does.
+A tokenizer file is read as a byte-pair encoding and a separate table of special tokens. So a
+transcript that contains "<|endoftext|>" is encoded as thirteen characters, and timestamps exist
+even where the file leaves them out, as that of tiny.en does.
 """
 
 import json
@@ -16,22 +16,18 @@ from tokenizers import AddedToken, Tokenizer
 
 from flax_distil.errors import InputError, read_json
 from flax_distil.text.languages import LANGUAGES, to_language_code
+from flax_distil.text.suppressed import BLANK, CONTROLS, ENGLISH_END, suppressed_ids
 
 TIMESTAMPS = 1501  # <|0.00|> … <|30.00|>
-TIMESTAMP_STEP = 0.02  # seconds from one to the next
-
-# What annotates speech and is not spoken.
-BRACKETS = '"#()*+/:;<=>@[\\]^_`{|}~「」『』'
-REPEATED_SIGNS = "<< >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} ♪♪ ♪♪♪"
-MUSIC = "♩♪♫♬♭♮♯"
+TIMESTAMP_STEP = 0.02  # seconds between two of them
 
 
 @dataclass(frozen=True, eq=False)
 class WhisperTokens:
     """The vocabulary of one Whisper checkpoint.
 
-    Ids from `eot` on are special, up to the time of 30 s. Behind it may stand words that a
-    fine-tuned checkpoint added, and ids of padding, which mean nothing.
+    Ids from `eot` to the timestamp of 30 s are special. Words added by a fine-tuned checkpoint and
+    padding of the embedding may follow.
     """
 
     bpe: Tokenizer = field(repr=False)
@@ -39,7 +35,7 @@ class WhisperTokens:
     sot: int
     transcribe: int
     translate: int
-    previous: int  # starts the text of the segment before
+    previous: int  # precedes the text of the previous segment
     no_speech: int
     no_timestamps: int
     multilingual: bool
@@ -47,31 +43,27 @@ class WhisperTokens:
     suppressed: tuple[int, ...] = field(repr=False)  # never generated
     suppressed_first: tuple[int, ...]  # not generated as the first token
     words: dict[int, str] = field(default_factory=dict, repr=False)  # added; "" where special
-    word_ids: dict[int, int] = field(
-        default_factory=dict, repr=False
-    )  # the bpe's ids of them → ours
-    padding: tuple[int, ...] = field(default=(), repr=False)  # ids of the model that mean nothing
+    word_ids: dict[int, int] = field(default_factory=dict, repr=False)  # id in `bpe` → id here
+    padding: tuple[int, ...] = field(default=(), repr=False)  # ids of the model without a token
 
     @property
     def timestamp_begin(self) -> int:
-        """The id of `<|0.00|>`; timestamps follow, 0.02 s apart, up to 30 s."""
+        """The id of `<|0.00|>`; the other timestamps follow, up to 30 s."""
         return self.no_timestamps + 1
 
     @property
     def times(self) -> range:
-        """The ids of the timestamps. `id in times` is fast for an `int` alone."""
+        """The ids of the timestamps. `id in times` is only fast for a Python `int`."""
         return range(self.timestamp_begin, self.timestamp_begin + TIMESTAMPS)
 
     @property
     def vocabulary(self) -> int:
-        """Number of ids, timestamps and added words included, padding not.
-
-        51864, 51865 or 51866 in published checkpoints.
-        """
+        """Number of ids with timestamps and added words: 51864 to 51866 in published
+        checkpoints."""
         return max(self.words, default=self.times.stop - 1) + 1
 
     def is_text(self, token: int) -> bool:
-        """Whether a token is a piece of text, and no control and no time."""
+        """Whether a token is text, neither a control token nor a timestamp."""
         return token < self.eot or token in self.words
 
     def prompt(
@@ -81,19 +73,20 @@ class WhisperTokens:
         timestamps: bool = False,
         previous: Sequence[int] = (),
     ) -> list[int]:
-        """What the decoder reads before its first own token.
+        """The decoder's prompt: `[previous …] sot [language task] [no_timestamps]`.
 
-        `[previous …] sot [language task] [no_timestamps]`: language and task only where the
-        checkpoint is multilingual, no_timestamps unless `timestamps`. `previous` are text ids, as
-        many as the caller has room for.
-        Raises InputError for a language or task the checkpoint lacks, or a missing language.
+        Language and task are only in the prompt of a multilingual checkpoint. previous: ids of the
+        text before, as many as the caller has room for.
+
+        Raises:
+            InputError: the checkpoint lacks the language or task, or the language is missing.
         """
         start = [self.previous, *previous, self.sot] if previous else [self.sot]
         return start + self._language_task(language, task) + [self.no_timestamps] * (not timestamps)
 
     def _language_task(self, language: str | None, task: str) -> list[int]:
         if task not in ("transcribe", "translate"):
-            raise InputError(f'there is no task "{task}": use "transcribe" or "translate"')
+            raise InputError(f'no task "{task}": use "transcribe" or "translate"')
         code = None if language is None else to_language_code(language)
         if not self.multilingual:
             if code not in (None, "en") or task == "translate":
@@ -111,8 +104,8 @@ class WhisperTokens:
             )
         return [self.languages[code], self.translate if task == "translate" else self.transcribe]
 
-    def lacks(self, language: str | None, task: str = "transcribe") -> str | None:
-        """Why the checkpoint cannot read a language; None where it can, or may detect one."""
+    def unsupported(self, language: str | None, task: str = "transcribe") -> str | None:
+        """Why the checkpoint cannot transcribe a language; None where it can, or can detect it."""
         try:
             self._language_task(language or ("en" if self.multilingual else None), task)
         except InputError as error:
@@ -120,16 +113,16 @@ class WhisperTokens:
         return None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; nothing in it is taken for a special token.
+        """Ids of text; special tokens written in it are encoded as characters.
 
-        Bytes of a command line that are no UTF-8, half surrogate pairs in Python, are left out.
+        Lone surrogates, as Python reads bytes of a command line that are not UTF-8, are left out.
         """
         whole = text.encode("utf-8", "ignore").decode("utf-8")
         ids = self.bpe.encode(whole, add_special_tokens=False).ids
         return [self.word_ids.get(token, token) for token in ids]
 
     def decode(self, ids: Iterable[SupportsIndex], timestamps: bool = False) -> str:
-        """Text of ids, special tokens left out; `timestamps` writes those as `<|1.08|>`."""
+        """Text of ids without special tokens; `timestamps` writes these as `<|1.08|>`."""
         parts = []
         for moment, run in groupby(map(int, ids), self.seconds):
             if moment is None:
@@ -139,13 +132,13 @@ class WhisperTokens:
         return "".join(parts)
 
     def seconds(self, token: int) -> float | None:
-        """The time a timestamp token stands for, None for any other token."""
+        """The time of a timestamp token in seconds; None for any other token."""
         if token not in self.times:
             return None
         return round((token - self.timestamp_begin) * TIMESTAMP_STEP, 2)
 
     def timestamp(self, seconds: float) -> int:
-        """The timestamp token nearest to a time in the window, held between 0 and 30 s."""
+        """The timestamp token nearest to a time in the window, clipped to 0 to 30 s."""
         step = round(seconds / TIMESTAMP_STEP)
         return self.timestamp_begin + min(max(step, 0), TIMESTAMPS - 1)
 
@@ -163,12 +156,14 @@ class WhisperTokens:
 def load_tokens(
     folder: str | Path, generation: Mapping[str, Any] | None = None, vocab: int | None = None
 ) -> WhisperTokens:
-    """The tokens of a Transformers folder: tokenizer.json and, where there, generation_config.json.
+    """The tokens of a Transformers folder: tokenizer.json and, if present, generation_config.json.
 
-    generation: what is known in the place of that file. Suppressed ids come from it; where it does
-    not name them, they are derived as OpenAI does. vocab: ids that the model has. Raises InputError
-    for a missing or damaged file, a tokenizer that is not Whisper's, or files that do not belong
-    together.
+    generation: used instead of that file. Suppressed ids are taken from it, else those of OpenAI.
+    vocab: size of the model's embedding.
+
+    Raises:
+        InputError: a file is missing or damaged, the tokenizer is not Whisper's, or the two files
+            belong to different checkpoints.
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
@@ -184,17 +179,17 @@ def load_tokens(
 
 
 def added_tokens(tokenizer: Mapping[str, Any], name: str | Path) -> dict[str, int]:
-    """The ids of what a parsed tokenizer.json has beside its byte pairs.
+    """The added tokens of a parsed tokenizer.json and their ids.
 
     Raises:
-        InputError: it is no tokenizer.
+        InputError: it is not a tokenizer.
     """
     try:
         special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     except (KeyError, TypeError) as error:
-        raise InputError(f"{name} is no tokenizer ({error!r}): fetch it again") from None
+        raise InputError(f"{name} is not a tokenizer ({error!r}): fetch it again") from None
     if any(type(word) is not str or type(id) is not int or id < 0 for word, id in special.items()):
-        raise InputError(f"{name} is no tokenizer (a token has no text or no id): fetch it again")
+        raise InputError(f"{name} is not a tokenizer (a token has no text or id): fetch it again")
     return special
 
 
@@ -207,8 +202,8 @@ def read_tokens(
         bpe = Tokenizer.from_str(
             json.dumps(tokenizer | {"added_tokens": [], "post_processor": None, "truncation": None})
         )
-    except Exception as error:  # tokenizers has no kind of its own
-        raise InputError(f"{name} is no tokenizer ({error!r}): fetch it again") from None
+    except Exception as error:  # tokenizers has no exception class of its own
+        raise InputError(f"{name} is not a tokenizer ({error!r}): fetch it again") from None
 
     def find(*names: str) -> int:
         for token in names:
@@ -227,14 +222,15 @@ def read_tokens(
             "the two files belong to different checkpoints"
         )
 
-    # English-only checkpoints keep GPT-2's vocabulary, whose last id is the end of text.
-    multilingual = generation.get("is_multilingual", eot != 50256)
+    multilingual = generation.get("is_multilingual", eot != ENGLISH_END)
     languages = {token.strip("<|>"): id for token, id in special.items() if sot < id < translate}
-    controls = {sot, translate, transcribe, find("startoflm"), previous, no_speech}
-    if not (blank := _ids(bpe, " ")):
+    ids = {control: find(control) for control in ("endoftext", *CONTROLS[:-1])}
+    suppressed = generation.get(
+        "suppress_tokens", sorted(suppressed_ids(ids | {"nospeech": no_speech}))
+    )
+    if not bpe.encode(" ", add_special_tokens=False).ids:
         raise InputError(f"{name} has no token for a space: fetch it again")
-    suppressed = generation.get("suppress_tokens", sorted(non_speech(bpe) | controls))
-    suppressed_first = generation.get("begin_suppress_tokens", [*blank, eot])
+    suppressed_first = generation.get("begin_suppress_tokens", [BLANK, eot])
     tokens = WhisperTokens(
         bpe=bpe,
         eot=eot,
@@ -255,10 +251,10 @@ def read_tokens(
 def with_words(
     tokens: WhisperTokens, added: Sequence[Mapping[str, Any]], name: str, vocab: int | None
 ) -> WhisperTokens:
-    """The tokens with the words that a fine-tuned checkpoint has behind the time of 30 s.
+    """The tokens with the words that a fine-tuned checkpoint has after its timestamps.
 
     Raises:
-        InputError: a word has the id of a time, or the model lacks ids that the tokenizer has.
+        InputError: a word has the id of a timestamp, or the tokenizer has more ids than the model.
     """
     times = tokens.times
     for token in added:
@@ -266,7 +262,7 @@ def with_words(
         if second is not None and token["content"] != f"<|{second:.2f}|>":
             raise InputError(
                 f"{name} has {token['content']!r} at {token['id']:,}, the id of <|{second:.2f}|>: "
-                "add the times to the tokenizer first, then the words, and train again"
+                "add the timestamps to the tokenizer before the words, and train again"
             )
     behind = [token for token in added if token["id"] >= times.stop]
     words = {token["id"]: "" if token.get("special") else token["content"] for token in behind}
@@ -282,27 +278,8 @@ def with_words(
     tokens = replace(tokens, words=words, word_ids=word_ids)
     if vocab is not None and tokens.vocabulary > vocab:
         raise InputError(
-            f"{name} has {tokens.vocabulary:,} tokens and the model {vocab:,}: it is another "
-            "model's, or the model was saved before its embedding was resized"
+            f"{name} has {tokens.vocabulary:,} tokens and the model {vocab:,}: it belongs to "
+            "another model, or the model was saved before its embedding was resized"
         )
     unknown = (id for id in range(times.stop, vocab or 0) if id not in words)
     return replace(tokens, padding=tuple(unknown))
-
-
-def non_speech(bpe: Tokenizer) -> set[int]:
-    """Ids of speaker tags, brackets and music signs, which annotate speech and are not spoken.
-
-    As in openai-whisper: a sign counts when it is one token, with or without a space before it; of
-    the music signs the first of several tokens counts. Hyphens and apostrophes may stand inside
-    words and not begin them.
-    """
-    ids = {_ids(bpe, " -")[0], _ids(bpe, " '")[0]}
-    for sign in (*BRACKETS, *REPEATED_SIGNS.split(), *MUSIC):
-        for tokens in (_ids(bpe, sign), _ids(bpe, " " + sign)):
-            if len(tokens) == 1 or sign in MUSIC:
-                ids.add(tokens[0])
-    return ids
-
-
-def _ids(bpe: Tokenizer, text: str) -> list[int]:
-    return bpe.encode(text, add_special_tokens=False).ids

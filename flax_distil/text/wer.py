@@ -1,4 +1,4 @@
-"""Word and character error counts, and the compression ratio that gives away loops."""
+"""Word and character error rates, and the compression ratio that detects repetition loops."""
 
 import zlib
 from bisect import bisect_right
@@ -15,7 +15,7 @@ from flax_distil.text.normalize import normalizer
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Edits that turn references into hypotheses; sums of counts are counts of the whole."""
+    """Edits that turn references into hypotheses; counts of several texts can be added."""
 
     substitutions: int = 0
     deletions: int = 0
@@ -29,12 +29,12 @@ class ErrorCounts:
 
     @property
     def hits(self) -> int:
-        """Reference words that the hypothesis has."""
+        """Reference words that the hypothesis contains."""
         return self.reference_words - self.substitutions - self.deletions
 
     @property
     def rate(self) -> float:
-        """Errors a reference word: 0.1 is 10 %. Over an empty reference, the number of errors."""
+        """Errors per reference word: 0.1 is 10 %. For an empty reference, the number of errors."""
         return self.errors / max(self.reference_words, 1)
 
     def __add__(self, other: "ErrorCounts") -> "ErrorCounts":
@@ -48,25 +48,25 @@ class ErrorCounts:
 
 @dataclass(frozen=True)
 class ErrorRate:
-    """How transcripts in one language are compared with their references."""
+    """The error rate of transcripts in one language."""
 
     unit: Literal["WER", "CER"]
-    """Whether words or characters are counted."""
+    """Unit: words or characters."""
     normalize: Callable[[str], str]
     process: Callable[..., Any]
-    """jiwer's comparison of normalised texts."""
+    """jiwer's function that compares normalised texts."""
     spaces: bool = False
     """Whether spaces are counted."""
 
     def count(self, references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
-        """Errors of texts that are not normalised yet."""
+        """Error counts of texts, which are normalised here."""
         normalised = (list(map(self.normalize, texts)) for texts in (references, hypotheses))
         return _count(self.process, *normalised)
 
     def count_parts(self, parts: Sequence[str], hypothesis: str) -> list[tuple[int, int]]:
-        """(errors, reference units) of each part of a text, by the alignment of the whole.
+        """(errors, reference units) of each part of a text, from the alignment of the whole text.
 
-        An insertion between two parts counts for the one before, or the first that has any text.
+        An insertion between two parts counts for the part before it, else the first with text.
         """
         texts = [self.normalize(part) for part in parts]
         sizes = [len(text if self.spaces else text.split()) for text in texts]
@@ -87,17 +87,19 @@ class ErrorRate:
 
 
 @cache
-def error_rate(language: str | None, asked: Literal["auto", "wer", "cer"] = "auto") -> ErrorRate:
-    """WER, or CER for languages that are written without spaces between words.
+def error_rate(language: str | None, metric: Literal["auto", "wer", "cer"] = "auto") -> ErrorRate:
+    """The error rate of a language: "auto" is CER where no spaces separate words, else WER.
 
-    Their characters are counted as in the Whisper paper, without spaces; where CER is asked for in
-    any other language, spaces count, as in jiwer.
-    Raises InputError for an unknown language.
+    For those languages spaces are not counted as characters, as in the Whisper paper; for others
+    they are, as in jiwer.
+
+    Raises:
+        InputError: an unknown language.
     """
     from jiwer import process_characters, process_words
 
     code = None if language is None else to_language_code(language)
-    if asked == "wer" or (asked == "auto" and code not in WITHOUT_SPACES):
+    if metric == "wer" or (metric == "auto" and code not in WITHOUT_SPACES):
         return ErrorRate("WER", normalizer(code, split_letters=False), process_words)
     if code in WITHOUT_SPACES:
         return ErrorRate("CER", normalizer(code), process_words)
@@ -105,10 +107,12 @@ def error_rate(language: str | None, asked: Literal["auto", "wer", "cer"] = "aut
 
 
 def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
-    """Counts over all pairs, as jiwer counts; texts are compared as they are, normalise before.
+    """jiwer's counts over all pairs of texts, which are not normalised here.
 
-    An empty reference turns each hypothesis word into an insertion.
-    Raises InputError when the two lists differ in length.
+    With an empty reference, each word of the hypothesis is an insertion.
+
+    Raises:
+        InputError: the two lists differ in length.
     """
     from jiwer import process_words
 
@@ -116,7 +120,7 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCo
 
 
 def character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
-    """The same in characters, spaces included."""
+    """As `word_errors`, in characters with spaces."""
     from jiwer import process_characters
 
     return _count(process_characters, references, hypotheses)
@@ -142,6 +146,6 @@ def _count(process, references: Sequence[str], hypotheses: Sequence[str]) -> Err
 
 
 def compression_ratio(text: str) -> float:
-    """UTF-8 bytes over their zlib size; Whisper takes a text above 2.4 for a loop."""
+    """UTF-8 bytes divided by their zlib size; above 2.4 Whisper assumes a repetition loop."""
     data = text.encode()
     return len(data) / len(zlib.compress(data))

@@ -149,7 +149,7 @@ def test_a_clip_that_is_gone_is_silence_of_weight_0(utterances, caplog):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"language": "Klingon"}, 'Whisper knows no language "Klingon"'),
+        ({"language": "Klingon"}, 'Whisper has no language "Klingon"'),
         ({"token_ids": None}, "no label to learn"),
     ],
 )

@@ -50,8 +50,8 @@ def test_one_row_never_ends_a_run(manifest, caplog):
     assert source.lengths.tolist() == [1, 2]
     assert "4 of 6 rows are left out" in caplog.text
     for reason in (
-        "lack Cantonese (1, first 1.flac)",
-        'knows no language "tlh"',
+        "and Cantonese is not among them: use large-v3 or a model made from it (1, first 1.flac)",
+        'has no language "tlh"',
         "over 444 tokens, which is all that a label bucket holds (1, first 3.flac)",
         "no label to learn (1, first 4.flac)",
     ):
@@ -74,7 +74,9 @@ def test_what_the_end_of_silence_and_windows_need(manifest, caplog):
 
 def test_nothing_left_is_an_error_that_says_why(manifest):
     path = manifest({"token_ids": [7], "language": "yue"}, {"token_ids": None})
-    with pytest.raises(InputError, match=r"none of the 2 rows .* lack Cantonese .* no label"):
+    with pytest.raises(
+        InputError, match=r"none of the 2 rows .* Cantonese is not among .* no label"
+    ):
         training_sources(configured({"source": str(path)}), MULTILINGUAL)
 
 
@@ -127,4 +129,6 @@ def test_languages_of_a_checkpoint():
     assert language_reason("en-US", MULTILINGUAL) is None
     assert language_reason(None, MULTILINGUAL) == "no language is named"
     assert language_reason(None, ENGLISH) is None
-    assert language_reason("de", ENGLISH) == "an English-only checkpoint has no German"
+    assert language_reason("de", ENGLISH) == (
+        "an English-only checkpoint cannot transcribe German: use a multilingual one"
+    )

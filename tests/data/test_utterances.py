@@ -19,7 +19,6 @@ from flax_distil.data.utterances import (
     continues,
     load_waveform,
     read_dataset,
-    to_language,
 )
 from flax_distil.errors import InputError
 
@@ -251,19 +250,6 @@ def test_bytes_need_a_format_where_they_do_not_tell(tone):
 def test_samples_are_their_own_audio(tone):
     assert load_waveform(Utterance("a", tone(0.1))) is not None
     assert np.array_equal(load_waveform(Utterance("a", tone(0.1))), tone(0.1))
-
-
-@pytest.mark.parametrize(
-    ("language", "code"), [("en", "en"), ("English", "en"), ("zh-CN", "zh"), ("en_us", "en")]
-)
-def test_language_codes(language, code):
-    assert to_language(language) == code
-
-
-@pytest.mark.parametrize("language", ["klingon", "xx-YY", ""])
-def test_unknown_language(language):
-    with pytest.raises(InputError, match="Whisper knows no language"):
-        to_language(language)
 
 
 @pytest.mark.parametrize(

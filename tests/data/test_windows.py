@@ -147,13 +147,13 @@ def test_a_corrupt_clip_among_good_ones(tone, flac, tmp_path):
         Utterance("noise", b"this is no audio"),
         Utterance("absent", str(tmp_path / "absent.wav")),
         Utterance("empty", b""),
-        Utterance("klingon", tone(0.1), language="klingon"),
+        Utterance("faulty", tone(0.1), fault="row 4 has duration xx"),
         Utterance("good too", flac(0.2)),
     ]
     skipped: list[Skipped] = []
     batches = list(window_batches(utterances, batch_size=4, skipped=skipped.append))
     assert [u.id for batch in batches for u in batch.utterances] == ["good", "good too"]
-    assert [clip.id for clip in skipped] == ["noise", "absent", "empty", "klingon"]
+    assert [clip.id for clip in skipped] == ["noise", "absent", "empty", "faulty"]
     assert "no such audio file" in skipped[1].reason
     with pytest.raises(AudioError, match=r"^noise: "):
         list(window_batches(utterances, batch_size=4))

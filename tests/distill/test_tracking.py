@@ -151,7 +151,7 @@ def test_a_full_disk_is_named_by_the_file_it_refuses(config, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
     try:
         with (
-            pytest.raises(InputError, match=r"metrics\.jsonl cannot be written: File too large"),
+            pytest.raises(InputError, match=r"cannot write .*metrics\.jsonl: File too large"),
             Tracker(config, start=1) as tracker,  # drops nothing, so it writes nothing
         ):
             tracker.scalars(2, {"loss": 0.0})

@@ -139,9 +139,9 @@ def test_misfits_are_told_before_anything_is_computed(config, teacher, student, 
         ({"lanes": 0}, "lanes 0 must be 1 or more"),
         ({"validation": ValidationConfig(every=0)}, "every 0 must be 1 or more"),
         ({"prompt_probability": 20.0}, "prompt_probability 20 must be between 0 and 1"),
-        ({"language": "Klingon"}, "Whisper knows no language"),
+        ({"language": "Klingon"}, "Whisper has no language"),
         ({"label_buckets": ()}, "name lengths from 1 to 448 tokens"),
-        ({"output_dir": Path(__file__)}, "test_trainer.py is no folder that can be written to"),
+        ({"output_dir": Path(__file__)}, r"cannot write to .*test_trainer.py: choose"),
         ({"label_buckets": (64, 512)}, "name lengths from 1 to 448 tokens"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -231,9 +231,7 @@ def test_a_full_disk_while_resuming_leaves_every_file(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files_module.os, "fsync", refuse)
-    with pytest.raises(
-        InputError, match=r"recipe\.toml cannot be written: No space left on device"
-    ):
+    with pytest.raises(InputError, match=r"cannot write .*recipe\.toml: No space left on device"):
         train(must, teacher, student, Batches(make_batch))
     assert {path: path.read_bytes() for path in files} == before
     monkeypatch.undo()

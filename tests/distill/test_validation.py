@@ -50,7 +50,7 @@ def asked(path, **fields) -> DistillConfig:
         ([{"text": " "}, {"text": ""}, {}], "its references are blank"),
         ([{"text": "(coughs)"}], "nothing is left of its references"),
         ([{"text": "Hallo", "language": "de"}], "cannot transcribe German"),
-        ([{"text": "nuqneH", "language": "tlh"}], 'knows no language "tlh"'),
+        ([{"text": "nuqneH", "language": "tlh"}], 'has no language "tlh"'),
         ([{"text": "here", "audio": "gone.flac"}], "0: .*gone.flac"),
     ],
 )
@@ -89,7 +89,7 @@ def test_clips_in_languages_that_the_student_lacks_are_left_out(clips, tokens, m
 
 def test_languages_without_spaces_are_judged_by_characters(clips, monkeypatch):
     recognised(monkeypatch, {"ja": "今天天汽很好", "en": "we went"})
-    every = SimpleNamespace(tokens=SimpleNamespace(lacks=lambda language: None))
+    every = SimpleNamespace(tokens=SimpleNamespace(unsupported=lambda language: None))
     path = clips({"text": "今天天气很好", "language": "ja"})
     counts, rate = judge(every, read_dataset(path), asked(path))
     assert (counts.reference_words, counts.substitutions, rate) == (6, 1, "CER")

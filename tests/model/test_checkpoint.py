@@ -157,7 +157,7 @@ def test_damage_and_pickles(teacher, tmp_path, monkeypatch):
         read_safetensors(folder)
     for text in ("{", "[]", "[" * 100_000, '{"a":' * 100_000):
         (folder / "config.json").write_text(text)
-        with pytest.raises(InputError, match="no JSON"):
+        with pytest.raises(InputError, match="not JSON"):
             load_checkpoint(folder)
     with pytest.raises(InputError, match="not there"):
         load_checkpoint(tmp_path)

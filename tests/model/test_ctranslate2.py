@@ -209,7 +209,7 @@ def test_other_files(folder):
         read_ctranslate2(folder)
     (folder / "config.json").write_text("{")
     path.write_bytes(data)
-    with pytest.raises(InputError, match="no JSON"):
+    with pytest.raises(InputError, match="not JSON"):
         read_ctranslate2(folder)
     path.unlink()
     with pytest.raises(InputError, match="is not there"):

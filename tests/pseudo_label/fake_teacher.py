@@ -18,12 +18,14 @@ import pyarrow as pa
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import DataConfig, PseudoLabelConfig
 from flax_distil.decode.options import Hypothesis
+from flax_distil.errors import InputError
 from flax_distil.pseudo_label.identity import settings
 from flax_distil.pseudo_label.jobs import LabelJob, windows
 from flax_distil.pseudo_label.labeller import label
 from flax_distil.pseudo_label.progress import LabelSummary
 from flax_distil.pseudo_label.shards import ShardLabeller
 from flax_distil.pseudo_label.store import SCHEMA, open_store
+from flax_distil.text.languages import to_language_code
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.wer import word_errors
 
@@ -52,8 +54,16 @@ def fake_teacher(waveforms_BN: np.ndarray, language: str | None) -> list[Hypothe
     ]
 
 
+def lacks_unknown(language: str | None) -> str | None:
+    """Of a teacher for all languages of Whisper."""
+    try:
+        return None if language is None or to_language_code(language) else ""
+    except InputError as error:
+        return str(error)
+
+
 def label_with(
-    config: PseudoLabelConfig, teacher=fake_teacher, states=None, lacks=lambda language: None
+    config: PseudoLabelConfig, teacher=fake_teacher, states=None, lacks=lacks_unknown
 ) -> LabelSummary:
     """`run` with this teacher in place of a Whisper."""
     labeller = fake_labeller(config, teacher, states, lacks)
@@ -64,7 +74,7 @@ def fake_labeller(
     config: PseudoLabelConfig,
     teacher=fake_teacher,
     states=None,
-    lacks=lambda language: None,
+    lacks=lacks_unknown,
     utterances=None,
 ) -> ShardLabeller:
     """A labeller for a configuration's dataset, or these utterances in its place."""

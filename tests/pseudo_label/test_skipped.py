@@ -8,12 +8,16 @@ from fake_teacher import clip, fake_labeller, fake_teacher, label_with
 from test_labeller import contents, json_lines, rows
 
 from flax_distil.errors import InputError
-from flax_distil.text.languages import LANGUAGES
+from flax_distil.text.languages import LANGUAGES, to_language_code
 
 
 def lacks(language: str | None) -> str | None:
     """Of a teacher for English alone."""
-    return None if language in (None, "en") else f"{LANGUAGES[language]} is not among them"
+    try:
+        code = "en" if language is None else to_language_code(language)
+    except InputError as error:
+        return str(error)
+    return None if code == "en" else f"{LANGUAGES[code]} is not among them"
 
 
 def languages(speech, *names: str | None) -> None:
@@ -30,7 +34,7 @@ def test_a_language_that_the_teacher_lacks_ends_no_run(config, speech):
     assert [row["id"] for row in rows(config.output_dir)] == ["0.flac", "3.flac"]
     assert [one.id for one in summary.skipped] == ["1.flac", "2.flac", "4.flac"]
     assert summary.skipped[0].reason == "Cantonese is not among them"
-    assert 'knows no language "tlh"' in summary.skipped[1].reason
+    assert 'has no language "tlh"' in summary.skipped[1].reason
 
 
 def test_no_label_at_all_is_an_error(config, speech):

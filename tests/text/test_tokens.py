@@ -260,15 +260,15 @@ def test_wrong_requests_are_sentences(tokens, tmp_path):
     with pytest.raises(InputError, match=r"no token <\|endoftext\|>: it is not a Whisper"):
         load_tokens(tmp_path)
     assert tokens["en"].encode("caf\udce9") == tokens["en"].encode("caf")
-    damaged = {"{": "no JSON", "[]": "no JSON object", "{}": "no tokenizer"}
+    damaged = {"{": "not JSON", "[]": "no JSON object", "{}": "not a tokenizer"}
     damaged |= {"[" * 100_000: "nested too deeply"}
     names = ("endoftext", "startoftranscript", "translate", "transcribe", "startofprev")
     names += ("nospeech", "notimestamps", "startoflm")
     added = [{"content": f"<|{name}|>", "id": at} for at, name in enumerate(names)]
     damaged[json.dumps(gpt | {"added_tokens": added})] = "no token for a space"
     for odd in ([{"content": "x", "id": "1"}], [{"content": 1, "id": 1}], [1], None, "x"):
-        damaged[json.dumps(gpt | {"added_tokens": odd})] = "no tokenizer"
-    for text, words in damaged.items() | {(json.dumps(gpt | {"model": {}}), "no tokenizer")}:
+        damaged[json.dumps(gpt | {"added_tokens": odd})] = "not a tokenizer"
+    for text, words in damaged.items() | {(json.dumps(gpt | {"model": {}}), "not a tokenizer")}:
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(InputError, match=rf"tokenizer\.json .*{words}"):
             load_tokens(tmp_path)
@@ -281,5 +281,8 @@ def test_languages_equal_openai():
     assert to_language_code(" EN ") == "en"
     with pytest.raises(InputError, match=r'"Englsh": did you mean "english"'):
         to_language_code("Englsh")
-    with pytest.raises(InputError, match='"en-US": did you mean'):
-        to_language_code("en-US")
+    for written, code in {"zh-CN": "zh", "en_us": "en", "en-US": "en"}.items():
+        assert to_language_code(written) == code
+    for unknown in ("klingon", "xx-YY", ""):
+        with pytest.raises(InputError, match="Whisper has no language"):
+            to_language_code(unknown)
