@@ -5,20 +5,25 @@ Nothing heavy is imported before the verb is known, so that `--help` answers at 
 
 import dataclasses
 import errno
-import functools
 import io
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Union
+from typing import Annotated, Any, NamedTuple, Union, get_type_hints
 
 import tyro
 from docstring_parser import parse_from_object
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from flax_distil import config
 from flax_distil.cache import keep_programs
@@ -154,23 +159,57 @@ def parse(arguments: Sequence[str]) -> Any:
     Raises:
         InputError: the recipe cannot be used.
     """
-    _explain_fields()
     arguments, recipe = _split_recipe(arguments)
     named = arguments[0] if arguments else None
-    verbs = []
+    verbs, values = [], {}
     for name, verb in VERBS.items():
-        default = {}
         if recipe is not None and name == named:
-            default = {"default": _partial(verb.config, recipe_values(recipe, verb.config))}
+            values = {verb.config: recipe_values(recipe, verb.config)}
         help = f"{verb.config.__doc__}\n\nExample: flax-distil {name} {verb.example}"
-        subcommand = tyro.conf.subcommand(name, description=help, **default)
-        verbs.append(Annotated[verb.config, subcommand])
+        verbs.append(Annotated[verb.config, tyro.conf.subcommand(name, description=help)])
     return tyro.cli(
         Union[tuple(verbs)],  # type: ignore[arg-type]  # noqa: UP007
         prog="flax-distil",
         description=DESCRIPTION,
         args=list(arguments),
+        registry=_registry(values),
     )
+
+
+def _registry(values: Mapping[type, Mapping[str, Any]]) -> ConstructorRegistry:
+    """How tyro reads dataclasses: field docstrings as one paragraph each, and a recipe's values as
+    the defaults of a stage; it asks for what has neither a value nor a default."""
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def _fields(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not (
+            dataclasses.is_dataclass(info.type) and info.type.__module__.startswith("flax_distil.")
+        ):
+            return None
+        hints, helps = get_type_hints(info.type, include_extras=True), _field_helps(info.type)
+        fields = []
+        for field in dataclasses.fields(info.type):
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            elif default is dataclasses.MISSING:
+                default = tyro.MISSING
+            default = getattr(info.default, field.name, default)
+            default = values.get(info.type, {}).get(field.name, default)
+            fields.append(
+                StructFieldSpec(field.name, hints[field.name], default, helps[field.name])
+            )
+        return StructConstructorSpec(info.type, tuple(fields))
+
+    return registry
+
+
+def _field_helps(cls: type) -> dict[str, str]:
+    """Field → its docstring, without the line breaks of the source."""
+    classes = filter(dataclasses.is_dataclass, reversed(cls.__mro__))
+    fields = [field for one in classes for field in parse_from_object(one).params]
+    return {field.arg_name: " ".join((field.description or "").split()) for field in fields}
 
 
 def check_paths(stage: Any) -> None:
@@ -197,16 +236,6 @@ def _paths(value: Any) -> Iterator[Path]:
                 yield from _paths(getattr(value, field.name))
 
 
-@functools.cache
-def _explain_fields() -> None:
-    """Give tyro field docstrings in one line: it would keep the line breaks of the source."""
-    for stage in filter(dataclasses.is_dataclass, vars(config).values()):
-        for field in parse_from_object(stage).params:
-            text = " ".join((field.description or "").split())
-            types = stage.__annotations__
-            types[field.arg_name] = Annotated[types[field.arg_name], tyro.conf.arg(help=text)]
-
-
 def _split_recipe(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     """The arguments without `--recipe FILE`, and the file."""
     rest, recipe = [], None
@@ -221,20 +250,6 @@ def _split_recipe(arguments: Sequence[str]) -> tuple[list[str], str | None]:
         else:
             rest.append(word)
     return rest, recipe
-
-
-def _partial(cls: type, values: dict[str, Any]) -> Any:
-    """A `cls` with some fields set; the parser asks for what has neither a value nor a default."""
-    # Not through the constructor, whose checks want a whole config; the parser calls it in the end.
-    partial = object.__new__(cls)
-    for field in dataclasses.fields(cls):
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        elif default is dataclasses.MISSING:
-            default = tyro.MISSING
-        object.__setattr__(partial, field.name, values.get(field.name, default))
-    return partial
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_a_recipe_that_was_saved_is_read_back_equal(tmp_path, config):
 
 def test_a_path_that_toml_cannot_hold_is_refused(tmp_path):
     config = FilterConfig(Path("caf\udce9"), tmp_path)
-    with pytest.raises(InputError, match=r"no UTF-8 \(.*udce9.*rename it"):
+    with pytest.raises(InputError, match=r"not UTF-8 \(.*udce9.*rename it"):
         save_recipe(config, tmp_path / "recipe.toml")
     assert not (tmp_path / "recipe.toml").exists()
 
@@ -82,13 +82,13 @@ def test_the_fields_of_one_stage_may_stand_alone(tmp_path):
         ("[distill]\nx = 1", r"no table \[evaluate\]; it has distill"),
         ("models = ['a']", "no datasets: EvaluateConfig needs it"),
         ("models = 'a'", "models = 'a' is a text; it must be a list of a text"),
-        ("models = [1]", "models = 1 is of type int; it must be a text"),
+        ("models = [1]", r"models\[0\] = 1 is of type int; it must be a text"),
         ("batch_size = true", "batch_size = True is true or false; it must be a whole number"),
         ("batch_size = 2.5", "must be a whole number"),
         ("max_clips = 'all'", "max_clips = 'all' is a text; it must be a whole number"),
         ("dtype = 'float8'", "must be one of 'float32', 'bfloat16'"),
         ("evaluate = 3", "must be a table with the fields of EvaluateConfig"),
-        ("a = = 3", "is no TOML"),
+        ("a = = 3", "is not valid TOML"),
     ],
 )
 def test_what_is_wrong_in_a_recipe_is_said_in_a_sentence(tmp_path, text, complaint):
@@ -105,7 +105,7 @@ def test_what_is_wrong_in_a_recipe_is_said_in_a_sentence(tmp_path, text, complai
         ("student = 's'\n[schedule]\npeak = 3", "schedule has no warm_up: Schedule needs it"),
         ("student = 's'\nbetas = [0.9]", "must be a list of a number, a number"),
         ("student = 's'\nlayers = 'two'", "must be a whole number or a list of a whole number"),
-        ("student = 's'\n[more]\npeak = 'x'", "more peak = 'x' is a text; it must be a number"),
+        ("student = 's'\n[more]\npeak = 'x'", r"more\.peak = 'x' is a text; it must be a number"),
     ],
 )
 def test_nested_and_alternative_types_are_checked_too(tmp_path, text, complaint):
@@ -123,3 +123,19 @@ def test_a_missing_recipe_is_named(tmp_path):
 def test_stages_are_named_after_their_verbs():
     assert stage_name(EvaluateConfig) == "evaluate"
     assert stage_name(type("PseudoLabelConfig", (), {})) == "pseudo-label"
+
+
+def test_all_problems_of_a_file_are_named_at_once(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("betas = [1, 'x']\nlimit = 2.5\n[schedule]\nwarmup = 3\npeak = true\n[mor]\n")
+    with pytest.raises(InputError) as error:
+        load_recipe(path, DistillConfig)
+    for complaint in (
+        "no field mor (did you mean more?)",
+        "betas = 'x' is a text; it must be a number",
+        "limit = 2.5 is of type float; it must be a whole number",
+        "schedule has no warm_up: Schedule needs it",
+        "schedule has no field warmup (did you mean warm_up?)",
+        "schedule.peak = True is true or false; it must be a number",
+    ):
+        assert complaint in str(error.value)
