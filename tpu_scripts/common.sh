@@ -23,6 +23,7 @@ declare -A FORMS=(
   [TPU_BUCKET]=$WORD [TPU_PYTHON]='/?'$NAMES [TPU_EXTRAS]='[a-z0-9][-a-z0-9_,]*' [TPU_RUN]=$WORD
   [TPU_POLL_SECONDS]="($NUMBER)(\\.[0-9]+)?" [TPU_PARALLEL]='[1-9][0-9]{0,5}'
   [TPU_STOP_SECONDS]=$NUMBER [TPU_STATE]='[^-].*' [TPU_KEEP_COMMIT]='yes|no'
+  [TPU_RAY]='yes|no'
   [XPK_CLUSTER]=$WORD [XPK_IMAGE]=$NAMES [XPK_STORAGE]=$WORD [XPK_ENV_FILE]='[^-].*'
   [HF_TOKEN]='.*' [WANDB_API_KEY]='.*'
 )

@@ -2,27 +2,44 @@
 # Start a command on every worker, detached: launch.sh [--dry-run] COMMAND ARGUMENT…
 #
 # It runs in the checkout with its environment; output goes to ~/flax-distil-runs/$TPU_RUN/log.
-# Workers on which the run is alive are left alone. Give what makes the command go on where it was
-# stopped at once (--run.resume auto): resume.sh and watch.sh start the very same command.
+# Workers on which the run is alive are left alone. Include the flag with which the command resumes
+# (--run.resume auto): resume.sh and watch.sh start the very same command.
+#
+# With TPU_RAY=yes the workers form a Ray cluster, and worker 0 alone runs the command in it:
+# pseudo-label … --engine ray (TPU_EXTRAS must include ray).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 main() {
   COMMAND_FOLLOWS=yes
   read_arguments "$@"
   read_settings
-  ((${#ARGUMENTS[@]})) || die "what shall run? launch.sh python run_distill_flax.py --recipe …"
+  ((${#ARGUMENTS[@]})) || die "no command: launch.sh python run_distill_flax.py --recipe …"
   refuse_secrets '' "${ARGUMENTS[@]}"
   if [[ ${ARGUMENTS[*]} == *distill* && ${ARGUMENTS[*]} != *resume* ]]; then
-    say "note: without --run.resume auto this cannot go on after a preemption"
+    say "note: without --run.resume auto this cannot resume after a preemption"
   fi
   if [[ $DRY_RUN == no ]]; then
     mkdir -p "$STATE"
     printf '%s\0' "${ARGUMENTS[@]}" >"$STATE/$TPU_RUN.command"
   fi
   find_workers
-  on_workers worker_script "$SCRIPTS/worker/run.sh" start "$TPU_RUN" "${ARGUMENTS[@]}" ||
-    die "not all workers run, and the others wait for them: see above, then resume.sh"
-  say "launched; attach.sh shows the log, watch.sh sees it through preemptions"
+  [[ ${TPU_RAY:-no} == no ]] || find_head
+  on_workers worker_starts || die "not all workers run, and the others wait for them: see above, then resume.sh"
+  say "launched; attach.sh shows the log, watch.sh resumes the run after preemptions"
+}
+
+# Sets HEAD to the address of worker 0 inside the TPU's network.
+find_head() {
+  HEAD=$(run gcloud compute tpus tpu-vm describe "$TPU_NAME" "${PLACE[@]}" \
+    --format='value(networkEndpoints[0].ipAddress)')
+  [[ $DRY_RUN == no ]] || HEAD=HEAD
+  [[ -n $HEAD ]] || die "the address of worker 0 of $TPU_NAME is not known"
+}
+
+worker_starts() {
+  local command=("${ARGUMENTS[@]}")
+  [[ ${TPU_RAY:-no} == no ]] || command=(bash tpu_scripts/worker/ray.sh "$1" "$HEAD" "${command[@]}")
+  worker_script "$1" "$SCRIPTS/worker/run.sh" start "$TPU_RUN" "${command[@]}"
 }
 
 main "$@"

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         case ["tpu-vm", "describe"]:
             if not state["node"]:
                 return complain("NOT_FOUND: no such TPU")
-            print(state["workers"])
+            print("10.0.0.2" if "ipAddress" in flags["format"] else state["workers"])
         case ["tpu-vm", "ssh"]:
             return ssh(state, flags["worker"], flags["command"])
         case ["tpu-vm", "scp"]:

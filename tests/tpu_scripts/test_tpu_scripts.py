@@ -333,6 +333,34 @@ def test_launch_runs_the_command_with_its_quotes_and_secrets(pod):
     assert pod.run("stop.sh").stdout.count("not running") == 2
 
 
+def test_the_workers_form_a_ray_cluster(pod):
+    """Worker 0 runs the command in it, and the other leaves when the cluster has ended."""
+    pod.state(queue="ACTIVE", node="READY")
+    ended = pod.folder / "ended"
+    pod.program(
+        "ray",
+        f'echo "$*" >>"$HOME/ray.log"; [[ $1 == stop && $HOME == *0 ]] && touch {ended}; '
+        f"[[ $1 != status || ! -f {ended} ]]",
+    )
+    pod.run("setup.sh")
+    command = ("bash", "-c", 'echo "runs in $RAY_ADDRESS"')
+    result = pod.run("launch.sh", *command, TPU_RAY="yes", RAY_POLL_SECONDS="0.1")
+    assert result.returncode == 0, result.stderr
+    pod.wait_for("flax-distil-runs/run/status", "0")
+    head, other = ((pod.home(n) / "ray.log").read_text().splitlines() for n in range(2))
+    assert head == [
+        "start --head --node-ip-address=10.0.0.2 --port=6379 --include-dashboard=false",
+        "stop",
+    ]
+    assert (other[0], other[-1]) == ("start --address=10.0.0.2:6379", "stop")
+    assert set(other[1:-1]) == {"status --address=10.0.0.2:6379"}
+    logs = [(pod.home(n) / "flax-distil-runs/run/log").read_text() for n in range(2)]
+    assert "runs in 10.0.0.2:6379" in logs[0]
+    assert "runs in" not in logs[1]
+    dry = pod.run("launch.sh", "--dry-run", *command, TPU_RAY="yes")
+    assert "ray.sh\\ all\\ HEAD" in dry.stdout
+
+
 def test_launch_refuses_a_secret_in_the_command(pod):
     pod.state(queue="ACTIVE", node="READY")
     result = pod.run("launch.sh", "train", f"--token={SECRETS['HF_TOKEN']}", **SECRETS)
