@@ -11,12 +11,7 @@ from pathlib import Path
 import pytest
 
 from flax_distil import cli
-from flax_distil.config import (
-    DistillConfig,
-    EvaluateConfig,
-    PseudoLabelConfig,
-    TranscribeConfig,
-)
+from flax_distil.config import DistillConfig, EvaluateConfig, TranscribeConfig
 from flax_distil.errors import InputError, SomeFailed
 from flax_distil.recipe import load_recipe, save_recipe
 
@@ -44,10 +39,8 @@ def test_help_names_every_verb_and_each_verb_shows_an_example(capsys):
 
 
 def test_help_does_not_keep_the_line_breaks_of_the_source(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-    text = help_of(capsys, "pseudo-label")
-    (field,) = (f for f in dataclasses.fields(PseudoLabelConfig) if f.name == "assistant")
-    assert cli._field_helps(PseudoLabelConfig)[field.name][:200] in " ".join(text.split())
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "so that distill --stored-teacher does" in help_of(capsys, "pseudo-label")
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
