@@ -12,6 +12,7 @@ import av
 import numpy as np
 from jaxtyping import Float32, Int16
 
+from flax_distil.audio import CLIP_SAMPLES, SAMPLE_RATE
 from flax_distil.audio.container import (
     AudioError,
     AudioSource,
@@ -36,8 +37,6 @@ from flax_distil.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_RATE = 16_000
-CLIP_SAMPLES = 30 * SAMPLE_RATE  # the window Whisper was trained on
 LOUDEST = 2.0  # of float samples: what lies beyond was not written with 1 as full scale
 PREROLL = 2  # seconds decoded before a part: a decoder's memory, and up to a whole second
 

@@ -14,7 +14,8 @@ from jax import Array
 from jax.lax import Precision, platform_dependent
 from jaxtyping import Float, Float32, Float64, Int16
 
-SAMPLE_RATE = 16_000
+from flax_distil.audio import SAMPLE_RATE
+
 WINDOW = 400  # samples a frame sees, 25 ms
 HOP = 160  # samples between frames, 10 ms
 HALF = WINDOW // 2

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped, UInt32
 
-from flax_distil.audio.load import SAMPLE_RATE
+from flax_distil.audio import SAMPLE_RATE
 from flax_distil.audio.log_mel import HOP
 from flax_distil.config import AugmentConfig
 

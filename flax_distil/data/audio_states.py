@@ -1,17 +1,17 @@
-"""What the frozen encoder says of every clip, kept on disk: it never changes, so it runs once.
+"""The frozen encoder's output for every clip, kept on disk so that it is computed once.
 
-A folder holds one dataset's, in files of any number of clips that appear whole or not at all:
+A folder holds one dataset's states, in files of any number of clips that are written atomically:
 
-    *.safetensors    clips     uint64 [n]             whose they are (`clip_names`)
-                     seconds   float32 [n]            length of each; 0 where it was not heard
+    *.safetensors    clips     uint64 [n]             names of the clips (`clip_names`)
+                     seconds   float32 [n]            length of each; 0 if it was not decoded
                      states    bfloat16 [n, S, D]; or int8 with
-                     steps     float32 [n, 1, D]      what 1 stands for, by clip and channel
+                     steps     float32 [n, 1, D]      the scale of each clip's channels
                      parts     float32 [n, P]         of packed windows: length of each part, NaN
-                                                      of one that is not in the clip
+                                                      for a part not in the clip
 
-Who wrote a file does not matter: the labeller, which encodes every clip anyway, or training, for
-what is not there yet, each host a part of it. Filtering labels leaves it as it is. A clip takes
-S · D · 2 bytes, 1.1 MiB with tiny and 3.7 MiB with large; in int8 half of that.
+Files are written by the labeller, which encodes every clip anyway, or by training for the clips
+that are missing, on several hosts a part each. Filtering labels does not change them. A clip takes
+S · D · 2 bytes, 1.1 MiB with tiny and 3.7 MiB with large; half of that in int8.
 """
 
 import hashlib
@@ -30,20 +30,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from flax_distil.audio.load import CLIP_SAMPLES
 from flax_distil.data.utterances import Skipped, Utterance
-from flax_distil.data.windows import decode_clip, map_in_order
+from flax_distil.data.windows import DecodedClip, decode_clip, map_in_order, pad_clips
 from flax_distil.errors import InputError
 from flax_distil.files import remove_partial, write_whole
 from flax_distil.parallel.multihost import barrier
 
 log = logging.getLogger(__name__)
 
-FILE_CLIPS = 64  # that training writes at a time, and that a kill can cost
-ENCODING_SECONDS = 30 * 24 * 3600.0  # hosts wait for each other as long as they live
+FILE_CLIPS = 64  # per file that training writes; a kill loses at most these
+ENCODING_SECONDS = 30 * 24 * 3600.0  # how long hosts wait for each other
 
 StateDtype = Literal["bfloat16", "int8"]
-STORED_TOO = ("steps", "parts")  # where they are needed
 
 # Waveforms of one static batch to audio states.
 Encode = Callable[[Int16[np.ndarray, "B N"]], Float[Array, "B S D"]]
@@ -51,50 +49,62 @@ Encode = Callable[[Int16[np.ndarray, "B N"]], Float[Array, "B S D"]]
 
 @dataclass(frozen=True)
 class StateFolder:
-    """Where the states of one dataset are, and the names of its clips, in its order."""
+    """The folder of one dataset's states, and the names of its clips in order."""
 
     path: Path
     names: UInt64[np.ndarray, "n"]
 
 
 class StateFile(NamedTuple):
-    """One file, whose states are read when they are asked for."""
+    """One file, whose states are read on demand."""
 
     states: Any
     steps: Float32[np.ndarray, "n 1 D"] | None
     parts: Float32[np.ndarray, "n P"] | None = None
 
-    def read(self, place: int) -> BFloat16[np.ndarray, "S D"]:
-        """The states of one clip."""
-        states_SD = self.states[int(place)]
-        if self.steps is None:
+
+class ClipStates(NamedTuple):
+    """Where the states of one clip are, and its length."""
+
+    file: StateFile
+    row: int
+    seconds: float
+
+    def read(self) -> BFloat16[np.ndarray, "S D"]:
+        """The clip's states."""
+        states_SD = self.file.states[self.row]
+        if self.file.steps is None:
             return states_SD
-        return (states_SD * self.steps[place]).astype(ml_dtypes.bfloat16)
+        return (states_SD * self.file.steps[self.row]).astype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)
 class AudioStates:
     """States of all clips of a run's datasets."""
 
-    files: tuple[StateFile, ...]
-    places: Int[np.ndarray, "clips 2"]
-    """File of each clip, and its place in it."""
-    seconds: Float32[np.ndarray, "clips"]
+    clips: tuple[ClipStates, ...]
 
     def read(self, clips: Sequence[int]) -> BFloat16[np.ndarray, "B S D"]:
         """The states of these clips."""
-        return np.stack([self.files[file].read(at) for file, at in self.places[list(clips)]])
+        return np.stack([self.clips[clip].read() for clip in clips])
+
+    def seconds(self, clip: int) -> float:
+        """Length of a clip; 0 if it was not decoded."""
+        return self.clips[clip].seconds
 
     def parts(self, clip: int) -> list[float] | None:
-        """Seconds of each part of a packed window, NaN of one whose sound is not in the states;
-        None of a clip that is no window or could not be decoded."""
-        file, at = self.places[clip]
-        parts = self.files[file].parts
-        return None if parts is None or np.isnan(parts[at]).all() else parts[at].tolist()
+        """Seconds of each part of a packed window, NaN for a part not in the clip; None for a clip
+        that is not a window or was not decoded."""
+        file, row, _ = self.clips[clip]
+        return (
+            None
+            if file.parts is None or np.isnan(file.parts[row]).all()
+            else file.parts[row].tolist()
+        )
 
 
 def clip_names(*columns: Iterable[Any]) -> UInt64[np.ndarray, "n"]:
-    """A name for each clip of a dataset, of what tells it from others: a value of each column."""
+    """A hash for each clip of a dataset. columns: what distinguishes clips, a value per clip."""
     digests = [
         hashlib.blake2b(repr(row).encode(), digest_size=8).digest()
         for row in zip(*columns, strict=True)
@@ -107,36 +117,37 @@ def write_states(
     names: UInt64[np.ndarray, "n"],
     seconds: Sequence[float],
     states: Sequence[BFloat16[np.ndarray, "S D"]],
-    stored: StateDtype = "bfloat16",
+    dtype: StateDtype = "bfloat16",
     parts: Sequence[Sequence[float | None]] = (),
 ) -> None:
-    """Put a file in its place: there or not there, never half.
+    """Write a file of states atomically.
 
-    parts: of packed windows, seconds of each part, None of one that is not in the clip.
+    parts: of packed windows, seconds of each part, None for one not in the clip.
 
-    Raises InputError where the disk is full.
+    Raises:
+        InputError: the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"clips": names, "seconds": np.array(seconds, np.float32), "states": np.stack(states)}
-    if stored == "int8":
+    if dtype == "int8":
         tensors["states"], tensors["steps"] = quantize(tensors["states"])
     if longest := max(map(len, parts), default=0):
-        filled = [[*row, *[None] * (longest - len(row))] for row in parts]
-        tensors["parts"] = np.array(filled, np.float32)
+        padded = [[*row, *[None] * (longest - len(row))] for row in parts]
+        tensors["parts"] = np.array(padded, np.float32)
     try:
         write_whole(path, save(tensors))
     except OSError as error:
         raise InputError(
-            f"{path.parent} cannot take {tensors['states'].nbytes / 2**20:.0f} MiB of audio states "
-            f"({error}): choose a larger disk, or do without audio_states"
+            f"cannot write {tensors['states'].nbytes / 2**20:.0f} MiB of audio states to "
+            f"{path.parent} ({error}): choose a larger disk, or leave out audio_states"
         ) from None
 
 
 def quantize(
     states_NSD: BFloat16[np.ndarray, "n S D"],
 ) -> tuple[Int8[np.ndarray, "n S D"], Float32[np.ndarray, "n 1 D"]]:
-    """States as multiples of a step, which each channel of a clip has: a few channels of Whisper's
-    encoder are far louder than all others."""
+    """States as multiples of a step per channel and clip: a few channels of Whisper's encoder are
+    far larger than all others."""
     wide_NSD = states_NSD.astype(np.float32)
     steps = np.maximum(np.abs(wide_NSD).max(axis=1, keepdims=True), 1e-6) / 127
     return np.round(wide_NSD / steps).astype(np.int8), steps
@@ -148,15 +159,14 @@ def load_or_encode(
     encode: Encode,
     batch_size: int = 16,
     workers: int = 4,
-    stored: StateDtype = "bfloat16",
+    dtype: StateDtype = "bfloat16",
 ) -> AudioStates:
-    """The states of all datasets, after encoding what is not there yet; a killed run goes on.
+    """The states of all datasets; those missing are encoded, so that a killed run can be resumed.
 
-    utterances: those of the folders, one dataset after the other. Several hosts encode a part each,
-        and each can read all.
+    utterances: those of the folders, in order. Several hosts encode a part each, and all read all.
 
     Raises:
-        InputError: a file is damaged, the disk is full, or not shared by all hosts.
+        InputError: a file is damaged, the disk is full, or the hosts do not share it.
     """
     starts = np.cumsum([0, *(len(folder.names) for folder in folders)])
     found = [index_files(folder) for folder in folders]
@@ -165,94 +175,95 @@ def load_or_encode(
     barrier(f"{folders[0].path} looked through")  # before anyone writes
     work = [
         (folder, start, rows)
-        for folder, start, (_, places, _) in zip(folders, starts, found, strict=False)
-        for rows in split_files(np.flatnonzero(places[:, 0] < 0))
+        for folder, start, clips in zip(folders, starts, found, strict=False)
+        for rows in split_files(np.flatnonzero([clip is None for clip in clips]))
     ]
     mine = work[jax.process_index() :: jax.process_count()]
     total = sum(len(rows) for _, _, rows in mine)
     with tqdm(total=total, desc="encoding", unit="clip", disable=not total) as bar:
         for folder, start, rows in mine:
             clips = (utterances[start + row] for row in rows)
-            seconds, states, parts = _encoded(clips, encode, batch_size, workers, bar)
+            encoded = _encode_clips(clips, encode, batch_size, workers, bar)
             names = folder.names[rows]
             digest = hashlib.blake2b(names.tobytes(), digest_size=8).hexdigest()
-            write_states(
-                folder.path / f"{digest}.safetensors", names, seconds, states, stored, parts
-            )
+            path = folder.path / f"{digest}.safetensors"
+            write_states(path, names, encoded.seconds, encoded.states, dtype, encoded.parts)
     barrier(f"{folders[0].path} written", ENCODING_SECONDS)
     if work:
         found = [index_files(folder) for folder in folders]
-    for folder, (_, places, _) in zip(folders, found, strict=True):
-        if lacking := int((places[:, 0] < 0).sum()):
+    for folder, clips in zip(folders, found, strict=True):
+        if missing := clips.count(None):
             raise InputError(
-                f"{folder.path} lacks {lacking} of {len(places)} clips that another host encoded: "
+                f"{folder.path} lacks {missing} of {len(clips)} clips that another host encoded: "
                 "name a folder on a disk that all hosts share"
             )
-    return _joined(found)
+    return AudioStates(tuple(clip for clips in found for clip in clips if clip is not None))
 
 
-def split_files(rows: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "m"]]:
+def split_files(rows: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "_"]]:
     """Clips by the file that they are written to."""
     return [rows[first : first + FILE_CLIPS] for first in range(0, len(rows), FILE_CLIPS)]
 
 
-StateIndex = tuple[list[Any], Int[np.ndarray, "n 2"], Float32[np.ndarray, "n"]]
+def index_files(folder: StateFolder) -> list[ClipStates | None]:
+    """Where the states of each clip of a dataset are; None for those not encoded yet.
 
-
-def index_files(folder: StateFolder) -> StateIndex:
-    """The files of a dataset, where each clip is in them (file -1: nowhere), and its seconds."""
-    files, there = [], {}
+    Raises:
+        InputError: a file is damaged.
+    """
+    known: dict[int, ClipStates] = {}
     for path in sorted(folder.path.glob("[!.]*.safetensors")):
         try:
-            file = safe_open(path, framework="numpy")
-            names, seconds = file.get_tensor("clips"), file.get_tensor("seconds")
-            optional = set(file.keys())
-            more = [file.get_tensor(one) if one in optional else None for one in STORED_TOO]
-            files.append(StateFile(file.get_slice("states"), *more))
+            opened = safe_open(path, framework="numpy")
+            names, seconds = opened.get_tensor("clips"), opened.get_tensor("seconds")
+            known_names = set(opened.keys())
+            steps, parts = (
+                opened.get_tensor(name) if name in known_names else None
+                for name in ("steps", "parts")
+            )
+            file = StateFile(opened.get_slice("states"), steps, parts)
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"{path} is damaged ({error}): delete it, and its clips are encoded again"
             ) from None
-        for place, name in enumerate(names.tolist()):
-            there[name] = len(files) - 1, place, seconds[place]
-    found = [there.get(name, (-1, 0, 0.0)) for name in folder.names.tolist()]
-    places = np.array([one[:2] for one in found], np.int64).reshape(-1, 2)
-    return files, places, np.array([one[2] for one in found], np.float32)
+        for row, (name, length) in enumerate(zip(names.tolist(), seconds.tolist(), strict=True)):
+            known[name] = ClipStates(file, row, length)
+    return [known.get(name) for name in folder.names.tolist()]
 
 
-def _joined(found: Sequence[StateIndex]) -> AudioStates:
-    files, places, seconds = zip(*found, strict=True)
-    before = np.cumsum([0, *map(len, files)])
-    moved = [one + np.array([shift, 0]) for one, shift in zip(places, before, strict=False)]
-    every = tuple(file for some in files for file in some)
-    return AudioStates(every, np.concatenate(moved), np.concatenate(seconds))
+class EncodedClips(NamedTuple):
+    """What is written of some clips."""
+
+    seconds: list[float]
+    states: list[np.ndarray]
+    parts: list[Sequence[float | None]]
 
 
-def _encoded(
+def _encode_clips(
     utterances: Iterable[Utterance], encode: Encode, batch_size: int, workers: int, bar: tqdm
-) -> tuple[list[float], list[np.ndarray], list[Sequence[float | None]]]:
-    """Seconds, states and parts of some clips; 0 and silence for one that cannot be decoded."""
-    seconds: list[float] = []
-    parts: list[Sequence[float | None]] = []
-    states: list[np.ndarray] = []
-    clips = map_in_order(decode_clip, utterances, workers, ahead=2 * batch_size)
-    while some := list(islice(clips, batch_size)):
-        waveforms = np.zeros((batch_size, CLIP_SAMPLES), np.int16)
-        for waveform, clip in zip(waveforms, some, strict=False):
-            parts.append(() if isinstance(clip, Skipped) else clip.parts)
-            if isinstance(clip, Skipped):
-                log.warning("%s is left out: %s", clip.id, clip.reason)
-                seconds.append(0.0)
-                continue
-            if lacking := clip.parts.count(None):
+) -> EncodedClips:
+    """Seconds, states and parts of clips; one that cannot be decoded is silence of 0 seconds."""
+    result = EncodedClips([], [], [])
+    decoded = map_in_order(decode_clip, utterances, workers, ahead=2 * batch_size)
+    while some := list(islice(decoded, batch_size)):
+        clips = [_or_silence(one) for one in some]
+        for clip in clips:
+            if missing := clip.parts.count(None):
                 log.warning(
                     "%s: %d of %d parts are not in its audio states: they are damaged, or longer "
                     "than a window together",
-                    *(clip.utterance.id, lacking, len(clip.parts)),
+                    *(clip.utterance.id, missing, len(clip.parts)),
                 )
-            waveform[: len(clip.samples)] = clip.samples
-            seconds.append(clip.duration)
-        encoded = np.asarray(encode(waveforms)).astype(ml_dtypes.bfloat16)
-        states += list(encoded[: len(some)])
-        bar.update(len(some))
-    return seconds, states, parts
+            result.parts.append(clip.parts)
+            result.seconds.append(clip.duration)
+        waveforms = pad_clips(clips, batch_size).waveforms
+        result.states.extend(np.asarray(encode(waveforms)).astype(ml_dtypes.bfloat16)[: len(clips)])
+        bar.update(len(clips))
+    return result
+
+
+def _or_silence(clip: DecodedClip | Skipped) -> DecodedClip:
+    if isinstance(clip, DecodedClip):
+        return clip
+    log.warning("%s is left out: %s", clip.id, clip.reason)
+    return DecodedClip(Utterance(clip.id, b""), np.zeros(0, np.int16))

@@ -1,17 +1,17 @@
 """Pseudo-labels → decoder inputs, targets and weights.
 
-The decoder reads `prompt + label`; every next token after the start of transcript is a target of
-KL and cross-entropy, as in both published training scripts:
+The decoder reads `prompt + label`. Every token after the start of transcript is a target of KL
+divergence and cross-entropy, as in both published training scripts:
 
     tokens    previous  text  sot  en          transcribe    notimestamps  Hello  world
     targets   text      sot   en   transcribe  notimestamps  Hello         world  eot
     weights   0         0     1    1           1             1             1      1
 
-The position that reads sot has the teacher's probabilities of language and no-speech, on which
-language detection and the skipping of silence depend: only there can a student learn them. With
-probability p_prev the text of the utterance before is read first and is not learnt. Teacher and
-student read the same `tokens`. A label that was cut at its longest length has no eot to learn.
-Clips without speech have targets of their own, see `non_speech_example`.
+Only the position of sot has the teacher's probabilities of languages and no-speech, on which
+language detection and the skipping of silence depend. With some probability the text of the
+previous utterance precedes sot; it is not a target. Teacher and student read the same `tokens`. A
+label that was cut at the maximum length has no eot. For clips without speech see
+`non_speech_example`.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from flax_distil.text.tokens import WhisperTokens
 
 NonSpeech = Literal["teacher", "no_speech", "end"]
 
-PREVIOUS_TOKENS = 223  # of text before: less than half of Whisper's context of 448
+PREVIOUS_TOKENS = 223  # of previous text, as in Whisper: less than half of its context of 448
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,23 @@ class TargetOptions:
     """How labels become decoder inputs and targets."""
 
     buckets: tuple[int, ...] = (32, 64, 128, 256, 448)
-    """Label lengths L that programs are compiled for; a batch takes the first that holds it."""
+    """Lengths L that programs are compiled for; a batch is padded to the smallest that fits."""
     timestamp_probability: float = 0.5
-    """How often a label that has timestamps keeps them (paper table 15)."""
+    """Probability that a label with timestamps keeps them (paper table 15)."""
     language: str | None = None
-    """Language of utterances that name none."""
+    """Language of utterances without one."""
     task: Literal["transcribe", "translate"] = "transcribe"
     """The task token of the prompt."""
-    stored: bool = False
-    """Whether batches carry the teacher's distributions, which the labels hold."""
+    teacher_states: bool = False
+    """Whether batches carry the teacher's final states, which the labels hold."""
     prompt_probability: float = 0.0
-    """How often the label of the utterance before is read first."""
+    """Probability that the label of the previous utterance precedes the prompt."""
     target: Literal["label", "text"] = "label"
-    """What is learnt: the pseudo-label or the reference."""
+    """The target: the pseudo-label or the reference."""
     non_speech: NonSpeech = "teacher"
-    """What is learnt of clips without speech."""
+    """The target of clips without speech."""
     kl: float = 1.0
-    """Factor of the KL divergence (and the hidden states' distance) of these examples."""
+    """Factor of the KL divergence and the hidden states' MSE of these examples."""
     ce: float = 1.0
     """Factor of their cross-entropy."""
 
@@ -72,30 +72,30 @@ class Batch:
 
     waveforms: Int16[np.ndarray, "B N"]
     tokens: Int[np.ndarray, "B L"]
-    """Decoder inputs: prompt and label, filled up with eot."""
+    """Decoder inputs: prompt and label, padded with eot."""
     targets: Int[np.ndarray, "B L"]
     """The next token of each position."""
     weights: Float[np.ndarray, "B L"]
-    """1 where the target is learnt: from the start of transcript on, up to the padding."""
+    """1 from the start of transcript to the padding, else 0."""
     seconds: Float[np.ndarray, "B"]
     """Length of the clip before padding."""
     rows: Int[np.ndarray, "B"]
-    """Numbers of the utterances in their dataset."""
+    """Row numbers of the utterances in their dataset."""
     audio: Shaped[np.ndarray, "B S D"] | None = None
-    """The encoder's output where it is kept on disk; there are no waveforms then (N = 0)."""
+    """The encoder's output where it is kept on disk; waveforms are then empty (N = 0)."""
     teacher_states: Float16[np.ndarray, "B L D"] | None = None
-    """The teacher's final states at the targets, where the labels hold them and they are used."""
+    """The teacher's final states at the targets, where labels hold them."""
     keys: UInt32[np.ndarray, "B 2"] | None = None
-    """Key data of each example for SpecAugment, where it is on."""
+    """Key data of each example for SpecAugment, if it is on."""
     loss_weights: Float[np.ndarray, "B L 2"] | None = None
-    """Factors of KL and cross-entropy at each target; 1 and 1 where None."""
+    """Factors of KL and cross-entropy at each target; None stands for 1."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a batch before padding: `targets[i]` is learnt from `start` on.
+    """One row of a batch before padding; targets before `start` have weight 0.
 
-    kl, ce: factors of the two losses, one for all targets, or one for each from `start` on.
+    kl, ce: factors of the two losses: one for all targets, or one for each from `start` on.
     """
 
     tokens: list[int]
@@ -113,39 +113,40 @@ def make_example(
     seed: Sequence[int] = (),
     previous: Utterance | None = None,
 ) -> Example:
-    """The decoder's side of one labelled utterance; `previous` is the one before, if any.
+    """Decoder inputs and targets of one labelled utterance.
 
-    `seed` (of the run and the example) alone decides whether timestamps stay and whether `previous`
-    is read. Of its label the end is taken, as much as Whisper reads and the longest bucket holds.
-    Raises InputError for an utterance without a label or a language the checkpoint lacks.
+    seed: of the run and the example; decides whether timestamps are kept and `previous` is read.
+    previous: the utterance before, of whose label the end is read, as much as Whisper reads and the
+        longest bucket holds.
+
+    Raises:
+        InputError: the utterance has no label, or the checkpoint lacks its language.
     """
-    timed, prompted = example_draws(seed)
+    timestamp_draw, prompt_draw = example_draws(seed)
     language = utterance.language or options.language
-    timestamps = timed < options.timestamp_probability
+    timestamps = timestamp_draw < options.timestamp_probability
     if not has_speech(utterance, options.target):
         return non_speech_example(utterance, tokens, options, language, timestamps)
-    spelt = "en" if options.task == "translate" else language
-    label = label_ids(utterance, tokens, options.target, spelt)
+    text_language = "en" if options.task == "translate" else language
+    label = label_ids(utterance, tokens, options.target, text_language)
     timestamps &= any(token in tokens.times for token in label)
 
-    def written(ids: list[int]) -> list[int]:
+    def without_times(ids: list[int]) -> list[int]:
         return ids if timestamps else [token for token in ids if token not in tokens.times]
 
-    label = written(label)
-    prompt = tokens.prompt(language, options.task, timestamps=timestamps)
-    end = [tokens.eot] if utterance.ended else []
-    line, start = [*prompt, *label, *end], 0
+    label, before = without_times(label), []
+    prompt = tokens.prompt(language, options.task, timestamps)
     room = min(PREVIOUS_TOKENS, max(options.buckets) - len(prompt) - len(label) - 1)
-    before = []
-    if prompted < options.prompt_probability and room > 0:
-        before = written(previous_ids(utterance, previous, tokens, options.target, spelt))[-room:]
-    if before:
-        line = [*tokens.prompt(language, options.task, timestamps, before), *label, *end]
-        start = line.index(tokens.sot)
-    stored = None
-    if options.stored:
-        stored = distributions(utterance, len(prompt) + len(label), len(line) - 1 - start)
-    return Example(line[:-1], line[1:], start, stored, options.kl, options.ce)
+    if prompt_draw < options.prompt_probability and room > 0:
+        ids = previous_ids(utterance, previous, tokens, options.target, text_language)
+        before = without_times(ids)[-room:]
+    text = [*tokens.prompt(language, options.task, timestamps, before), *label]
+    start = text.index(tokens.sot)
+    sequence = [*text, tokens.eot] if utterance.ended else text
+    states = None
+    if options.teacher_states:
+        states = _teacher_states(utterance, len(prompt) + len(label))[: len(sequence) - 1 - start]
+    return Example(sequence[:-1], sequence[1:], start, states, options.kl, options.ce)
 
 
 def previous_ids(
@@ -155,16 +156,17 @@ def previous_ids(
     target: Literal["label", "text"],
     language: str | None,
 ) -> list[int]:
-    """The label of the utterance before: as the dataset keeps it beside this one, else its own."""
-    kept = utterance.previous
-    if kept is None:
+    """The label of the previous utterance: from this row where it holds that, else its own."""
+    ids = utterance.previous
+    if ids is None:
         return label_ids(previous, tokens, target, language) if previous else []
-    ids = encode_transcript(kept, tokens, " ") if isinstance(kept, str) else kept
+    if isinstance(ids, str):
+        ids = encode_transcript(ids, tokens, " ")
     return [token for token in ids if token < tokens.eot or token >= tokens.timestamp_begin]
 
 
 def has_speech(utterance: Utterance, target: Literal["label", "text"]) -> bool:
-    """Whether there is speech to learn: an empty reference says that there is none."""
+    """Whether there is speech to learn; with an empty reference there is none."""
     if utterance.parts:
         return any(has_speech(part, target) for part in utterance.parts)
     empty = target == "text" and utterance.text is not None and not strip_special(utterance.text)
@@ -178,51 +180,46 @@ def non_speech_example(
     language: str | None,
     timestamps: bool,
 ) -> Example:
-    """What is learnt of silence, noise and music, whatever the teacher wrote about it.
+    """Inputs and targets of silence, noise and music, whatever their label says.
 
-    The KL at the start of transcript, where the teacher says how probable it is that nobody speaks,
-    and by `options.non_speech` a cross-entropy: none, on the no-speech token there, or on an end
-    that follows the prompt at once (after `<|0.00|>` where timestamps are written).
+    The KL at the start of transcript, where the teacher gives the probability of no speech, and a
+    cross-entropy by `options.non_speech`: none, on the no-speech token at that position, or on an
+    eot that follows the prompt (and `<|0.00|>` if timestamps are on).
     """
-    states = utterance.teacher_states if options.stored else None
+    states = utterance.teacher_states if options.teacher_states else None
     states = None if states is None else states[:1]
     if options.non_speech != "end":
         ce = options.ce * (options.non_speech == "no_speech")
         return Example([tokens.sot], [tokens.no_speech], 0, states, options.kl, ce)
     prompt = tokens.prompt(language, options.task, timestamps)
-    line = [*prompt, *([tokens.timestamp_begin] if timestamps else []), tokens.eot]
-    given = len(prompt) - 1
-    taught = len(line) - 1 - given
-    return Example(
-        line[:-1],
-        line[1:],
-        0,
-        states,
-        (options.kl, *[0.0] * (len(line) - 2)),
-        (*[0.0] * given, *[options.ce] * taught),
-    )
+    sequence = [*prompt, *[tokens.timestamp_begin] * timestamps, tokens.eot]
+    length, prompted = len(sequence) - 1, len(prompt) - 1
+    kl = (options.kl, *[0.0] * (length - 1))
+    ce = (*[0.0] * prompted, *[options.ce] * (length - prompted))
+    return Example(sequence[:-1], sequence[1:], 0, states, kl, ce)
 
 
-def distributions(utterance: Utterance, stored: int, learnt: int) -> Float16[np.ndarray, "n D"]:
-    """The teacher at the first `learnt` of the `stored` places that a label with its prompt has.
+def _teacher_states(utterance: Utterance, length: int) -> Float16[np.ndarray, "{length} D"]:
+    """The teacher's final states at each token of prompt and label.
 
-    Raises InputError where the label holds another number of them.
+    Raises:
+        InputError: the label store holds another number of states.
     """
     states = utterance.teacher_states
-    held = 0 if states is None else len(states)
-    if states is None or held != stored:
+    if states is None or len(states) != length:
+        count = 0 if states is None else len(states)
         raise InputError(
-            f"{utterance.id} holds its teacher's distributions at {held} tokens and its label with "
-            f"the prompt has {stored}: label it again with --teacher-states, and train without "
+            f"{utterance.id} has its teacher's states at {count} tokens and its label with the "
+            f"prompt has {length}: label it again with --teacher-states, and train without "
             "stored_teacher where labels change"
         )
-    return states[:learnt]
+    return states
 
 
 def _pad_states(
     examples: Sequence[Example], length: int
 ) -> Float16[np.ndarray, "B {length} D"] | None:
-    """The examples' final states, from `start` on; None where no example has any."""
+    """The teacher's states of the examples, from `start` on; None where no example has any."""
     present = [row.teacher_states for row in examples if row.teacher_states is not None]
     if not present:
         return None
@@ -239,10 +236,13 @@ def label_ids(
     target: Literal["label", "text"] = "label",
     language: str | None = None,
 ) -> list[int]:
-    """The token ids of the pseudo-label or the reference; a window's with the times of its parts.
+    """The token ids of the pseudo-label or the reference; those of a window have its parts' times.
 
-    A pseudo-label that is given as text alone is encoded, timestamps written in it (`<|1.08|>`)
-    as timestamps. Other special tokens written in texts are left out.
+    A pseudo-label that is text is encoded, with timestamps written in it (`<|1.08|>`) as timestamp
+    tokens. Other special tokens written in texts are left out.
+
+    Raises:
+        InputError: the utterance has no label or reference.
     """
     if utterance.parts:
         starts = part_offsets(utterance)
@@ -270,7 +270,7 @@ def label_ids(
 
 
 def encode_transcript(transcript: str, tokens: WhisperTokens, space: str) -> list[int]:
-    """Token ids of a label given as text; each stretch of text begins with `space`."""
+    """Token ids of a label given as text; each piece of text begins with `space`."""
     ids: list[int] = []
     for piece in split_timestamps(transcript):
         if isinstance(piece, str):
@@ -285,7 +285,7 @@ def shift_timestamps(
 ) -> list[int]:
     """The label of a part that begins `start` seconds into its window.
 
-    Timestamps are moved; a label without any stands between the times of its clip.
+    Timestamps are shifted; a label without any is put between the times of its clip.
     """
     times = [tokens.seconds(token) for token in label]
     if not any(time is not None for time in times):
@@ -297,18 +297,18 @@ def shift_timestamps(
 
 
 def example_draws(seed: Sequence[int]) -> tuple[float, float]:
-    """Two numbers in [0, 1), the same for the same seed, whoever asks: timestamps, prompt."""
-    timed, prompted = generator(Purpose.EXAMPLE, *seed).random(2)
-    return float(timed), float(prompted)
+    """Two numbers in [0, 1) that the seed determines, for timestamps and for the prompt."""
+    timestamps, prompt = generator(Purpose.EXAMPLE, *seed).random(2)
+    return float(timestamps), float(prompt)
 
 
 def longest_prompt(tokens: WhisperTokens) -> int:
-    """Tokens of the longest prompt without previous text: 4, or 2 where English-only."""
+    """Tokens of the longest prompt without previous text: 4, or 2 of an English-only checkpoint."""
     return 4 if tokens.multilingual else 2
 
 
 def bucket_for(length: int, buckets: Sequence[int]) -> int:
-    """The first bucket that holds `length` decoder inputs. Raises InputError when none does."""
+    """The smallest bucket for `length` decoder inputs. Raises InputError where none is enough."""
     for bucket in sorted(buckets):
         if length <= bucket:
             return bucket
@@ -329,9 +329,9 @@ def collate(
     keys: UInt32[np.ndarray, "B 2"] | None = None,
     weighted: bool = False,
 ) -> Batch:
-    """Rows padded to `length` tokens; a row of 0 seconds could not be used and weighs nothing.
+    """Rows padded to `length` tokens; a row of 0 seconds could not be decoded and has weight 0.
 
-    weighted: whether the batch has `loss_weights`, which is the same for all batches of a run.
+    weighted: whether the batch has `loss_weights`, as all batches of a run or none.
     """
     tokens = np.full((len(examples), length), eot, np.int32)
     targets, weights = tokens.copy(), np.zeros(tokens.shape, np.float32)

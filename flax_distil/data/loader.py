@@ -1,17 +1,18 @@
-"""Training batches without end, from a position that can be saved and gone back to."""
+"""An endless sequence of training batches, which can be continued from any saved position."""
 
 import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from math import isnan
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int16
 
-from flax_distil.audio.load import CLIP_SAMPLES
+from flax_distil.audio import CLIP_SAMPLES
 from flax_distil.data.audio_states import AudioStates
 from flax_distil.data.augment import AddNoise
 from flax_distil.data.batches import (
@@ -21,7 +22,6 @@ from flax_distil.data.batches import (
     bucket_for,
     collate,
     example_draws,
-    has_speech,
     longest_prompt,
     make_example,
 )
@@ -29,9 +29,9 @@ from flax_distil.data.mixing import STREAMED, ExampleKey, TrainingSource, exampl
 from flax_distil.data.packing import with_durations
 from flax_distil.data.rng import Purpose, generator
 from flax_distil.data.streams import LanePlace, Streamed, check_lanes, read_lane
-from flax_distil.data.usable import language_reason
+from flax_distil.data.usable import has_target, not_learnable
 from flax_distil.data.utterances import Concatenated, Skipped, Utterance
-from flax_distil.data.windows import DecodedClip, decode_clip, prefetch
+from flax_distil.data.windows import decode_clip, pad_samples, prefetch
 from flax_distil.data.workers import open_pool
 from flax_distil.errors import InputError
 from flax_distil.parallel.multihost import from_all_hosts, host_slice
@@ -39,27 +39,27 @@ from flax_distil.text.tokens import WhisperTokens
 
 logger = logging.getLogger(__name__)
 
-NOTHING = np.zeros(0, np.int16)  # samples of what is not heard
+NO_SAMPLES = np.zeros(0, np.int16)
 
 
 @dataclass(frozen=True)
 class LoaderState:
-    """Where training is in its data: with the datasets, all that decides the batches to come.
+    """The position of training in its data; with the datasets it determines all later batches.
 
-    `position` counts the examples that were used, over all hosts: neither the batch size nor the
-    number of hosts is part of it.
+    `position` counts the examples used on all hosts, so that batch size and number of hosts may
+    change.
     """
 
     seed: int = 0
     position: int = 0
     utterances: int = 0
-    """How many the datasets have, so that others are noticed; 0 before the first batch."""
+    """Size of the datasets, so that a change is noticed; 0 before the first batch."""
     streams: dict[str, Sequence[int]] = field(default_factory=dict)
-    """Where the lanes of streams stand, by "source/lane"; a host knows its own."""
+    """Positions of the lanes of streams, by "source/lane"; a host has those of its own lanes."""
 
 
 class Prepared(NamedTuple):
-    """One row before padding: its tokens, its sound, and its seconds: 0 where nothing is learnt."""
+    """One row before padding: its tokens, samples and seconds, 0 where nothing is learnt."""
 
     example: Example
     samples: Int16[np.ndarray, "n"]
@@ -67,11 +67,22 @@ class Prepared(NamedTuple):
 
 
 class ExampleRow(NamedTuple):
-    """What one row of a batch is made of; `utterance` and `before` are there of a stream only."""
+    """What one row of a batch is made of; `utterance` and `before` are given for streams only."""
 
-    place: ExampleKey
+    key: ExampleKey
     utterance: Utterance | None = None
     before: Utterance | None = None
+
+
+class PendingBatch(NamedTuple):
+    """A batch whose rows are being prepared."""
+
+    prepared: list[Future[Prepared]]
+    rows: list[ExampleRow]
+    inputs: int
+    """Decoder inputs of its longest row, over all hosts."""
+    state: LoaderState
+    """The state after it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class Loader:
     workers: int = 4
     """Threads that decode."""
     processes: int = 0
-    """Processes that decode in their place."""
+    """Processes that decode instead of threads."""
     ahead: int = 2
     """Batches decoded in advance."""
     lanes: int = 1
@@ -95,13 +106,13 @@ class Loader:
     rank: int = 0
     hosts: int = 1
     states: AudioStates | None = None
-    """The encoder's output of every utterance, read instead of hearing it."""
+    """The encoder's output of every utterance, read instead of the audio."""
     add_noise: AddNoise | None = None
     masks: bool = False
     """Whether batches have keys for SpecAugment."""
 
     def __post_init__(self):
-        """Raises InputError for what would only fail later, in the middle of training."""
+        """Raises InputError for what would only fail in the middle of training."""
         sizes = [source.size for source in self.sources]
         if not sizes or 0 in sizes:
             raise InputError("there is no label to train on")
@@ -120,30 +131,34 @@ class Loader:
 
     @property
     def utterances(self) -> Concatenated:
-        """The utterances that the row numbers of batches name: all but those of streams."""
+        """The utterances that the row numbers of batches refer to: all but those of streams."""
         return Concatenated([s.utterances for s in self.sources if s.size is not None])  # type: ignore[misc]
 
     def batches(self, state: LoaderState) -> Iterator[tuple[Batch, LoaderState]]:
-        """Full batches, each with the state that continues after it.
+        """Full batches, each with the state after it.
 
-        What cannot be heard or has nothing to learn is silence of weight 0.
+        A row that cannot be decoded or has nothing to learn has weight 0.
         """
         processes = 0 if self.states else self.processes  # nothing is decoded then
         pool, prepare = open_pool(self._prepare, self.workers, processes)
-        running: deque = deque()
+        pending: deque[PendingBatch] = deque()
         share = host_slice(self.batch_size, self.rank, self.hosts)
         try:
             for rows, after in self._global_rows(state):
-                mine = rows[share]
-                prepared = [pool.submit(prepare, state.seed, row) for row in mine]
-                running.append((prepared, mine, self._inputs(rows, state.seed), after))
-                if len(running) > self.ahead:
-                    yield self._collected(*running.popleft())
+                prepared = [pool.submit(prepare, state.seed, row) for row in rows[share]]
+                inputs = self._longest(rows, state.seed)
+                pending.append(PendingBatch(prepared, rows[share], inputs, after))
+                if len(pending) > self.ahead:
+                    batch = pending.popleft()
+                    yield self._collate(batch), batch.state
         finally:
             pool.shutdown(cancel_futures=True)
 
+    # --- which examples -------------------------------------------------------------------------
+
     def _global_rows(self, state: LoaderState) -> Iterator[tuple[list[ExampleRow], LoaderState]]:
-        """All rows of each batch, filled of streams for this host's lanes alone, and what is after.
+        """All rows of each batch, and the state after it. Rows of streams are read for the lanes of
+        this host only.
 
         Raises InputError for the state of a run on other datasets or lanes.
         """
@@ -156,45 +171,47 @@ class Loader:
         if state.position % lanes:
             raise InputError(
                 f"the run stopped after {state.position} examples, which {lanes} lanes do not "
-                "divide: go on with the lanes it began with"
+                "divide: resume with the lanes it began with"
             )
-        standing = self._standing(state)
-        readers = {name: self._reader(state.seed, name, start) for name, start in standing.items()}
+        positions = self._lane_positions(state)
+        readers = {
+            name: self._lane_reader(state.seed, name, start) for name, start in positions.items()
+        }
 
-        def row(place: ExampleKey) -> ExampleRow:
-            reader = readers.get(f"{place.source}/{place.lane}")
-            if place.number != STREAMED or reader is None:
-                return ExampleRow(place)
-            found = next(reader)
-            standing[f"{place.source}/{place.lane}"] = found.after
-            place = place._replace(passes=found.after.passes, number=found.number)
-            return ExampleRow(place, found.utterance, found.before)
+        def read(key: ExampleKey) -> ExampleRow:
+            name = f"{key.source}/{key.lane}"
+            if key.number != STREAMED or name not in readers:
+                return ExampleRow(key)
+            streamed = next(readers[name])
+            positions[name] = streamed.after
+            key = key._replace(passes=streamed.after.passes, number=streamed.number)
+            return ExampleRow(key, streamed.utterance, streamed.before)
 
-        come = example_keys(self.sources, state.seed, state.position, lanes)
-        arrangement = rows_by_lane(size, lanes)
+        keys = example_keys(self.sources, state.seed, state.position, lanes)
+        order = rows_by_lane(size, lanes)
         try:
             for position in count(state.position + size, size):
-                rows = [row(place) for place in islice(come, size)]
-                after = LoaderState(state.seed, position, utterances, dict(standing))
-                yield [rows[number] for number in arrangement], after
+                rows = [read(key) for key in islice(keys, size)]
+                after = LoaderState(state.seed, position, utterances, dict(positions))
+                yield [rows[number] for number in order], after
         finally:
             for reader in readers.values():
                 reader.close()
 
-    def _standing(self, state: LoaderState) -> dict[str, LanePlace]:
-        """Where this host's lanes of streams stand, by "source/lane"."""
+    def _lane_positions(self, state: LoaderState) -> dict[str, LanePlace]:
+        """The positions of this host's lanes of streams, by "source/lane"."""
         own = range(self.lanes)[host_slice(self.lanes, self.rank, self.hosts)]
         streams = [number for number, source in enumerate(self.sources) if source.size is None]
         names = [f"{number}/{lane}" for number in streams for lane in own]
-        if lacking := [name for name in names if state.position and name not in state.streams]:
+        if missing := [name for name in names if state.position and name not in state.streams]:
             raise InputError(
-                f"the run's state does not tell where stream/lane {', '.join(lacking)} stands: go "
-                "on with the sources and lanes it began with"
+                f"the run's state has no position for stream/lane {', '.join(missing)}: "
+                "resume with the sources and lanes it began with"
             )
         return {name: LanePlace(*state.streams.get(name, ())) for name in names}
 
-    def _reader(self, seed: int, name: str, start: LanePlace) -> Generator[Streamed]:
-        """One lane of a stream from there on, a block ahead."""
+    def _lane_reader(self, seed: int, name: str, start: LanePlace) -> Generator[Streamed]:
+        """One lane of a stream from a position on, read a block ahead."""
         number, lane = map(int, name.split("/"))
         source, block = self.sources[number], max(self.sources[number].buffer // self.lanes, 1)
         stream: Any = source.utterances
@@ -205,112 +222,128 @@ class Loader:
         """1 without streams: any host can read any utterance of a dataset."""
         return self.lanes if any(source.size is None for source in self.sources) else 1
 
-    def _inputs(self, rows: Sequence[ExampleRow], seed: int) -> int:
-        """Decoder inputs that the rows need at most, the same on every host.
+    def _longest(self, rows: Sequence[ExampleRow], seed: int) -> int:
+        """An upper bound of the rows' decoder inputs, the same on every host.
 
-        Labels of streams are known to their host alone; on several hosts they get the longest
-        bucket, on one what they need.
+        Labels of streams are known to one host only: on several hosts they get the longest bucket,
+        on one what they need.
         """
-        needed = 0
-        for place in (row.place for row in rows):
-            source = self.sources[place.source]
+        longest = 0
+        for key in (row.key for row in rows):
+            source = self.sources[key.source]
+            limit = max(source.options.buckets)
             if source.size is None:
-                needed = max(needed, max(source.options.buckets) if self.hosts > 1 else 0)
+                longest = max(longest, limit if self.hosts > 1 else 0)
                 continue
-            inputs = int(source.lengths[place.number]) + longest_prompt(self.tokens)
-            if self._prompted(place, seed):
+            inputs = int(source.lengths[key.number]) + longest_prompt(self.tokens)
+            if self._has_prompt(key, seed):
                 previous = PREVIOUS_TOKENS
                 if not source.own_prompts:
-                    previous = min(previous, int(source.lengths[place.number - 1]))
+                    previous = min(previous, int(source.lengths[key.number - 1]))
                 inputs += 1 + previous
-            needed = max(needed, min(inputs, max(source.options.buckets)))
-        return needed
+            longest = max(longest, min(inputs, limit))
+        return longest
 
-    def _prompted(self, place: ExampleKey, seed: int) -> bool:
-        """Whether the example is read with the utterance before it in its dataset."""
-        source = self.sources[place.source]
-        follows = source.own_prompts or bool(source.follows[place.number])
-        return follows and example_draws((seed, *place))[1] < source.options.prompt_probability
+    def _has_prompt(self, key: ExampleKey, seed: int) -> bool:
+        """Whether the text of the previous utterance is read before the example."""
+        source = self.sources[key.source]
+        known = source.own_prompts or bool(source.follows[key.number])
+        return known and example_draws((seed, *key))[1] < source.options.prompt_probability
+
+    def _number(self, key: ExampleKey) -> int:
+        """The utterance's number among those of all datasets, as in `utterances`."""
+        if self.sources[key.source].size is None:
+            return STREAMED
+        return key.number + sum(source.size or 0 for source in self.sources[: key.source])
+
+    # --- what they hold -------------------------------------------------------------------------
 
     def _prepare(self, seed: int, row: ExampleRow) -> Prepared:
-        place, utterance, before = row
-        source = self.sources[place.source]
-        if utterance is None:
-            utterance = source.utterances[place.number]  # type: ignore[index]
-            if self._prompted(place, seed) and source.follows[place.number]:
-                before = source.utterances[place.number - 1]  # type: ignore[index]
-        options = source.options
-        speech = has_speech(utterance, options.target)
-        if speech and not has_target(utterance, options.target):
-            return self._left_out(utterance, f"no {options.target} to learn")
-        language = utterance.language or options.language
-        prompted = speech or options.non_speech == "end"
-        if prompted and (reason := language_reason(language, self.tokens)):
+        """One row: read, checked, decoded and tokenised."""
+        options = self.sources[row.key.source].options
+        utterance, before = self._read(seed, row)
+        if reason := not_learnable(utterance, options, self.tokens):
             return self._left_out(utterance, reason)
-        if before is not None and not has_target(before, options.target):
+        decoded = (
+            self._load_states(row, utterance) if self.states else self._decode(seed, row, utterance)
+        )
+        if isinstance(decoded, Skipped):
+            return self._left_out(utterance, decoded.reason)
+        utterance, samples, seconds = decoded
+        example = make_example(utterance, self.tokens, options, (seed, *row.key), before)
+        if len(example.tokens) > max(options.buckets):
+            return self._left_out(utterance, f"its label has {len(example.tokens)} tokens")
+        return Prepared(example, samples, seconds)
+
+    def _read(self, seed: int, row: ExampleRow) -> tuple[Utterance, Utterance | None]:
+        """The utterance, and the previous one where its label is to be read."""
+        source, number = self.sources[row.key.source], row.key.number
+        utterance, before = row.utterance, row.before
+        if utterance is None:
+            dataset: Any = source.utterances
+            utterance = dataset[number]
+            if self._has_prompt(row.key, seed) and source.follows[number]:
+                before = dataset[number - 1]
+        if before is not None and not has_target(before, source.options.target):
             before = None
-        clip = None if self.states else decode_clip(utterance, place.passes)
-        if isinstance(clip, DecodedClip):
-            utterance = clip.utterance  # a window's with the times of its sound
-        if self.states and (seconds := self.states.parts(self._number(place))):
-            utterance = with_durations(utterance, [None if isnan(one) else one for one in seconds])
-        targets = make_example(utterance, self.tokens, options, (seed, *place), before)
-        if len(targets.tokens) > max(options.buckets):
-            return self._left_out(utterance, f"its label has {len(targets.tokens)} tokens")
-        if self.states:
-            return Prepared(targets, NOTHING, float(self.states.seconds[self._number(place)]))
-        assert clip is not None
+        return utterance, before
+
+    def _decode(
+        self, seed: int, row: ExampleRow, utterance: Utterance
+    ) -> tuple[Utterance, np.ndarray, float] | Skipped:
+        """The utterance with the durations of its samples, these with noise, and their seconds."""
+        clip = decode_clip(utterance, row.key.passes)
         if isinstance(clip, Skipped):
-            return self._left_out(utterance, clip.reason)._replace(example=targets)
+            return clip
         samples = clip.samples
         if self.add_noise:
-            samples = self.add_noise(samples, (seed, *place))
-        return Prepared(targets, samples, clip.duration)
+            samples = self.add_noise(samples, (seed, *row.key))
+        return clip.utterance, samples, clip.duration
+
+    def _load_states(
+        self, row: ExampleRow, utterance: Utterance
+    ) -> tuple[Utterance, np.ndarray, float]:
+        """The same where the audio states are on disk: a window gets the durations of its parts."""
+        assert self.states is not None
+        number = self._number(row.key)
+        if seconds := self.states.parts(number):
+            durations = [None if isnan(one) else one for one in seconds]
+            utterance = with_durations(utterance, durations)
+        return utterance, NO_SAMPLES, self.states.seconds(number)
 
     def _left_out(self, utterance: Utterance, reason: str) -> Prepared:
         logger.warning("%s has weight 0: %s", utterance.id, reason)
-        return Prepared(Example([self.tokens.sot], [self.tokens.eot], 0), NOTHING, 0.0)
+        return Prepared(Example([self.tokens.sot], [self.tokens.eot], 0), NO_SAMPLES, 0.0)
 
-    def _number(self, place: ExampleKey) -> int:
-        """The utterance's number among those of all datasets, as `utterances` has them."""
-        if self.sources[place.source].size is None:
-            return STREAMED
-        return place.number + sum(source.size or 0 for source in self.sources[: place.source])
-
-    def _collected(self, running, rows, inputs, after) -> tuple[Batch, LoaderState]:
-        examples, sounds, seconds = zip(*(one.result() for one in running), strict=True)
-        waveforms = np.zeros((len(rows), 0 if self.states else CLIP_SAMPLES), np.int16)
-        for waveform, samples in zip(waveforms, sounds, strict=True):
-            waveform[: len(samples)] = samples
-        numbers = [self._number(row.place) for row in rows]
-        needed = max(inputs, *(len(one.tokens) for one in examples))
-        length = bucket_for(needed, self.sources[0].options.buckets)
-        audio = self.states.read(numbers) if self.states else None
+    def _collate(self, pending: PendingBatch) -> Batch:
+        """The rows of a batch, padded."""
+        examples, samples, seconds = zip(*(one.result() for one in pending.prepared), strict=True)
+        numbers = [self._number(row.key) for row in pending.rows]
+        inputs = max(pending.inputs, *(len(one.tokens) for one in examples))
         keys = None
         if self.masks:
-            random = [generator(Purpose.MASKS, after.seed, *row.place) for row in rows]
+            random = [
+                generator(Purpose.MASKS, pending.state.seed, *row.key) for row in pending.rows
+            ]
             keys = np.stack([one.integers(1 << 32, size=2, dtype=np.uint32) for one in random])
-        eot = self.tokens.eot
-        weighted = any(source.weighs for source in self.sources)
-        return (
-            collate(examples, waveforms, seconds, numbers, length, eot, audio, keys, weighted),
-            after,
+        return collate(
+            examples,
+            pad_samples(samples, 0 if self.states else CLIP_SAMPLES),
+            seconds,
+            numbers,
+            length=bucket_for(inputs, self.sources[0].options.buckets),
+            eot=self.tokens.eot,
+            audio=self.states.read(numbers) if self.states else None,
+            keys=keys,
+            weighted=any(source.weighs for source in self.sources),
         )
 
 
-def has_target(utterance: Utterance, target: Literal["label", "text"]) -> bool:
-    """Whether there is a label or text, of all parts of a window."""
-    parts = [one for one in utterance.parts or (utterance,) if has_speech(one, target)]
-    if target == "text":
-        return all(part.text is not None for part in parts)
-    return all((part.token_ids, part.transcript) != (None, None) for part in parts)
-
-
 def gather_state(state: LoaderState) -> LoaderState:
-    """The state with the lanes of every host, for a checkpoint; all hosts call it at once."""
+    """The state with the lanes of every host, for a checkpoint; all hosts call it together."""
     if not state.streams:
         return state
     streams = {}
-    for told in from_all_hosts(state.streams):
-        streams |= told
+    for others in from_all_hosts(state.streams):
+        streams |= others
     return replace(state, streams=streams)

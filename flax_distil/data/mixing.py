@@ -91,7 +91,7 @@ def training_sources(config: DistillConfig, tokens: WhisperTokens) -> tuple[Trai
         config.timestamp_probability,
         config.language,
         prompt_probability=config.prompt_probability,
-        stored=config.stored_teacher,
+        teacher_states=config.stored_teacher,
         non_speech=config.non_speech,
     )
     stores = [

@@ -1,19 +1,21 @@
 """Which rows of a dataset can be learnt, and why the others cannot.
 
-One row never ends a run: a language that the checkpoint lacks, a missing label or one that no
-bucket holds is left out and counted, by the same rules for datasets, streams and labelling.
+A row never ends a run: one in a language that the checkpoint lacks, without a label or with a label
+that no bucket holds is left out and counted, by the same rules for datasets, streams and labelling.
 """
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from flax_distil.data.batches import TargetOptions, longest_prompt
-from flax_distil.data.utterances import Utterances, cell_bool
+from flax_distil.data.batches import TargetOptions, has_speech, longest_prompt
+from flax_distil.data.cells import cell_bool
+from flax_distil.data.utterances import Utterance, Utterances
 from flax_distil.errors import InputError
 from flax_distil.text.tokens import WhisperTokens
 
@@ -22,13 +24,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LearnableRows:
-    """The rows of a dataset that can be learnt, and the reasons against all others."""
+    """The rows of a dataset that can be learnt, and the others by reason."""
 
     speech: Int[np.ndarray, "n"]
     non_speech: Int[np.ndarray, "m"]
-    """Rows in which nobody speaks."""
+    """Rows without speech."""
     left_out: dict[str, list[int]]
-    """Rows by the reason for which they are left out."""
 
 
 def language_reason(language: str | None, tokens: WhisperTokens) -> str | None:
@@ -38,6 +39,26 @@ def language_reason(language: str | None, tokens: WhisperTokens) -> str | None:
     return tokens.unsupported(language)
 
 
+def not_learnable(
+    utterance: Utterance, options: TargetOptions, tokens: WhisperTokens
+) -> str | None:
+    """Why an utterance has nothing to learn for this checkpoint; None where it has."""
+    speech = has_speech(utterance, options.target)
+    if speech and not has_target(utterance, options.target):
+        return f"no {options.target} to learn"
+    if speech or options.non_speech == "end":
+        return language_reason(utterance.language or options.language, tokens)
+    return None
+
+
+def has_target(utterance: Utterance, target: Literal["label", "text"]) -> bool:
+    """Whether there is a label or text; of a window, for all its parts with speech."""
+    parts = [one for one in utterance.parts or (utterance,) if has_speech(one, target)]
+    if target == "text":
+        return all(part.text is not None for part in parts)
+    return all((part.token_ids, part.transcript) != (None, None) for part in parts)
+
+
 def usable_rows(
     utterances: Utterances,
     lengths: Int[np.ndarray, "n"],
@@ -45,11 +66,13 @@ def usable_rows(
     tokens: WhisperTokens,
     packed: bool = False,
 ) -> LearnableRows:
-    """The rows that can be learnt.
+    """The rows that can be learnt; the others are logged.
 
-    lengths: tokens of what each row has to learn; 0 where it is empty, -1 where there is none.
-    packed: whether they are to be parts of windows, which need labels that ended.
-    Raises InputError where no row can be learnt, with the reasons.
+    lengths: tokens of each row's target; 0 where it is empty, -1 where there is none.
+    packed: whether rows become parts of windows, which need complete labels.
+
+    Raises:
+        InputError: no row can be learnt; the message gives the reasons.
     """
     longest = max(options.buckets) - longest_prompt(tokens)
     reason_of = cache(lambda language: language_reason(language, tokens))
@@ -71,30 +94,24 @@ def usable_rows(
             reason = reason_of(languages[row] or default)
         if reason is not None:
             usable[row] = False
-            left_out.setdefault(reason, []).append(int(row))
-    found = LearnableRows(
+            left_out.setdefault(reason, []).append(row)
+    rows = LearnableRows(
         np.flatnonzero(usable & speech), np.flatnonzero(usable & ~speech), left_out
     )
-    log_left_out(found, utterances)
-    return found
+    if left_out:
+        source, count = utterances.config.source, len(utterances)
+        reasons = describe_left_out(left_out, lambda row: utterances[row].id)
+        if not usable.any():
+            raise InputError(f"none of the {count} rows of {source} can be learnt: {reasons}")
+        log.warning("%s: %d of %d rows are left out: %s", source, (~usable).sum(), count, reasons)
+    return rows
 
 
 def speech_rows(utterances: Utterances) -> Bool[np.ndarray, "n"]:
-    """Whether each row is said to hold speech."""
+    """Whether each row holds speech."""
     if not utterances.config.speech:
         return np.zeros(len(utterances), bool)
     return np.array([cell_bool(value) for value in utterances.column("speech")], bool)
-
-
-def log_left_out(rows: LearnableRows, utterances: Utterances) -> None:
-    """Log what is left out. Raises InputError where nothing is left."""
-    source, count = utterances.config.source, len(utterances)
-    out = describe_left_out(rows.left_out, lambda row: utterances[row].id)
-    if not len(rows.speech) + len(rows.non_speech):
-        raise InputError(f"none of the {count} rows of {source} can be learnt: {out}")
-    if rows.left_out:
-        number = sum(map(len, rows.left_out.values()))
-        log.warning("%s: %d of %d rows are left out: %s", source, number, count, out)
 
 
 def describe_left_out(left_out: dict[str, list[int]], name: Callable[[int], str]) -> str:

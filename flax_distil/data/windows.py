@@ -1,7 +1,7 @@
-"""Clips decoded ahead of time, in order, and padded to 30 s: what labelling and evaluation read.
+"""Clips decoded ahead of time, in order, and padded to 30 s, for labelling and evaluation.
 
-Decoding runs in threads: PyAV releases the GIL inside FFmpeg, threads share the batch's memory, and
-unlike processes they start at once and inside any program.
+Clips are decoded in threads: PyAV releases the GIL inside FFmpeg, and unlike processes threads
+share the batch's memory and start at once.
 """
 
 import logging
@@ -13,9 +13,10 @@ from itertools import islice
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Int16
+from jaxtyping import Int16
 
-from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, AudioError, to_int16
+from flax_distil.audio import CLIP_SAMPLES, SAMPLE_RATE
+from flax_distil.audio.load import AudioError, to_int16
 from flax_distil.data.packing import with_durations
 from flax_distil.data.utterances import Skipped, Utterance, load_waveform
 from flax_distil.errors import InputError
@@ -25,18 +26,18 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# A clip of 30 s may leave a resampler or an MP3 decoder a little longer; so much is cut off.
+# A resampler or an MP3 decoder can make a clip of 30 s slightly longer; the excess is cut off.
 SLACK_SAMPLES = SAMPLE_RATE // 100
 
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """An utterance and its samples: at most 30 s, not padded yet."""
+    """An utterance and its samples: at most 30 s, not padded."""
 
     utterance: Utterance
     samples: Int16[np.ndarray, "n"]
     parts: tuple[float | None, ...] = ()
-    """Of a packed window: seconds of each planned part, None of one that is not in the clip."""
+    """Of a packed window: seconds of each planned part; None for a part not in the clip."""
 
     @property
     def duration(self) -> float:
@@ -46,21 +47,20 @@ class DecodedClip:
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Clips padded to 30 s; a short batch is filled up with its last clip, which is not valid.
+    """Clips padded to 30 s. The rows after the last utterance repeat it.
 
-    Silence would do as well, but a model may write longer about silence than about any clip, and a
-    batch is decoded until its last row ends.
+    They do not hold silence: a model may write more about silence than about any clip, and a batch
+    is decoded until its last row ends.
     """
 
     utterances: list[Utterance]
     waveforms: Int16[np.ndarray, "B N"]
-    valid: Bool[np.ndarray, "B"]
 
 
 def map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
 ) -> Iterator[Result]:
-    """`map` in threads, up to `ahead` items in advance of the consumer; the order is kept."""
+    """`map` in threads, in order, up to `ahead` items before the consumer asks for them."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
     running: deque[Future[Result]] = deque()
     try:
@@ -70,7 +70,7 @@ def map_in_order(
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
-    finally:  # also when the consumer leaves early
+    finally:  # also when the consumer stops early
         pool.shutdown(cancel_futures=True)
 
 
@@ -88,56 +88,45 @@ def prefetch(items: Iterable[Item], count: int) -> Generator[Item]:
 
 
 def decode_clip(utterance: Utterance, turn: int = 0) -> DecodedClip | Skipped:
-    """The decoded clip, or why there is none: damaged, missing, longer than 30 s.
+    """The decoded clip, or why there is none: damaged, missing or longer than 30 s.
 
-    Of a packed window that needs several clips it is one after the other, by `turn`.
+    turn: selects one of the clips of a packed window whose audio needs several.
     """
     clips = decode_clips(utterance)
     return clips if isinstance(clips, Skipped) else clips[turn % len(clips)]
 
 
 def decode_clips(utterance: Utterance) -> list[DecodedClip] | Skipped:
-    """The clips of an utterance, at least one, or why there is none; see `decode_utterance`.
+    """The clips of an utterance, or why there are none: one, or several of a packed window.
 
-    Parts of a window that are left out are warned of.
-    """
-    found = decode_utterance(utterance)
-    clips = [one for one in found if isinstance(one, DecodedClip)]
-    skipped = [one for one in found if isinstance(one, Skipped)]
-    if not clips:
-        return Skipped(utterance.id, "; ".join(dict.fromkeys(one.reason for one in skipped)))
-    for one in skipped:
-        logger.warning("%s is left out of its window: %s", one.id, one.reason)
-    return clips
-
-
-def decode_utterance(utterance: Utterance) -> list[DecodedClip | Skipped]:
-    """All clips of an utterance: one, but of a packed window as many as its sound needs.
-
-    What a dataset or a header tells of durations is not always so. The parts of a window have the
-    durations of their samples in `Clip.utterance`; where they are longer than the window together,
-    those behind 30 s are a clip of their own, and a part that cannot be decoded is left out.
+    A window's parts get the durations of their samples, which may differ from the dataset's or the
+    header's. If they exceed 30 s together, the rest becomes another clip. A part that cannot be
+    decoded is left out with a warning.
     """
     if not utterance.parts:
-        return [_decoded(utterance)]
-    decoded = [_decoded(part) for part in utterance.parts]
+        clip = _decode(utterance)
+        return clip if isinstance(clip, Skipped) else [clip]
     pause = round(utterance.pause * SAMPLE_RATE)
     groups: list[dict[int, DecodedClip]] = []  # clips by the number of their part
-    room = 0
-    for number, clip in enumerate(decoded):
+    skipped, room = [], 0
+    for number, clip in enumerate(map(_decode, utterance.parts)):
         if isinstance(clip, Skipped):
+            skipped.append(clip)
             continue
         room -= pause + len(clip.samples)
         if not groups or room < 0:
             groups.append({})
             room = CLIP_SAMPLES + SLACK_SAMPLES - len(clip.samples)
         groups[-1][number] = clip
-    clips = [_window(utterance, group) for group in groups]
-    return [*clips, *(one for one in decoded if isinstance(one, Skipped))]
+    if not groups:
+        return Skipped(utterance.id, "; ".join(dict.fromkeys(one.reason for one in skipped)))
+    for one in skipped:
+        logger.warning("%s is left out of its window: %s", one.id, one.reason)
+    return [_window(utterance, group) for group in groups]
 
 
 def _window(window: Utterance, clips: dict[int, DecodedClip]) -> DecodedClip:
-    """Some parts of a window one after the other, with the times that they have there."""
+    """Some parts of a window in sequence, with their times in it."""
     pause = np.zeros(round(window.pause * SAMPLE_RATE), np.int16)
     pieces = [piece for clip in clips.values() for piece in (pause, clip.samples)]
     samples = np.concatenate(pieces[1:])[:CLIP_SAMPLES]
@@ -146,8 +135,8 @@ def _window(window: Utterance, clips: dict[int, DecodedClip]) -> DecodedClip:
     return DecodedClip(with_durations(window, seconds), samples, seconds)
 
 
-def _decoded(utterance: Utterance) -> DecodedClip | Skipped:
-    """One clip, of which no more is decoded than shows that it is too long."""
+def _decode(utterance: Utterance) -> DecodedClip | Skipped:
+    """One clip. Decoding stops where the clip is known to be too long."""
     longest = CLIP_SAMPLES // SAMPLE_RATE + 1
     try:
         samples = to_int16(load_waveform(utterance, longest))
@@ -160,14 +149,21 @@ def _decoded(utterance: Utterance) -> DecodedClip | Skipped:
     return DecodedClip(utterance, samples[:CLIP_SAMPLES])
 
 
+def pad_samples(
+    samples: Sequence[Int16[np.ndarray, "_"]], length: int = CLIP_SAMPLES
+) -> Int16[np.ndarray, "B {length}"]:
+    """Waveforms padded with silence to one length."""
+    waveforms = np.zeros((len(samples), length), np.int16)
+    for row, one in zip(waveforms, samples, strict=True):
+        row[: len(one)] = one
+    return waveforms
+
+
 def pad_clips(clips: Sequence[DecodedClip], batch_size: int) -> WindowBatch:
-    """One to `batch_size` clips as one batch of exactly that size."""
-    waveforms = np.zeros((batch_size, CLIP_SAMPLES), np.int16)
-    for row, clip in zip(waveforms, clips, strict=False):
-        row[: len(clip.samples)] = clip.samples
-    waveforms[len(clips) :] = waveforms[len(clips) - 1]
-    utterances = [clip.utterance for clip in clips]
-    return WindowBatch(utterances, waveforms, np.arange(batch_size) < len(clips))
+    """One to `batch_size` clips as a batch of exactly that size."""
+    rows = [clip.samples for clip in clips]
+    rows += rows[-1:] * (batch_size - len(rows))
+    return WindowBatch([clip.utterance for clip in clips], pad_samples(rows))
 
 
 def window_batches(
@@ -176,21 +172,21 @@ def window_batches(
     workers: int = 4,
     skipped: Callable[[Skipped], None] | None = None,
 ) -> Iterator[WindowBatch]:
-    """Every utterance once, in order, in batches of one shape; see `WindowBatch` for the last.
+    """All utterances in order, in batches of one shape.
 
-    `skipped` is told what could not be heard; without it, the first such clip is an AudioError.
+    skipped: called with each utterance that cannot be decoded; without it, the first one raises
+        AudioError.
     """
 
-    def heard() -> Iterator[DecodedClip]:
-        for found in map_in_order(decode_utterance, utterances, workers, ahead=2 * batch_size):
-            for clip in found:
-                if isinstance(clip, DecodedClip):
-                    yield clip
-                elif skipped is None:
-                    raise AudioError(f"{clip.id}: {clip.reason}")
-                else:
-                    skipped(clip)
+    def decoded() -> Iterator[DecodedClip]:
+        for clips in map_in_order(decode_clips, utterances, workers, ahead=2 * batch_size):
+            if not isinstance(clips, Skipped):
+                yield from clips
+            elif skipped is None:
+                raise AudioError(f"{clips.id}: {clips.reason}")
+            else:
+                skipped(clips)
 
-    clips = heard()
+    clips = decoded()
     while batch := list(islice(clips, batch_size)):
         yield pad_clips(batch, batch_size)

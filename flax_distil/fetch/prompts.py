@@ -12,10 +12,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from flax_distil.audio import SAMPLE_RATE
 from flax_distil.audio.load import AudioError, encode_flac, load_audio
 from flax_distil.fetch.manifest import ManifestClip, write_manifest
 from flax_distil.fetch.packages import lock
-from flax_distil.model.dims import SAMPLE_RATE
 
 log = logging.getLogger(__name__)
 

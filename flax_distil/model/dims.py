@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flax_distil.audio import SAMPLE_RATE
 from flax_distil.errors import InputError
 
-SAMPLE_RATE = 16_000
 HOP_LENGTH = 160
 CHUNK_SECONDS = 30
 CHUNK_SAMPLES = CHUNK_SECONDS * SAMPLE_RATE  # 480,000

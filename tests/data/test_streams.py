@@ -140,7 +140,7 @@ def test_errors(stream, tone):
     with pytest.raises(InputError, match="batch 6 does not divide over 4 lanes: use 4"):
         loader(stream, tone, batch_size=6)
     begun = LoaderState(0, 8, utterances=7)
-    with pytest.raises(InputError, match="where stream/lane 0/0, 0/1, 0/2, 0/3 stands"):
+    with pytest.raises(InputError, match="no position for stream/lane 0/0, 0/1, 0/2, 0/3"):
         next(loader(stream, tone).batches(begun))
     empty = UtteranceStream(
         [], Columns("audio", None, None, None, None, None, True), DataConfig("rows")

@@ -15,7 +15,7 @@ from flax_distil.data.utterances import Skipped, Utterance
 from flax_distil.data.windows import (
     DecodedClip,
     decode_clip,
-    decode_utterance,
+    decode_clips,
     map_in_order,
     window_batches,
 )
@@ -84,7 +84,6 @@ def test_windows(tone, flac):
     ]
     batches = list(window_batches(utterances, batch_size=2))
     assert [batch.waveforms.shape for batch in batches] == [(2, CLIP_SAMPLES)] * 3
-    assert [batch.valid.tolist() for batch in batches] == [[True] * 2, [True] * 2, [True, False]]
     assert [u.id for batch in batches for u in batch.utterances] == list("01234")
     for n in range(5):
         samples, row = to_int16(tone(0.1 * (n + 1))), batches[n // 2].waveforms[n % 2]
@@ -101,7 +100,7 @@ def window(*parts: Utterance, pause: float = 0.5) -> Utterance:
 def test_a_window_has_the_times_of_its_sound(tone):
     """Durations of the manifest are wrong by a second; those of the samples count."""
     planned = window(*(Utterance(str(n), tone(n + 1.0), duration=2.0) for n in range(3)))
-    (clip,) = decode_utterance(planned)
+    (clip,) = decode_clips(planned)
     assert isinstance(clip, DecodedClip)
     assert [part.duration for part in clip.utterance.parts] == [1.0, 2.0, 3.0]
     assert part_offsets(clip.utterance) == [0.0, 1.5, 4.0]
@@ -112,7 +111,7 @@ def test_a_window_has_the_times_of_its_sound(tone):
 def test_a_window_that_grows_is_split_and_not_lost(tone):
     """Three parts of 12 s that claim 9 s: two windows, each clip once."""
     parts = [Utterance(str(n), tone(12.0, 300.0 + n), f"t{n}", duration=9.0) for n in range(3)]
-    first, second = decode_utterance(window(*parts))
+    first, second = decode_clips(window(*parts))
     assert isinstance(first, DecodedClip)
     assert isinstance(second, DecodedClip)
     assert [part.id for part in first.utterance.parts] == ["0", "1"]
@@ -126,16 +125,13 @@ def test_a_window_that_grows_is_split_and_not_lost(tone):
     assert [one.id for one in both.utterances] == [first.utterance.id, "2"]
 
 
-def test_a_damaged_part_costs_its_window_that_part_alone(tone):
+def test_a_damaged_part_costs_its_window_that_part_alone(tone, caplog):
     bad = Utterance("bad", b"no audio", duration=1.0)
-    clip, skipped = decode_utterance(
-        window(Utterance("a", tone(1.0)), bad, Utterance("b", tone(2.0)))
-    )
+    (clip,) = decode_clips(window(Utterance("a", tone(1.0)), bad, Utterance("b", tone(2.0))))
     assert isinstance(clip, DecodedClip)
     assert [part.id for part in clip.utterance.parts] == ["a", "b"]
     assert clip.duration == 3.5
-    assert isinstance(skipped, Skipped)
-    assert skipped.id == "bad"
+    assert "bad is left out of its window" in caplog.text
     lost = decode_clip(window(bad, bad))
     assert isinstance(lost, Skipped)
     assert "not an audio file" in lost.reason

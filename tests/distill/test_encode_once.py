@@ -72,7 +72,7 @@ def kept(run: DistillConfig) -> np.ndarray:
     sources = training_sources(run, load_tokens(student.source))
     states = encode_once.kept_states(run, teacher, student, sources)
     assert states is not None
-    return states.read(range(len(states.seconds)))
+    return states.read(range(len(states.clips)))
 
 
 def test_the_labellers_states_are_found_through_the_filter(run, monkeypatch):

@@ -312,7 +312,7 @@ def test_states_are_there_before_their_shard(config, monkeypatch, tmp_path):
     kept = load_or_encode([StateFolder(states, names)], labels, encode=None)
     expected = [n for n in range(23) if n not in (5, 13)]
     assert kept.read(range(21))[:, 0, 1].tolist() == expected
-    np.testing.assert_allclose(kept.seconds, 0.1)
+    np.testing.assert_allclose([clip.seconds for clip in kept.clips], 0.1)
 
 
 def test_a_finished_run_does_nothing(config):
