@@ -18,9 +18,9 @@ from flax_distil.distill.setup import trainable_part
 from flax_distil.distill.state import initial_state
 from flax_distil.distill.trainer import RECIPE
 from flax_distil.errors import InputError
-from flax_distil.evaluate.report import Entry, Report, Score
+from flax_distil.evaluate.report import DatasetResult, ModelResult, Report
 from flax_distil.export import formats, run
-from flax_distil.export.verify import largest_difference, synthetic_clip
+from flax_distil.export.verify import differing_texts, largest_difference, synthetic_clip
 from flax_distil.model.checkpoint import load_checkpoint, save_checkpoint
 from flax_distil.model.student import same_arrays
 from flax_distil.recipe import save_recipe
@@ -51,6 +51,12 @@ def test_the_pipeline_of_transformers_writes_our_text(exported, student):
     ours = recognize(make_recognizer(student), synthetic_clip()[None], options)[0]
     assert len(ours.tokens) > 3
     assert theirs["text"].strip() == ours.text
+
+
+def test_texts_that_reach_the_limit_are_compared_up_to_it(exported):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Transformers' own, about its defaults
+        assert differing_texts(exported["transformers"], [synthetic_clip()], max_tokens=8) == []
 
 
 def test_logits_equal_those_of_pytorch(exported):
@@ -144,8 +150,8 @@ def test_verification_passes_a_good_export_and_stops_a_bad_one(
 def test_the_card_has_the_figures_and_a_head_that_the_hub_reads(random_folders, tmp_path):
     from huggingface_hub import ModelCard
 
-    score = Score("clean", 2, 10.0, 1.0, ErrorCounts(2, 1, 1, 40))
-    Report((Entry("student", "s", 30_000_000, 1.5, (score,)),), {}, {}).save(tmp_path)
+    score = DatasetResult("clean", 2, 10.0, 1.0, ErrorCounts(2, 1, 1, 40))
+    Report((ModelResult("student", "s", 30_000_000, 1.5, (score,)),), {}, {}).save(tmp_path)
     report = tmp_path / "report.json"
     run(ExportConfig(str(random_folders[1]), tmp_path / "my", report=report, license="mit"))
     card = ModelCard.load(tmp_path / "my" / "README.md")
