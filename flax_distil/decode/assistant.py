@@ -1,6 +1,7 @@
 """Who drafts for a recogniser: a student or smaller Whisper, or the text itself."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from flax_distil.decode.drafters import Assistant, LookupDrafter, frequent_ids, 
 from flax_distil.decode.recognizer import Recognizer
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
-from flax_distil.model.spec import Spec
 from flax_distil.model.student import same_arrays
 from flax_distil.parallel.clips import replicate
 
@@ -71,7 +71,7 @@ def make_assistant(
             f"the assistant hears {theirs.mels} mel bins and the model {ours.mels}: both need the "
             "same"
         )
-    spec = Spec(checkpoint.dims, recognizer.spec.dtype)
+    spec = replace(recognizer.spec, dims=checkpoint.dims)
     put = lambda half: replicate(jax.tree.map(lambda leaf: jnp.asarray(leaf, spec.dtype), half))
     ids = None
     if vocabulary is not None:

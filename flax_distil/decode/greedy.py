@@ -11,7 +11,6 @@ from flax_distil.decode.rules import Progress, RuleSet, advance, apply, begin
 from flax_distil.model.spec import Params, Spec
 from flax_distil.model.whisper import Cache, Decoder
 from flax_distil.parallel.clips import by_clip
-from flax_distil.parallel.mesh import on_tpu
 
 
 class Prompt(NamedTuple):
@@ -70,7 +69,7 @@ def prefill(
     Returns the hidden states at the start of transcript and at the prompt's end, and the cache.
     """
     batch, padded = prompt.tokens.shape
-    empty = decoder.start(audio_BSD, padded + room, side_by_side=on_tpu())
+    empty = decoder.start(audio_BSD, padded + room)
     hidden_BPD, cache = decoder.step(prompt.tokens, empty)
     where = jnp.stack([prompt.sot, prompt.length - 1], axis=-1)
     where_B2 = jnp.broadcast_to(where, (batch, 2))

@@ -94,7 +94,8 @@ def make_recognizer(checkpoint: Checkpoint, dtype: str = "float32") -> Recognize
     params = replicate(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.params))
     pairs = tuple((layer, head) for layer, head in heads)
     previous_text = checkpoint.generation.get("condition_on_prev_tokens") is not False
-    return Recognizer(Spec(dims, dtype), params, tokens, pairs, language, previous_text)
+    spec = Spec(dims, dtype).on(jax.local_devices()[0])
+    return Recognizer(spec, params, tokens, pairs, language, previous_text)
 
 
 def only_language(generation: Mapping[str, Any], tokens: WhisperTokens) -> str | None:

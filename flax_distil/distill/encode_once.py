@@ -48,7 +48,7 @@ def kept_states(
             "audio_states hold one output for each clip of a dataset: leave them out with streams, "
             "noise or SpecAugment"
         )
-    spec = Spec(teacher.dims, config.compute.dtype)
+    spec = Spec(teacher.dims, config.compute.dtype).on(jax.local_devices()[0])
     params = replicate(jax.device_put(encoders[0], jax.local_devices()[0]))
     return load_or_encode(
         [one for source in sources for one in folders(config.audio_states, encoders[0], source)],

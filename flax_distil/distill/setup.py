@@ -46,9 +46,10 @@ def make_train_spec(
     check_numbers(config)
     compute = config.compute
     theirs, ours = (HALVES, ("encoder",)) if compute.scan_layers else ((), ())
+    device = mesh.devices.flat[0]
     return TrainSpec(
-        teacher=Spec(teacher, compute.dtype, theirs),
-        student=Spec(student, compute.dtype, ours, compute.remat),
+        teacher=Spec(teacher, compute.dtype, theirs).on(device),
+        student=Spec(student, compute.dtype, ours, compute.remat).on(device),
         loss=config.loss,
         optimizer=config.optimizer,
         layer_map=layer_map(student.decoder_layers, teacher.decoder_layers),

@@ -59,7 +59,7 @@ def make_validate(config: DistillConfig, student: Checkpoint) -> Validate | None
         return None
     tokens = student.tokens()
     sets = open_sets(config, tokens)
-    spec = Spec(student.dims, config.compute.dtype)
+    spec = Spec(student.dims, config.compute.dtype).on(jax.local_devices()[0])
 
     def validate(params: Params) -> Validation:
         recognizer = Recognizer(spec, params, tokens)

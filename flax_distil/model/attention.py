@@ -1,173 +1,333 @@
-"""Multi-head attention, once for every device: scores and softmax in float32, no score tensor kept.
+"""Multi-head attention: projections, two layouts of keys and values, a backend for each device.
+
+`Spec.attention` names the backend, which `attention_for` chooses for a device. Each computes
+the same; scores and softmax are float32, and no score tensor is kept.
 
 Letters: see `flax_distil.model.whisper`. Q and S are query and key positions.
 """
 
+from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from flax_distil.model.precision import product
-from flax_distil.parallel.mesh import in_mesh, on_each_device, on_tpu
+from flax_distil.model.precision import precision, product
+from flax_distil.parallel.mesh import on_each_device
+
+Backend = Literal["xla", "cpu", "cudnn", "splash"]
 
 QUERY_BLOCK = 300  # queries at a time where they divide: 1500 audio positions are 5 blocks
-KERNEL_BLOCK = 512  # queries and keys at a time of the TPU kernel: what a v4's on-chip memory holds
-LANES = 128  # blocks of the kernel are multiples
-FEW_QUERIES = 8  # of all heads, they fill one pass or two of a TPU's matrix unit
+KERNEL_BLOCK = 512  # queries and keys at a time in the TPU kernel: what a v4's vector memory holds
+LANES = 128  # blocks of the TPU kernel are multiples of this
+FEW_QUERIES = 8  # of all heads, they fill one or two passes of a TPU's matrix unit
 
 
-def attention(
+def attention_for(device: Any, dtype: Any) -> Backend:
+    """The fastest backend on a `jax.Device` (or one to compile for) in this dtype."""
+    if device.platform in ("tpu", "cpu"):
+        return "splash" if device.platform == "tpu" else "cpu"
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    nvidia = device.platform == "gpu" and "NVIDIA" in device.device_kind
+    ampere = nvidia and float(device.compute_capability) >= 8.0
+    return "cudnn" if half and ampere else "xla"
+
+
+class KeyValues(NamedTuple):
+    """Keys and values with their heads split, [B H S K] each; a leading N when stacked."""
+
+    keys: Array
+    values: Array
+
+
+class MergedKeyValues(NamedTuple):
+    """Keys and values with their heads merged, [B S D] each: they fill a TPU's tiles."""
+
+    keys: Array
+    values: Array
+
+
+AnyKeyValues = KeyValues | MergedKeyValues
+
+
+def batch_axis(kv: AnyKeyValues) -> int:
+    """The axis of the batch: not the first where the layers are stacked."""
+    return kv.keys.ndim - (4 if isinstance(kv, KeyValues) else 3)
+
+
+class Attention(nnx.Module):
+    """Projections around `attend`; Whisper's keys have no bias."""
+
+    def __init__(self, width: int, heads: int, dtype: Any, backend: Backend, rngs: nnx.Rngs):
+        linear = partial(
+            nnx.Linear, width, width, dtype=dtype, precision=precision(dtype), rngs=rngs
+        )
+        self.query = linear()
+        self.key = linear(use_bias=False)
+        self.value = linear()
+        self.out = linear()
+        self.heads = heads
+        self.backend: Backend = backend
+
+    def keys_values(self, x_BSD: Float[Array, "B S D"]) -> KeyValues:
+        """Keys and values of these positions, [B H S K] each."""
+        return KeyValues(self.to_heads(self.key, x_BSD), self.to_heads(self.value, x_BSD))
+
+    def cached_keys_values(self, x_BSD: Float[Array, "B S D"]) -> AnyKeyValues:
+        """The same, in the layout in which a cache of them decodes fastest."""
+        if self.backend == "splash":
+            return MergedKeyValues(self.key(x_BSD), self.value(x_BSD))
+        return self.keys_values(x_BSD)
+
+    def __call__(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        kv: AnyKeyValues,
+        mask_QS: Bool[Array, "... L S"] | None = None,
+        kv_length: int | None = None,
+    ) -> Float[Array, "B L D"]:
+        """What the positions x take from `kv`; mask and kv_length as of `attend`."""
+        scale = (x_BLD.shape[-1] // self.heads) ** -0.5
+        if isinstance(kv, MergedKeyValues):
+            if x_BLD.shape[1] <= FEW_QUERIES:
+                q_BLD = self.query(x_BLD) * scale
+                return self.out(attend_merged(q_BLD, *kv, self.heads, mask_QS))
+            kv = KeyValues(self.split(kv.keys), self.split(kv.values))
+        q_BHLK = self.to_heads(self.query, x_BLD) * scale
+        return self.from_heads(attend(q_BHLK, *kv, mask_QS, kv_length, self.backend))
+
+    def scores(self, x_BLD: Float[Array, "B L D"], kv: KeyValues) -> Float[Array, "B H L S"]:
+        """Scaled products of queries and keys, before the softmax."""
+        q_BHLK = self.to_heads(self.query, x_BLD)
+        return q_BHLK.shape[-1] ** -0.5 * product("bhlk,bhsk->bhls", q_BHLK, kv.keys)
+
+    def to_heads(self, linear: nnx.Linear, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B H L K"]:
+        """A projection with its heads split: heads before time decode fastest.
+
+        On TPUs one product writes this layout; to transpose its result would take as long again.
+        """
+        if self.backend != "splash":
+            return self.split(linear(x_BLD))
+        width, dtype = x_BLD.shape[-1], linear.dtype
+        kernel_DHK = linear.kernel[...].astype(dtype).reshape(width, self.heads, -1)
+        x_BLD, exact = x_BLD.astype(dtype), precision(dtype)
+        y_BHLK = jnp.einsum("bld,dhk->bhlk", x_BLD, kernel_DHK, precision=exact)
+        if linear.bias is None:
+            return y_BHLK
+        return y_BHLK + linear.bias[...].astype(dtype).reshape(1, self.heads, 1, -1)
+
+    def from_heads(self, x_BHLK: Float[Array, "B H L K"]) -> Float[Array, "B L D"]:
+        """The output projection of all heads."""
+        batch, heads, length, size = x_BHLK.shape
+        if self.backend != "splash":
+            return self.out(x_BHLK.swapaxes(1, 2).reshape(batch, length, heads * size))
+        dtype = self.out.dtype
+        kernel_HKD = self.out.kernel[...].astype(dtype).reshape(heads, size, -1)
+        x_BHLK, exact = x_BHLK.astype(dtype), precision(dtype)
+        y_BLD = jnp.einsum("bhlk,hkd->bld", x_BHLK, kernel_HKD, precision=exact)
+        bias_D = self.out.bias
+        assert bias_D is not None
+        return y_BLD + bias_D[...].astype(dtype).reshape(1, 1, -1)
+
+    def split(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B H L K"]:
+        """Channels to heads."""
+        batch, length, width = x_BLD.shape
+        return x_BLD.reshape(batch, length, self.heads, width // self.heads).swapaxes(1, 2)
+
+
+def append(cache: AnyKeyValues, new: AnyKeyValues, at: Int[Array, "..."]) -> AnyKeyValues:
+    """A cache with new keys and values behind the `at` known ones; `at` is a scalar or [B]."""
+    return jax.tree.map(partial(_append, at=at), cache, new)
+
+
+def _append(
+    cache: Float[Array, "B ... S C"], new: Float[Array, "B ... L C"], at: Int[Array, "..."]
+) -> Float[Array, "B ... S C"]:
+    new = new.astype(cache.dtype)
+    write = partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
+    if at.ndim == 0:
+        return write(cache, new, at)
+    if cache.ndim == 4:
+        return jax.vmap(write)(cache, new, at)
+    # A TPU would write one row after the other, in a loop; all at once takes less time.
+    for index in range(new.shape[1]):
+        here_BS1 = (jnp.arange(cache.shape[1])[None] == at[:, None] + index)[..., None]
+        cache = jnp.where(here_BS1, new[:, index, None], cache)
+    return cache
+
+
+def attend(
     q_BHQK: Float[Array, "B H Q K"],
-    k_BHSK: Float[Array, "B H S K"],
-    v_BHSK: Float[Array, "B H S K"],
+    k_BHSK: Float[Array, "C H S K"],
+    v_BHSK: Float[Array, "C H S K"],
     mask_QS: Bool[Array, "... Q S"] | None = None,
     kv_length: int | None = None,
+    backend: Backend = "xla",
 ) -> Float[Array, "B H Q K"]:
-    """Softmax(q kᵀ) v; `q` comes scaled. True in `mask_QS` means «may look».
+    """Softmax(q kᵀ) v; `q` comes scaled.
 
-    kv_length: how many keys there are, where those behind them only fill up (`pad_to_block`).
-
-    Unmasked attention of many queries (the encoder's) runs in parts, so that its scores, the
-    model's largest tensor, never exist whole: blocks of queries, or on CPUs, where a part has to
-    stay in cache, one head of one clip. In bfloat16 on a TPU mesh (`parallel.mesh.within`) all
-    unmasked attention, a whole text's to the audio too, runs in a kernel whose scores stay on the
-    chip (docs/LOG.md); on NVIDIA's GPUs the encoder's runs in cuDNN's.
-
-    Unmasked, `q` may have n rows to each row of `k` and `v`: beams that look at one clip.
+    Args:
+        q_BHQK: queries. Unmasked, they may have n rows to each row of keys: beams of one clip.
+        k_BHSK: keys.
+        v_BHSK: values.
+        mask_QS: true where a query may attend to a key.
+        kv_length: keys that count; those behind them are padding (`pad_to_block`).
+        backend: of unmasked attention of many queries, the encoder's, whose scores are the
+            model's largest tensor and never exist whole.
     """
+    if mask_QS is not None:
+        return _attend(q_BHQK, k_BHSK, v_BHSK, mask_QS)
     batch, heads, queries, size = q_BHQK.shape
     clips = k_BHSK.shape[0]
-    if clips != batch and mask_QS is None:
+    if clips != batch:
         beams_BHNK = q_BHQK.reshape(clips, -1, heads, queries, size).swapaxes(1, 2)
-        mixed = attention(beams_BHNK.reshape(clips, heads, -1, size), k_BHSK, v_BHSK)
+        mixed = attend(
+            beams_BHNK.reshape(clips, heads, -1, size),
+            k_BHSK,
+            v_BHSK,
+            kv_length=kv_length,
+            backend=backend,
+        )
         return mixed.reshape(beams_BHNK.shape).swapaxes(1, 2).reshape(q_BHQK.shape)
-    if mask_QS is None and takes_kernel(queries, q_BHQK.dtype):
-        return on_each_device(partial(_by_kernel, kv_length=kv_length), q_BHQK, k_BHSK, v_BHSK)
-    if mask_QS is not None or queries <= QUERY_BLOCK:
-        return _attend(q_BHQK, k_BHSK, v_BHSK, mask_QS)
-    if q_BHQK.dtype in (jnp.bfloat16, jnp.float16) and has_cudnn():
-        by_cudnn = partial(on_each_device, _by_cudnn) if in_mesh() else _by_cudnn
-        return by_cudnn(q_BHQK, k_BHSK, v_BHSK)
-    return jax.lax.platform_dependent(
-        *(q_BHQK, k_BHSK, v_BHSK), cpu=_by_head, default=_by_query_block
-    )
+    if takes_kernel(backend, queries, q_BHQK.dtype):
+        return _by_splash(q_BHQK, k_BHSK, v_BHSK, kv_length)
+    if queries <= QUERY_BLOCK:
+        return _attend(q_BHQK, k_BHSK, v_BHSK)
+    return IN_PARTS[backend](q_BHQK, k_BHSK, v_BHSK)
 
 
-def takes_kernel(queries: int, dtype: Any) -> bool:
-    """Whether unmasked attention of so many queries runs in the TPU kernel."""
-    return on_tpu() and dtype == jnp.bfloat16 and queries >= LANES
+def takes_kernel(backend: Backend, queries: int, dtype: Any) -> bool:
+    """Whether unmasked attention of so many queries runs in the TPU kernel: in bfloat16 alone."""
+    return backend == "splash" and dtype == jnp.bfloat16 and queries >= LANES
 
 
-def pad_to_block(x_BSD: Float[Array, "B S D"], queries: int) -> Float[Array, "B T D"]:
-    """Positions filled up for the kernel, if so many queries will look at them in it.
+def pad_to_block(
+    x_BSD: Float[Array, "B S D"], queries: int, backend: Backend
+) -> Float[Array, "B T D"]:
+    """Positions padded to whole blocks of the TPU kernel, if `queries` attend to them in it.
 
-    Once for all layers: to fill up each one's queries, keys and values takes a quarter of an
-    encoder's time (docs/LOG.md).
+    Once for all layers: padding queries, keys and values of each takes a quarter of an encoder's
+    time (docs/LOG.md).
     """
     positions = x_BSD.shape[1]
-    if not takes_kernel(queries, x_BSD.dtype):
+    if not takes_kernel(backend, queries, x_BSD.dtype):
         return x_BSD
     return jnp.pad(x_BSD, ((0, 0), (0, -positions % _block(positions)), (0, 0)))
 
 
-@cache
-def has_cudnn() -> bool:
-    """Whether this process computes on GPUs that cuDNN has a fused attention for."""
-    chip = jax.local_devices()[0]
-    nvidia = chip.platform == "gpu" and "NVIDIA" in chip.device_kind
-    return nvidia and float(chip.compute_capability) >= 8.0  # Ampere
-
-
-def attend_side_by_side(
+def attend_merged(
     q_BQD: Float[Array, "B Q D"],
     k_CSD: Float[Array, "C S D"],
     v_CSD: Float[Array, "C S D"],
     heads: int,
     mask_QS: Bool[Array, "... Q S"] | None = None,
 ) -> Float[Array, "B Q D"]:
-    """`attention` of few queries to keys whose heads lie beside each other, D = H K.
+    """`attend` of few queries to keys whose heads are merged, D = H K.
 
-    For each head the query is there once, with zeros in place of the others, and is multiplied with
-    whole keys. That is H times the products, which a TPU has time for while it reads the keys; with
-    heads of their own it needs more time to turn them than to read them (docs/LOG.md).
+    For each head the query is repeated, with zeros in place of the other heads, and multiplied with
+    whole keys. That is H times the products, for which a TPU has time while it reads the keys; with
+    split heads it takes longer to transpose them than to read them (docs/LOG.md).
 
     Unmasked, `q` may have n rows to each row of `k` and `v`.
     """
     clips, _, width = k_CSD.shape
     own_HD = np.arange(width) // (width // heads) == np.arange(heads)[:, None]
-    q_CQHD = q_BQD.reshape(clips, -1, 1, width) * own_HD.astype(q_BQD.dtype)
+    own_11HD = own_HD[None, None]
+    q_CQHD = q_BQD.reshape(clips, -1, 1, width) * own_11HD.astype(q_BQD.dtype)
     scores_CQHS = product("cqhd,csd->cqhs", q_CQHD, k_CSD)
     if mask_QS is not None:
-        mask_QHS = mask_QS[:, None] if mask_QS.ndim == 2 else mask_QS.swapaxes(1, 2)
-        scores_CQHS = jnp.where(mask_QHS, scores_CQHS, jnp.finfo(scores_CQHS.dtype).min)
+        mask_CQHS = mask_QS[None, :, None] if mask_QS.ndim == 2 else mask_QS.swapaxes(1, 2)
+        scores_CQHS = jnp.where(mask_CQHS, scores_CQHS, jnp.finfo(scores_CQHS.dtype).min)
     weights = jnp.exp(scores_CQHS - scores_CQHS.max(axis=-1, keepdims=True))
     mixed_CQHD = product("cqhs,csd->cqhd", weights.astype(v_CSD.dtype), v_CSD)
     mixed_CQHD = mixed_CQHD / weights.sum(axis=-1, keepdims=True)
-    return (mixed_CQHD * own_HD).sum(axis=2).reshape(q_BQD.shape).astype(q_BQD.dtype)
+    return (mixed_CQHD * own_11HD).sum(axis=2).reshape(q_BQD.shape).astype(q_BQD.dtype)
+
+
+def _attend(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, mask_QS: Array | None = None) -> Array:
+    """Normalises after the value product: dividing [Q, K] numbers instead of [Q, S]."""
+    scores = product("bhqk,bhsk->bhqs", q_BHQK, k_BHSK)
+    if mask_QS is not None:
+        mask_BHQS = jax.lax.expand_dims(mask_QS, range(4 - mask_QS.ndim))
+        scores = jnp.where(mask_BHQS, scores, jnp.finfo(scores.dtype).min)
+    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    mixed = product("bhqs,bhsk->bhqk", weights.astype(v_BHSK.dtype), v_BHSK)
+    return (mixed / total).astype(q_BHQK.dtype)
 
 
 def _by_head(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
-    """One head of one clip after the other."""
+    """One head of one clip after the other: on CPUs, a part has to stay in the cache."""
     heads = [x.reshape(-1, 1, 1, *x.shape[2:]) for x in (q_BHQK, k_BHSK, v_BHSK)]
-    attend = jax.checkpoint(lambda qkv: _attend(qkv[0], qkv[1], qkv[2], None))
-    return jax.lax.map(attend, tuple(heads)).reshape(q_BHQK.shape)
+    head_by_head = jax.checkpoint(lambda qkv: _attend(*qkv))
+    return jax.lax.map(head_by_head, tuple(heads)).reshape(q_BHQK.shape)
 
 
 def _by_query_block(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
     """A block of queries of all heads and clips after the other; at once if they do not divide."""
     batch, heads, queries, size = q_BHQK.shape
     if queries % QUERY_BLOCK:
-        return _attend(q_BHQK, k_BHSK, v_BHSK, None)
+        return _attend(q_BHQK, k_BHSK, v_BHSK)
     blocks = q_BHQK.reshape(batch, heads, -1, QUERY_BLOCK, size)
-    attend = jax.checkpoint(lambda q_BHQK: _attend(q_BHQK, k_BHSK, v_BHSK, None))
-    mixed = jax.lax.map(attend, jnp.moveaxis(blocks, 2, 0))
+    block_by_block = jax.checkpoint(lambda q_BHQK: _attend(q_BHQK, k_BHSK, v_BHSK))
+    mixed = jax.lax.map(block_by_block, jnp.moveaxis(blocks, 2, 0))
     return jnp.moveaxis(mixed, 0, 2).reshape(q_BHQK.shape)
 
 
 def _by_cudnn(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
     """cuDNN's flash attention."""
-    turn = lambda x: x.swapaxes(1, 2)
-    turned = map(turn, (q_BHQK, k_BHSK, v_BHSK))
-    return turn(jax.nn.dot_product_attention(*turned, scale=1.0, implementation="cudnn"))
+
+    def attend(*qkv: Array) -> Array:
+        q_BQHK, k_BSHK, v_BSHK = (x.swapaxes(1, 2) for x in qkv)
+        return jax.nn.dot_product_attention(
+            q_BQHK, k_BSHK, v_BSHK, scale=1.0, implementation="cudnn"
+        ).swapaxes(1, 2)
+
+    return on_each_device(attend, q_BHQK, k_BHSK, v_BHSK)
 
 
-def _by_kernel(
-    q_BHQK: Array,
-    k_BHSK: Array,
-    v_BHSK: Array,
-    kv_length: int | None = None,
-    interpret: bool = False,
-) -> Array:
-    """Splash attention, what is no whole block filled up. interpret: compute it anywhere."""
-    queries, keys = q_BHQK.shape[2], k_BHSK.shape[2]
-    blocks = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % _block(x.shape[2])), (0, 0)))
-        for x in (q_BHQK, k_BHSK, v_BHSK)
-    )
-    kernel = _splash(q_BHQK.shape[1], queries, keys, kv_length or keys, interpret)
-    return jax.vmap(kernel)(*blocks)[:, :, :queries]
+# Of unmasked attention of many queries; `splash` comes here in float32 only.
+IN_PARTS: dict[Backend, Callable[[Array, Array, Array], Array]] = {
+    "xla": _by_query_block,
+    "cpu": _by_head,
+    "cudnn": _by_cudnn,
+    "splash": _by_query_block,
+}
+
+
+def _by_splash(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, kv_length: int | None = None) -> Array:
+    """Splash attention, whose scores stay on the chip."""
+
+    def attend(*qkv: Array) -> Array:
+        queries, keys = qkv[0].shape[2], qkv[1].shape[2]
+        blocks = (
+            jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % _block(x.shape[2])), (0, 0))) for x in qkv
+        )
+        kernel = _splash(qkv[0].shape[1], queries, keys, kv_length or keys)
+        return jax.vmap(kernel)(*blocks)[:, :, :queries]
+
+    return on_each_device(attend, q_BHQK, k_BHSK, v_BHSK)
 
 
 @cache
-def _splash(heads: int, queries: int, keys: int, kv_length: int, interpret: bool) -> Any:
-    """The kernel for one clip; keys behind those that are kv_length are masked out."""
-    block, of_keys = _block(queries), _block(keys)
-    whole = (queries + -queries % block, keys + -keys % of_keys)
-    mask_QS = splash_attention_mask.NumpyMask(
-        np.broadcast_to(np.arange(whole[1]) < kv_length, whole)
-    )
+def _splash(heads: int, queries: int, keys: int, kv_length: int, interpret: bool = False) -> Any:
+    """The kernel for one clip, without keys from `kv_length` on. interpret: run on any device."""
+    block, kv_block = _block(queries), _block(keys)
+    padded = (queries + -queries % block, keys + -keys % kv_block)
+    mask_QS = np.broadcast_to(np.arange(padded[1]) < kv_length, padded)
     sizes: dict[str, Any] = {f"block_{name}": block for name in ("q", "q_dkv", "q_dq")}
     names = ("kv", "kv_compute", "kv_dkv", "kv_dkv_compute", "kv_dq")
-    sizes |= {f"block_{name}": of_keys for name in names}
+    sizes |= {f"block_{name}": kv_block for name in names}
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha_single_device(
-            splash_attention_mask.MultiHeadMask([mask_QS] * heads),
+            splash_attention_mask.MultiHeadMask([splash_attention_mask.NumpyMask(mask_QS)] * heads),
             block_sizes=splash.BlockSizes(**sizes),
             interpret=interpret,
         )
@@ -177,15 +337,3 @@ def _splash(heads: int, queries: int, keys: int, kv_length: int, interpret: bool
 def _block(length: int) -> int:
     """Positions at a time, of a text or of the audio: whole lanes."""
     return min(KERNEL_BLOCK, length + -length % LANES)
-
-
-def _attend(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, mask_QS: Array | None = None) -> Array:
-    """Normalises after the value product: dividing [Q, K] numbers instead of [Q, S]."""
-    scores = product("bhqk,bhsk->bhqs", q_BHQK, k_BHSK)
-    if mask_QS is not None:
-        scores = jnp.where(mask_QS, scores, jnp.finfo(scores.dtype).min)
-    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    mixed = product("bhqs,bhsk->bhqk", weights.astype(v_BHSK.dtype), v_BHSK)
-    return (mixed / total).astype(q_BHQK.dtype)

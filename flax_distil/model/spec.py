@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from flax_distil.model.attention import Backend, attention_for
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.whisper import Decoder, Encoder
 
@@ -26,12 +27,19 @@ class Spec:
         trained take less memory. The parameters must have the same form (`stack_layers`,
         `unstack_layers`).
     remat: recompute each layer in the backward pass (gradient checkpointing, paper table 15).
+    attention: the backend that computes attention. "xla" works on every device; `on` chooses the
+        fastest one of a device.
     """
 
     dims: WhisperDims
     dtype: str = "float32"
     scan_layers: tuple[str, ...] = ()
     remat: bool = False
+    attention: Backend = "xla"
+
+    def on(self, device: Any) -> "Spec":
+        """This spec with the fastest attention on a `jax.Device`, or one to compile for."""
+        return replace(self, attention=attention_for(device, self.dtype))
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Random parameters, float32 (float64 where `dtype` is).
@@ -108,7 +116,7 @@ def _init(spec: Spec, half: type[Encoder] | type[Decoder], key: PRNGKeyArray) ->
 
 def _build(spec: Spec, half: type[Encoder] | type[Decoder], rngs: nnx.Rngs) -> Encoder | Decoder:
     dims = replace(spec.dims, encoder_layers=1, decoder_layers=1)
-    return half(dims, jnp.dtype(spec.dtype), spec.remat, rngs)
+    return half(dims, jnp.dtype(spec.dtype), spec.remat, spec.attention, rngs)
 
 
 def _name(half: type[Encoder] | type[Decoder]) -> str:

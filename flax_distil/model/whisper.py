@@ -3,9 +3,9 @@
 Letters, here and everywhere: B batch, T mel frames (3000), S audio positions (1500), L tokens,
 D width, H heads, K head size, F feed-forward, V vocabulary, M mel bins, N layers.
 
-Pure maths: no loading, generation, sharding or loss. Compute runs in `dtype`, as exactly as that
-says (`model.precision`); softmax, layer norm and logits in float32. The key/value cache goes in and
-comes out.
+Pure maths: no loading, generation, sharding or loss. Products run in `dtype`, as exactly as
+`model.precision` says; softmax, layer norm and logits are float32. The key/value cache is an
+argument and a result. `attention` names how attention is computed (`model.attention`).
 """
 
 from collections.abc import Callable
@@ -15,54 +15,44 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from flax_distil.model.attention import FEW_QUERIES, attend_side_by_side, attention, pad_to_block
+from flax_distil.model.attention import (
+    AnyKeyValues,
+    Attention,
+    Backend,
+    append,
+    batch_axis,
+    pad_to_block,
+)
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.precision import precision, product
-from flax_distil.parallel.mesh import on_tpu
-
-
-class KeyValues(NamedTuple):
-    """Keys and values of one attention, [B H S K] each; a leading N when stacked."""
-
-    keys: Array
-    values: Array
-
-
-class SideBySide(NamedTuple):
-    """Keys and values as [B S D], all heads beside each other: they fill a TPU's tiles."""
-
-    keys: Array
-    values: Array
-
-
-Seen = KeyValues | SideBySide
 
 
 class Cache(NamedTuple):
-    """All that decoding remembers.
+    """The state of decoding.
 
-    own: one `Seen` a layer over the decoder's tokens, of static length.
-    cross: one `Seen` a layer over the encoder's output, computed once.
-    length: tokens seen so far, a scalar, or [B] where rows advance on their own.
+    own: keys and values of the decoder's tokens, of static length: `AnyKeyValues` for each layer.
+    cross: those of the encoder's output, computed once.
+    length: tokens in `own` so far, a scalar, or [B] where rows advance at their own pace.
     """
 
     own: Any
     cross: Any
     length: Int[Array, "..."]
 
-    def rows(self, choose: Callable[..., Array]) -> Any:
-        """`own` with other rows: `choose(array, axis=that of the batch)`."""
-        first = self.own if isinstance(self.own, KeyValues | SideBySide) else self.own[0]
-        axis = first.keys.ndim - (4 if isinstance(first, KeyValues) else 3)
-        return jax.tree.map(partial(choose, axis=axis), self.own)
+    def rows(self, select: Callable[..., Array]) -> Any:
+        """`own` with other rows: `select(array, axis=that of the batch)` of each array."""
+        first = self.own if isinstance(self.own, AnyKeyValues) else self.own[0]
+        return jax.tree.map(partial(select, axis=batch_axis(first)), self.own)
 
 
 class Encoder(nnx.Module):
     """Two convolutions (the second halves time), fixed sinusoids, N self-attention layers."""
 
-    def __init__(self, dims: WhisperDims, dtype: Any, remat: bool, rngs: nnx.Rngs):
+    def __init__(
+        self, dims: WhisperDims, dtype: Any, remat: bool, attention: Backend, rngs: nnx.Rngs
+    ):
         conv = partial(
             nnx.Conv,
             kernel_size=(3,),
@@ -75,18 +65,19 @@ class Encoder(nnx.Module):
         self.conv2 = conv(dims.width, dims.width, strides=2)
         self.positions = nnx.Param(sinusoids(dims.audio_positions, dims.width))
         self.layers = nnx.List(
-            EncoderLayer(dims.width, dims.encoder_heads, dims.encoder_ffn, dtype, rngs)
+            EncoderLayer(dims.width, dims.encoder_heads, dims.encoder_ffn, dtype, attention, rngs)
             for _ in range(dims.encoder_layers)
         )
         self.norm = layer_norm(dims.width, dtype, rngs)
         self.remat = remat
+        self.attention: Backend = attention
 
     def __call__(self, mel_BTM: Float[Array, "B T M"]) -> Float[Array, "B S D"]:
         """Log-mel frames to audio states, T = 2 S."""
         x_BSD = gelu(self.conv2(gelu(self.conv1(mel_BTM))))
-        x_BSD = x_BSD + self.positions[...].astype(x_BSD.dtype)
+        x_BSD = x_BSD + self.positions[...].astype(x_BSD.dtype)[None]
         kv_length = x_BSD.shape[1]
-        x_BSD = pad_to_block(x_BSD, kv_length)
+        x_BSD = pad_to_block(x_BSD, kv_length, self.attention)
         forward = lambda layer, x_BSD, _: (layer(x_BSD, kv_length), None)
         x_BSD, _ = apply_layers(self.layers, forward, x_BSD, self.remat)
         return self.norm(x_BSD[:, :kv_length])
@@ -95,15 +86,18 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Token and learned position embeddings, N layers of self- and cross-attention, tied logits."""
 
-    def __init__(self, dims: WhisperDims, dtype: Any, remat: bool, rngs: nnx.Rngs):
+    def __init__(
+        self, dims: WhisperDims, dtype: Any, remat: bool, attention: Backend, rngs: nnx.Rngs
+    ):
         self.tokens = nnx.Embed(dims.vocab, dims.width, dtype=dtype, rngs=rngs)
         self.positions = nnx.Embed(dims.text_positions, dims.width, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
-            DecoderLayer(dims.width, dims.decoder_heads, dims.decoder_ffn, dtype, rngs)
+            DecoderLayer(dims.width, dims.decoder_heads, dims.decoder_ffn, dtype, attention, rngs)
             for _ in range(dims.decoder_layers)
         )
         self.norm = layer_norm(dims.width, dtype, rngs)
         self.remat = remat
+        self.attention: Backend = attention
 
     def __call__(
         self, tokens_BL: Int[Array, "B L"], audio_BSD: Float[Array, "B S D"]
@@ -118,16 +112,16 @@ class Decoder(nnx.Module):
         embedded_BLD: Float[Array, "B L D"] | None = None,
         dropout: "Dropout | None" = None,
     ) -> tuple[Float[Array, "B L D"], Any]:
-        """The final hidden state and that after every layer (a tuple, or stacked when scanned).
+        """The final hidden states and those after every layer (a tuple, or stacked when scanned).
 
-        embedded_BLD: the tokens' embeddings, where the caller looked them up. dropout: of an
-        unrolled decoder in training.
+        embedded_BLD: the tokens' embeddings, where the caller has looked them up. dropout: in
+        training, for unrolled layers alone.
         """
         length = tokens_BL.shape[1]
         x_BLD = self.tokens(tokens_BL) if embedded_BLD is None else embedded_BLD
-        x_BLD = x_BLD + self.positions(jnp.arange(length))
+        x_BLD = x_BLD + self.positions(jnp.arange(length)[None])
         mask_LL = jnp.tril(jnp.ones((length, length), bool))
-        kv_length, padded_BSD = audio_BSD.shape[1], pad_to_block(audio_BSD, length)
+        kv_length, padded_BSD = audio_BSD.shape[1], pad_to_block(audio_BSD, length, self.attention)
         numbers = None
         if dropout is not None:
             x_BLD = dropout(x_BLD, 0)
@@ -149,16 +143,16 @@ class Decoder(nnx.Module):
     def cross_scores(
         self, tokens_BL: Int[Array, "B L"], audio_BSD: Float[Array, "B S D"]
     ) -> tuple[Float[Array, "B L D"], Any]:
-        """The final hidden state and what each layer's cross-attention softmaxes, [B H L S]."""
+        """The final hidden states, and each layer's cross-attention before softmax, [B H L S]."""
         length = tokens_BL.shape[1]
-        x_BLD = self.tokens(tokens_BL) + self.positions(jnp.arange(length))
+        x_BLD = self.tokens(tokens_BL) + self.positions(jnp.arange(length)[None])
         mask_LL = jnp.tril(jnp.ones((length, length), bool))
 
         def forward(layer: DecoderLayer, x_BLD: Array, _: None):
             own = layer.self_attention.keys_values(layer.self_norm(x_BLD))
             cross = layer.cross_attention.keys_values(audio_BSD)
-            asking_BLD = x_BLD + layer.self_attention(layer.self_norm(x_BLD), own, mask_LL)
-            scores_BHLS = layer.cross_attention.scores(layer.cross_norm(asking_BLD), cross)
+            query_BLD = x_BLD + layer.self_attention(layer.self_norm(x_BLD), own, mask_LL)
+            scores_BHLS = layer.cross_attention.scores(layer.cross_norm(query_BLD), cross)
             return layer(x_BLD, own, cross, mask_LL), scores_BHLS
 
         x_BLD, scores = apply_layers(self.layers, forward, x_BLD)
@@ -172,27 +166,21 @@ class Decoder(nnx.Module):
     def projection(
         self, head_DV: Float[Array, "D V"] | None = None
     ) -> Callable[[Float[Array, "B L D"]], Float[Array, "B L V"]]:
-        """`logits` over the embedding transposed: faster in a loop of few tokens.
+        """`logits` with the embedding transposed once: faster in a loop over few tokens.
 
-        head_DV: that copy, where the caller keeps one; else it is made.
+        head_DV: the transposed embedding, where the caller has one.
         """
         own_VD = self.tokens.embedding[...].astype(self.tokens.dtype)
         kept_DV = jax.lax.optimization_barrier(own_VD.T) if head_DV is None else head_DV
         return lambda hidden_BLD: product("bld,dv->blv", hidden_BLD, kept_DV)
 
-    def start(
-        self, audio_BSD: Float[Array, "B S D"], length: int, side_by_side: bool = False
-    ) -> Cache:
-        """An empty cache for `length` tokens over these audio states.
-
-        side_by_side: keep keys and values so, as decodes fastest on a TPU.
-        """
-        see = Attention.side_by_side if side_by_side else Attention.keys_values
+    def start(self, audio_BSD: Float[Array, "B S D"], length: int) -> Cache:
+        """An empty cache for `length` tokens over these audio states."""
 
         def project(layer: DecoderLayer, nothing: Array, _: None):
-            cross = see(layer.cross_attention, audio_BSD)
-            room = (*cross.keys.shape[:-2], length, cross.keys.shape[-1])
-            own = jax.tree.map(lambda array: jnp.zeros(room, array.dtype), cross)
+            cross = layer.cross_attention.cached_keys_values(audio_BSD)
+            shape = (*cross.keys.shape[:-2], length, cross.keys.shape[-1])
+            own = jax.tree.map(lambda array: jnp.zeros(shape, array.dtype), cross)
             return nothing, (own, cross)
 
         _, caches = apply_layers(self.layers, project, jnp.zeros(()))
@@ -203,37 +191,39 @@ class Decoder(nnx.Module):
     def step(
         self, tokens_BL: Int[Array, "B L"], cache: Cache
     ) -> tuple[Float[Array, "B L D"], Cache]:
-        """Hidden states of L more tokens, and the cache that has seen them."""
+        """Hidden states of L more tokens, and the cache with them."""
         fresh = jnp.arange(tokens_BL.shape[1])
         position = cache.length[..., None] + fresh  # [L] or [B L]
-        # A row near the end may be given more tokens than there are positions, to be dropped again.
-        known = jnp.minimum(position, self.positions.num_embeddings - 1)
-        x_BLD = self.tokens(tokens_BL) + self.positions(known)
+        # A row near the end may be given more tokens than there are positions; they are dropped.
+        valid = jnp.minimum(position, self.positions.num_embeddings - 1)
+        embedded = self.positions(valid)  # [L D] or [B L D]
+        x_BLD = self.tokens(tokens_BL) + (embedded if embedded.ndim == 3 else embedded[None])
         room = jax.tree.leaves(cache.own)[0].shape[-2]
-        mask_QS = jnp.arange(room) <= position[..., None]
+        mask_QS = jax.lax.broadcasted_iota(jnp.int32, (*position.shape, room), position.ndim)
+        mask_QS = mask_QS <= position[..., None]
         mask_QS = mask_QS if mask_QS.ndim == 2 else mask_QS[:, None]  # [B 1 L room]
 
-        def forward(layer: DecoderLayer, x_BLD: Array, remembered: tuple[Seen, Seen]):
-            own, cross = remembered
-            see = Attention.side_by_side if isinstance(own, SideBySide) else Attention.keys_values
-            new = see(layer.self_attention, layer.self_norm(x_BLD))
-            own = jax.tree.map(partial(append, at=cache.length), own, new)
+        def forward(layer: DecoderLayer, x_BLD: Array, kv: tuple[AnyKeyValues, AnyKeyValues]):
+            own, cross = kv
+            new = layer.self_attention.cached_keys_values(layer.self_norm(x_BLD))
+            own = append(own, new, cache.length)
             return layer(x_BLD, own, cross, mask_QS), own
 
-        scanned = not isinstance(self.layers, nnx.List)
-        remembered = (cache.own, cache.cross)
-        if not scanned:
-            remembered = tuple(zip(*remembered, strict=True))
-        x_BLD, own = apply_layers(self.layers, forward, x_BLD, extras=remembered)
+        kv: Any = (cache.own, cache.cross)
+        if isinstance(self.layers, nnx.List):
+            kv = tuple(zip(*kv, strict=True))
+        x_BLD, own = apply_layers(self.layers, forward, x_BLD, extras=kv)
         return self.norm(x_BLD), Cache(own, cache.cross, cache.length + tokens_BL.shape[1])
 
 
 class EncoderLayer(nnx.Module):
     """Self-attention and feed-forward, each with a norm before it and a residual around it."""
 
-    def __init__(self, width: int, heads: int, ffn: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, heads: int, ffn: int, dtype: Any, attention: Backend, rngs: nnx.Rngs
+    ):
         self.self_norm = layer_norm(width, dtype, rngs)
-        self.self_attention = Attention(width, heads, dtype, rngs)
+        self.self_attention = Attention(width, heads, dtype, attention, rngs)
         self.feed_norm = layer_norm(width, dtype, rngs)
         self.feed_forward = FeedForward(width, ffn, dtype, rngs)
 
@@ -247,14 +237,14 @@ class EncoderLayer(nnx.Module):
 class Dropout(NamedTuple):
     """Zeros a share of what each part of a decoder layer adds, as Transformers' `dropout` does.
 
-    keys_B2: key data of each example, so that the masks are the same in any batch, on any mesh.
+    keys_B2: key data of each row, so that the masks are the same in any micro-batch, on any mesh.
     """
 
     rate: float
     keys_B2: UInt32[Array, "B 2"]
 
     def __call__(self, x_BLD: Float[Array, "B L D"], place: Any) -> Float[Array, "B L D"]:
-        """place: numbers the uses within a model."""
+        """place: the number of this use within a model."""
 
         def one(key_2: Array) -> Array:
             key_2 = jax.random.fold_in(key_2, place)
@@ -266,20 +256,22 @@ class Dropout(NamedTuple):
 class DecoderLayer(nnx.Module):
     """Causal self-attention, cross-attention to the audio, feed-forward."""
 
-    def __init__(self, width: int, heads: int, ffn: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, heads: int, ffn: int, dtype: Any, attention: Backend, rngs: nnx.Rngs
+    ):
         self.self_norm = layer_norm(width, dtype, rngs)
-        self.self_attention = Attention(width, heads, dtype, rngs)
+        self.self_attention = Attention(width, heads, dtype, attention, rngs)
         self.cross_norm = layer_norm(width, dtype, rngs)
-        self.cross_attention = Attention(width, heads, dtype, rngs)
+        self.cross_attention = Attention(width, heads, dtype, attention, rngs)
         self.feed_norm = layer_norm(width, dtype, rngs)
         self.feed_forward = FeedForward(width, ffn, dtype, rngs)
 
     def __call__(
         self,
         x_BLD: Float[Array, "B L D"],
-        own: Seen,
-        cross: Seen,
-        mask_QS: Array,
+        own: AnyKeyValues,
+        cross: AnyKeyValues,
+        mask_QS: Bool[Array, "... L T"],
         kv_length: int | None = None,
         drop: Callable[[Array, int], Array] = lambda y_BLD, _: y_BLD,
     ) -> Float[Array, "B L D"]:
@@ -288,83 +280,6 @@ class DecoderLayer(nnx.Module):
         y_BLD = self.cross_attention(self.cross_norm(x_BLD), cross, kv_length=kv_length)
         x_BLD = x_BLD + drop(y_BLD, 1)
         return x_BLD + drop(self.feed_forward(self.feed_norm(x_BLD)), 2)
-
-
-class Attention(nnx.Module):
-    """Projections around `attention`; Whisper's keys have no bias."""
-
-    def __init__(self, width: int, heads: int, dtype: Any, rngs: nnx.Rngs):
-        linear = partial(
-            nnx.Linear, width, width, dtype=dtype, precision=precision(dtype), rngs=rngs
-        )
-        self.query = linear()
-        self.key = linear(use_bias=False)
-        self.value = linear()
-        self.out = linear()
-        self.heads = heads
-
-    def keys_values(self, x_BSD: Float[Array, "B S D"]) -> KeyValues:
-        """What others may look at, [B H S K] each."""
-        return KeyValues(self.to_heads(self.key, x_BSD), self.to_heads(self.value, x_BSD))
-
-    def side_by_side(self, x_BSD: Float[Array, "B S D"]) -> SideBySide:
-        """The same, not split into heads."""
-        return SideBySide(self.key(x_BSD), self.value(x_BSD))
-
-    def __call__(
-        self,
-        x_BLD: Float[Array, "B L D"],
-        seen: Seen,
-        mask_QS: Array | None = None,
-        kv_length: int | None = None,
-    ) -> Float[Array, "B L D"]:
-        """kv_length: as of `attention`."""
-        scale = (x_BLD.shape[-1] // self.heads) ** -0.5
-        if isinstance(seen, SideBySide):
-            if x_BLD.shape[1] <= FEW_QUERIES:
-                q_BLD, (keys, values) = self.query(x_BLD) * scale, seen
-                return self.out(attend_side_by_side(q_BLD, keys, values, self.heads, mask_QS))
-            seen = KeyValues(self.split(seen.keys), self.split(seen.values))
-        q_BHLK = self.to_heads(self.query, x_BLD) * scale
-        return self.from_heads(attention(q_BHLK, *seen, mask_QS, kv_length))
-
-    def scores(self, x_BLD: Float[Array, "B L D"], seen: KeyValues) -> Float[Array, "B H L S"]:
-        """Scaled products of queries and keys, before the softmax."""
-        q_BHLK = self.to_heads(self.query, x_BLD)
-        return q_BHLK.shape[-1] ** -0.5 * product("bhlk,bhsk->bhls", q_BHLK, seen.keys)
-
-    def to_heads(self, linear: nnx.Linear, x_BLD: Float[Array, "B L D"]) -> Array:
-        """What `linear` makes of x, [B H L K]: heads before time, the layout that decodes fastest.
-
-        A TPU gets one product that writes it so; it would take as long again to turn the heads.
-        """
-        if not on_tpu():
-            return self.split(linear(x_BLD))
-        width, dtype = x_BLD.shape[-1], linear.dtype
-        kernel_DHK = linear.kernel[...].astype(dtype).reshape(width, self.heads, -1)
-        x_BLD, exact = x_BLD.astype(dtype), precision(dtype)
-        y_BHLK = jnp.einsum("bld,dhk->bhlk", x_BLD, kernel_DHK, precision=exact)
-        if linear.bias is None:
-            return y_BHLK
-        return y_BHLK + linear.bias[...].astype(dtype).reshape(self.heads, 1, -1)
-
-    def from_heads(self, x_BHLK: Float[Array, "B H L K"]) -> Float[Array, "B L D"]:
-        """What `out` makes of all heads' results."""
-        batch, heads, length, size = x_BHLK.shape
-        if not on_tpu():
-            return self.out(x_BHLK.swapaxes(1, 2).reshape(batch, length, heads * size))
-        dtype = self.out.dtype
-        kernel_HKD = self.out.kernel[...].astype(dtype).reshape(heads, size, -1)
-        x_BHLK, exact = x_BHLK.astype(dtype), precision(dtype)
-        y_BLD = jnp.einsum("bhlk,hkd->bld", x_BHLK, kernel_HKD, precision=exact)
-        bias_D = self.out.bias
-        assert bias_D is not None
-        return y_BLD + bias_D[...].astype(dtype)
-
-    def split(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B H L K"]:
-        """Channels to heads."""
-        batch, length, width = x_BLD.shape
-        return x_BLD.reshape(batch, length, self.heads, width // self.heads).swapaxes(1, 2)
 
 
 class FeedForward(nnx.Module):
@@ -382,10 +297,10 @@ class FeedForward(nnx.Module):
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x Φ(x) with the exact Φ, in the convolution stem too.
 
-    In bfloat16 on a TPU, where `erf` may take longer than the product before it (docs/LOG.md), it
-    is Abramowitz and Stegun's formula 7.1.26, as near to the exact one as float32 has it.
+    In bfloat16 it is Abramowitz and Stegun's formula 7.1.26, exact to a quarter of the rounding: on
+    TPUs `erf` may take longer than the product before it (docs/LOG.md).
     """
-    if not (on_tpu() and x.dtype == jnp.bfloat16):
+    if x.dtype != jnp.bfloat16:
         return jax.nn.gelu(x, approximate=False)
     return gelu_by_exp(x.astype(jnp.float32)).astype(x.dtype)
 
@@ -407,34 +322,17 @@ def layer_norm(width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
 def sinusoids(length: int, channels: int) -> Float[Array, "S D"]:
     """Encoder positions: sines, then cosines, of log-spaced periods from 2π to 10,000 · 2π."""
     rate = jnp.exp(-jnp.log(10_000.0) / (channels // 2 - 1) * jnp.arange(channels // 2))
-    angle = jnp.arange(length)[:, None] * rate
+    angle = jnp.arange(length)[:, None] * rate[None]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)
-
-
-def append(
-    cache: Float[Array, "B ... S C"], new: Float[Array, "B ... L C"], at: Int[Array, "..."]
-) -> Float[Array, "B ... S C"]:
-    """Writes new keys or values behind the `at` known ones; `at` is a scalar or one a row."""
-    new = new.astype(cache.dtype)
-    write = partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
-    if at.ndim == 0:
-        return write(cache, new, at)
-    if cache.ndim == 4:
-        return jax.vmap(write)(cache, new, at)
-    # A TPU would write one row after the other, in a loop; all at once cost it less.
-    for index in range(new.shape[1]):
-        here_BS1 = (jnp.arange(cache.shape[1]) == at[:, None] + index)[..., None]
-        cache = jnp.where(here_BS1, new[:, index, None], cache)
-    return cache
 
 
 def apply_layers(
     layers: Any, apply: Callable, x: Array, remat: bool = False, extras: Any = None
 ) -> tuple[Array, Any]:
-    """Runs x through all layers: `apply(layer, x, extra) -> (x, out)`, collecting the outs.
+    """x after all layers, and their outs: `apply(layer, x, extra) -> (x, out)` of each in turn.
 
     A list of layers is unrolled (fast to decode); one layer whose arrays have a leading N is
-    scanned (fast to compile). `extras` has one entry a layer in the same form, as have the outs.
+    scanned (fast to compile). `extras` and the outs have one entry a layer in the same form.
     With `remat` only the inputs of layers are kept for the backward pass.
     """
     maybe_remat = partial(jax.checkpoint, static_argnums=0) if remat else lambda f: f

@@ -89,18 +89,13 @@ def in_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
-def on_tpu() -> bool:
-    """Whether a function is traced `within` a mesh of TPUs."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.abstract_device.platform == "tpu"
-
-
 def on_each_device(function: Callable[..., Array], *arrays_BH: Array) -> Array:
     """`function` on every device's own clips and heads: [B, H, …] arrays in and out.
 
-    For kernels, which XLA does not cut by itself. Only `within` a mesh.
+    For kernels, which XLA does not partition. Where there is no mesh, or each device runs a program
+    of its own already, it is called as it is.
     """
-    if jax.sharding.get_abstract_mesh().are_all_axes_manual:  # each device is alone already
+    if not in_mesh() or jax.sharding.get_abstract_mesh().are_all_axes_manual:
         return function(*arrays_BH)
     part = PartitionSpec(("data", "fsdp"), "tensor")
     return jax.shard_map(

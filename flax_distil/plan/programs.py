@@ -130,7 +130,7 @@ def decode_programs(
     expected; memory is that of `options.max_tokens`.
     """
     mesh = make_mesh(devices=devices)
-    batch, spec, whole = rows * len(devices), Spec(dims, dtype), replicated(mesh)
+    batch, spec, whole = rows * len(devices), Spec(dims, dtype).on(devices[0]), replicated(mesh)
     params = at(jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), spec.abstract()),
                 whole)  # fmt: skip
     shape: Any = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))

@@ -1,25 +1,35 @@
 """The model against PyTorch's in float64 (1e-6 tells a tanh GELU or a wrong ε; 1e-2 would not)."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_distil.model import attention
 from flax_distil.model.attention import (
     QUERY_BLOCK,
     _attend,
     _by_head,
-    _by_kernel,
     _by_query_block,
-    attend_side_by_side,
-    attention,
+    _by_splash,
+    attend,
+    attend_merged,
+    attention_for,
 )
 from flax_distil.model.dims import PUBLISHED, WhisperDims
 from flax_distil.model.spec import HALVES, Spec, stack_layers, unstack_layers
 from flax_distil.model.weights import names
 from flax_distil.model.whisper import gelu_by_exp
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU's kernel on any device."""
+    on_a_tpu = attention._splash
+    monkeypatch.setattr(attention, "_splash", lambda *sizes: on_a_tpu(*sizes, interpret=True))
 
 
 @pytest.fixture(scope="module")
@@ -28,24 +38,23 @@ def inputs():
     return rng.normal(size=(2, 40, 8)), rng.integers(0, 97, (2, 10))
 
 
-def layouts(twins):
+def layouts(twins, attention):
     stacked = {half: stack_layers(params) for half, params in twins.params.items()}
-    yield Spec(twins.dims, "float64"), twins.params
-    yield Spec(twins.dims, "float64", HALVES), stacked
-    yield Spec(twins.dims, "float64", remat=True), twins.params
+    yield Spec(twins.dims, "float64", attention=attention), twins.params
+    yield Spec(twins.dims, "float64", HALVES, attention=attention), stacked
+    yield Spec(twins.dims, "float64", remat=True, attention=attention), twins.params
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("tpu", [False, True])
-def test_equals_transformers_in_every_layout(twins, inputs, tpu, monkeypatch):
+@pytest.mark.parametrize("attention", ["xla", "cpu", "splash"])
+def test_equals_transformers_in_every_layout(twins, inputs, attention):
     import torch
 
-    monkeypatch.setattr("flax_distil.model.whisper.on_tpu", lambda: tpu)
     mel, tokens = inputs
     with torch.no_grad():
         features, labels = torch.tensor(mel.swapaxes(1, 2)), torch.tensor(tokens)
         theirs = twins.torch(features, decoder_input_ids=labels, output_hidden_states=True)
-    for spec, params in layouts(twins):
+    for spec, params in layouts(twins, attention):
         audio = spec.encoder(params["encoder"])(jnp.asarray(mel))
         decoder = spec.decoder(params["decoder"])
         hidden, every = decoder.hidden_states(jnp.asarray(tokens), audio)
@@ -56,15 +65,15 @@ def test_equals_transformers_in_every_layout(twins, inputs, tpu, monkeypatch):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("attention", ["xla", "splash"])
 @pytest.mark.parametrize("per_row", [False, True])
-def test_cached_equals_uncached(twins, inputs, per_row, side_by_side):
+def test_cached_equals_uncached(twins, inputs, per_row, attention):
     mel, tokens = inputs
-    for spec, params in layouts(twins):
+    for spec, params in layouts(twins, attention):
         audio = spec.encoder(params["encoder"])(jnp.asarray(mel))
         decoder = spec.decoder(params["decoder"])
         whole = decoder(jnp.asarray(tokens), audio)
-        empty = decoder.start(audio, 12, side_by_side)
+        empty = decoder.start(audio, 12)
         hidden, cache = decoder.step(jnp.asarray(tokens[:, :4]), empty)
         if per_row:
             cache = cache._replace(length=jnp.full((2,), 4))
@@ -76,15 +85,15 @@ def test_cached_equals_uncached(twins, inputs, per_row, side_by_side):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("side_by_side", [False, True])
-def test_rows_advance_on_their_own(twins, inputs, side_by_side):
+@pytest.mark.parametrize("attention", ["xla", "splash"])
+def test_rows_advance_on_their_own(twins, inputs, attention):
     mel, tokens = inputs
-    spec = Spec(twins.dims, "float64")
+    spec = Spec(twins.dims, "float64", attention=attention)
     audio = spec.encoder(twins.params["encoder"])(jnp.asarray(mel))
     decoder = spec.decoder(twins.params["decoder"])
     whole = decoder(jnp.asarray(tokens), audio)
     # Row 0 takes three of the four tokens read, row 1 all of them; both then read two more.
-    _, cache = decoder.step(jnp.asarray(tokens[:, :4]), decoder.start(audio, 12, side_by_side))
+    _, cache = decoder.step(jnp.asarray(tokens[:, :4]), decoder.start(audio, 12))
     accepted = np.array([3, 4])
     rows, places = np.arange(2)[:, None], accepted[:, None] + np.arange(2)
     following = jnp.asarray(tokens[rows, places])
@@ -110,7 +119,7 @@ def test_causal_by_gradient(twins, inputs):
         np.testing.assert_array_equal(reach, np.arange(10) <= position)
 
 
-@pytest.mark.parametrize("parts", [attention, _by_head, _by_query_block])
+@pytest.mark.parametrize("parts", [attend, _by_head, _by_query_block])
 def test_attention_in_parts_changes_nothing(parts):
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 2, 2 * QUERY_BLOCK, 8))
     np.testing.assert_allclose(parts(q, k, v), _attend(q, k, v, None), atol=1e-6)
@@ -131,39 +140,40 @@ def test_a_tpus_gelu_is_exact():
     np.testing.assert_allclose(gelu_by_exp(x)[little], exact[little], rtol=1e-3)
 
 
-def test_heads_side_by_side_change_nothing():
+def test_merged_heads_change_nothing():
     """Two beams to a clip, and rows with masks of their own."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 3, 5, 8))  # B H S K
     flat = lambda x_BHSK: x_BHSK.swapaxes(1, 2).reshape(len(x_BHSK), 5, 24)
-    beams = flat(attention(q, k[:2], v[:2]))
-    side_by_side = attend_side_by_side(flat(q), flat(k)[:2], flat(v)[:2], 3)
-    np.testing.assert_allclose(side_by_side, beams, atol=1e-6)
+    beams = flat(attend(q, k[:2], v[:2]))
+    merged = attend_merged(flat(q), flat(k)[:2], flat(v)[:2], 3)
+    np.testing.assert_allclose(merged, beams, atol=1e-6)
     mask = jnp.arange(5) <= (jnp.array([0, 1, 2, 4])[:, None] + jnp.arange(5))[..., None]
-    masked = attend_side_by_side(*map(flat, (q, k, v)), 3, mask[:, None])
-    np.testing.assert_allclose(masked, flat(attention(q, k, v, mask[:, None])), atol=1e-6)
+    masked = attend_merged(*map(flat, (q, k, v)), 3, mask[:, None])
+    np.testing.assert_allclose(masked, flat(attend(q, k, v, mask[:, None])), atol=1e-6)
 
 
-def test_what_fills_up_the_kernels_blocks_is_not_heard(monkeypatch):
-    """130 positions fill up to 256, for a text's attention to the audio as well."""
+@pytest.mark.usefixtures("interpreted")
+def test_padding_of_the_kernels_blocks_is_masked_out(monkeypatch):
+    """130 positions are padded to 256, for a text's attention to the audio as well."""
     dims = WhisperDims(8, 97, 64, 1, 1, 1, 1, 64, 64, audio_positions=130, text_positions=130)
-    spec = Spec(dims)
-    params = spec.init(jax.random.key(0))
+    params = Spec(dims).init(jax.random.key(0))
     mel = jax.random.normal(jax.random.key(1), (1, 260, 8))
     tokens = jax.random.randint(jax.random.key(2), (1, 130), 0, 97)
 
-    def states():
+    def states(attention="xla"):
+        spec = Spec(dims, attention=attention)
         audio = spec.encoder(params["encoder"])(mel)
         return audio, spec.decoder(params["decoder"])(tokens, audio)
 
     expected, sizes = states(), []
 
-    def interpreted(kernel, *arrays):
+    def seen(kernel, *arrays):
         sizes.append([array.shape[2] for array in arrays])
-        return kernel(*arrays, interpret=True)
+        return kernel(*arrays)
 
-    monkeypatch.setattr("flax_distil.model.attention.takes_kernel", lambda *_: True)
-    monkeypatch.setattr("flax_distil.model.attention.on_each_device", interpreted)
-    for ours, plain in zip(states(), expected, strict=True):
+    monkeypatch.setattr(attention, "takes_kernel", lambda backend, *_: backend == "splash")
+    monkeypatch.setattr(attention, "on_each_device", seen)
+    for ours, plain in zip(states("splash"), expected, strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-4)
     assert sizes == [[256, 256, 256], [130, 256, 256]]
 
@@ -178,24 +188,36 @@ def test_cudnn_is_asked_for_the_same(monkeypatch):
 
     dot_product_attention = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
-    monkeypatch.setattr("flax_distil.model.attention.has_cudnn", lambda: True)
+    by_cudnn = partial(attend, backend="cudnn")
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 2 * QUERY_BLOCK, 8), jnp.bfloat16)
     exact = _attend(*(x.astype(jnp.float32) for x in (q, k, v)))
-    np.testing.assert_allclose(attention(q, k, v).astype(jnp.float32), exact, atol=0.03)
-    attention(q[:, :, :QUERY_BLOCK], k, v)
-    attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+    np.testing.assert_allclose(by_cudnn(q, k, v).astype(jnp.float32), exact, atol=0.03)
+    by_cudnn(q[:, :, :QUERY_BLOCK], k, v)
     assert asked == ["cudnn"]
 
 
+def test_the_backend_is_the_devices():
+    device = partial(SimpleNamespace, device_kind="", compute_capability="8.0")
+    hopper = device(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+    turing = device(platform="gpu", device_kind="NVIDIA T4", compute_capability="7.5")
+    found = [
+        [attention_for(one, dtype) for dtype in ("bfloat16", "float32")]
+        for one in (device(platform="tpu"), device(platform="cpu"), hopper, turing)
+    ]
+    assert found == [["splash"] * 2, ["cpu"] * 2, ["cudnn", "xla"], ["xla"] * 2]
+    assert Spec(PUBLISHED["tiny"]).on(jax.devices()[0]).attention == "cpu"
+
+
 @pytest.mark.parametrize("queries", [600, 256, 130])
+@pytest.mark.usefixtures("interpreted")
 def test_the_tpu_kernel_computes_attention(queries):
-    """Interpreted, in float32; 600 positions fill up to two blocks of 512, the rest masked out."""
+    """In float32; 600 positions are padded to two blocks of 512, the rest masked out."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 600, 64))
     q = 0.3 * q[:, :, :queries]
-    kernel = partial(_by_kernel, interpret=True)
+    kernel = _by_splash
     np.testing.assert_allclose(kernel(q, k, v), _attend(q, k, v), atol=1e-5)
-    kv_length = _attend(q, k[:, :, :500], v[:, :, :500])
-    np.testing.assert_allclose(kernel(q, k, v, kv_length=500), kv_length, atol=1e-5)
+    shorter = _attend(q, k[:, :, :500], v[:, :, :500])
+    np.testing.assert_allclose(kernel(q, k, v, kv_length=500), shorter, atol=1e-5)
 
     def gradients(attend):
         return jax.grad(lambda qkv: (attend(*qkv) ** 2).sum())((q, k, v))
