@@ -1,6 +1,6 @@
-"""`flax-distil <verb>`: the verbs are the stages, their flags the fields of the stage's config.
+"""`flax-distil VERB`: verbs are stages, and their flags the fields of the stage's config.
 
-Nothing heavy is imported before the verb is known, so that `--help` answers at once.
+Nothing heavy is imported before the verb is known, so that `--help` is fast.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ from flax_distil.parallel.platform import name_platform
 from flax_distil.recipe import recipe_values, stage_name
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
-UNREAD = 141  # and of a program that writes to a pipe nobody reads
-REFUSED = ("ENOSPC", "EDQUOT", "EROFS", "EACCES")  # by the disk
+BROKEN_PIPE = 141  # and for a program that writes to a closed pipe
+DISK_ERRORS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES")
 
 
 class Verb(NamedTuple):
@@ -90,19 +90,19 @@ VERBS = {
     "demo": Verb(config.DemoConfig, "flax_distil.demo", "--output-dir runs/demo"),
 }
 
-DESCRIPTION = """Distil-Whisper in JAX: label speech with a teacher, teach a student, judge it, \
-hand it over.
+DESCRIPTION = """Distil-Whisper in JAX: label speech with a teacher, train a student, evaluate and \
+export it.
 
-Each verb explains itself: flax-distil VERB --help. Any verb takes --recipe FILE.toml, whose \
-values are the defaults that its flags override. flax-distil --version names the version."""
+Help on a verb: flax-distil VERB --help. Every verb takes --recipe FILE.toml; flags override its \
+values. Version: flax-distil --version."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Status 0: done; 1: some inputs failed; 2: wrong input; 3: a stage was asked to
-    stop and the ones after it did not run; 130: interrupted; 141: what it prints is not read any
-    more.
+    """Run one verb and return its exit status.
 
-    Anything else that goes wrong is a bug, and keeps its traceback.
+    0: done; 1: some inputs failed; 2: wrong input; 3: a stage was asked to stop, and later ones did
+    not run; 130: interrupted; 141: the output is no longer read. Anything else is a bug and keeps
+    its traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     open_streams()
@@ -126,9 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
-        return UNREAD
+        return BROKEN_PIPE
     except OSError as error:
-        if errno.errorcode.get(error.errno or 0) not in REFUSED:
+        if errno.errorcode.get(error.errno or 0) not in DISK_ERRORS:
             raise
         print(f"flax-distil: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
         return 2
@@ -139,16 +139,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def open_streams() -> None:
-    """Give closed standard streams to the null device.
+    """Connect closed standard streams to the null device.
 
-    The next file that is opened, a checkpoint, would else take the place of a closed one and
-    receive what libraries print. Standard input stays None for those who ask whether there is one.
+    Otherwise the next file that is opened, such as a checkpoint, would take the number of a closed
+    stream and receive what libraries print. `sys.stdin` stays None, as code that looks expects.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
@@ -213,18 +213,18 @@ def _field_helps(cls: type) -> dict[str, str]:
 
 
 def check_paths(stage: Any) -> None:
-    """Raises InputError for a bucket's address where folders are meant: one of that name would be
-    made here."""
+    """Raises InputError for a URL where a folder is expected, which would create a folder of that
+    name here."""
     for path in _paths(stage):
         if re.match("[a-z][a-z0-9+]+:/", str(path)):
             raise InputError(
-                f"{str(path).replace(':/', '://', 1)} is an address, and only pseudo-label's "
+                f"{str(path).replace(':/', '://', 1)} is a URL, and only pseudo-label's "
                 "--output-dir may be one: name the folder where the bucket is mounted"
             )
 
 
 def _paths(value: Any) -> Iterator[Path]:
-    """The folders and files that a stage names."""
+    """The paths in a config that must not be URLs."""
     if isinstance(value, Path):
         yield value
     elif isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""The whole road once, on real weights and real speech: what `make demo` walks.
+"""Every stage once, with real weights and real speech.
 
 fetch → label → filter → init-student → distill → export → evaluate → transcribe
 """
@@ -50,19 +50,21 @@ from flax_distil.transcribe import transcribe
 
 log = logging.getLogger(__name__)
 
-# FLOP/s in float32 matrix products at which the whole demo is done in time; whisper-base's is
-# estimated from its size and was not measured.
+# FLOP/s in float32 matrix products with which the whole demo takes a quarter of an hour;
+# whisper-base's is estimated from its size, not measured.
 FULL_SPEED = {"whisper-tiny.en": 4e11, "whisper-base": 1e12}
 
 
 def run(config: DemoConfig) -> Report:
-    """Teach a student on this machine and judge it; all of it lands in `output_dir`.
+    """Train and evaluate a student on this machine; everything is written to `output_dir`.
 
-    Stopped at any point and started again, it goes on: speech, labels and training are kept.
+    If it is stopped and started again, it resumes: speech, labels and training are kept.
+
+    Raises Stopped where training was asked to stop before its end.
     """
     check_writable(config.output_dir)
-    start, config, folder = time.monotonic(), fitted(config), config.output_dir
-    step("1. A teacher and speech")
+    start, config, folder = time.monotonic(), scaled(config), config.output_dir
+    step("1. Fetch the teacher and speech")
     teacher = fetch_weights(config.teacher)
     speech = demo_speech(
         folder / "speech",
@@ -72,36 +74,36 @@ def run(config: DemoConfig) -> Report:
         heldout_prompts=config.heldout,
     )
     log.info("speech: %s", speech.sources)
-    step("2. The teacher writes down what it hears")
+    step("2. Label")
     stores = [label(config, speech, teacher, packed) for packed in (True, False)]
-    step("3. Labels that can be trusted")
-    filtered = tuple(keep_reliable(store) for store in stores)
-    step("4. A student of the teacher's encoder and two of its decoder layers")
+    step("3. Filter")
+    filtered = tuple(filter_labels(store) for store in stores)
+    step("4. Initialise the student: the teacher's encoder and two of its decoder layers")
     untrained = folder / "student-untrained"
     student.run(InitStudentConfig(str(teacher), untrained))
-    step("5. Distillation")
-    run_folder = teach(config, speech, teacher, untrained, filtered)
-    step("6. A folder for Transformers, checked in PyTorch")
+    step("5. Distil")
+    run_folder = train(config, speech, teacher, untrained, filtered)
+    step("6. Export to Transformers, verified in PyTorch")
     trained = folder / "student"
     clip = Path(str(next(iter(read_dataset(heldout(speech)[0]).iter_from(0))).audio))
     export.run(ExportConfig(str(run_folder), trained, verify=True, verify_audio=clip))
-    step("7. Judged on clips that nobody was trained on")
+    step("7. Evaluate on held-out clips")
     models = {"teacher": teacher, "untrained": untrained, "student": trained}
-    report = judge(config, speech, models)
-    said = transcribe(clip, trained).text.strip()
+    report = evaluate(config, speech, models)
+    text = transcribe(clip, trained).text.strip()
     console = Console()
-    console.print(f"\n{clip.name}, as the exported student hears it: {said}")
+    console.print(f"\n{clip.name}, transcribed by the exported student: {text}")
     console.print(report.table())
     for key, value in report.settings.items():
         console.print(f"{key}: {value}", highlight=False)
-    log.info("%.1f minutes; all of it is in %s", (time.monotonic() - start) / 60, folder)
+    log.info("done in %.1f minutes: see %s", (time.monotonic() - start) / 60, folder)
     return report
 
 
-def fitted(config: DemoConfig) -> DemoConfig:
-    """The demo cut to what this machine should do in a quarter of an hour.
+def scaled(config: DemoConfig) -> DemoConfig:
+    """The demo reduced to what this machine can do in a quarter of an hour.
 
-    What was decided once stands in recipe.toml, so that a second start goes on with the same.
+    The share is kept in recipe.toml, so that a second start resumes with the same.
     """
     kept, share = config.output_dir / "recipe.toml", config.share
     if share is None and kept.is_file():
@@ -110,7 +112,7 @@ def fitted(config: DemoConfig) -> DemoConfig:
         speed = measured_peak(make_mesh(), "float32")
         share = min(1.0, round(speed / FULL_SPEED[config.teacher], 2))
     if share < 1:
-        log.info("%.0f %% of the demo's speech and updates, to be done in time", 100 * share)
+        log.info("using %.0f %% of the demo's speech and updates, to be done in time", 100 * share)
     whole = dataclasses.replace(config, share=share)
     save_recipe(whole, kept)
     return dataclasses.replace(
@@ -123,8 +125,8 @@ def fitted(config: DemoConfig) -> DemoConfig:
 
 
 def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -> Path:
-    """A label store of windows full of speech with timestamps, as long recordings are read, or of
-    single clips without: students learn both."""
+    """A label store of packed windows with timestamps, as in long recordings, or of single clips
+    without: students learn both."""
     folder = config.output_dir / "labels" / ("packed" if packed else "single")
     labeller.run(
         PseudoLabelConfig(
@@ -145,17 +147,17 @@ def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -
     return folder
 
 
-def keep_reliable(store: Path) -> Path:
-    """The labels below the paper's threshold."""
+def filter_labels(store: Path) -> Path:
+    """The label store with the labels below the paper's threshold."""
     folder = store.parent.parent / "filtered" / store.name
     filtering.run(FilterConfig(store, folder, overwrite=True))
     return folder
 
 
-def teach(
+def train(
     config: DemoConfig, speech: DemoSpeech, teacher: Path, student: Path, filtered: tuple[Path, ...]
 ) -> Path:
-    """The run's folder. Raises Stopped where training was asked to stop before its end."""
+    """Train the student; returns the run's folder. Raises Stopped before the last update."""
     folder = config.output_dir / "distill"
     summary = trainer.run(
         DistillConfig(
@@ -165,8 +167,8 @@ def teach(
             output_dir=folder,
             batch_size=config.batch_size,
             language="en",
-            prompt_probability=0.0,  # clips are judged without a prompt
-            timestamp_probability=1.0,  # where there are any: stored states are of whole labels
+            prompt_probability=0.0,  # clips are evaluated without a prompt
+            timestamp_probability=1.0,  # stored states are those of whole labels
             label_buckets=(96, config.max_tokens + 2),
             audio_states=config.output_dir / "audio-states",
             stored_teacher=True,
@@ -187,9 +189,10 @@ def teach(
     return folder
 
 
-def judge(config: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Report:
-    """All models side by side, synthetic and human speech apart, by both methods; the student in
-    PyTorch, and its language and no-speech answers beside its teacher's."""
+def evaluate(config: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Report:
+    """All models on synthetic and human speech, clip by clip and as one recording; also how often
+    PyTorch's texts are the student's, and how near its language and no-speech probabilities are to
+    its teacher's."""
     sets = heldout(speech)
     report = evaluate_models(
         EvaluateConfig(
@@ -206,24 +209,24 @@ def judge(config: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Re
     ]
     differing = differing_texts(models["student"], clips, config.max_tokens)
     same = f"{len(clips) - len(differing)} of {len(clips)} of the student's texts are the same"
-    told = {"speech": speech.sources, "in PyTorch": same}
+    details = {"speech": speech.sources, "in PyTorch": same}
     ours, theirs = (
         make_recognizer(load_checkpoint(models[name])) for name in ("student", "teacher")
     )
     for source in sets:
         rates = (
-            f"{name} {read_as_one(config, recognizer, source):.1f}"
+            f"{name} {wer_as_one_recording(config, recognizer, source):.1f}"
             for name, recognizer in (("teacher", theirs), ("student", ours))
         )
-        told[f"WER of {source.stem} as one recording, sequential method"] = ", ".join(rates)
-    told["student and teacher"] = str(agreement(theirs, ours, clips, seed=config.seed))
-    report = dataclasses.replace(report, settings=report.settings | told)
+        details[f"WER of {source.stem} as one recording, sequential method"] = ", ".join(rates)
+    details["student and teacher"] = str(agreement(theirs, ours, clips, seed=config.seed))
+    report = dataclasses.replace(report, settings=report.settings | details)
     report.save(config.output_dir)
     return report
 
 
-def read_as_one(config: DemoConfig, recognizer: Recognizer, source: Path) -> float:
-    """WER in percent of the clips of a manifest, joined and transcribed as a user's recording."""
+def wer_as_one_recording(config: DemoConfig, recognizer: Recognizer, source: Path) -> float:
+    """WER in percent of a manifest's clips, joined to one recording."""
     utterances = list(read_dataset(source).iter_from(0))
     pause = np.zeros(round(config.pause * SAMPLE_RATE), np.float32)
     parts = [part for one in utterances for part in (load_waveform(one), pause)]
@@ -234,10 +237,10 @@ def read_as_one(config: DemoConfig, recognizer: Recognizer, source: Path) -> flo
 
 
 def heldout(speech: DemoSpeech) -> list[Path]:
-    """Manifests of the clips that are kept for judging, human ones first where there are any."""
+    """Manifests of the held-out clips, human ones first where there are any."""
     return [path for path in (speech.heldout_human, speech.heldout_synthetic) if path]
 
 
 def step(title: str) -> None:
-    """Says what comes now."""
+    """Print the title of a step."""
     Console().rule(title, align="left")

@@ -135,7 +135,7 @@ def test_only_labels_are_written_to_an_address(capsys):
         [*run, "--output-dir", "r", "--validation.labels", "a", "gs://b/heldout.jsonl"],
     ):
         assert cli.main(refused) == 2
-        assert f"flax-distil: {refused[-1]} is an address, and only" in capsys.readouterr().err
+        assert f"flax-distil: {refused[-1]} is a URL, and only" in capsys.readouterr().err
 
 
 def test_partial_failure_is_1_and_an_interrupt_130(monkeypatch):

@@ -78,21 +78,21 @@ def test_a_slow_machine_does_less_and_goes_on_with_the_same(tmp_path, monkeypatc
     full = demo.FULL_SPEED[config.teacher]
     for speed, share in ((full / 4, 0.25), (full, 0.25)):
         monkeypatch.setattr(demo, "measured_peak", lambda *_, speed=speed: speed)
-        fitted = demo.fitted(config)
-        assert fitted.share == share
-        assert fitted.steps == config.steps // 4
-        assert fitted.heldout == config.heldout
+        scaled = demo.scaled(config)
+        assert scaled.share == share
+        assert scaled.steps == config.steps // 4
+        assert scaled.heldout == config.heldout
     (tmp_path / "recipe.toml").unlink()
-    assert demo.fitted(config).steps == config.steps
+    assert demo.scaled(config).steps == config.steps
 
 
 def test_the_demo_ends_where_its_training_is_stopped(tmp_path, monkeypatch, capsys):
-    """SIGTERM at update 2: nothing is exported or judged, and the status is not that of success."""
+    """SIGTERM at update 2: nothing is exported, and the status is not that of success."""
     speech = SimpleNamespace(sources="none", train=tmp_path)
     for name in ("fetch_weights", "label"):
         monkeypatch.setattr(demo, name, lambda *_: tmp_path)
     monkeypatch.setattr(demo, "demo_speech", lambda *_, **__: speech)
-    monkeypatch.setattr(demo, "keep_reliable", lambda store: store)
+    monkeypatch.setattr(demo, "filter_labels", lambda store: store)
     monkeypatch.setattr(demo.student, "run", lambda _: None)
     stopped = TrainSummary(tmp_path, 2, False, 1.0, 0, None, None)
     monkeypatch.setattr(demo.trainer, "run", lambda _: stopped)
