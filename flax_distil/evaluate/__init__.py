@@ -1,4 +1,4 @@
-"""Judge models side by side on the same clips: `judge` does it, `report` tells it."""
+"""Evaluate models on the same clips: `evaluator` runs them, `report` holds the results."""
 
 from flax_distil.evaluate.evaluator import run
 from flax_distil.evaluate.report import ClipResult, DatasetResult, ModelResult, Report

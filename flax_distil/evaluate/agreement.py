@@ -1,7 +1,7 @@
-"""How near a student's answers at the start of transcript are to its teacher's.
+"""How close a student's probabilities at the start of transcript are to its teacher's.
 
-The language token decides in which language a clip is read, the no-speech token whether a window is
-skipped: the KL at `<|startoftranscript|>` alone teaches them, and no error rate shows them.
+The language token decides in which language a clip is transcribed, the no-speech token whether a
+window is skipped. Only the KL at `<|startoftranscript|>` trains them, and no error rate shows them.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from flax_distil.decode.recognizer import Recognizer, recognize
 
 
 class Agreement(NamedTuple):
-    """language: share of the speech whose likeliest language is the teacher's, None where the model
-    knows one only. no_speech: kind of sound → median |difference| of the no-speech probability.
+    """language: share of the speech with the same most probable language; None for English-only
+    models. no_speech: kind of sound → median |difference| of the no-speech probability.
     """
 
     language: float | None
@@ -39,11 +39,12 @@ def agreement(
     seed: int = 0,
     batch_size: int = 8,
 ) -> Agreement:
-    """Both models' answers on clips of speech, on silence and on white noise.
+    """Compare both models on clips of speech, on silence and on white noise.
 
-    speech: 16 kHz, at most 30 s each. decibels: levels of the noise below full scale, a clip each.
+    speech: 16 kHz, at most 30 s each. decibels: levels of the noise, relative to full scale, one
+    clip each.
     """
-    # A student of one language would name it without listening.
+    # A student of one language would name it whatever the audio.
     teacher, student = (replace(one, language=None) for one in (teacher, student))
     noise = [
         10 ** (level / 20) * white_noise((seed, number), CLIP_SAMPLES)
@@ -69,7 +70,7 @@ def agreement(
 def _starts(
     recognizer: Recognizer, clips: Sequence[np.ndarray], batch_size: int
 ) -> list[Hypothesis]:
-    """Hypotheses of one token: what is told before it is all that counts."""
+    """Hypotheses of one token, for what the model predicts before it."""
     options = DecodeOptions(max_tokens=1)
     return [
         hypothesis

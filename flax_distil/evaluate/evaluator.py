@@ -1,4 +1,4 @@
-"""Every model hears the same batches in turn, so that errors and speeds can be compared."""
+"""All models decode the same batches in turn, so that errors and speeds are comparable."""
 
 import logging
 import time
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class ReferenceClip(NamedTuple):
-    """What one utterance contributes; a clip that was transcribed has let go of its waveform."""
+    """A clip with its reference; after decoding, without its waveform."""
 
     id: str
     waveform: Float32[np.ndarray, "n"]
@@ -43,17 +43,22 @@ class ReferenceClip(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchResult:
-    """One batch: its clips, and what each model made of them in how many seconds."""
+    """A batch of one language, with each model's hypotheses and seconds."""
 
     clips: list[ReferenceClip]
     hypotheses: dict[str, list[Hypothesis]]
     seconds: dict[str, float]
 
+    def texts(self, model: str) -> tuple[list[str], list[str]]:
+        """The references and one model's texts."""
+        texts = [hypothesis.text for hypothesis in self.hypotheses[model]]
+        return [clip.reference for clip in self.clips], texts
+
 
 def run(config: EvaluateConfig) -> Report:
-    """Judge `config.models` on `config.datasets`; prints the table, writes and returns the report.
+    """Evaluate `config.models` on `config.datasets`; prints the table and writes the report.
 
-    Raises what `evaluate_models` raises, and InputError where nothing can be written.
+    Raises what `evaluate_models` raises, and InputError where the folder cannot be written.
     """
     start()
     if is_main_host():
@@ -64,30 +69,30 @@ def run(config: EvaluateConfig) -> Report:
     Console().print(report.table())
     with writing(config.output_dir):
         report.save(config.output_dir)
-    log.info("report.json, report.md and transcripts.jsonl are in %s", config.output_dir)
+    log.info("wrote report.json, report.md and transcripts.jsonl to %s", config.output_dir)
     return report
 
 
 def evaluate_models(config: EvaluateConfig) -> Report:
-    """Let all models hear all datasets; writes nothing.
+    """The report of all models on all datasets; writes nothing.
 
-    Short-form: clips over 30 s, without a reference, with broken audio or in a language that one of
-    the models lacks are left out and listed.
+    Skips, and lists, clips over 30 s, without a reference, with damaged audio, or in a language
+    that one of the models does not support.
 
     Raises:
-        InputError: a model or dataset cannot be used, a model lacks `config.language`, names
-            collide, or no clip is left to judge.
+        InputError: a model or dataset cannot be used, a model does not support `config.language`,
+            names collide, or no clip is left.
     """
     names = model_names(config)
     for name in ("batch_size", "passes", "max_tokens"):
         if getattr(config, name) < 1:
-            raise InputError(f"{name} {getattr(config, name)} is below 1")
+            raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
     sets = {name: _open(source, config) for name, source in dataset_names(config.datasets).items()}
     recognizers = {
         name: make_recognizer(load_checkpoint(source), config.dtype)
         for name, source in names.items()
     }
-    if config.language and (reason := lacks(recognizers, to_language_code(config.language))):
+    if config.language and (reason := unsupported(recognizers, to_language_code(config.language))):
         raise InputError(reason)
     results: dict[str, list[BatchResult]] = {}
     skipped: dict[str, list[str]] = {}
@@ -95,7 +100,7 @@ def evaluate_models(config: EvaluateConfig) -> Report:
         results[name], skipped[name] = transcribe_dataset(recognizers, name, utterances, config)
         if not results[name]:
             raise InputError(
-                f"{name}: none of its {len(skipped[name])} clips can be judged on; "
+                f"{name}: none of its {len(skipped[name])} clips can be used; "
                 f"the first: {skipped[name][0]}"
             )
     return Report(
@@ -116,20 +121,20 @@ def evaluate_models(config: EvaluateConfig) -> Report:
 
 
 def model_names(config: EvaluateConfig) -> dict[str, str]:
-    """What the report calls each model → where it is. InputError where two are called the same."""
+    """Name in the report → model. Raises InputError where two have the same name."""
     if not config.models or not config.datasets:
         raise InputError("name at least one model (--models) and one dataset (--datasets)")
     if config.names and len(config.names) != len(config.models):
         raise InputError(f"{len(config.names)} names for {len(config.models)} models")
     names = config.names or tuple(Path(source).name for source in config.models)
     if len(set(names)) < len(names):
-        raise InputError(f"several models are called the same ({', '.join(names)}): give --names")
+        raise InputError(f"several models have the same name ({', '.join(names)}): add --names")
     return dict(zip(names, config.models, strict=True))
 
 
 def dataset_names(sources: Sequence[str]) -> dict[str, str]:
-    """What the report calls each dataset → its source: the last part of the name without its
-    suffix, or the last two parts where that is not enough. InputError where they stay the same."""
+    """Name in the report → dataset: the last part of its path without the suffix, or the last two
+    parts where that is ambiguous. Raises InputError where two names are still the same."""
     for name in (
         lambda path: path.name.removesuffix(".jsonl").removesuffix(".parquet"),
         lambda path: "/".join(path.parts[-2:]),
@@ -137,11 +142,11 @@ def dataset_names(sources: Sequence[str]) -> dict[str, str]:
         names = {name(Path(source)): source for source in sources}
         if len(names) == len(sources):
             return names
-    raise InputError(f"two datasets are called the same: {', '.join(sources)}")
+    raise InputError(f"two datasets have the same name: {', '.join(sources)}")
 
 
-def lacks(recognizers: Mapping[str, Recognizer], language: str) -> str | None:
-    """Which model cannot read a language, and why; None where all can."""
+def unsupported(recognizers: Mapping[str, Recognizer], language: str) -> str | None:
+    """Which model does not support a language, and why; None where all do."""
     for name, recognizer in recognizers.items():
         if reason := recognizer.tokens.unsupported(language):
             return f"{name}: {reason}"
@@ -149,7 +154,7 @@ def lacks(recognizers: Mapping[str, Recognizer], language: str) -> str | None:
 
 
 def batches(clips: Iterable[ReferenceClip], size: int) -> Iterator[list[ReferenceClip]]:
-    """Batches of one language each, in order; those that `size` does not fill come last."""
+    """Batches of one language each, in order; incomplete ones come last."""
     waiting: dict[str, list[ReferenceClip]] = {}
     for clip in clips:
         batch = waiting.setdefault(clip.language, [])
@@ -164,10 +169,10 @@ def transcribe_batches(
     batches: Iterable[list[ReferenceClip]],
     config: EvaluateConfig,
 ) -> Iterator[BatchResult]:
-    """Let the models decode each batch in turn, `config.passes` times; the median time counts.
+    """Decode each batch with each model, `config.passes` times; the median time counts.
 
-    Who begins changes from batch to batch, so that a machine that slows down slows all alike. A
-    batch of a size that was not there yet is decoded once before, to leave out compilation.
+    The first model changes from batch to batch, so that a machine that slows down slows all alike.
+    A batch of a new size is decoded once before, to exclude compilation.
     """
     order, warm = list(recognizers), set()
     for batch in batches:
@@ -195,9 +200,9 @@ def transcribe_dataset(
     utterances: Iterable[Utterance],
     config: EvaluateConfig,
 ) -> tuple[list[BatchResult], list[str]]:
-    """The results of a whole dataset, and which clips were left out and why.
+    """The results of a dataset, and the skipped clips with the reasons.
 
-    Each host decodes and hears every n-th clip; all are told the whole.
+    Each of n hosts takes every n-th clip; all return the whole.
     """
     host, hosts = jax.process_index(), jax.process_count()
     skipped: list[str] = []
@@ -205,12 +210,12 @@ def transcribe_dataset(
     ours = tqdm(islice(utterances, host, None, hosts), name, total, unit="clip")
     clips = _usable(ours, skipped, config, recognizers)
     results = list(transcribe_batches(recognizers, batches(clips, config.batch_size), config))
-    told = from_all_hosts((results, skipped))
-    return [one for part, _ in told for one in part], [why for _, part in told for why in part]
+    parts = from_all_hosts((results, skipped))
+    return [one for part, _ in parts for one in part], [why for _, part in parts for why in part]
 
 
 def relative_speed(first: Iterable[float], other: Iterable[float]) -> float:
-    """Median over batches of the first model's seconds over the other's: 2.0 is twice as fast."""
+    """Median over batches of the first model's time over the other's: 2.0 is twice as fast."""
     return median(a / b for a, b in zip(first, other, strict=True))
 
 
@@ -225,7 +230,7 @@ def _open(source: str, config: EvaluateConfig):
         )
     )
     if utterances.columns.text is None:
-        raise InputError(f"{source} has no reference text to judge on: name it as --text-column")
+        raise InputError(f"{source} has no reference text: name its column as --text-column")
     return utterances
 
 
@@ -235,11 +240,11 @@ def _usable(
     config: EvaluateConfig,
     recognizers: Mapping[str, Recognizer],
 ) -> Iterator[ReferenceClip]:
-    """The clips that can be judged; the others are added to `skipped`, with the reason."""
+    """The clips that can be used; adds the others to `skipped`, with the reason."""
     for utterance in utterances:
         try:
             language = to_language_code(config.language or utterance.language or "en")
-            if reason := lacks(recognizers, language):
+            if reason := unsupported(recognizers, language):
                 raise InputError(reason)
             if not _rate(language, config).normalize(utterance.text or ""):
                 raise InputError("no reference")
@@ -281,7 +286,7 @@ def _dataset_result(
 ) -> DatasetResult:
     words, characters, units = ErrorCounts(), ErrorCounts(), set()
     for one in results:
-        rate, texts = _rate(one.clips[0].language, config), _texts(one, name)
+        rate, texts = _rate(one.clips[0].language, config), one.texts(name)
         words += (counts := rate.count(*texts))
         units.add(rate.unit)
         if config.character_errors:
@@ -300,12 +305,6 @@ def _dataset_result(
 
 def _rate(language: str, config: EvaluateConfig) -> ErrorRate:
     return error_rate(language, config.error_rate)
-
-
-def _texts(results: BatchResult, name: str) -> tuple[list[str], list[str]]:
-    """References and one model's texts of a batch."""
-    texts = [hypothesis.text for hypothesis in results.hypotheses[name]]
-    return [clip.reference for clip in results.clips], texts
 
 
 def _clip_results(

@@ -1,4 +1,4 @@
-"""Pictures of a report; matplotlib (extra `notebook`) is imported when they are drawn."""
+"""Plots of a report; matplotlib (extra `notebook`) is imported when they are drawn."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def plot_errors(report: Report) -> "Figure":
-    """Bars of the error rate in percent, parted in substitutions, deletions and insertions."""
+    """Bars of the error rate in percent, divided into substitutions, deletions and insertions."""
     from matplotlib import pyplot
 
     bars = {
@@ -31,7 +31,7 @@ def plot_errors(report: Report) -> "Figure":
 
 
 def plot_speed(report: Report) -> "Figure":
-    """Each model's error rate against its speed; area grows with parameters."""
+    """Error rate against speed; a model's area grows with its parameters."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")

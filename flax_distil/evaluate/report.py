@@ -1,9 +1,9 @@
-"""What an evaluation found, as a table for the eye, Markdown for the page, JSON for the machine.
+"""The results of an evaluation: a table for the terminal, Markdown and JSON.
 
-Error rates are percent of the reference's words, as in the papers, and of its characters for
+Error rates are percent of the reference's words, as in the papers, or of its characters for
 languages without spaces between words; columns and `rate` say which. RTF, the real-time factor, is
-processing time over audio time: 0.1 takes six seconds a minute. Relative speed is how many times
-faster than the first model, so 2.0 is twice as fast.
+processing time over audio time. Relative speed is the first model's time over this one's: 2.0 is
+twice as fast.
 """
 
 import json
@@ -37,7 +37,7 @@ class ClipResult:
     mean_log_probability: float
     compression_ratio: float
     rate: str = "WER"
-    """WER or CER: whether that counts words or characters."""
+    """WER or CER: the unit of `wer`."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,20 @@ class DatasetResult:
     clips: int
     audio_seconds: float
     seconds: float
-    """Processing time: from waveforms to texts, loading and compilation left out."""
+    """Processing time from waveforms to texts, without loading and compilation."""
     words: ErrorCounts
     characters: ErrorCounts | None = None
     rate: str = "WER"
-    """WER or CER, or WER/CER where there are clips of both: what `words` counts."""
+    """WER, CER, or WER/CER for clips of both: the unit of `words`."""
 
     @property
     def wer(self) -> float:
-        """Error rate in percent, of what `rate` says."""
+        """Error rate in percent, in the unit of `rate`."""
         return 100 * self.words.rate
 
     @property
     def cer(self) -> float | None:
-        """Character error rate in percent, where asked for."""
+        """Character error rate in percent, if it was asked for."""
         return None if self.characters is None else 100 * self.characters.rate
 
     @property
@@ -83,12 +83,12 @@ class ModelResult:
 
     @property
     def wer(self) -> float:
-        """Mean of the datasets' word error rates in percent (the paper's macro-average)."""
+        """Mean of the datasets' error rates in percent (the paper's macro-average)."""
         return mean(score.wer for score in self.datasets)
 
     @property
     def rtf(self) -> float:
-        """Processing time over audio time, all datasets together."""
+        """Processing time over audio time, over all datasets."""
         total = sum(score.audio_seconds for score in self.datasets)
         return sum(score.seconds for score in self.datasets) / total
 
@@ -120,18 +120,18 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class Report:
-    """Models side by side."""
+    """The results of all models."""
 
     models: tuple[ModelResult, ...]
     skipped: dict[str, list[str]]
-    """Dataset → the clips no model was evaluated on, with the reasons."""
+    """Dataset → skipped clips with the reasons."""
     settings: dict[str, Any]
-    """How it was measured: device, precision, batch size, versions."""
+    """Device, precision, batch size, versions and so on."""
     clips: tuple[ClipResult, ...] = ()
 
     @property
     def rate(self) -> str:
-        """WER, CER or WER/CER: what the error rates of all datasets count."""
+        """WER, CER or WER/CER: the unit of the error rates."""
         units = {part for e in self.models for s in e.datasets for part in s.rate.split("/")}
         return "/".join(sorted(units, reverse=True)) or "WER"
 
@@ -141,45 +141,31 @@ class Report:
         return {"models": models, "skipped": self.skipped, "settings": self.settings}
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Heads and cells of the table: one row a model and dataset, and the mean over several."""
-        heads = ["model", "parameters", "data", f"{self.rate} %", "sub", "del", "ins"]
-        with_cer = any(score.cer is not None for model in self.models for score in model.datasets)
+        """Heads and cells of the table: a row per model and dataset, and their mean."""
+        with_cer = any(one.cer is not None for model in self.models for one in model.datasets)
+        heads = ["model", "params", "data", f"{self.rate} %", "sub", "del", "ins"]
         heads += ["CER %"] * with_cer + ["RTF", "speed"]
         rows = []
         for model in self.models:
             first = [model.name, f"{model.parameters / 1e6:.1f} M"]
-            for score in model.datasets:
-                shares = [
-                    f"{100 * part / max(score.words.reference_words, 1):.1f}"
-                    for part in (
-                        score.words.substitutions,
-                        score.words.deletions,
-                        score.words.insertions,
-                    )
-                ]
-                cer = [f"{score.cer:.1f}" if score.cer is not None else ""] * with_cer
-                alone = len(model.datasets) == 1
-                speed = f"{model.relative_speed:.2f}×" if alone else ""
-                unit = f" ({score.rate})" if score.rate != self.rate else ""
-                cells = [
-                    score.dataset + unit,
-                    f"{score.wer:.1f}",
-                    *shares,
-                    *cer,
-                    f"{score.rtf:.3f}",
-                ]
-                rows.append([*first, *cells, speed])
+            speed, alone = f"{model.relative_speed:.2f}×", len(model.datasets) == 1
+            for one in model.datasets:
+                words, unit = one.words, f" ({one.rate})" if one.rate != self.rate else ""
+                parts = (words.substitutions, words.deletions, words.insertions)
+                cells = [one.dataset + unit, f"{one.wer:.1f}"]
+                cells += [f"{100 * part / max(words.reference_words, 1):.1f}" for part in parts]
+                cells += ["" if one.cer is None else f"{one.cer:.1f}"] * with_cer
+                rows.append([*first, *cells, f"{one.rtf:.3f}", speed if alone else ""])
                 first = ["", ""]
-            if len(model.datasets) > 1:
+            if not alone:
                 blank = [""] * (3 + with_cer)
-                cells = ["mean", f"{model.wer:.1f}", *blank, f"{model.rtf:.3f}"]
-                rows.append([*first, *cells, f"{model.relative_speed:.2f}×"])
+                rows.append([*first, "mean", f"{model.wer:.1f}", *blank, f"{model.rtf:.3f}", speed])
         return heads, rows
 
     def table(self) -> Table:
-        """For the terminal."""
+        """The table for the terminal; long names of models and datasets are wrapped."""
         heads, rows = self.rows()
-        table = Table(box=SIMPLE_HEAD)
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for index, head in enumerate(heads):
             if index in TEXT_COLUMNS:
                 table.add_column(head, overflow="fold")
@@ -194,15 +180,15 @@ class Report:
         lines = [markdown_table(*self.rows(), TEXT_COLUMNS), ""]
         units = {"WER": "words", "CER": "characters"}.get(self.rate, "words or characters")
         lines += [
-            f"{self.rate} and its parts are percent of the reference {units} after the Whisper "
-            "normaliser. RTF is processing time over audio time, loading and compilation left out. "
-            f"Speed is relative to {self.models[0].name}: the median over batches that all models "
-            "decoded in turn.",
+            f"{self.rate}, substitutions, deletions and insertions are percent of the reference "
+            f"{units}, after the Whisper normaliser. RTF is processing time over audio time, "
+            "without loading and compilation. Speed is relative to "
+            f"{self.models[0].name}: the median over batches that all models decoded in turn.",
             "",
             *(f"- {key}: {value}" for key, value in self.settings.items()),
         ]
         for dataset, reasons in self.skipped.items():
-            lines.append(f"- {dataset}: {len(reasons)} clips left out (listed in report.json)")
+            lines.append(f"- {dataset}: {len(reasons)} clips skipped (listed in report.json)")
         return "\n".join(lines) + "\n"
 
     def save(self, folder: Path) -> None:
@@ -214,21 +200,21 @@ class Report:
             ("report.json", text + "\n"),
             ("report.md", self.to_markdown()),
             ("transcripts.jsonl", "".join(lines)),
-        ):  # names of datasets may be paths, and paths any bytes
+        ):  # names of datasets may be paths, which may hold any bytes
             (folder / name).write_bytes(contents.encode(errors="backslashreplace"))
 
 
 def markdown_table(
     heads: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = ()
 ) -> str:
-    """A table in Markdown; all columns but `text_columns` stand to the right."""
+    """A table in Markdown; all columns but `text_columns` are aligned right."""
     marks = ["---" if index in text_columns else "---:" for index in range(len(heads))]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (heads, marks, *rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def largest_gaps(report: Report, count: int = 10) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the clips on which the models' WER lies furthest apart, with the texts."""
+    """Heads and rows of the clips on which the models' WER differs most, with the texts."""
     clips: dict[tuple[str, str], list[ClipResult]] = {}
     for one in report.clips:
         clips.setdefault((one.dataset, one.id), []).append(one)

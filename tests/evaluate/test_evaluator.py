@@ -173,7 +173,7 @@ def test_clips_are_judged_in_the_unit_of_their_language(random_folders, monkeypa
             yield evaluator.BatchResult(batch, dict.fromkeys(recognizers, said), {"student": 0.5})
 
     monkeypatch.setattr(evaluator, "transcribe_batches", transcribe_batches)
-    monkeypatch.setattr(evaluator, "lacks", lambda recognizers, language: None)
+    monkeypatch.setattr(evaluator, "unsupported", lambda recognizers, language: None)
     sets = []
     (tmp_path / "0.flac").write_bytes(encode_flac(np.zeros(SAMPLE_RATE, np.float32)))
     for text, (language, _) in texts.items():
@@ -194,7 +194,10 @@ def test_clips_are_judged_in_the_unit_of_their_language(random_folders, monkeypa
     report = evaluator.evaluate_models(dataclasses.replace(config, error_rate="cer"))
     assert [score.rate for score in report.models[0].datasets] == ["CER", "CER"]
     assert report.rows()[0][3] == "CER %"
-    assert "CER and its parts are percent of the reference characters" in report.to_markdown()
+    assert (
+        "CER, substitutions, deletions and insertions are percent of the reference characters"
+        in report.to_markdown()
+    )
 
 
 def test_results_are_not_lost_over_a_folder_that_is_none(manifest, tmp_path):
@@ -242,10 +245,10 @@ def test_times_are_paired_medians_without_compilation(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"models": ("a/student", "b/student")}, "called the same"),
+        ({"models": ("a/student", "b/student")}, "have the same name"),
         ({"names": ("one", "two", "three")}, "3 names for 2 models"),
         ({"datasets": ()}, "at least one model"),
-        ({"batch_size": 0}, "batch_size 0 is below 1"),
+        ({"batch_size": 0}, "batch_size is 0: use 1 or more"),
         ({"datasets": ("none.jsonl",)}, r"none\.jsonl"),
         ({"datasets": ("a/b/c.jsonl", "x/b/c.jsonl")}, r"c\.jsonl"),
     ],
@@ -275,7 +278,7 @@ def test_a_dataset_of_which_nothing_is_left_says_why(tmp_path, random_folders):
     path = tmp_path / "clips.jsonl"
     path.write_text('{"audio": "x.flac", "text": "hello", "id": "one"}\n')
     config = EvaluateConfig((str(random_folders[1]),), (str(path),), tmp_path / "out")
-    with pytest.raises(InputError, match="none of its 1 clips can be judged on; the first: one: "):
+    with pytest.raises(InputError, match="none of its 1 clips can be used; the first: one: "):
         run(config)
 
 

@@ -55,7 +55,7 @@ def test_a_dataset_s_path_may_be_any_bytes(tmp_path):
 
 def test_the_table_has_a_row_for_each_dataset_and_the_mean():
     heads, rows = REPORT.rows()
-    assert heads[:4] == ["model", "parameters", "data", "WER %"]
+    assert heads[:4] == ["model", "params", "data", "WER %"]
     assert {len(row) for row in rows} == {len(heads)}
     assert [row[3] for row in rows] == ["10.0", "10.0", "50.0", "30.0"]
     assert rows[0][-1] == "1.00×"
@@ -89,4 +89,19 @@ def test_the_markdown_is_one_whole_table():
     bars = {line.replace("\\|", "").count("|") for line in table}
     assert len(table) == 6
     assert len(bars) == 1
-    assert "1 clips left out" in REPORT.to_markdown()
+    assert "1 clips skipped" in REPORT.to_markdown()
+
+
+def test_the_table_of_several_models_and_datasets_fits_80_columns():
+    sets = tuple(
+        dataclasses.replace(CLEAN, dataset=name) for name in ("heldout-human", "heldout-synthetic")
+    )
+    models = tuple(
+        dataclasses.replace(REPORT.models[0], name=name, datasets=sets)
+        for name in ("teacher", "untrained", "student")
+    )
+    console = Console(width=80, record=True)
+    console.print(dataclasses.replace(REPORT, models=models).table())
+    text = console.export_text()
+    assert "heldout-synthetic" in text
+    assert len(text.strip().splitlines()) == 2 + 3 * 3
