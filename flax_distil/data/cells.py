@@ -1,4 +1,4 @@
-"""What the cells of a row mean: names, texts, times, audio. None is what a row does not tell."""
+"""Values of a row's cells: names, texts, times, audio. None stands for a missing value."""
 
 import base64
 import math
@@ -22,21 +22,19 @@ NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 
 
 def escape(name: str) -> str:
-    r"""A name as any file can hold it: `\udce9` for a byte that is no UTF-8, `\n` for a new line.
-
-    Opening a file takes the name as it is; all that is written down or shown takes this.
-    """
+    r"""A name that can be written to any file: `\udce9` for a byte that is not UTF-8, `\n` for a
+    line break. Files are opened by the original name."""
     return UNWRITABLE.sub(lambda found: ascii(found[0])[1:-1], name)
 
 
 def cell_name(value: Any) -> str | None:
-    """An id, speaker, recording or language: a string that can be written."""
+    """An id, speaker or recording as a string that can be written."""
     text = _string(value)
     return None if text is None else escape(text)
 
 
 def cell_text(value: Any) -> str | None:
-    """What is said; U+FFFD where it holds what is no text."""
+    """A text, with U+FFFD for characters that are not text."""
     text = _string(value)
     return None if text is None else NO_TEXT.sub("\ufffd", text)
 
@@ -51,7 +49,7 @@ def cell_language(value: Any) -> str | None:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell tells nothing: None, or pandas' NaN."""
+    """Whether a cell is empty: None or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -62,21 +60,21 @@ def _string(value: Any) -> str | None:
 
 
 def cell_seconds(value: Any) -> float | None:
-    """A time; None where it is none."""
+    """A time in seconds; None for any other value."""
     try:
-        found = math.nan if value is None or isinstance(value, bool) else float(value)
+        seconds = math.nan if value is None or isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        found = math.nan
-    return found if 0 <= found < math.inf else None
+        seconds = math.nan
+    return seconds if 0 <= seconds < math.inf else None
 
 
 def cell_number(value: Any) -> int | None:
-    """An integer; None where it is none."""
+    """An integer; None for any other value."""
     return value if isinstance(value, int) else None
 
 
 def cell_tokens(value: Any) -> tuple[int, ...] | None:
-    """Token ids as Python's integers; None where they are none."""
+    """Token ids as Python integers; None for any other value."""
     try:
         return None if value is None else tuple(np.asarray(value, np.int64).tolist())
     except (TypeError, ValueError, OverflowError):
@@ -84,14 +82,14 @@ def cell_tokens(value: Any) -> tuple[int, ...] | None:
 
 
 def cell_bool(value: Any) -> bool:
-    """False for what a column of yes and no writes as no; True for all else and for nothing."""
+    """False for false, no and 0; True for any other value and for an empty cell."""
     if isinstance(value, str):
         return value.strip().lower() not in ("false", "no", "0")
     return not (isinstance(value, bool | int | float | np.bool_) and value == 0)
 
 
 def cell_audio(value: Any, row: Row) -> tuple[str | bytes | np.ndarray, str | None, float | None]:
-    """What a cell of an audio column holds, the path it names, and the rate of samples."""
+    """The contents of an audio cell, the path it names, and the sampling rate of an array."""
     path, rate = None, None
     if isinstance(value, dict):  # Hugging Face's {bytes, path}, or {array, sampling_rate, path}
         path, rate = value.get("path"), value.get("sampling_rate")
@@ -124,7 +122,7 @@ def _array(value: Any) -> np.ndarray:
 
 
 def resolve_path(path: str, folder: Path | None) -> str:
-    """Where a file is that a row names: seen from the table's folder, or from the one above."""
+    """The path of a file that a row names, relative to the table's folder or its parent."""
     if folder is None or "://" in path or os.path.isabs(path):
         return path
     bases = (folder, folder.parent, Path())
@@ -132,15 +130,18 @@ def resolve_path(path: str, folder: Path | None) -> str:
 
 
 def array_to_waveform(samples: np.ndarray, rate: float, name: str) -> Float32[np.ndarray, "n"]:
-    """Samples as a dataset holds them: one channel at 16 kHz in [-1, 1].
+    """A dataset's array of samples as a mono waveform at 16 kHz in [-1, 1].
 
-    samples: [n], [channels, n] or [n, channels]; integers are of 16 bits where all fit, else of 32.
-    Raises AudioError where they are no sound.
+    samples: [n], [channels, n] or [n, channels]; integers have 16 bits where all fit, else 32.
+    rate: Hz.
+
+    Raises:
+        AudioError: the array is not audio.
     """
     channels = np.atleast_2d(samples)
     if channels.ndim != 2 or channels.dtype.kind not in "iuf" or rate not in RATES:
         raise AudioError(
-            f"{name}: an array of {channels.dtype} {samples.shape} at {rate} Hz is no sound: "
+            f"{name}: an array of {channels.dtype} {samples.shape} at {rate} Hz is not audio: "
             f"store [n] floats in [-1, 1] with a sampling_rate of {RATES.start} to {RATES.stop - 1}"
         )
     channels = channels if len(channels) <= channels.shape[1] else channels.T
@@ -148,10 +149,8 @@ def array_to_waveform(samples: np.ndarray, rate: float, name: str) -> Float32[np
         scale = 2.0**15 if np.abs(channels).max(initial=0) <= 2**15 else 2.0**31
         channels = channels / scale
     if not channels.size or not np.isfinite(channels).all():
-        raise AudioError(f"{name}: the samples are none, or hold NaN or infinity")
-    piece = Chunk(int(rate), 0, np.ascontiguousarray(channels, np.float32))
-    pieces = [mix_to_mono(one)[0] for one in split_seconds([piece])]
-    if rate != SAMPLE_RATE:
-        pieces = list(resample(pieces, SAMPLE_RATE))
-    found = np.concatenate([one.samples[0] for one in pieces])
-    return full_scale(found, float(np.abs(found).max(initial=0)), name)
+        raise AudioError(f"{name}: there are no samples, or they hold NaN or infinity")
+    whole = Chunk(int(rate), 0, np.ascontiguousarray(channels, np.float32))
+    mono = (mix_to_mono(chunk)[0] for chunk in split_seconds([whole]))
+    waveform = np.concatenate([chunk.samples[0] for chunk in resample(mono, SAMPLE_RATE)])
+    return full_scale(waveform, float(np.abs(waveform).max(initial=0)), name)

@@ -1,15 +1,14 @@
-"""A folder of files as one table: Parquet, lists of audio, and audio with its texts beside it.
+"""A folder of files as one table: Parquet, lists of audio files, and audio with texts beside it.
 
-Audio that no list names stays, without text: a list may be of some clips only, and what is to be
-labelled needs none. Splits are never mixed: they are told by names of Parquet files, of lists and
-of folders, as `datasets` tells them, and not by names of audio files.
+Audio that no list names is kept, without text. Splits are never mixed: names of Parquet files, of
+lists and of folders tell them, as in `datasets`; names of audio files do not.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -20,7 +19,7 @@ from flax_distil.data.cells import cell_seconds
 from flax_distil.data.lists import (
     PROBED,
     SURROGATE,
-    List,
+    ListRows,
     audio_base,
     audio_names,
     is_audio,
@@ -30,16 +29,7 @@ from flax_distil.data.lists import (
     read_list,
 )
 from flax_distil.data.parquet import ParquetRows, parquet_footer, read_parquet
-from flax_distil.data.table import (
-    AUDIO,
-    FILE_COLUMNS,
-    LANGUAGE,
-    RECORDING,
-    SPEAKER,
-    TEXT,
-    Row,
-    Table,
-)
+from flax_distil.data.table import LANGUAGE, RECORDING, SPEAKER, TEXT, Row, Table, usual_columns
 from flax_distil.errors import InputError
 
 SHARD_NAME = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*\.parquet")
@@ -53,84 +43,99 @@ SPLITS = {
 LIBRISPEECH_NAME = re.compile(r"(?P<chapter>(?P<speaker>\d+)-\d+)-\d+")
 SPANS = (("start", "end"), ("start_time", "end_time"), ("begin", "end"))  # seconds
 TEXT_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".lab", ".srt", ".vtt", ".stm")
-BESIDE = (".txt", ".normalized.txt", ".lab")  # of the file that holds the text of one clip
+TEXT_BESIDE = (".txt", ".normalized.txt", ".lab")  # suffixes of a file with the text of one clip
 
 
 class Split(NamedTuple):
-    """The part of a dataset that a file belongs to."""
+    """The split that a file belongs to."""
 
     name: str
     kind: str
-    """train, validation or test where the name says so, else the name."""
+    """train, validation or test if the name says so, else the name."""
     of_list: bool = False
-    """Whether a list is called so: what it does not name is then not of the split."""
+    """Whether the name is a list's: audio that it does not name is not in the split."""
 
 
 def read_folder(folder: Path, config: DataConfig) -> Table:
-    """Whatever lies in a folder and below it. Raises InputError like `read_files`."""
+    """The files in a folder and below it. Raises InputError like `read_files`."""
     return read_files(sorted(map(Path, _walk(folder))), folder, config)
 
 
 def read_files(files: Sequence[Path], root: Path, config: DataConfig) -> Table:
-    """Files below `root` as one table, of the split that was named.
+    """Files below `root` as one table, of the split that `config` names.
 
-    Raises InputError for several splits where none is named, a split that is not there, and files
-    that hold no clip.
+    Raises:
+        InputError: there are several splits and none is named, the split is missing, or no file
+            holds a clip.
     """
-    parquet = [path for path in files if path.suffix == ".parquet"]
-    parquet = [path for path in parquet if path.name != "metadata.parquet"] or parquet
     audio = [path for path in files if is_audio(path)]
-    if audio:
-        parquet = [path for path in parquet if _audio_types(path, config)]
+    parquet = _parquet_files(files, bool(audio), config)
     if parquet and not (audio and all(map(is_text, _audio_types(parquet[0], config)))):
         splits = {path: _split(path, root, config) for path in parquet}
-        chosen = _choice(splits.values(), config)
-        table = read_parquet([path for path in parquet if chosen(splits[path])], config.source)
-        held = not _name(next(iter(table.rows), {}), audio_names(config))
-        return _noted(table, len(audio) * held, "audio files beside the Parquet files not read")
+        wanted = _wanted(splits.values(), config)
+        table = read_parquet([path for path in parquet if wanted(splits[path])], config.source)
+        embedded = not any(map(_path, _audio_cells(next(iter(table.rows), {}), config)))
+        return _noted(table, len(audio) * embedded, "audio files beside the Parquet files not read")
 
     texts = [path for path in files if list_kind(path) and path.is_file()]
     lists = parquet + [path for path in texts if names_audio(path, config)]
     splits = {path: _split(path, root, config) for path in (*lists, *audio)}
-    chosen = _choice(splits.values(), config)
-    read = [path for path in lists if splits[path] is None or chosen(splits[path])]
-    tables = []
-    for path in read:
+    wanted = _wanted(splits.values(), config)
+    tables, of_list = [], False
+    column = config.audio_column or "audio"
+    for path in lists:
+        split = splits[path]
+        if split is not None and not wanted(split):
+            continue
         table = list_table(path, config, root)
-        if config.split and splits[path] is None:
-            rows = [row for row in table.rows if chosen(_split(Path(_file(row)), root, config))]
-            table = replace(table, rows=rows)
+        if split is not None:
+            of_list |= split.of_list
+        elif config.split:
+            in_split = lambda row: wanted(_split(Path(_path(row.get(column))), root, config))
+            table = replace(table, rows=list(filter(in_split, table.rows)))
         tables.append(table)
-    table, beside = _joined(tables), _Beside(files)
+    table, beside = _merged(tables, column), _TextsBeside(files)
     if config.text_column is None:
-        table = _with_texts(table, beside)
-    alone = [path for path in audio if chosen(splits[path])]
-    if alone:
-        listed = {os.path.abspath(_file(row)) for row in table.rows}
-        alone = [path for path in alone if os.path.abspath(path) not in listed]
-    if any(split.of_list for path in read if (split := splits[path])):
-        return _noted(table, len(alone), "audio files that the list of this split does not name")
-    table = _with_audio(table, alone, beside, root)
+        table = _table([beside.added(row, column) for row in table.rows], table.notes)
+    listed = {os.path.abspath(_path(row.get(column))) for row in table.rows}
+    unlisted = [path for path in audio if wanted(splits[path])]
+    unlisted = [path for path in unlisted if os.path.abspath(path) not in listed]
+    if of_list:
+        return _noted(table, len(unlisted), "audio files that the list of this split does not name")
+    if unlisted:
+        table = _with_audio(table, unlisted, beside, root, config)
     if not table.rows:
         raise InputError(
-            f"{config.source} has no Parquet, no list of audio (.csv, .tsv, .jsonl, .json), and no "
-            "audio: nothing to read"
+            f"{config.source} has no Parquet file, no list of audio files (.csv, .tsv, .jsonl, "
+            ".json) and no audio: nothing to read"
         )
-    if any(all(row.get(name) is None for name in TEXT) for row in table.rows):
-        read = {os.path.abspath(path) for path in lists} | beside.read
-        others = [path for path in files if path.suffix in TEXT_SUFFIXES and path.is_file()]
-        others = [path for path in others if os.path.abspath(path) not in read]
-        if others := [path for path in others if path.stem.lower() not in ("readme", "license")]:
-            words = f"text files not read, such as {others[0].relative_to(root)}"
-            return _noted(table, len(others), words)
+    if any(row.get(config.text_column or "text") is None for row in table.rows):
+        return _with_unread(table, files, {*map(os.path.abspath, lists), *beside.read}, root)
     return table
+
+
+def _parquet_files(files: Sequence[Path], audio: bool, config: DataConfig) -> list[Path]:
+    """The Parquet files that hold clips or, beside audio files, name them."""
+    parquet = [path for path in files if path.suffix == ".parquet"]
+    parquet = [path for path in parquet if path.name != "metadata.parquet"] or parquet
+    return [path for path in parquet if not audio or _audio_types(path, config)]
+
+
+def _with_unread(table: Table, files: Sequence[Path], read: set[str], root: Path) -> Table:
+    """A table that lacks texts, with a note of the text files that were not read."""
+    others = [path for path in files if path.suffix in TEXT_SUFFIXES and path.is_file()]
+    others = [path for path in others if os.path.abspath(path) not in read]
+    others = [path for path in others if path.stem.lower() not in ("readme", "license")]
+    if not others:
+        return table
+    return _noted(table, len(others), f"text files not read, such as {others[0].relative_to(root)}")
 
 
 # --- splits -------------------------------------------------------------------------------------
 
 
 def _split(path: Path, root: Path, config: DataConfig) -> Split | None:
-    """The split that names of folders, or that of a list or Parquet file, tell."""
+    """The split that the names of a file's folders, of a list or of a Parquet file tell."""
     if match := SHARD_NAME.fullmatch(path.name):
         name = match["split"]
         return Split(name, SPLITS.get(name, name))
@@ -138,149 +143,133 @@ def _split(path: Path, root: Path, config: DataConfig) -> Split | None:
     if path.suffix == ".tsv" and (path.parent / "clips").is_dir():  # Common Voice
         return Split(stem, SPLITS.get(stem, stem), of_list=True)
     path, root = Path(os.path.abspath(path)), Path(os.path.abspath(root))
-    if not path.is_relative_to(root):  # a list may name files elsewhere
+    if not path.is_relative_to(root):  # lists may name files elsewhere
         return None
-    folders = path.relative_to(root).parts[:-1]
-    for name in folders:
-        if name == config.split or _kind(name):
-            return Split(name, _kind(name) or name)
-    if not is_audio(path) and (kind := _kind(stem)):
+    for name in path.relative_to(root).parts[:-1]:
+        if name == config.split or _split_kind(name):
+            return Split(name, _split_kind(name) or name)
+    if not is_audio(path) and (kind := _split_kind(stem)):
         return Split(stem, kind, of_list=True)
     return None
 
 
-def _kind(name: str) -> str | None:
-    """train, validation or test where a word of the name is one of them."""
+def _split_kind(name: str) -> str | None:
+    """train, validation or test if a word of the name is one of them."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((SPLITS[word] for word in words if word in SPLITS), None)
 
 
 def check_split(path: Path, config: DataConfig) -> None:
-    """Raises InputError where neither a file nor its folder is called after the split asked for."""
+    """Raises InputError where neither a file nor its folder has the name of `config.split`."""
     if config.split is not None:
-        _choice([_split(path, path.parent.parent, config)], config)
+        _wanted([_split(path, path.parent.parent, config)], config)
 
 
-def _choice(splits: Iterable[Split | None], config: DataConfig) -> Callable[[Split | None], bool]:
-    """Which splits are read. Raises InputError where that is unclear, or nothing."""
+def _wanted(splits: Iterable[Split | None], config: DataConfig) -> Callable[[Split | None], bool]:
+    """Which splits are read. Raises InputError where that is ambiguous, or none."""
     known = {split for split in splits if split}
     names = ", ".join(sorted({split.name for split in known})) or "none"
     if config.split is None:
         if len({split.kind for split in known}) > 1:
             raise InputError(f"{config.source} has the splits {names}: name one as split")
         return lambda _: True
-    asked = {split for split in known if split.name == config.split}
     kind = SPLITS.get(config.split, config.split)
-    asked = asked or {split for split in known if split.kind == kind}
-    if not asked:
+    wanted = {split for split in known if split.name == config.split}
+    wanted = wanted or {split for split in known if split.kind == kind}
+    if not wanted:
         raise InputError(f"{config.source} has no split {config.split}; it has {names}")
-    return lambda split: split in asked
+    return lambda split: split in wanted
 
 
 # --- lists --------------------------------------------------------------------------------------
 
 
 def list_table(path: Path, config: DataConfig, root: Path | None = None) -> Table:
-    """The rows of a list; relative names of files start at its folder, or where they are found.
+    """The rows of a list, under the usual names of columns where `config` names no others.
 
-    Ids are the names as they are written, the same on every machine; below `root`, from there.
+    Relative file names start at the list's folder, or where the files are found. Ids are the names
+    as they are written, below `root` with the list's folder, so that they are the same everywhere.
     """
     if path.suffix == ".parquet":
-        found = List(list(ParquetRows([path])))
+        found = ListRows(list(ParquetRows([path])))
     else:
         found = read_list(path, config)
     if not found.rows and root is None:
         raise InputError(f"{path} has no rows")
-    columns = dict.fromkeys(chain(("id",), *found.rows))
-    usual = dict.fromkeys((*audio_names(config), *FILE_COLUMNS))
-    names = [name for name in usual if name in columns]
-    if _cut(found, names):
-        columns.update(offset=None, duration=None)
-    written = (name for row in found.rows if _is_relative(name := _name(row, names)))
-    base, suffix = audio_base(path.parent, list(islice(written, PROBED)))
-    above = path.parent.relative_to(root).as_posix() + "/" if root else "./"
-    for row in found.rows:
-        name = _name(row, names)
-        if row.get("id") is None and name:
-            name = name if above == "./" or not _is_relative(name) else above + name
-            row["id"] = name if row.get("offset") is None else f"{name}@{row['offset']}"
-        for column in names:
-            value = row.get(column)
-            if isinstance(value, dict) and _is_relative(value.get("path")):
-                row[column] = {**value, "path": os.path.join(base, value["path"] + suffix)}
-            elif _is_relative(value):
-                row[column] = os.path.join(base, value + suffix)
-        if names and row.get(names[0]) is None:  # a list whose rows name it differently
-            row[names[0]] = _name(row, names)
-    return Table(tuple(columns), found.rows, found.notes())
+    column, usual = config.audio_column or "audio", usual_columns(config)
+    rows = _clips_of_spans([_usual_names(row, usual) for row in found.rows], column)
+    names = [_path(row.get(column)) for row in rows]
+    base, suffix = audio_base(path.parent, list(islice(filter(_is_relative, names), PROBED)))
+    prefix = path.parent.relative_to(root).as_posix() + "/" if root else "./"
+    prefix = "" if prefix == "./" else prefix
+    for row, name in zip(rows, names, strict=True):
+        if name and row.get("id") is None:
+            id = prefix + name if _is_relative(name) else name
+            row["id"] = id if row.get("offset") is None else f"{id}@{row['offset']}"
+        if _is_relative(name):
+            absolute, cell = os.path.join(base, name + suffix), row[column]
+            row[column] = {**cell, "path": absolute} if isinstance(cell, dict) else absolute
+    return _table(rows, found.notes())
 
 
-def _cut(found: List, columns: Sequence[str]) -> bool:
-    """Whether rows name one file several times, with start and end: they become clips of it."""
-    if any("offset" in row for row in found.rows):
-        return False
+def _usual_names(row: Row, usual: dict[str, tuple[str, ...]]) -> Row:
+    """A row whose columns have the usual names, of several columns the first with a value."""
+    renamed = dict(row)
+    for column, names in usual.items():
+        name = next((name for name in names if row.get(name) is not None), column)
+        if name != column:
+            renamed[column] = renamed.pop(name)
+    return renamed
+
+
+def _clips_of_spans(rows: list[Row], column: str) -> list[Row]:
+    """Rows that name one file several times with start and end become clips of it."""
+    if any("offset" in row for row in rows):
+        return rows
     for start, end in SPANS:
-        files = [_name(row, columns) for row in found.rows if start in row and end in row]
+        files = [_path(row.get(column)) for row in rows if start in row and end in row]
         if len(set(files)) < len(files):
-            for row in found.rows:
-                first, last = cell_seconds(row.get(start)), cell_seconds(row.get(end))
-                if first is not None and last is not None and first < last:
-                    row["offset"], row["duration"] = first, last - first
-            return True
-    return False
+            return [_clip_of_span(row, row.get(start), row.get(end)) for row in rows]
+    return rows
 
 
-def _name(row: Row, columns: Iterable[str]) -> str | None:
-    """The first file that a row names and does not hold."""
-    for column in columns:
-        value = row.get(column)
-        if isinstance(value, dict):
-            value = None if value.get("bytes") else value.get("path")
-        if isinstance(value, str) and value:
-            return value
-    return None
+def _clip_of_span(row: Row, start: Any, end: Any) -> Row:
+    first, last = cell_seconds(start), cell_seconds(end)
+    if first is None or last is None or first >= last:
+        return row
+    return {**row, "offset": first, "duration": last - first}
 
 
-def _file(row: Row) -> str:
-    return _name(row, (*AUDIO, *row)) or ""
+def _path(cell: Any) -> str:
+    """The file that an audio cell names and does not contain, or ""."""
+    if isinstance(cell, dict):
+        cell = None if cell.get("bytes") else cell.get("path")
+    return cell if isinstance(cell, str) else ""
 
 
-def _is_relative(name: Any) -> TypeGuard[str]:
-    return isinstance(name, str) and name != "" and "://" not in name and not os.path.isabs(name)
+def _is_relative(name: str) -> TypeGuard[str]:
+    return name != "" and "://" not in name and not os.path.isabs(name)
 
 
-def _joined(tables: Sequence[Table]) -> Table:
-    """Lists one after the other, under the columns of the first; what is listed twice, once."""
-    columns: dict[str, None] = {}
-    if len(tables) == 1:
-        return tables[0]
+def _merged(tables: Sequence[Table], column: str) -> Table:
+    """Lists one after the other; a clip that several of them name becomes one row."""
     rows: dict[Any, Row] = {}
-    twice = 0
+    duplicates = 0
     for number, table in enumerate(tables):
-        other_names = _other_names(columns, table.columns)
-        columns.update(dict.fromkeys(other_names.get(name, name) for name in table.columns))
         before = set(rows)
         for place, row in enumerate(table.rows):
-            row = {other_names.get(name, name): value for name, value in row.items()}
-            clip = (os.path.abspath(_file(row)), row.get("offset"))
+            clip = (os.path.abspath(_path(row.get(column))), row.get("offset"))
             if clip in before:
-                twice += 1
-                rows[clip].update({k: v for k, v in row.items() if rows[clip].get(k) is None})
+                duplicates += 1
+                rows[clip] |= {k: v for k, v in row.items() if rows[clip].get(k) is None}
             else:
                 rows[clip if clip not in rows else (clip, number, place)] = row
-    notes = tuple(note for table in tables for note in table.notes)
-    return _noted(Table(tuple(columns), list(rows.values()), notes), twice, "clips listed twice")
+    table = _table(list(rows.values()), tuple(note for table in tables for note in table.notes))
+    return _noted(table, duplicates, "clips listed twice")
 
 
-def _other_names(columns: Iterable[str], others: Sequence[str]) -> dict[str, str]:
-    """Columns of another list → those that hold the same in the lists before it."""
-    names = {}
-    for usual in (AUDIO, TEXT, SPEAKER, LANGUAGE, RECORDING):
-        here = next((name for name in usual if name in columns), None)
-        there = next((name for name in usual if name in others), None)
-        if here and there and here not in others:
-            names[there] = here
-    return names
+def _table(rows: list[Row], notes: tuple[str, ...]) -> Table:
+    return Table(tuple(dict.fromkeys(("id", *(name for row in rows for name in row)))), rows, notes)
 
 
 def _noted(table: Table, count: int, words: str) -> Table:
@@ -290,32 +279,23 @@ def _noted(table: Table, count: int, words: str) -> Table:
 # --- audio --------------------------------------------------------------------------------------
 
 
-def _with_audio(table: Table, audio: Sequence[Path], texts: "_Beside", root: Path) -> Table:
-    """A table and the audio that it does not name, with the texts that lie beside it."""
-    names = _other_names(table.columns, ("audio", "text"))
+def _with_audio(
+    table: Table, audio: Sequence[Path], texts: "_TextsBeside", root: Path, config: DataConfig
+) -> Table:
+    """A table and audio files that it does not name, with the texts beside them."""
     rows = []
     for path in audio:
-        name = path.relative_to(root).as_posix()
-        row = {"id": name, "audio": str(path), **texts.of(path)}
-        rows.append({names.get(column, column): value for column, value in row.items()})
-    columns = tuple(dict.fromkeys(chain(table.columns, ("id",), *rows)))
-    found = Table(columns, [*table.rows, *rows], table.notes)
+        known = texts.of(path)
+        if config.text_column is not None and "text" in known:
+            known = {config.text_column: known["text"], **known}
+        id = path.relative_to(root).as_posix()
+        rows.append({"id": id, config.audio_column or "audio": str(path), **known})
+    found = _table([*table.rows, *rows], table.notes)
     return _noted(found, len(rows) if table.rows else 0, "audio files that no list names")
 
 
-def _with_texts(table: Table, texts: "_Beside") -> Table:
-    """A list with the texts that lie beside its files, where it has none itself."""
-    columns = dict.fromkeys(table.columns)
-    for row in table.rows:
-        if all(row.get(name) is None for name in TEXT):
-            known = texts.of(Path(_file(row)))
-            row.update({name: value for name, value in known.items() if row.get(name) is None})
-            columns.update(dict.fromkeys(known))
-    return replace(table, columns=tuple(columns))
-
-
-class _Beside:
-    """Texts of clips in files beside them: a file for each clip, or LibriSpeech's for a chapter."""
+class _TextsBeside:
+    """Texts in files beside the audio: one for each clip, or LibriSpeech's for a chapter."""
 
     def __init__(self, files: Sequence[Path]):
         self.files = set(map(os.path.abspath, files))
@@ -328,21 +308,30 @@ class _Beside:
                     name, _, text = line.strip().partition(" ")
                     self.chapters[os.path.abspath(path.parent / name)] = text.strip()
 
+    def added(self, row: Row, column: str) -> Row:
+        """A row with what is known of its clip, where it has no text itself."""
+        if row.get("text") is not None:
+            return row
+        known = self.of(Path(_path(row.get(column))))
+        return row | {name: value for name, value in known.items() if row.get(name) is None}
+
     def of(self, audio: Path) -> Row:
         """What is known of a clip: columns of a row."""
         stem = os.path.abspath(audio.with_suffix("")) if audio.name else ""
         if stem in self.chapters:
-            whose = LIBRISPEECH_NAME.fullmatch(audio.stem)
-            known = {"speaker": whose["speaker"], "recording": whose["chapter"]} if whose else {}
+            match = LIBRISPEECH_NAME.fullmatch(audio.stem)
+            known = {"speaker": match["speaker"], "recording": match["chapter"]} if match else {}
             return {"text": self.chapters[stem], **known}
-        for ending in BESIDE:
-            if stem + ending in self.files:
-                self.read.add(stem + ending)
-                return {"text": _text(Path(stem + ending)).strip()}
+        for suffix in TEXT_BESIDE:
+            if stem + suffix in self.files:
+                self.read.add(stem + suffix)
+                return {"text": _text(Path(stem + suffix)).strip()}
         if stem + ".json" in self.files:
-            (row, *_) = (*read_list(Path(stem + ".json"), DataConfig("")).rows, {})
-            usual = (*TEXT, *SPEAKER, *LANGUAGE, *RECORDING, "duration")
-            return {name: value for name, value in row.items() if name in usual}
+            config = DataConfig("")
+            row = next(iter(read_list(Path(stem + ".json"), config).rows), {})
+            usual = usual_columns(config)
+            known = {*TEXT, *SPEAKER, *LANGUAGE, *RECORDING, "duration"}
+            return _usual_names({name: row[name] for name in row if name in known}, usual)
         return {}
 
 
@@ -350,16 +339,16 @@ def _text(path: Path) -> str:
     with open_text(path) as file:
         text = file.read()
     if SURROGATE.search(text):
-        raise InputError(f"{path} is no UTF-8 text: save it as UTF-8")
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8")
     return text
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """All files below a folder, through links too; not those that systems hide there."""
+    """All files below a folder, through links too, without those that systems hide there."""
     entered = {os.path.realpath(folder)}
 
     def failed(error: OSError) -> None:
-        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
 
     for path, folders, files in os.walk(folder, followlinks=True, onerror=failed):
         folders[:] = [
@@ -372,8 +361,12 @@ def _walk(folder: Path) -> Iterator[str]:
         yield from (os.path.join(path, name) for name in files if not name.startswith("._"))
 
 
+def _audio_cells(row: Row, config: DataConfig) -> Iterator[Any]:
+    return (row.get(name) for name in audio_names(config))
+
+
 def _audio_types(path: Path, config: DataConfig) -> list[pa.DataType]:
-    """Of the columns of a Parquet file that hold or name audio."""
+    """The types of a Parquet file's columns that hold or name audio."""
     _, schema = parquet_footer(path)
     return [schema.field(name).type for name in audio_names(config) if name in schema.names]
 

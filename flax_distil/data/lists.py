@@ -1,8 +1,7 @@
 """Lists of clips in text files: JSONL, JSON, CSV and TSV, compressed or not, in any UTF.
 
-Own readers, because the CSV reader of `datasets` loses rows of files as people have them: it takes
-what stands after a comma in an unquoted text for one more column and the file name for an index,
-and a quote that nothing closes swallows the rows behind it.
+The CSV reader of `datasets` is not used because it loses rows of common files: with a comma in an
+unquoted text it takes the file name for an index, and an unclosed quote swallows the rows after it.
 """
 
 import bz2
@@ -38,7 +37,7 @@ COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 OTHER_DELIMITERS = ("|", "\t", ";", ",")
-# The longer marks first: that of UTF-32 begins with that of UTF-16.
+# Byte order marks, the longer ones first: that of UTF-32 begins with that of UTF-16.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -46,27 +45,28 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-LONGEST_FIELD = 100  # lines of a quoted field: a quote that is open for longer was meant as text
+LONGEST_FIELD = 100  # lines of a quoted field: a quote that stays open for longer is text
 WITHOUT_HEADER = ("file_name", "text", "normalized_text")  # the columns of LJSpeech
-SUBFOLDERS = ("", "clips", "wavs", "audio", "wav", "..")  # where files lie, seen from their list
-USUAL_SUFFIXES = ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")  # that names may lack
-PROBED = 20  # names of a list that are looked for there
+SUBFOLDERS = ("", "clips", "wavs", "audio", "wav", "..")  # where files are, relative to their list
+USUAL_SUFFIXES = ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")  # that names may omit
+PROBED = 20  # names of a list that are tried
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
-class List:
-    """The rows of a list as they are written, and what reading them took for granted."""
+class ListRows:
+    """The rows of a list as they are written, and what was guessed in reading them."""
 
     rows: list[Row]
     guesses: dict[str, list[int]] = field(default_factory=dict)
-    """What reading took for granted, and in which lines."""
+    """What was guessed, and in which lines."""
 
     def guess(self, what: str, line: int) -> None:
+        """Note a guess."""
         self.guesses.setdefault(what, []).append(line)
 
     def notes(self) -> tuple[str, ...]:
-        """The guesses in words."""
+        """A sentence for each kind of guess."""
         return tuple(
             f"{what}: {len(lines):,} (line {', '.join(map(str, lines[:3]))}"
             f"{', …' if len(lines) > 3 else ''})"
@@ -75,27 +75,28 @@ class List:
 
 
 def list_kind(path: Path) -> str | None:
-    """The suffix that tells how a list is written, compression aside; None for other files."""
+    """The suffix of a list without that of its compression; None for other files."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     return suffixes[-1] if suffixes and suffixes[-1] in (*JSON_SUFFIXES, *DELIMITERS) else None
 
 
-def read_list(path: Path, config: DataConfig) -> List:
+def read_list(path: Path, config: DataConfig) -> ListRows:
     """The rows of a list as they are written.
 
-    Raises InputError for what cannot be read: which line, what is wrong, what to do.
+    Raises:
+        InputError: it cannot be read; the message names the line, the reason and the remedy.
     """
     delimiter = DELIMITERS.get(list_kind(path) or "")
     with open_text(path) as file:
         if delimiter:
             return _delimited(path, list(file), delimiter, config)
-        return List(list(_json_rows(path, file)))
+        return ListRows(list(_json_rows(path, file)))
 
 
 def names_audio(path: Path, config: DataConfig) -> bool:
-    """Whether a file beside audio is a list of it; its first row tells."""
+    """Whether a file is a list of audio files, judged by its first row."""
     delimiter = DELIMITERS.get(list_kind(path) or "")
     try:
         with open_text(path) as file:
@@ -110,16 +111,17 @@ def names_audio(path: Path, config: DataConfig) -> bool:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """A text file, decompressed and decoded; bytes that are no UTF-8 are surrogates in it.
+    """A text file, decompressed and decoded; bytes that are not UTF-8 become surrogates.
 
-    Raises InputError where compression or encoding is damaged.
+    Raises:
+        InputError: compression or encoding is damaged.
     """
     opener: Any = COMPRESSED.get(path.suffix.lower(), open)
     try:
         with opener(path, "rb") as file:
             head = file.peek(4)[:4]
             encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
-            if encoding is None and 0 in head[:2]:  # UTF-16 without its mark
+            if encoding is None and 0 in head[:2]:  # UTF-16 without a mark
                 encoding = "utf-16-be" if head[0] == 0 else "utf-16-le"
             yield io.TextIOWrapper(file, encoding or "utf-8", errors="surrogateescape", newline="")
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, UnicodeError) as error:
@@ -127,10 +129,10 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def audio_base(folder: Path, names: Sequence[str]) -> tuple[Path, str]:
-    """Where the relative names of a list start, and the suffix that they lack.
+    """The folder that the relative names of a list start at, and the suffix that they omit.
 
-    The first name that is there tells, at last in the working directory; where none is, names start
-    at the list's folder.
+    The first name that is found decides, in the working directory last. If none is found, names
+    start at the list's folder.
     """
     for name in names[:PROBED]:
         for base in (*(folder / sub for sub in SUBFOLDERS), Path()):
@@ -141,21 +143,21 @@ def audio_base(folder: Path, names: Sequence[str]) -> tuple[Path, str]:
 
 
 def is_audio(name: str | Path) -> bool:
-    """Whether a name ends like a file of sound."""
+    """Whether a name has the suffix of an audio file."""
     return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES
 
 
 def audio_names(config: DataConfig) -> tuple[str, ...]:
-    """The columns that can name a file: the one that the user named, or the usual ones."""
+    """The columns that can hold audio: the one that the user named, or the usual ones."""
     return AUDIO if config.audio_column is None else (config.audio_column,)
 
 
 def _checked(path: Path, line: int, row: Row) -> Row:
-    """A row whose texts were UTF-8: others would be learnt wrongly. File names may be any bytes."""
+    """A row whose texts are checked to be UTF-8. File names may be any bytes."""
     for name, value in row.items():
         if name not in (*AUDIO, *ID) and isinstance(value, str) and SURROGATE.search(value):
             raise InputError(
-                f"{path} is no UTF-8 text (line {line}, column {name}): save it as UTF-8"
+                f"{path} is not UTF-8 text (line {line}, column {name}): save it as UTF-8"
             )
     return row
 
@@ -164,7 +166,7 @@ def _checked(path: Path, line: int, row: Row) -> Row:
 
 
 def _json_rows(path: Path, file: TextIO) -> Iterator[Row]:
-    """The objects of JSON lines, or of one array, alone or in an object (`{"data": [...]}`)."""
+    """The objects of JSON lines, of an array, or of an array in an object (`{"data": [...]}`)."""
     start = 1
     while (head := file.read(1)).isspace():
         start += head == "\n"
@@ -197,7 +199,7 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[Row]:
 
 
 def _objects(whole: Any) -> list[Any]:
-    """The rows of a document: its list, the only list of objects in it, its columns, or itself."""
+    """The rows of a document: its array, its only array of objects, its columns, or itself."""
     if not isinstance(whole, dict):
         return whole if isinstance(whole, list) else [whole]
     values = list(whole.values())
@@ -216,7 +218,7 @@ def _objects(whole: Any) -> list[Any]:
 
 
 class Header(NamedTuple):
-    """How the rows of a file are written."""
+    """How the rows of a delimited file are written."""
 
     columns: tuple[str, ...]
     delimiter: str
@@ -226,12 +228,12 @@ class Header(NamedTuple):
     """Whether the file begins with the names of its columns."""
 
     def place(self, names: Sequence[str]) -> int | None:
-        """Where the first of these columns is."""
+        """The position of the first of these columns."""
         return next((self.columns.index(name) for name in names if name in self.columns), None)
 
 
 def _header(path: Path, line: str, default: str, config: DataConfig) -> Header:
-    """From the first line: names of columns, or already a row where it begins with a file."""
+    """The header in the first line; a line that begins with a file is a row, without a header."""
     line = line.rstrip("\r\n")
     for delimiter in (default, *OTHER_DELIMITERS):
         columns = _names(_fields(line, delimiter).values, config)
@@ -242,8 +244,8 @@ def _header(path: Path, line: str, default: str, config: DataConfig) -> Header:
         if others and (is_audio(first) or audio_base(path.parent, [first])[1]):
             if len(others) >= len(WITHOUT_HEADER):
                 raise InputError(
-                    f"{path} has {len(others) + 1} columns without names: begin it with a line "
-                    "such as file_name,text"
+                    f"{path} has {len(others) + 1} columns without names: add a first line such as "
+                    "file_name,text"
                 )
             columns = WITHOUT_HEADER[: len(others) + 1]
             return Header(columns, delimiter, quoted=delimiter != "|", written=False)
@@ -251,7 +253,7 @@ def _header(path: Path, line: str, default: str, config: DataConfig) -> Header:
 
 
 def _names(written: Sequence[str], config: DataConfig) -> tuple[str, ...]:
-    """Names of columns; a usual name in other letters (`File_Name`) is that name."""
+    """Names of columns; those that are usual names in other case (`File_Name`) become these."""
     named = {value for name, value in vars(config).items() if name.endswith("_column")}
     usual = {*AUDIO, *TEXT, *ID, *SPEAKER, *LANGUAGE, *RECORDING, "duration", "offset"}
     names = (name.strip() for name in written)
@@ -260,24 +262,24 @@ def _names(written: Sequence[str], config: DataConfig) -> tuple[str, ...]:
     )
 
 
-def _delimited(path: Path, lines: list[str], default: str, config: DataConfig) -> List:
+def _delimited(path: Path, lines: list[str], default: str, config: DataConfig) -> ListRows:
     at = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
     if at == len(lines):
-        return List([])
+        return ListRows([])
     header = _header(path, lines[at], default, config)
     file = header.place(audio_names(config))
     at += header.written
-    found = List([])
+    found = ListRows([])
     while at < len(lines):
         number, (fields, used, stray) = at + 1, _record(lines, at, header, file)
         at += used
         if not any(fields):
             continue
         if stray:
-            found.guess("quotes without their pair taken for text", number)
+            found.guess("unpaired quotes read as text", number)
         if len(fields) > len(header.columns):
             fields = _rejoined(path, number, fields, header, config)
-            found.guess("delimiters outside quotes taken for text", number)
+            found.guess("delimiters outside quotes read as text", number)
         row = dict.fromkeys(header.columns)
         row.update(zip(header.columns, (value or None for value in fields), strict=False))
         whole = any(SURROGATE.search(line) for line in lines[number - 1 : at])
@@ -290,9 +292,9 @@ class Fields(NamedTuple):
 
     values: list[str]
     stray: bool = False
-    """Whether one begins with a quote that does not end it."""
+    """Whether a field begins with a quote and does not end with one."""
     open: bool = False
-    """Whether one is in quotes to the end, so that it may go on in the next line."""
+    """Whether a field is in quotes to the end, so that it may continue in the next line."""
 
 
 def _fields(record: str, delimiter: str) -> Fields:
@@ -306,7 +308,7 @@ def _fields(record: str, delimiter: str) -> Fields:
             values.append(match[1].replace('""', '"'))
             end = match.end()
         else:
-            open_ |= match is not None and not stray  # nothing but its end is missing
+            open_ |= match is not None and not stray  # only its end is missing
             stray |= record.startswith('"', at)
             end = record.find(delimiter, at)
             end = len(record) if end < 0 else end
@@ -319,10 +321,10 @@ def _fields(record: str, delimiter: str) -> Fields:
 def _record(
     lines: Sequence[str], at: int, header: Header, file: int | None
 ) -> tuple[list[str], int, bool]:
-    """The fields of the record that begins at a line, its lines, and whether a quote is a stray.
+    """The fields of the record that begins at a line, its lines, and whether a quote is unpaired.
 
-    A field in quotes may hold line breaks. A quote that nothing closes before the next line that is
-    a row by itself was meant as text, as in `a.flac,"Well said the guide`.
+    A field in quotes may contain line breaks. A quote that is not closed before the next line that
+    is a row by itself is text, as in `a.flac,"Well said the guide`.
     """
     line, delimiter = lines[at].rstrip("\r\n"), header.delimiter
     if not header.quoted:
@@ -339,7 +341,7 @@ def _record(
 
 
 def _is_row(line: str, header: Header, before: Sequence[str], file: int | None) -> bool:
-    """Whether a line is a row and not the rest of a field of the one before."""
+    """Whether a line is a row, not the rest of a field of the previous line."""
     fields = line.split(header.delimiter)
     if file is None or file >= min(len(fields), len(before)):
         return False
@@ -351,9 +353,10 @@ def _is_row(line: str, header: Header, before: Sequence[str], file: int | None) 
 def _rejoined(
     path: Path, number: int, fields: list[str], header: Header, config: DataConfig
 ) -> list[str]:
-    """As many fields as there are columns: what is too much belongs to the text, or to the name.
+    """As many fields as columns: surplus delimiters belong to the text, or to the file name.
 
-    Raises InputError where two columns hold text.
+    Raises:
+        InputError: two columns hold text.
     """
     size, surplus = len(header.columns), len(fields) - len(header.columns)
     if not any(fields[size:]):

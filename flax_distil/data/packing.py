@@ -1,12 +1,12 @@
-"""Short utterances concatenated to windows: clips of 7 s leave three quarters of a window silent.
+"""Concatenation of short utterances to windows of up to 30 s.
 
-Every encoder pass costs 30 s, whatever the window holds. So consecutive utterances of one speaker
-and language share one, as in the later published recipes (distil-large-v3).
+The encoder always processes 30 s, of which a clip of 7 s uses a quarter. So consecutive utterances
+of one speaker and language share a window, as in later published recipes (distil-large-v3).
 """
 
 import hashlib
+import io
 import math
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,25 +18,27 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, AudioError, audio_duration
+from flax_distil.audio import CLIP_SAMPLES, SAMPLE_RATE
+from flax_distil.audio.load import AudioError, audio_duration
 from flax_distil.cache import cache_folder
 from flax_distil.config import DataConfig
 from flax_distil.data.utterances import Utterance, Utterances
 from flax_distil.errors import InputError
+from flax_distil.files import write_whole
 
-HEADERS_AT_ONCE = 8  # files that are opened to learn their durations
-HEADERS_KEPT = 1000  # so many or more are remembered; fewer take less than a second
+HEADERS_AT_ONCE = 8  # files that are opened at a time for their durations
+HEADERS_CACHED = 1000  # number from which durations are cached; fewer take less than a second
 
 
 @dataclass(frozen=True)
 class Packed(Sequence[Utterance]):
-    """Windows over a dataset: `groups` are the rows of each, spoken `pause` seconds apart."""
+    """Windows over a dataset. groups: rows of each window. pause: seconds between them."""
 
     utterances: Utterances
     groups: Sequence[tuple[int, ...]]
     pause: float
     seconds: Float64[np.ndarray, "n"]
-    """Of each row, as they were planned with; NaN of one that cannot be read."""
+    """Durations of the rows that windows were planned with; NaN where unknown."""
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -47,7 +49,7 @@ class Packed(Sequence[Utterance]):
         return join_parts(tuple(self._part(row) for row in self.groups[index]), self.pause)
 
     def _part(self, row: int) -> Utterance:
-        """A row with the duration that its header told, so that nobody reads that again."""
+        """A row with the duration of its header, so that it is not read again."""
         part, seconds = self.utterances[row], float(self.seconds[row])
         if part.duration is not None or part.offset is not None or math.isnan(seconds):
             return part
@@ -58,7 +60,7 @@ class Packed(Sequence[Utterance]):
         return (self[number] for number in range(start, len(self)))
 
     def follows(self) -> np.ndarray:
-        """bool[n]: whether each window goes on where the one before ends; see `Utterances`."""
+        """bool[n]: whether each window continues the previous one; see `Utterances.follows`."""
         rows = self.utterances.follows()
         joints = pairwise(self.groups)
         return np.array(
@@ -69,9 +71,11 @@ class Packed(Sequence[Utterance]):
 def pack(utterances: Utterances, seconds: float, pause: float) -> Packed:
     """Windows of at most `seconds`, in the order of their first utterances.
 
-    Utterances of a speaker, recording and language keep their order; a new window begins where the
-    next one does not fit. Those whose speaker is not known are taken for one speaker's.
-    Raises InputError for windows that no encoder pass holds.
+    Utterances of one speaker, recording and language keep their order; a new window begins where
+    the next utterance does not fit. Unknown speakers count as one.
+
+    Raises:
+        InputError: `seconds` is not between 0 and 30, or `pause` is negative.
     """
     if not 0 < seconds <= CLIP_SAMPLES / SAMPLE_RATE:
         most = CLIP_SAMPLES // SAMPLE_RATE
@@ -83,12 +87,12 @@ def pack(utterances: Utterances, seconds: float, pause: float) -> Packed:
     planned = durations(utterances)
     for row, key in enumerate(pack_keys(utterances)):
         duration = seconds if math.isnan(planned[row]) else min(planned[row], seconds)
-        group, filled = open_groups.get(key, ([], 0.0))
-        if not group or filled + pause + duration > seconds + 1e-6:
-            group, filled = [], -pause
+        group, used = open_groups.get(key, ([], 0.0))
+        if not group or used + pause + duration > seconds + 1e-6:
+            group, used = [], -pause
             groups.append(group)
         group.append(row)
-        open_groups[key] = (group, filled + pause + duration)
+        open_groups[key] = (group, used + pause + duration)
     return Packed(utterances, [tuple(group) for group in groups], pause, planned)
 
 
@@ -108,60 +112,54 @@ def pack_keys(utterances: Utterances) -> list[tuple[str | None, ...]]:
 
 
 def durations(utterances: Utterances) -> Float64[np.ndarray, "n"]:
-    """Seconds of each row, as the dataset tells; else of its header, and NaN where that fails.
+    """Seconds of each row: the dataset's, else those of the header, else NaN.
 
-    Many headers are read once: what they told is kept in the cache.
+    Durations of many headers are cached.
     """
-    told = utterances.column("duration")
-    found = np.array([math.nan if value is None else value for value in told], np.float64)
-    silent = [row for row, value in enumerate(told) if value is None]
-    if not silent:
-        return found
+    given = utterances.column("duration")
+    seconds = np.array([math.nan if value is None else value for value in given], np.float64)
+    unknown = [row for row, value in enumerate(given) if value is None]
+    if not unknown:
+        return seconds
     path = None
-    if len(silent) >= HEADERS_KEPT:
+    if len(unknown) >= HEADERS_CACHED:
         path = cache_folder() / "durations" / f"{identity_digest(utterances)}.npy"
         with suppress(OSError, ValueError):
-            kept = np.load(path, allow_pickle=False)
-            if kept.shape == (len(silent),):
-                found[silent] = kept
-                return found
+            cached = np.load(path, allow_pickle=False)
+            if cached.shape == (len(unknown),):
+                seconds[unknown] = cached
+                return seconds
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         read = lambda row: clip_seconds(utterances[row], unknown=math.nan)
-        for start in range(0, len(silent), HEADERS_AT_ONCE * 64):
-            rows = silent[start : start + HEADERS_AT_ONCE * 64]
-            found[rows] = list(pool.map(read, rows))
+        for start in range(0, len(unknown), HEADERS_AT_ONCE * 64):
+            rows = unknown[start : start + HEADERS_AT_ONCE * 64]
+            seconds[rows] = list(pool.map(read, rows))
     if path is not None:
-        save_durations(path, found[silent])
-    return found
-
-
-def save_durations(path: Path, seconds: Float64[np.ndarray, "n"]) -> None:
-    """Put the durations into the cache, where it can be written to."""
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            np.save(file, seconds)
-        partial.replace(path)
+        with suppress(OSError):  # a cache that cannot be written
+            path.parent.mkdir(parents=True, exist_ok=True)
+            contents = io.BytesIO()
+            np.save(contents, seconds[unknown])
+            write_whole(path, contents.getvalue())
+    return seconds
 
 
 def identity(utterances: Any) -> tuple[Any, ...]:
-    """What decides which sound each clip of a dataset has, without reading any: where the dataset
-    is and how it is read, ids, paths, offsets and durations of its rows, and its windows."""
+    """What determines the audio of a dataset's clips, without reading it: where the dataset is and
+    how it is read, ids, paths, offsets and durations of its rows, and its windows."""
     rows, windows = utterances, None
     if isinstance(utterances, Packed):
         rows, windows = utterances.utterances, (tuple(utterances.groups), utterances.pause)
     data = {field.name: getattr(rows.config, field.name) for field in fields(DataConfig)}
-    if Path(data["source"]).exists():  # the same relative path is another one elsewhere
+    if Path(data["source"]).exists():  # a relative path depends on the working directory
         data["source"] = str(Path(data["source"]).resolve())
     names = [rows.columns.id, "offset", "duration"]
-    if isinstance(rows.rows[0].get(rows.columns.audio), str):  # a path; contents stay unread
+    if isinstance(rows.rows[0].get(rows.columns.audio), str):  # a path; embedded audio is not read
         names.append(rows.columns.audio)
     return data, [rows.column(name) for name in names if name], windows
 
 
 def identity_digest(utterances: Utterances) -> str:
-    """A name for the dataset as it is now: another file in its place has another time."""
+    """A hash of the dataset as it is now, with size and time of its file."""
     source, stamp = Path(utterances.config.source), None
     with suppress(OSError, ValueError):
         about = source.stat()
@@ -171,16 +169,16 @@ def identity_digest(utterances: Utterances) -> str:
 
 
 def join_parts(parts: tuple[Utterance, ...], pause: float) -> Utterance:
-    """One utterance of several, with all their words."""
+    """One utterance made of several, with all their texts."""
     first, *rest = parts
     if not rest:
         return first
-    texts, told = [part.text for part in parts], [part.duration for part in parts]
+    texts, durations = [part.text for part in parts], [part.duration for part in parts]
     return Utterance(
         id=f"{first.id}+{len(rest)}",
         audio=b"",
         text=None if None in texts else " ".join(filter(None, texts)),
-        duration=None if None in told else sum(told) + pause * len(rest),  # type: ignore[arg-type]
+        duration=None if None in durations else sum(durations) + pause * len(rest),  # type: ignore[arg-type]
         speaker=first.speaker,
         language=first.language,
         ended=parts[-1].ended,
@@ -192,24 +190,21 @@ def join_parts(parts: tuple[Utterance, ...], pause: float) -> Utterance:
 
 
 def with_durations(window: Utterance, seconds: Sequence[float | None]) -> Utterance:
-    """A window with the durations that its parts have, without those of None."""
+    """A window whose parts have these durations, without parts of None."""
     pairs = zip(window.parts, seconds, strict=False)
     parts = tuple(replace(part, duration=one) for part, one in pairs if one is not None)
-    found = join_parts(parts, window.pause)
-    return replace(found, id=window.id) if len(parts) == len(window.parts) else found
+    joined = join_parts(parts, window.pause)
+    return replace(joined, id=window.id) if len(parts) == len(window.parts) else joined
 
 
 def part_offsets(window: Utterance) -> list[float]:
-    """Second at which each part of a window begins."""
+    """Start of each part of a window, in seconds."""
     lengths = [clip_seconds(part) + window.pause for part in window.parts]
     return [0.0, *accumulate(lengths[:-1])]
 
 
 def clip_seconds(utterance: Utterance, unknown: float = 0.0) -> float:
-    """Seconds, read from the audio's header where the dataset does not tell.
-
-    A clip that cannot be read counts as `unknown`; whoever hears it will say why.
-    """
+    """Seconds, from the audio's header where the dataset has none; `unknown` where that fails."""
     if utterance.duration is not None:
         return utterance.duration
     if isinstance(utterance.audio, np.ndarray):

@@ -1,4 +1,4 @@
-"""Rows of Parquet files, read at random: numbers come as arrays over Arrow's own memory."""
+"""Random access to rows of Parquet files, with lists of numbers as arrays over Arrow's memory."""
 
 import threading
 from bisect import bisect_right
@@ -18,14 +18,13 @@ from flax_distil.errors import InputError
 
 
 class ParquetRows(Sequence[Row]):
-    """Random access to the rows of Parquet files: a row group is read when a row of it is asked.
+    """The rows of Parquet files; a row group is read when one of its rows is needed.
 
-    The last few row groups stay in memory, so that reading in order touches each once. Safe to
-    share between threads.
+    The last row groups stay in memory, so that reading in order reads each once. Thread-safe.
     """
 
-    KEPT = 4  # row groups
-    FOOTERS = 128  # parsing one takes as long as reading a row group
+    KEPT = 4  # row groups in memory
+    FOOTERS = 128  # parsed ones in memory: parsing takes as long as reading a row group
 
     def __init__(self, files: Sequence[Path]):
         self.files = tuple(files)
@@ -45,7 +44,7 @@ class ParquetRows(Sequence[Row]):
         self._footer = lru_cache(self.FOOTERS)(pq.read_metadata)
 
     def __reduce__(self):
-        """Another process opens the files itself."""
+        """Another process opens the files again."""
         return ParquetRows, (self.files,)
 
     def __len__(self) -> int:
@@ -66,7 +65,7 @@ class ParquetRows(Sequence[Row]):
         return self.files[self._groups[self._place(index)[0]][0]].parent
 
     def column(self, name: str) -> Iterator[pa.Array]:
-        """One column, without reading any other; nulls where a file lacks it."""
+        """One column, read without the others; nulls where a file lacks it."""
         for path in self.files:
             if name in pq.read_schema(path).names:
                 yield from pq.read_table(path, columns=[name]).column(0).chunks
@@ -74,7 +73,7 @@ class ParquetRows(Sequence[Row]):
                 yield pa.nulls(self._footer(path).num_rows)
 
     def list_lengths(self, column: str) -> np.ndarray:
-        """Lengths of a list column, -1 where it is null, without reading any other."""
+        """Lengths of a list column, -1 where it is null, read without the others."""
         found = [np.zeros(0, np.int32)]
         for values in self.column(column):
             if pa.types.is_null(values.type):
@@ -85,7 +84,7 @@ class ParquetRows(Sequence[Row]):
         return np.concatenate(found)
 
     def null_count(self, column: str) -> int:
-        """Rows without a value: from the files' statistics where they have them."""
+        """Rows without a value, from the files' statistics where they exist."""
         if all(column in nulls for nulls in self._nulls):
             return sum(nulls[column] for nulls in self._nulls)
         return sum(values.null_count for values in self.column(column))
@@ -103,7 +102,7 @@ class ParquetRows(Sequence[Row]):
                 return self._cache[group]
         number, within = self._groups[group]
         path = self.files[number]
-        # Opened anew each time: thousands of shards must not hold thousands of files open.
+        # Opened each time: thousands of shards must not keep thousands of files open.
         try:
             with pq.ParquetFile(
                 path, metadata=self._footer(path), page_checksum_verification=True
@@ -119,31 +118,33 @@ class ParquetRows(Sequence[Row]):
 
 
 def parquet_footer(path: Path) -> tuple[pq.FileMetaData, pa.Schema]:
-    """What a file says of itself. Raises InputError for what is not a whole Parquet file."""
+    """Metadata and schema of a file. Raises InputError where it is not a complete Parquet file."""
     try:
         with pq.ParquetFile(path) as file:
             return file.metadata, file.schema_arrow
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} is not a whole Parquet file ({error}): write it again") from None
+        raise InputError(
+            f"{path} is not a complete Parquet file ({error}): write it again"
+        ) from None
 
 
 def _null_counts(metadata: pq.FileMetaData) -> dict[str, int]:
-    """Nulls of the usual text columns; columns whose statistics are not whole are left out."""
+    """Nulls of the usual text columns, without columns whose statistics are incomplete."""
     groups = range(metadata.num_row_groups)
     counts = {}
     for place in range(metadata.num_columns):
         if (name := metadata.schema.column(place).path) in TEXT:
-            told = [metadata.row_group(group).column(place).statistics for group in groups]
-            if all(one is not None and one.has_null_count for one in told):
-                counts[name] = sum(one.null_count for one in told)
+            statistics = [metadata.row_group(group).column(place).statistics for group in groups]
+            if all(one is not None and one.has_null_count for one in statistics):
+                counts[name] = sum(one.null_count for one in statistics)
     return counts
 
 
 def cell(values: pa.Array) -> Any:
-    """The only value of an array: lists of numbers as NumPy arrays, without a copy.
+    """The only value of an array, with lists of numbers as NumPy arrays that are not copied.
 
-    A list of n lists of a fixed size D is [n, D]; all else is what `to_pylist` makes of it. Python
-    objects for the final states of one label would take a hundred times as long as reading them.
+    A list of n lists of fixed size D is [n, D]; other values are those of `to_pylist`. Converting
+    the final states of a label to Python objects takes a hundred times as long as reading them.
     """
     if values.null_count:
         return None
@@ -163,7 +164,7 @@ def cell(values: pa.Array) -> Any:
 
 
 def read_parquet(files: Sequence[Path], source: str) -> Table:
-    """The rows of files in this order. Raises InputError for none, and for a damaged one."""
+    """The rows of files in order. Raises InputError where there is none or one is damaged."""
     if not files:
         raise InputError(f"{source}: no Parquet file matches")
     rows = ParquetRows(files)

@@ -1,7 +1,6 @@
-"""Where rows come from: hub, saved datasets, folders of audio, lists, Parquet.
+"""Opens a dataset as a `Table`: from the hub, a saved dataset, a folder, a list or Parquet.
 
-Every source ends as a `Table`: the names of its columns, and its rows as dicts in a fixed order.
-Nothing is decoded here, and no source holds audio in memory.
+Audio is not decoded here, and no source holds audio in memory.
 """
 
 import glob
@@ -20,12 +19,12 @@ from flax_distil.errors import InputError
 
 
 def read_table(config: DataConfig) -> Table:
-    """The rows of `config.source`, whatever it is. Raises InputError when it is nothing."""
+    """The rows of `config.source`. Raises InputError where it is not a dataset."""
     source = config.source
     path = Path(source).expanduser()
     for name in ("config", "revision", "streaming"):
         if getattr(config, name) and path.exists():
-            raise InputError(f"{source} is here, and {name} is for the hub's: leave it out")
+            raise InputError(f"{source} is a local dataset and {name} is for the hub: leave it out")
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _saved(path, config)
@@ -44,12 +43,12 @@ def read_table(config: DataConfig) -> Table:
         return _matching(path, config)
     is_file = path.suffix in (".parquet", *COMPRESSED) or list_kind(path)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or is_file:
-        raise InputError(f"{source}: there is no such file or folder")
+        raise InputError(f"{source}: no such file or folder")
     return _hub(config)
 
 
 def _matching(pattern: Path, config: DataConfig) -> Table:
-    """The files that match a pattern, whose folders may have its signs in their names."""
+    """The files that match a pattern; the existing folders in it are taken literally."""
     root = pattern.parent
     while not root.is_dir():
         root = root.parent
@@ -93,12 +92,12 @@ def _hub(config: DataConfig) -> Table:
         raise
     except ConnectionError:
         raise InputError(
-            f"{name} is no file or folder here, and the Hugging Face hub cannot be reached: "
+            f"{name} is not a local file or folder, and the Hugging Face hub cannot be reached: "
             "download it elsewhere (`save_to_disk`) and name the folder"
         ) from None
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InputError(
-            f"{name} is neither a file or folder here nor a dataset the hub gives "
+            f"{name} is neither a local file or folder nor a dataset of the hub "
             f"({type(error).__name__}: {error})"
         ) from None
     return _undecoded(found)
@@ -108,12 +107,12 @@ def _one_split(config: DataConfig, splits: Sequence[str]) -> str:
     split = config.split or (splits[0] if len(splits) == 1 else None)
     if split is not None and split in splits:
         return split
-    asked = f"no split {config.split}" if config.split else "several splits"
-    raise InputError(f"{config.source} has {asked}: name one of {', '.join(splits)}")
+    problem = f"no split {config.split}" if config.split else "several splits"
+    raise InputError(f"{config.source} has {problem}: name one of {', '.join(splits)}")
 
 
 def _undecoded(found: Any) -> Table:
-    """A `datasets` object whose audio stays bytes or a path: decoding is ours."""
+    """A `datasets` object as a table, with audio not decoded."""
     from datasets import Audio
 
     for name, feature in (found.features or {}).items():

@@ -1,4 +1,4 @@
-"""What every source ends as: a table of rows, the meaning of its columns, and how many it has."""
+"""A table of rows, which every source is read as, and the meaning of its columns."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from flax_distil.errors import InputError
 Row = dict[str, Any]
 
 # fmt: off
-# What FFmpeg can open and people keep speech in, the sound of videos included.
+# Formats of recorded speech that FFmpeg can open, with those of videos.
 AUDIO_SUFFIXES = frozenset((
     ".3ga", ".3gp", ".aa", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".au", ".avi",
     ".caf", ".dts", ".f4a", ".flac", ".flv", ".g722", ".gsm", ".m2ts", ".m4a", ".m4b", ".m4v",
@@ -21,7 +21,7 @@ AUDIO_SUFFIXES = frozenset((
 ))
 # fmt: on
 
-# The usual names, in the order they are looked for.
+# The usual names of columns, in the order they are looked for.
 FILE_COLUMNS = ("file_name", "audio", "audio_filepath", "audio_path", "path", "file")
 AUDIO = ("audio", *FILE_COLUMNS)
 TEXT = ("text", "sentence", "transcription", "transcript", "normalized_text", "reference")
@@ -29,9 +29,9 @@ ID = ("id", "utterance_id", "segment_id", "file_name")
 SPEAKER = ("speaker", "speaker_id", "client_id")
 LANGUAGE = ("language", "lang", "locale")
 RECORDING = ("recording", "recording_id", "chapter_id", "session_id", "meeting_id")
-TRANSCRIPT = ("whisper_transcript",)  # of distil-whisper's label sets, and of ours
+TRANSCRIPT = ("whisper_transcript",)  # in distil-whisper's label sets and ours
 
-# Place of an utterance in the dataset that was labelled, in a label store.
+# In a label store: the utterance's number in the dataset that was labelled.
 UTTERANCE_NUMBER = "utterance_number"
 
 
@@ -42,14 +42,14 @@ class Table:
     columns: tuple[str, ...]
     rows: Sequence[Row] | Iterable[Row]
     notes: tuple[str, ...] = ()
-    """What its reader left out, added or corrected, with numbers."""
+    """What its reader left out, added or corrected, with counts."""
     folder: Path | None = None
-    """Where relative paths in its cells start."""
+    """The folder that relative paths in its cells start at."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of a table holds what."""
+    """The names of a table's columns by their meaning."""
 
     audio: str
     text: str | None
@@ -58,14 +58,14 @@ class Columns:
     language: str | None
     recording: str | None
     labelled: bool
-    """Whether there are pseudo-labels as token ids."""
+    """Whether it has pseudo-labels as token ids."""
     transcript: str | None = None
     """Pseudo-labels as text."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What reading a dataset gave."""
+    """Counts of a dataset's rows."""
 
     rows: int
     with_text: int
@@ -79,10 +79,20 @@ class Counts:
         return "; ".join((counts, *self.notes))
 
 
-def find_columns(table: Table, config: DataConfig) -> Columns:
-    """The columns that were named, else the usual names that are there.
+def usual_columns(config: DataConfig) -> dict[str, tuple[str, ...]]:
+    """The column of each meaning for which `config` names none → its usual names."""
+    texts = tuple(name for name in TEXT if name != config.transcript_column)
+    kinds = ((config.audio_column, AUDIO), (config.text_column, texts))
+    kinds += ((config.speaker_column, SPEAKER), (config.language_column, LANGUAGE))
+    kinds += ((config.recording_column, RECORDING),)
+    return {usual[0]: usual for named, usual in kinds if named is None}
 
-    Raises InputError for a name that is not there, and for a table without audio.
+
+def find_columns(table: Table, config: DataConfig) -> Columns:
+    """The columns that `config` names, else those with the usual names.
+
+    Raises:
+        InputError: a column that is named is missing, or no column holds audio.
     """
 
     def find(named: str | None, usual: Sequence[str], kind: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Utterances: one clip of speech each, whatever file or dataset it lies in."""
+"""Utterances: the clips of any dataset, one at a time."""
 
 import logging
 import reprlib
@@ -38,50 +38,50 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Utterance:
-    """One clip of speech and what is known about it; the audio is not decoded yet."""
+    """One clip and what is known about it; the audio is not decoded."""
 
     id: str
     audio: str | bytes | np.ndarray = field(repr=False)
-    """Path or address, contents of a file, or samples: [n] or [channels, n] in [-1, 1] or integers,
-    at 16 kHz or at `rate`."""
+    """Path or URL, contents of a file, or samples: [n] or [channels, n] in [-1, 1] or integers, at
+    `rate`."""
     text: str | None = None
     """The reference."""
     duration: float | None = None
-    """Seconds, as far as the source tells; the length to cut where there is an `offset`."""
+    """Seconds, if the dataset gives them; with an `offset`, the length of the clip."""
     speaker: str | None = None
     language: str | None = None
     """Whisper's code; a language that Whisper does not have is as the source writes it."""
     offset: float | None = None
-    """Seconds into a longer recording where the clip starts; None is all of the audio."""
+    """Start of the clip in a longer recording, in seconds; None for the whole audio."""
     format: str | None = None
-    """Container of bytes that do not tell it themselves, such as g722."""
+    """Container of bytes that have no header, such as g722."""
     rate: float | None = None
-    """Samples a second where `audio` is samples; None is 16 kHz."""
+    """Sampling rate in Hz where `audio` is samples; None for 16 kHz."""
     token_ids: tuple[int, ...] | None = field(default=None, repr=False)
-    """The teacher's label, where the source is a label store: no prompt, no end of text."""
+    """The pseudo-label of a label store, without prompt and end of text."""
     teacher_states: Float16[np.ndarray, "n D"] | None = field(default=None, repr=False)
     """The teacher's final states at prompt and label, where the label store holds them."""
     transcript: str | None = field(default=None, repr=False)
-    """The teacher's label as text, its timestamps and special tokens written out (`<|0.00|>`)."""
+    """The pseudo-label as text, with timestamps and special tokens written out (`<|0.00|>`)."""
     previous: str | tuple[int, ...] | None = field(default=None, repr=False)
-    """What that label was conditioned on (`condition_on_prev`): text, or the teacher's token ids,
-    which distil-whisper's label sets begin with `<|startofprev|>`."""
+    """The previous text that the label was conditioned on (`condition_on_prev`): text or token ids,
+    which begin with `<|startofprev|>` in distil-whisper's label sets."""
     recording: str | None = None
-    """The recording, chapter or session it is a part of; the file, where it has an `offset`."""
+    """The recording, chapter or session that it belongs to; with an `offset`, the file."""
     ended: bool = True
-    """Whether the label ended by itself; False where it was cut at the longest label."""
+    """Whether the label is complete; False where it was cut at the maximum length."""
     speech: bool = True
-    """Whether anybody speaks; False for silence, noise and music, whose text is empty."""
+    """Whether there is speech; False for silence, noise and music, whose text is empty."""
     parts: tuple["Utterance", ...] = field(default=(), repr=False)
-    """What a packed window is made of; its audio is then theirs, `pause` seconds apart."""
+    """The utterances of a packed window, whose audio is theirs, `pause` seconds apart."""
     pause: float = 0.0
     fault: str | None = None
-    """What is wrong with its row; `load_waveform` raises it, and the row is skipped."""
+    """The error in its row, which `load_waveform` raises, so that the row is skipped."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An utterance that could not be used, and why; both can be written to any file."""
+    """An utterance that could not be used, and the reason; both can be written to any file."""
 
     id: str
     reason: str
@@ -91,33 +91,31 @@ class Skipped:
         object.__setattr__(self, "reason", escape(self.reason))
 
 
+@dataclass(frozen=True, eq=False)
 class Utterances(Sequence[Utterance]):
-    """The utterances of a table that has a length; rows are read when they are asked for.
+    """The utterances of a table with a length; a row is read when it is needed."""
 
-    taken: numbers of the rows that are meant, all where None. folder: where relative paths in the
-    rows start. counts: of the whole table.
-    """
+    rows: Sequence[Row]
+    columns: Columns
+    config: DataConfig
+    taken: Int[np.ndarray, "n"] | None = None
+    """Numbers of the selected rows; None for all."""
+    folder: Path | None = None
+    """The folder that relative paths in the rows start at."""
+    counts: Counts | None = None
+    """Of the whole table."""
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        columns: Columns,
-        config: DataConfig,
-        taken: Int[np.ndarray, "n"] | None = None,
-        folder: Path | None = None,
-        counts: Counts | None = None,
-    ):
-        self.rows, self.columns, self.config, self.taken = rows, columns, config, taken
-        self.folder, self.counts = folder, counts
-        self._size = len(rows) if config.limit is None else min(config.limit, len(rows))
+    def take(self, numbers: Int[np.ndarray, "m"]) -> "Utterances":
+        """The utterances of these numbers, as a dataset."""
+        return replace(self, taken=numbers if self.taken is None else self.taken[numbers])
 
-    def take(self, numbers: Int[np.ndarray, "n"]) -> "Utterances":
-        """These utterances alone, by their numbers here, as a dataset."""
-        taken = numbers if self.taken is None else self.taken[numbers]
-        return Utterances(self.rows, self.columns, self.config, taken, self.folder, self.counts)
+    @property
+    def _rows(self) -> int:
+        limit = self.config.limit
+        return len(self.rows) if limit is None else min(limit, len(self.rows))
 
     def __len__(self) -> int:
-        return self._size if self.taken is None else len(self.taken)
+        return self._rows if self.taken is None else len(self.taken)
 
     def __getitem__(self, index) -> Any:
         if isinstance(index, slice):
@@ -126,54 +124,40 @@ class Utterances(Sequence[Utterance]):
         number = number if self.taken is None else int(self.taken[number])
         rows: Any = self.rows
         folder = rows.folder(number) if isinstance(rows, ParquetRows) else self.folder
-        return to_utterance(self.rows[number], number, self.columns, self.config, folder)
+        return to_utterance(rows[number], number, self.columns, self.config, folder)
 
     def iter_from(self, start: int) -> Iterator[Utterance]:
         """The utterances from `start` on."""
         return (self[number] for number in range(start, len(self)))
 
     def column(self, name: str) -> list[Any]:
-        """One column, read without the others, as `to_utterance` reads it; None where it is not."""
-        columns, read = self.columns, None
-        if name in ("duration", "offset"):
-            read = cell_seconds
-        elif name == UTTERANCE_NUMBER:
-            read = cell_number
-        elif name == columns.text:
-            read = cell_text
-        elif name == columns.language:
-            read = cell_language
-        elif name in (columns.id, columns.speaker, columns.recording):
-            read = cell_name
-        cells = self._cells(name)
-        values = list(map(read, cells) if read else cells)
+        """One column, read without the others and as `to_utterance` reads it; None where absent."""
+        columns = self.columns
+        read = {
+            columns.text: cell_text,
+            columns.id: cell_name,
+            columns.speaker: cell_name,
+            columns.recording: cell_name,
+            columns.language: cell_language,
+            "duration": cell_seconds,
+            "offset": cell_seconds,
+            UTTERANCE_NUMBER: cell_number,
+        }.get(name, lambda cell: cell)
+        values = list(map(read, islice(_cells(self.rows, name), self._rows)))
         return values if self.taken is None else [values[number] for number in self.taken]
 
-    def _cells(self, name: str) -> Iterable[Any]:
-        rows: Any = self.rows
-        if isinstance(rows, ParquetRows):
-            if name not in rows.columns:
-                return [None] * self._size
-            cells = (value for part in rows.column(name) for value in part.to_pylist())
-            return islice(cells, self._size)
-        if hasattr(rows, "select_columns"):  # of `datasets`
-            if name not in rows.column_names:
-                return [None] * self._size
-            rows = rows.select_columns([name])
-        return (rows[number].get(name) for number in range(self._size))
-
     def label_lengths(self) -> np.ndarray:
-        """int32[n]: tokens of each label, read without the audio; -1 where there is none."""
+        """int32[n]: tokens of each label; -1 where there is none."""
         if isinstance(self.rows, ParquetRows) and self.columns.labelled:
-            lengths = self.rows.list_lengths("token_ids")[: self._size]
+            lengths = self.rows.list_lengths("token_ids")[: self._rows]
             return lengths if self.taken is None else lengths[self.taken]
         ids = self.column("token_ids")
         return np.array([-1 if one is None else len(one) for one in ids], np.int32)
 
     def follows(self) -> np.ndarray:
-        """bool[n]: whether the row before is the utterance before, of speaker and recording.
+        """bool[n]: whether the previous row is the previous utterance of speaker and recording.
 
-        A label store numbers its utterances, so that a gap left by filtering is seen; clips of one
+        A label store numbers its utterances, which reveals gaps left by filtering; clips of a
         window that was split share a number.
         """
         known = [name for name in (self.columns.speaker, self.columns.recording) if name]
@@ -184,7 +168,7 @@ class Utterances(Sequence[Utterance]):
             return np.zeros(len(self), bool)
         whose = list(zip(*(self.column(name) for name in known), strict=True))
         numbers = self.column(UTTERANCE_NUMBER)
-        if None in numbers and self.taken is not None:  # a gap left by what was not taken
+        if None in numbers and self.taken is not None:  # rows that were not taken leave gaps
             numbers = self.taken.tolist()
         same = [False]
         for (one, two), (first, second) in zip(pairwise(whose), pairwise(numbers), strict=True):
@@ -193,25 +177,29 @@ class Utterances(Sequence[Utterance]):
         return np.array(same)
 
 
+@dataclass(frozen=True, eq=False)
 class UtteranceStream:
-    """The utterances of a stream: any number of them, from a position on, in the stream's order."""
+    """The utterances of a stream, in its order."""
 
-    def __init__(self, rows: Iterable[Row], columns: Columns, config: DataConfig):
-        self.rows, self.columns, self.config = rows, columns, config
+    rows: Iterable[Row]
+    columns: Columns
+    config: DataConfig
 
     def __iter__(self) -> Iterator[Utterance]:
         return self.iter_from(0)
 
     def iter_from(self, start: int) -> Iterator[Utterance]:
-        """The utterances from `start` on; what lies before is passed over, not decoded."""
+        """The utterances from `start` on; those before are skipped, not decoded."""
         skip = getattr(self.rows, "skip", None)
         rows = skip(start) if skip else islice(self.rows, start, None)
-        for number, row in enumerate(islice(rows, self._left(start)), start):
+        limit = self.config.limit
+        stop = None if limit is None else max(limit - start, 0)
+        for number, row in enumerate(islice(rows, stop), start):
             yield to_utterance(row, number, self.columns, self.config)
 
     @property
     def shards(self) -> int:
-        """How many parts it can be read in, each by itself."""
+        """Number of parts that can be read independently."""
         return getattr(self.rows, "num_shards", 1)
 
     def shard(self, index: int) -> Iterator[Utterance]:
@@ -220,9 +208,6 @@ class UtteranceStream:
         part = rows.shard(self.shards, index) if self.shards > 1 else rows
         for number, row in enumerate(part):
             yield to_utterance(row, f"{index}-{number}", self.columns, self.config)
-
-    def _left(self, start: int) -> int | None:
-        return None if self.config.limit is None else max(self.config.limit - start, 0)
 
 
 class Concatenated(Sequence[Utterance]):
@@ -246,9 +231,11 @@ class Concatenated(Sequence[Utterance]):
 def read_dataset(source: DataConfig | str | Path) -> Utterances | UtteranceStream:
     """The utterances of a hub dataset, folder, manifest, Parquet or label store.
 
-    A stream where `streaming` is set, a sequence otherwise. Rows are checked when they are read,
-    the columns and the presence of at least one row now.
-    Raises InputError for what is missing, empty, malformed, or lacks a column that was named.
+    A stream if `streaming` is set, else a sequence. Columns and the presence of a row are checked
+    here, rows when they are read.
+
+    Raises:
+        InputError: the dataset is missing, empty or malformed, or lacks a column that is named.
     """
     config = source if isinstance(source, DataConfig) else DataConfig(str(source))
     if config.language is not None:
@@ -260,15 +247,24 @@ def read_dataset(source: DataConfig | str | Path) -> Utterances | UtteranceStrea
     if not hasattr(table.rows, "__len__"):
         return UtteranceStream(table.rows, columns, config)
     rows: Sequence[Row] = table.rows  # type: ignore[assignment]
-    counts = Counts(len(rows), _with_text(rows, columns.text), table.notes)
+    counts = Counts(len(rows), _count_texts(rows, columns.text), table.notes)
     if not counts.rows:
         raise InputError(f"{config.source} is a dataset without rows")
     logger.log(logging.WARNING if counts.notes else logging.INFO, "%s: %s", config.source, counts)
     return Utterances(rows, columns, config, folder=table.folder, counts=counts)
 
 
-def _with_text(rows: Any, column: str | None) -> int:
-    """How many rows have a text; of Parquet by its statistics, of `datasets` by Arrow."""
+def _cells(rows: Any, name: str) -> Iterable[Any]:
+    """One column of a table, read without the others where it can be; None where absent."""
+    if isinstance(rows, ParquetRows):
+        return (value for part in rows.column(name) for value in part.to_pylist())
+    if hasattr(rows, "select_columns") and name in rows.column_names:  # of `datasets`
+        rows = rows.select_columns([name])
+    return (row.get(name) for row in rows)
+
+
+def _count_texts(rows: Any, column: str | None) -> int:
+    """Number of rows with a text, by the statistics of Parquet and Arrow."""
     if column is None:
         return 0
     if isinstance(rows, ParquetRows):
@@ -282,10 +278,9 @@ def _with_text(rows: Any, column: str | None) -> int:
 def to_utterance(
     row: Row, number: int | str, columns: Columns, config: DataConfig, folder: Path | None = None
 ) -> Utterance:
-    """One row as an utterance; `number` names it where nothing else does.
+    """One row as an utterance; a cell of the wrong kind becomes its `fault`.
 
-    A cell that cannot be what its column says is the utterance's `fault`. folder: where relative
-    paths start.
+    number: the id of a row without id and path. folder: the start of relative paths.
     """
 
     def name(column: str | None) -> str | None:
@@ -297,7 +292,7 @@ def to_utterance(
     audio, path, rate = cell_audio(row.get(columns.audio), row)
     suffix = Path(path or "").suffix.lower().lstrip(".")
     offset, previous = cell_seconds(row.get("offset")), row.get("condition_on_prev")
-    if isinstance(previous, bool | int):  # whether it follows on the one before, not yet labelled
+    if isinstance(previous, bool | int):  # a flag of a dataset that is not labelled yet
         previous = None
     states = row.get("teacher_states")
     language = cell_language(row.get(columns.language)) if columns.language else None
@@ -325,8 +320,8 @@ def to_utterance(
 
 
 def _fault(row: Row, number: int | str, columns: Columns, source: str) -> str | None:
-    """Which cell of a row cannot be what its column says."""
-    for column, read, what in (
+    """The error in a row with a cell of the wrong kind."""
+    for column, read, expected in (
         ("duration", cell_seconds, "must be seconds"),
         ("offset", cell_seconds, "must be seconds"),
         ("token_ids", cell_tokens, "must be a list of integers"),
@@ -334,22 +329,23 @@ def _fault(row: Row, number: int | str, columns: Columns, source: str) -> str | 
     ):
         value = None if column is None else row.get(column)
         if read(value) is None and not is_missing(value) and str(value).strip():
-            return f"{source} row {number} has {column} {reprlib.repr(value)}: it {what}"
+            return f"{source} row {number} has {column} {reprlib.repr(value)}: it {expected}"
     return None
 
 
 def continues(utterance: Utterance, before: Utterance | None) -> bool:
-    """Whether `before`, the one read before, is of the same known speaker or recording."""
+    """Whether `before`, which was read before, has the same known speaker and recording."""
     if before is None:
         return False
-    whose, theirs = ((one.speaker, one.recording) for one in (utterance, before))
-    return whose == theirs and whose != (None, None)
+    origin = (utterance.speaker, utterance.recording)
+    return origin == (before.speaker, before.recording) and origin != (None, None)
 
 
 def load_waveform(utterance: Utterance, longest: float | None = None) -> Float32[np.ndarray, "n"]:
     """The clip's samples at 16 kHz in [-1, 1], at most `longest` seconds of them.
 
-    Raises AudioError when there are none.
+    Raises:
+        AudioError: the clip cannot be decoded.
     """
     if utterance.parts:
         silence = np.zeros(round(utterance.pause * SAMPLE_RATE), np.float32)
@@ -358,8 +354,8 @@ def load_waveform(utterance: Utterance, longest: float | None = None) -> Float32
         ]
         return np.concatenate(pieces[1:])
     source, offset = utterance.audio, utterance.offset
-    known = (longest, None if offset is None else utterance.duration or None)
-    duration = min((seconds for seconds in known if seconds is not None), default=None)
+    limits = (longest, None if offset is None else utterance.duration or None)
+    duration = min((seconds for seconds in limits if seconds is not None), default=None)
     if utterance.fault:
         raise AudioError(utterance.fault)
     if isinstance(source, np.ndarray):
@@ -368,7 +364,7 @@ def load_waveform(utterance: Utterance, longest: float | None = None) -> Float32
         end = None if duration is None else start + round(duration * SAMPLE_RATE)
         if offset is not None and start >= len(source):
             raise AudioError(
-                f"{utterance.id}: it starts at {offset:g} s, and the audio ends at "
+                f"{utterance.id} starts at {offset:g} s, and the audio ends at "
                 f"{len(source) / SAMPLE_RATE:g} s"
             )
         return source[start:end]
@@ -386,4 +382,4 @@ def _download(address: str) -> bytes:
         with fsspec.open(address) as file:
             return file.read()  # type: ignore[union-attr]
     except OSError as error:
-        raise AudioError(f"{address} cannot be read: {error}") from None
+        raise AudioError(f"cannot read {address}: {error}") from None

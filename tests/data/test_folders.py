@@ -129,7 +129,7 @@ def test_metadata_parquet(folder):
     assert texts(clips) == {"x/a.flac": "one", "x/b.flac": "two"}
     assert texts(clips / "x" / "metadata.parquet") == {"a.flac": "one", "b.flac": "two"}
     (clips / "x" / "metadata.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match="not a whole Parquet file"):
+    with pytest.raises(InputError, match="not a complete Parquet file"):
         read_dataset(clips)
 
 
@@ -322,7 +322,7 @@ def test_texts_beside_audio(folder):
     expected = {"a.wav": "one", "c.flac": None, "d.flac": "four", "deep/b.flac": "two"}
     assert texts(clips) == expected
     (clips / "c.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(InputError, match=r"c\.txt is no UTF-8 text"):
+    with pytest.raises(InputError, match=r"c\.txt is not UTF-8 text"):
         read_dataset(clips)
 
 

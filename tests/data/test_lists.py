@@ -53,8 +53,8 @@ def test_what_was_guessed_is_told(tmp_path):
     lines = ["file_name,text", 'a.flac,"open', "b.flac,one, two", 'c.flac,"open', "d.flac,fine"]
     found = read_list(written(tmp_path / "m.csv", "\n".join(lines)), DataConfig(""))
     assert found.notes() == (
-        "quotes without their pair taken for text: 2 (line 2, 4)",
-        "delimiters outside quotes taken for text: 1 (line 3)",
+        "unpaired quotes read as text: 2 (line 2, 4)",
+        "delimiters outside quotes read as text: 1 (line 3)",
     )
 
 
@@ -130,7 +130,7 @@ def test_json_documents(tmp_path, wrap, indent):
         ('{"audio": ' + "9" * 10_000 + "}", "line 1 is not JSON"),
         ('[{"audio": "a"}, 3]', "row 2 must be an object"),
         ('{"audio": "a"}\n{"audio"', "line 2 is not JSON"),
-        (b'{"audio": "a", "text": "caf\xe9"}', r"no UTF-8 text \(line 1, column text\)"),
+        (b'{"audio": "a", "text": "caf\xe9"}', r"not UTF-8 text \(line 1, column text\)"),
         (codecs.BOM_UTF16_LE + b"\x00\xd8a", "is damaged"),
     ],
 )
@@ -178,7 +178,7 @@ def test_without_a_header(tmp_path):
         ("a.wav", "hello"),
         ("b.wav", "you"),
     ]
-    with pytest.raises(InputError, match="4 columns without names: begin it with a line"):
+    with pytest.raises(InputError, match="4 columns without names: add a first line"):
         read(written(tmp_path / "b.csv", "a.wav,x,y,z\n"))
 
 

@@ -89,7 +89,7 @@ def test_what_a_dataset_tells_is_not_read_from_its_audio(manifest, monkeypatch):
 def test_headers_are_read_once(manifest, monkeypatch, tmp_path):
     """What was read is found again, also by another process; not for other data."""
     monkeypatch.setenv("FLAX_DISTIL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(packing, "HEADERS_KEPT", 1)
+    monkeypatch.setattr(packing, "HEADERS_CACHED", 1)
     read = []
 
     def counted(source, *arguments):

@@ -273,7 +273,7 @@ def test_what_is_the_hub_s_is_refused_of_files(tmp_path):
     path.write_text('{"audio": "a.wav"}')
     for change in ({"config": "clean"}, {"revision": "main"}, {"streaming": True}):
         (name,) = change
-        with pytest.raises(InputError, match=f"is here, and {name} is for the hub's"):
+        with pytest.raises(InputError, match=f"is a local dataset and {name} is for the hub"):
             read_dataset(DataConfig(str(path), **change))
 
 
@@ -297,8 +297,8 @@ def test_bad_sources(tmp_path):
         ("absent.parquet", "no such file or folder"),
         ("./absent", "no such file or folder"),
         (tmp_path / "notes.txt", "not a .txt file"),
-        (tmp_path / "latin.jsonl", r"latin.jsonl is no UTF-8 text \(line 1, column text\)"),
-        (tmp_path / "cut.parquet", "not a whole Parquet file"),
+        (tmp_path / "latin.jsonl", r"latin.jsonl is not UTF-8 text \(line 1, column text\)"),
+        (tmp_path / "cut.parquet", "not a complete Parquet file"),
         (tmp_path / "*.arrow", "no file matches"),
         (tmp_path / "empty", "nothing to read"),
     ]:
@@ -326,7 +326,7 @@ def test_a_damaged_row_group_names_its_file(tmp_path):
     ("raised", "words"),
     [
         (FileNotFoundError("no such dataset"), "is neither .*FileNotFoundError"),
-        (ConnectionError("not known"), "is no file .*hub cannot be reached"),
+        (ConnectionError("not known"), "is not a local file .*hub cannot be reached"),
     ],
 )
 def test_unknown_hub_name(monkeypatch, raised, words):

@@ -323,7 +323,7 @@ def test_a_finished_run_does_nothing(config):
     assert summary_table(again, "labels").row_count == 6
 
 
-def test_a_stream_goes_on_where_it_stopped(config, speech):
+def test_a_stream_goes_on_where_it_stopped(config, speech, monkeypatch):
     listed = read_dataset(config.data)
     stream = UtteranceStream(list(listed.rows), listed.columns, config.data)
     label_with(config)
@@ -348,10 +348,10 @@ def test_a_stream_goes_on_where_it_stopped(config, speech):
     assert shards == {n: d for n, d in contents(streamed.output_dir).items() if "data/" in n}
     assert store.complete()
 
-    def gone(_):
+    def gone(*_):
         raise AssertionError("a finished stream is not read again")
 
-    stream.iter_from = gone
+    monkeypatch.setattr(UtteranceStream, "iter_from", gone)
     assert label_stream(fake_teacher).labels == 21
 
 
