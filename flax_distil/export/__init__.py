@@ -1,4 +1,4 @@
-"""Hand over: a model in the formats of other programs (`formats`), its card, and the proof."""
+"""Export to other programs' formats (`formats`), with a model card and verification."""
 
 from flax_distil.export.formats import run
 

@@ -1,4 +1,4 @@
-"""The model card: what it is, how it was made, how well it does, how to use it."""
+"""The model card: what the model is, its recipe, its figures and its use."""
 
 import json
 from importlib.metadata import version
@@ -12,7 +12,7 @@ from flax_distil.distill.trainer import RECIPE
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 
-USES = {  # by format: the library, and a first use
+USES = {  # format → library and example
     "transformers": (
         "transformers",
         """\
@@ -44,12 +44,12 @@ print("".join(segment.text for segment in segments))
 
 
 def model_card(checkpoint: Checkpoint, config: ExportConfig, format: str, folder: Path) -> str:
-    """A README.md for the hub: YAML head, sizes, figures of the report, recipe, a first use.
+    """A README.md for the hub: YAML head, sizes, recipe, figures of the report, example.
 
-    format, folder: what is written, and where.
+    format, folder: of the export.
 
     Raises:
-        InputError: the report is none.
+        InputError: the report cannot be read.
     """
     dims = checkpoint.dims
     parameters = sum(leaf.size for leaf in jax.tree.leaves(checkpoint.params))
@@ -73,7 +73,7 @@ def model_card(checkpoint: Checkpoint, config: ExportConfig, format: str, folder
 
 
 def recipe(run: Path) -> str:
-    """How it was trained, where `run` is a training run."""
+    """The recipe as a section, if `run` is a training run."""
     if not (run / RECIPE).is_file():
         return ""
     text = (run / RECIPE).read_text(encoding="utf-8").strip()
@@ -92,7 +92,9 @@ def figures(report: Path) -> str:
     except OSError as error:
         raise InputError(f"the report {report} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{report} is no report.json of flax-distil evaluate: {error!r}") from None
+        raise InputError(
+            f"{report} is not a report.json of flax-distil evaluate: {error!r}"
+        ) from None
     heads = ["| model | parameters | WER % | RTF | speed |", "|---|---:|---:|---:|---:|"]
     data = ", ".join(dict.fromkeys(one["name"] for model in models for one in model["datasets"]))
     return "\n".join(["## Figures", "", *heads, *rows, "", f"Measured on {data}.", ""])

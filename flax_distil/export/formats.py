@@ -1,20 +1,21 @@
-"""A model to the folders that Transformers, openai-whisper and faster-whisper load as they are."""
+"""Export to folders that Transformers, openai-whisper and faster-whisper load unchanged."""
 
 import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import Tokenizer
 
 from flax_distil.config import ExportConfig
+from flax_distil.distill.runs import is_run, trained_student
 from flax_distil.errors import InputError, check_writable
 from flax_distil.export.card import model_card
 from flax_distil.export.heads import with_heads_of
-from flax_distil.export.source import read_source
 from flax_distil.export.verify import import_torch, largest_difference
-from flax_distil.model.checkpoint import STALE, Checkpoint, write_transformers
+from flax_distil.model.checkpoint import STALE, Checkpoint, load_checkpoint, write_transformers
 from flax_distil.model.ctranslate2 import write_ctranslate2
 from flax_distil.model.folder import replacing
 from flax_distil.model.openai import to_openai
@@ -24,16 +25,13 @@ from flax_distil.text.tokens import load_tokens
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = {
-    "transformers": "model.safetensors",
-    "openai": "model.pt",
-    "ctranslate2": "model.bin",
-}
-KEYS = WEIGHTS | {"transformers": "config.json"}  # without which a folder is no model
+# Files without which a folder is not a model: removed first and written last.
+KEYS = {"transformers": "config.json", "openai": "model.pt", "ctranslate2": "model.bin"}
+WEIGHTS = KEYS | {"transformers": "model.safetensors"}
 
 
 def run(config: ExportConfig) -> dict[str, Path]:
-    """Write `config.source` in every format asked for; returns format → folder.
+    """Write `config.source` in every format of the config; returns format → folder.
 
     Raises:
         InputError: the source or the report cannot be read, PyTorch is needed and missing, a folder
@@ -46,10 +44,10 @@ def run(config: ExportConfig) -> dict[str, Path]:
             raise InputError("verify compares with PyTorch: add transformers to the formats")
         import_torch("to verify")
     elif config.verify_audio:
-        raise InputError("verify_audio is the clip that verify hears: add --verify")
+        raise InputError("--verify-audio has no effect alone: add --verify")
     if (config.heads_of is None) != (config.heads_on is None):
-        raise InputError("heads_of and heads_on belong together: a teacher, and speech to hear")
-    checkpoint = read_source(config.source, config.checkpoint)
+        raise InputError("heads_of (a teacher) and heads_on (speech) belong together: give both")
+    checkpoint = read_source(Path(config.source), config.checkpoint)
     if config.heads_of and config.heads_on:
         checkpoint = with_heads_of(checkpoint, config.heads_of, config.heads_on)
     cards = {name: model_card(checkpoint, config, name, folder) for name, folder in folders.items()}
@@ -57,7 +55,7 @@ def run(config: ExportConfig) -> dict[str, Path]:
         with replacing(folder, KEYS[name], STALE) as complete:
             WRITERS[name](checkpoint, complete, config.dtype)
             (complete / "README.md").write_text(cards[name], encoding="utf-8")
-        log.info("%s: %s", name, folder)
+        log.info("wrote %s to %s", name, folder)
     if config.verify:
         difference = largest_difference(folders["transformers"], config.verify_audio)
         if not difference <= config.tolerance:
@@ -69,12 +67,26 @@ def run(config: ExportConfig) -> dict[str, Path]:
     return folders
 
 
-def folders_of(config: ExportConfig) -> dict[str, Path]:
-    """Where each format goes.
+def read_source(source: Path, which: Literal["best", "latest"] | int) -> Checkpoint:
+    """The student of the training run in the folder `source`, or the Whisper model of that name.
 
     Raises:
-        InputError: there is none, or a folder cannot be written or holds another format, whose
-            configuration would be lost or whose weights would be read in place of the new ones.
+        InputError: there is neither, or the run has no such checkpoint.
+    """
+    run = source.expanduser()
+    if not is_run(run):
+        return load_checkpoint(str(source))
+    step, student = trained_student(run, which)
+    log.info("%s: the student of step %d", run, step)
+    return student
+
+
+def folders_of(config: ExportConfig) -> dict[str, Path]:
+    """Format → folder.
+
+    Raises:
+        InputError: there is no format, or a folder cannot be written or holds another format, whose
+            configuration would be lost or whose weights would be read instead of the new ones.
     """
     if not config.format:
         raise InputError(f"name at least one format: {', '.join(WRITERS)}")
@@ -87,16 +99,16 @@ def folders_of(config: ExportConfig) -> dict[str, Path]:
         for other, weights in WEIGHTS.items():
             if other != name and (folder / weights).exists():
                 raise InputError(
-                    f"{folder} holds {weights}, a model in the format {other}: "
-                    f"write the {name} one to another --output-dir"
+                    f"{folder} holds {weights}, a model in {other} format: "
+                    f"choose another --output-dir for {name}"
                 )
     return folders
 
 
 def write_openai(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
-    """`model.pt` for `whisper.load_model`, and beside it the tokenizer, which others need."""
+    """`model.pt` for `whisper.load_model`, with the tokenizer for other libraries."""
     torch = import_torch("an OpenAI .pt")
-    checkpoint = whispers_own(checkpoint)
+    checkpoint = without_padding(checkpoint)
     sizes, state = to_openai(checkpoint.dims, to_hf(checkpoint.dims, checkpoint.params))
     tensors = {name: torch.tensor(array).to(getattr(torch, dtype)) for name, array in state.items()}
     torch.save({"dims": sizes, "model_state_dict": tensors}, folder / "model.pt")
@@ -104,8 +116,8 @@ def write_openai(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
 
 
 def write_faster_whisper(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
-    """CTranslate2's folder with the tokenizer beside it, as `faster_whisper.WhisperModel` wants."""
-    checkpoint = whispers_own(checkpoint)
+    """CTranslate2's folder with the tokenizer, for `faster_whisper.WhisperModel`."""
+    checkpoint = without_padding(checkpoint)
     tensors = to_hf(checkpoint.dims, checkpoint.params)
     write_ctranslate2(folder, checkpoint.dims, tensors, checkpoint.generation, dtype)
     copy_processor(checkpoint.source, folder, checkpoint.dims)
@@ -113,11 +125,12 @@ def write_faster_whisper(checkpoint: Checkpoint, folder: Path, dtype: str) -> No
     (folder / "vocabulary.json").write_text(names, encoding="utf-8")
 
 
-def whispers_own(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint without the padding of its vocabulary, where its tokenizer is known.
+def without_padding(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without the padding of its vocabulary, if it has a tokenizer.
 
     Raises:
-        InputError: it has added words, which openai-whisper and CTranslate2 would take for times.
+        InputError: it has added tokens, which openai-whisper and CTranslate2 would read as
+            timestamps.
     """
     if not (checkpoint.source / "tokenizer.json").is_file():
         return checkpoint
@@ -125,7 +138,7 @@ def whispers_own(checkpoint: Checkpoint) -> Checkpoint:
     if tokens.words:
         raise InputError(
             f"the vocabulary has {len(tokens.words)} added tokens behind <|30.00|>, which "
-            "openai-whisper and CTranslate2 take for times: export to transformers alone"
+            "openai-whisper and CTranslate2 read as timestamps: export to transformers alone"
         )
     decoder = checkpoint.params["decoder"]
     embedding = {"embedding": decoder["tokens"]["embedding"][: tokens.vocabulary]}
@@ -137,10 +150,10 @@ def whispers_own(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def token_names(folder: Path, size: int) -> list[str]:
-    """What CTranslate2 calls each id; times that a tokenizer.json leaves out are filled in.
+    """CTranslate2's name of each id; timestamps that a tokenizer.json lacks are added.
 
     Raises:
-        InputError: the folder has no tokenizer.json, or it is not Whisper's.
+        InputError: the folder has no tokenizer.json of Whisper.
     """
     tokens = load_tokens(folder)
     vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()

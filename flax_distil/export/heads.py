@@ -1,4 +1,4 @@
-"""Alignment heads of a trained student, chosen on speech by its teacher's."""
+"""Alignment heads of a student, chosen by comparing its attention with its teacher's on speech."""
 
 import logging
 from dataclasses import replace
@@ -19,7 +19,7 @@ CLIPS = 16
 
 
 def with_heads_of(checkpoint: Checkpoint, teacher: str, speech: str) -> Checkpoint:
-    """The checkpoint with the heads that follow the first clips of a data set as the teacher's do.
+    """The checkpoint with the heads that align the first clips of a dataset as the teacher's do.
 
     Raises:
         InputError: one of the two cannot be read, there is no clip, or the tokenizers differ.
@@ -28,7 +28,7 @@ def with_heads_of(checkpoint: Checkpoint, teacher: str, speech: str) -> Checkpoi
     if guide.dims.vocab != checkpoint.dims.vocab:
         raise InputError(
             f"{teacher} has {guide.dims.vocab:,} tokens and the student {checkpoint.dims.vocab:,}: "
-            "alignment heads are chosen by a teacher with the same tokenizer"
+            "choose a teacher with the same tokenizer"
         )
     sounds = [load_waveform(clip) for clip in islice(read_dataset(speech).iter_from(0), CLIPS)]
     if not sounds:

@@ -1,4 +1,4 @@
-"""The proof of an export: PyTorch's logits of it against ours, on the same clip."""
+"""Verification of an export: logits and texts of PyTorch against ours."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def largest_difference(folder: Path, audio: Path | None = None) -> float:
     """The largest absolute difference of a logit between Transformers' PyTorch Whisper and ours.
 
     Both read the Transformers folder and run in float32 over the log-mel of the first 30 s of
-    `audio` (a synthetic clip where None) and the tokens that our greedy search finds in it.
+    `audio` (None: a synthetic clip) and the tokens of our greedy search.
 
     Raises:
         InputError: PyTorch is missing, or the audio cannot be read.
@@ -31,10 +31,10 @@ def largest_difference(folder: Path, audio: Path | None = None) -> float:
 
     recognizer = make_recognizer(load_checkpoint(folder))
     clip = synthetic_clip() if audio is None else pad_or_trim(load_audio(audio))
-    heard = recognize(recognizer, clip[None], DecodeOptions())[0]
-    prompt = recognizer.tokens.prompt(heard.language)
+    hypothesis = recognize(recognizer, clip[None], DecodeOptions())[0]
+    prompt = recognizer.tokens.prompt(hypothesis.language)
     room = recognizer.spec.dims.text_positions - len(prompt)
-    tokens_BL = jnp.array([[*prompt, *heard.tokens[:room]]])
+    tokens_BL = jnp.array([[*prompt, *hypothesis.tokens[:room]]])
 
     mel_BTM = log_mel(clip[None], recognizer.spec.dims.mels)
     audio_BSD = recognizer.spec.encoder(recognizer.params["encoder"])(mel_BTM)
@@ -49,9 +49,9 @@ def largest_difference(folder: Path, audio: Path | None = None) -> float:
 
 
 def differing_texts(folder: Path, clips: Sequence[np.ndarray], max_tokens: int = 128) -> list[int]:
-    """The clips whose greedy tokens differ between Transformers, left to itself, and us.
+    """Indices of the clips whose greedy tokens differ between Transformers and ours.
 
-    clips: 16 kHz waveforms of at most 30 s, taken for the model's first language (English).
+    clips: 16 kHz waveforms of at most 30 s, in English.
 
     Raises:
         InputError: PyTorch is missing.
@@ -82,7 +82,7 @@ def differing_texts(folder: Path, clips: Sequence[np.ndarray], max_tokens: int =
 
 
 def synthetic_clip() -> Float32[np.ndarray, "480000"]:
-    """30 s of a gliding tone in noise: nothing to understand, but no silence either."""
+    """30 s of a gliding tone in noise: neither speech nor silence."""
     time = np.arange(CLIP_SAMPLES) / SAMPLE_RATE
     glide = np.sin(2 * np.pi * (150 + 20 * time) * time)
     noise = np.random.default_rng(0).normal(0, 0.02, time.size)
@@ -90,7 +90,7 @@ def synthetic_clip() -> Float32[np.ndarray, "480000"]:
 
 
 def import_torch(what: str) -> Any:
-    """PyTorch. Raises InputError where it is not installed, which `what` needs."""
+    """PyTorch, which `what` needs. Raises InputError where it is not installed."""
     try:
         import torch
     except ImportError:

@@ -190,7 +190,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(random_folders, 
         (dict(verify_audio=tmp_path / "a.wav"), "add --verify"),
         (dict(format=()), "at least one format"),
         (dict(output_dir=tmp_path / "a" / "out"), r"cannot write to .*a: choose"),
-        (dict(output_dir=random_folders[1]), "model.safetensors, a model in the format transf"),
+        (dict(output_dir=random_folders[1]), "model.safetensors, a model in transformers format"),
     ):
         (tmp_path / "a").touch()
         with pytest.raises(InputError, match=complaint):
