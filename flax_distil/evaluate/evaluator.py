@@ -18,7 +18,13 @@ from tqdm import tqdm
 
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, pad_or_trim
 from flax_distil.config import DataConfig, EvaluateConfig
-from flax_distil.data.utterances import Utterance, load_waveform, read_dataset
+from flax_distil.data.utterances import (
+    Utterance,
+    Utterances,
+    UtteranceStream,
+    load_waveform,
+    read_dataset,
+)
 from flax_distil.decode.options import DecodeOptions, Hypothesis
 from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
 from flax_distil.errors import InputError, check_writable, writing
@@ -207,7 +213,7 @@ def transcribe_dataset(
     host, hosts = jax.process_index(), jax.process_count()
     skipped: list[str] = []
     total = len(range(host, len(utterances), hosts)) if isinstance(utterances, Sized) else None
-    ours = tqdm(islice(utterances, host, None, hosts), name, total, unit="clip")
+    ours = iter(tqdm(islice(utterances, host, None, hosts), name, total, unit="clip"))
     clips = _usable(ours, skipped, config, recognizers)
     results = list(transcribe_batches(recognizers, batches(clips, config.batch_size), config))
     parts = from_all_hosts((results, skipped))
@@ -219,7 +225,7 @@ def relative_speed(first: Iterable[float], other: Iterable[float]) -> float:
     return median(a / b for a, b in zip(first, other, strict=True))
 
 
-def _open(source: str, config: EvaluateConfig):
+def _open(source: str, config: EvaluateConfig) -> Utterances | UtteranceStream:
     utterances = read_dataset(
         DataConfig(
             source,

@@ -107,7 +107,7 @@ def label(job: LabelJob, engine: Engine, host: int = 0, hosts: int = 1) -> Label
         barrier(f"labels in {store.address}", A_WEEK)
         done = store.finished(checking, made)
     shards = [shard for _, shard in sorted((done | made).items())]
-    labelled_now = sum(shard.seconds for shard in made.values())
+    labelled_now = sum((shard.seconds for shard in made.values()), 0.0)
     summary = LabelSummary(tuple(shards), labelled_now, time.monotonic() - begun)
     if host == 0:
         store.remove_partial()

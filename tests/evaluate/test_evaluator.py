@@ -10,6 +10,7 @@ import pytest
 from flax_distil.audio.load import SAMPLE_RATE, encode_flac
 from flax_distil.config import EvaluateConfig
 from flax_distil.decode.options import Hypothesis
+from flax_distil.decode.recognizer import Recognizer
 from flax_distil.errors import InputError
 from flax_distil.evaluate import evaluator
 from flax_distil.evaluate.evaluator import (
@@ -222,7 +223,10 @@ def test_times_are_paired_medians_without_compilation(monkeypatch):
     """A clock of our own: a takes 4 s, b 2 s, the first call of a size 100 s more."""
     now, seen, calls = [0.0], set(), []
 
-    def recognize(name, waveforms_BN, options):
+    models = {name: object.__new__(Recognizer) for name in "ab"}
+
+    def recognize(model, waveforms_BN, options):
+        name = next(name for name in models if models[name] is model)
         calls.append(name)
         slow = (name, len(waveforms_BN)) not in seen
         seen.add((name, len(waveforms_BN)))
@@ -232,9 +236,8 @@ def test_times_are_paired_medians_without_compilation(monkeypatch):
     monkeypatch.setattr(evaluator, "recognize", recognize)
     monkeypatch.setattr(evaluator.time, "perf_counter", lambda: now[0])
     config = EvaluateConfig(("a", "b"), ("d",), passes=3)
-    rounds = list(
-        transcribe_batches({"a": "a", "b": "b"}, [[clip(0)] * 2, [clip(1)] * 2, [clip(2)]], config)
-    )
+    clips = [[clip(0)] * 2, [clip(1)] * 2, [clip(2)]]
+    rounds = list(transcribe_batches(models, clips, config))
     assert [one.seconds for one in rounds] == [{"a": 4.0, "b": 2.0}] * 3
     assert calls[:2] == ["a", "b"]
     assert calls[8:10] == ["b", "a"]  # the second batch begins with the other model

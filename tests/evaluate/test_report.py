@@ -70,7 +70,7 @@ def test_the_clips_on_which_models_differ_most_come_first():
     def one(id: str, model: str, wer: float) -> ClipResult:
         return ClipResult("d", id, model, "en", 1.0, "so", f"{model} says", wer, -0.5, 1.0)
 
-    wers = {"a": (0, 50), "b": (100, 0), "c": (20, 20)}
+    wers = {"a": (0.0, 50.0), "b": (100.0, 0.0), "c": (20.0, 20.0)}
     clips = [
         one(id, model, wer)
         for id, pair in wers.items()

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from fake_teacher import clip, fake_labeller, fake_teacher, label_with
+from fake_teacher import clip, fake_labeller, fake_teacher, idle_teacher, label_with
 
 from flax_distil.audio.load import load_audio, to_int16
 from flax_distil.config import DataConfig
@@ -317,7 +317,7 @@ def test_states_are_there_before_their_shard(config, monkeypatch, tmp_path):
 
 def test_a_finished_run_does_nothing(config):
     first = label_with(config)
-    again = label_with(config, teacher=None)
+    again = label_with(config, idle_teacher)
     assert (again.labels, again.seconds, again.skipped) == (21, first.seconds, first.skipped)
     assert again.rtf is None
     assert summary_table(again, "labels").row_count == 6

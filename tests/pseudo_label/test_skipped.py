@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from fake_teacher import clip, fake_labeller, fake_teacher, label_with
+from fake_teacher import clip, fake_labeller, fake_teacher, idle_teacher, label_with
 from test_labeller import contents, json_lines, rows
 
 from flax_distil.errors import InputError
@@ -97,7 +97,7 @@ def test_what_can_be_read_now_is_labelled_by_the_next_run(config, speech, tmp_pa
     assert asked == [3, 3]  # shard 3: 12 to 15
     label_with(dataclasses.replace(config, output_dir=tmp_path / "whole"))
     assert contents(config.output_dir) == contents(tmp_path / "whole")
-    assert label_with(config, None).labelled_now == 0
+    assert label_with(config, idle_teacher).labelled_now == 0
 
 
 def test_what_killed_processes_left_is_removed(config):
@@ -105,5 +105,5 @@ def test_what_killed_processes_left_is_removed(config):
     whole = contents(config.output_dir)
     for name in ("data/.00001.parquet.abc.partial", ".shards.json.abc.partial"):
         (config.output_dir / name).write_bytes(b"half")
-    label_with(config, None)
+    label_with(config, idle_teacher)
     assert contents(config.output_dir) == whole
