@@ -1,4 +1,4 @@
-"""Media files opened safely: allowed container formats, no reference followed, one audio track."""
+"""Safe opening of media files: a list of allowed formats, no references to other files."""
 
 import io
 import logging
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 AudioSource = str | Path | bytes | BinaryIO
 Opened = tuple[InputContainer, AudioStream]
 
-# FFmpeg's demuxers that read sound from the file itself. Not among them: playlists and lists of
-# files (hls, concat, dash, sdp, image sequences, ...), which open whatever they name, devices, and
+# FFmpeg's demuxers that read audio from the file itself. Excluded are playlists and lists of files
+# (hls, concat, dash, sdp, image sequences, ...), which open any file that they name, devices, and
 # formats of pictures, subtitles and games.
 FORMATS = (
     *("aa", "aac", "ac3", "aiff", "amr", "amrnb", "amrwb", "ape", "asf", "au", "avi", "caf", "dsf"),
@@ -38,31 +38,31 @@ FORMATS = (
 )
 OPTIONS = {
     "format_whitelist": ",".join(FORMATS),
-    "enable_drefs": "0",  # of QuickTime: sound in another file
+    "enable_drefs": "0",  # of QuickTime: audio in another file
     "use_absolute_path": "0",
 }
-RATES = range(1_000, 1_000_001)  # Hz that are taken for a sound's; headers of others are damaged
-RESTARTS = 0x0200  # AVFMT_TS_DISCONT: the format's clock may begin and go on anywhere
+RATES = range(1_000, 1_000_001)  # Hz; a header with another rate is damaged
+RESTARTS = 0x0200  # AVFMT_TS_DISCONT: time stamps of the format may start anywhere and jump
 
 
 class AudioError(InputError):
-    """This audio cannot be used; the message names it and says why."""
+    """Audio that cannot be used; the message names it and the reason."""
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """A moment after which a file is given up."""
+    """The time at which decoding of a file is given up."""
 
     seconds: float
     end: float
 
     @classmethod
     def after(cls, seconds: float) -> "Deadline":
-        """`seconds` from now."""
+        """A deadline `seconds` from now."""
         return cls(seconds, time.monotonic() + seconds)
 
     def check(self, name: str) -> None:
-        """Raises AudioError when it has passed."""
+        """Raises AudioError if it has passed."""
         if time.monotonic() > self.end:
             raise AudioError(
                 f"{name}: not decoded after {self.seconds:g} s: write the file again, or raise the "
@@ -71,7 +71,7 @@ class Deadline:
 
 
 def source_name(source: AudioSource) -> str:
-    """What an error message calls this source."""
+    """The source's name in error messages."""
     if isinstance(source, bytes):
         return f"audio of {len(source)} bytes"
     if isinstance(source, (str, Path)):
@@ -80,19 +80,19 @@ def source_name(source: AudioSource) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """FFmpeg's words, without the number and the name that its errors come with."""
+    """FFmpeg's message, without error number and file name."""
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
 @contextmanager
 def audio_errors(name: str) -> Iterator[None]:
-    """Turns whatever FFmpeg and PyAV raise over a damaged file into AudioError."""
+    """Turns the exceptions of FFmpeg and PyAV for damaged files into AudioError."""
     try:
         yield
     except InputError:
         raise
     except (OSError, ValueError, ArithmeticError, LookupError, TypeError, RuntimeError) as error:
-        raise AudioError(f"{name}: damaged, or no sound ({reason(error)})") from error
+        raise AudioError(f"{name}: damaged, or not audio ({reason(error)})") from error
 
 
 @contextmanager
@@ -101,14 +101,15 @@ def open_audio(
 ) -> Iterator[Opened]:
     """An open container and its audio track number `track`, from 1; None is the default track.
 
-    Raises AudioError for what is missing, of another format, without sound or without that track.
+    Raises:
+        AudioError: the file is missing, of another format, or without that track.
     """
     name, protocols = source_name(source), "none"
     if format is not None and format.split(":")[0] not in FORMATS:
-        raise AudioError(f"{name}: {format} is no format of sound: use one of {' '.join(FORMATS)}")
+        raise AudioError(f"{name}: {format} is not an audio format: use one of {' '.join(FORMATS)}")
     if isinstance(source, (str, Path)):
         check_regular(name, Path(source))
-        # Without the scheme, "10:30.wav" would be taken for a protocol called "10".
+        # Without the scheme, "10:30.wav" would be parsed as the protocol "10".
         source, protocols = f"file:{source}", "file"
     elif isinstance(source, bytes):
         source = io.BytesIO(source)
@@ -117,9 +118,11 @@ def open_audio(
         container = av.open(source, "r", format, options=options, timeout=deadline.seconds)
     except (av.error.FFmpegError, ValueError, OSError) as error:
         deadline.check(name)
-        if isinstance(error, av.error.ArgumentError):  # FFmpeg's word for one off the whitelist
+        if isinstance(
+            error, av.error.ArgumentError
+        ):  # FFmpeg's error for a format off the whitelist
             raise AudioError(
-                f"{name}: not a file of sound; playlists and lists of files are not followed"
+                f"{name}: not an audio file; playlists and lists of files are not followed"
             ) from error
         raise AudioError(
             f"{name}: not an audio file that FFmpeg can read ({reason(error)})"
@@ -129,19 +132,19 @@ def open_audio(
 
 
 def check_regular(name: str, path: Path) -> None:
-    """Raises AudioError: no file, or a pipe, device or folder, which may have no end."""
+    """Raises AudioError for a missing file, and for a pipe, device or folder."""
     try:
         if path.is_file():
             return
-        there = path.exists()
+        exists = path.exists()
     except (OSError, ValueError) as error:
         raise AudioError(f"{name}: cannot be read ({reason(error)})") from None
-    kind = "not a regular file: copy its sound into one" if there else "there is no such audio file"
+    kind = "not a regular file: copy its audio into one" if exists else "no such audio file"
     raise AudioError(f"{name}: {kind}")
 
 
 def choose_track(container: InputContainer, track: int | None, name: str) -> AudioStream:
-    """The audio track of that number, or the one that players take."""
+    """The audio track of that number, or the default one."""
     tracks = container.streams.audio
     if not tracks:
         raise AudioError(f"{name}: the file has no audio stream")
@@ -152,7 +155,7 @@ def choose_track(container: InputContainer, track: int | None, name: str) -> Aud
         known = ", ".join(
             f"{number} ({describe_track(one)})" for number, one in enumerate(tracks, 1)
         )
-        raise AudioError(f"{name}: there is no audio track {track}; the file has {known}")
+        raise AudioError(f"{name}: no audio track {track}; the file has {known}")
     return tracks[track - 1]
 
 
@@ -165,7 +168,7 @@ def describe_track(track: AudioStream) -> str:
 
 
 def declared_seconds(opened: Opened) -> float | None:
-    """Length as the header tells it, None where it does not or tells nonsense."""
+    """Length in the header; None where it is missing or invalid."""
     container, stream = opened
     found = None
     if stream.duration is not None and stream.time_base is not None:
@@ -176,7 +179,7 @@ def declared_seconds(opened: Opened) -> float | None:
 
 
 def decoded_frames(opened: Opened, name: str, deadline: Deadline) -> Iterator[AudioFrame]:
-    """Frames of the track; packets that do not decode are passed over with a warning."""
+    """Frames of the track; packets that cannot be decoded are skipped with a warning."""
     container, stream = opened
     packets = container.demux(stream)
     damaged = 0
@@ -198,7 +201,7 @@ def decoded_frames(opened: Opened, name: str, deadline: Deadline) -> Iterator[Au
         for frame in frames:
             if frame.rate not in RATES:
                 raise AudioError(
-                    f"{name}: the header says {frame.rate} Hz, and sound has {RATES[0]} to "
+                    f"{name}: the header has {frame.rate} Hz, and audio {RATES[0]} to "
                     f"{RATES[-1]}: write the file again"
                 )
             yield frame  # type: ignore[misc]
@@ -207,9 +210,9 @@ def decoded_frames(opened: Opened, name: str, deadline: Deadline) -> Iterator[Au
 
 
 def seek(opened: Opened, seconds: float) -> None:
-    """Go to the last packet at most `seconds` into the track, where the format can be searched."""
+    """Seek to the last packet at or before `seconds`, where the format can be searched."""
     container, stream = opened
     assert stream.time_base is not None
     target = int(seconds / stream.time_base) + (stream.start_time or 0)
-    with suppress(av.error.FFmpegError):  # then it is read from where it stands
+    with suppress(av.error.FFmpegError):  # then it is read from the current position
         container.seek(target, stream=stream)

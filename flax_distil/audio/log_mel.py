@@ -37,7 +37,7 @@ def log_mel(
 def scale_log_powers(
     log_BTM: Float[Array | np.ndarray, "*B T M"], loudest: Float[Array | np.ndarray, "..."]
 ) -> Any:
-    """Log powers cut off 8 decades below the loudest one of a clip, in the range of the model.
+    """Log powers clipped 8 decades below the loudest one of a clip and scaled for the model.
 
     NumPy in, NumPy out, as with JAX.
     """
@@ -83,7 +83,7 @@ def mel_by_fft(frames_BTW: Array, filters: np.ndarray) -> Float32[Array, "B T M"
 
 
 def mel_by_matrices(frames_BTW: Array, filters: np.ndarray) -> Float32[Array, "B T M"]:
-    """The same by products alone; one radix-2 step halves the matrices.
+    """The same as matrix products; one radix-2 step halves the matrices.
 
     e^(-2πik(n+200)/400) = (-1)^k e^(-2πikn/400): even bins see the sum of the two half frames,
     odd bins their difference.
@@ -101,7 +101,7 @@ def mel_by_matrices(frames_BTW: Array, filters: np.ndarray) -> Float32[Array, "B
 
 
 def exact_matmul(left: Array, right: np.ndarray) -> Array:
-    """A float32 product on every device: TPUs round to bfloat16 and GPUs to TF32 unless told."""
+    """A float32 product on every device: by default TPUs round to bfloat16, GPUs to TF32."""
     return jnp.matmul(left, right, precision=Precision.HIGHEST)
 
 

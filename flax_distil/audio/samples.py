@@ -1,4 +1,4 @@
-"""Decoded frames to one channel of float32 on the recording's timeline, in bounded memory."""
+"""Decoded frames to mono float32 on the recording's timeline, in bounded memory."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ from jaxtyping import Float32
 
 from flax_distil.audio.container import RESTARTS, AudioError, Opened
 
-# Containers whose time stamps say when sound is heard: silence stands where they leave a gap. Those
-# of other formats are made up from the number of samples.
+# Containers whose time stamps are those of playback: a gap in them is silence. Those of other
+# formats are computed from the number of samples.
 TIMED = {"asf", "flv", "matroska", "mov", "mpeg", "mpegts", "mxf", "nut", "ogg"}
-# A deviation of the time stamps that is no gap, and one that is a new clock where a format allows
-# that: the defaults of FFmpeg's aresample (min_hard_comp) and -dts_delta_threshold.
+# Deviations of time stamps below JITTER are ignored; above NEW_CLOCK, they are a new clock where
+# formats allow it: the defaults of FFmpeg's aresample (min_hard_comp) and -dts_delta_threshold.
 JITTER, NEW_CLOCK = 0.1, 10.0  # seconds
-# A mean of channels that has less than this share of the power that it would have of unrelated
-# ones is a mean of opposite phases: speech in it is 10 dB weaker than beside it.
+# A mean of channels with less than this share of the power of unrelated channels is one of opposite
+# phases, in which speech is 10 dB weaker.
 CANCELLED = 0.1
-STEP_POWER = 2.0**-30  # of sound at the step of 16-bit samples; what is below it is silence
+STEP_POWER = 2.0**-30  # of the smallest 16-bit sample; below it is silence
 
-# What 1.0 is in the sample formats that numpy converts.
+# The full scale (1.0) of the sample formats that NumPy converts.
 FULL_SCALE = {"s16": 2**15, "s16p": 2**15, "s32": 2**31, "s32p": 2**31, "flt": 1, "fltp": 1}
 
 
 class Chunk(NamedTuple):
-    """Samples (channels, n) that begin at sample `index` of a recording at `rate` Hz."""
+    """Samples [channels, n] from sample `index` of a recording at `rate` Hz on."""
 
     rate: int
     index: int
@@ -36,15 +36,15 @@ class Chunk(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The sample behind the last."""
+        """The index after the last sample."""
         return self.index + self.samples.shape[1]
 
     def alike(self, other: "Chunk") -> bool:
-        """Whether both have one rate and number of channels."""
+        """Whether both have the same rate and number of channels."""
         return self.rate == other.rate and len(self.samples) == len(other.samples)
 
     def within(self, start: int, end: int | None) -> "Chunk":
-        """What of it lies from sample `start` to before `end`."""
+        """The samples in [`start`, `end`)."""
         first = min(max(start, self.index), self.end)
         last = self.end if end is None else max(min(end, self.end), first)
         kept = self.samples[:, first - self.index : last - self.index]
@@ -53,21 +53,21 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class TrackClock:
-    """How time stamps of a track become seconds of the recording."""
+    """Conversion of a track's time stamps to seconds of the recording."""
 
     timed: bool
     """Whether a gap between time stamps is silence."""
     restarts: bool
-    """Whether time stamps may begin again in the middle."""
+    """Whether time stamps may restart in the middle."""
     tick: Fraction
-    """Seconds of a time stamp's unit."""
+    """Unit of the time stamps in seconds."""
     origin: int
-    """Time stamp of the recording's beginning."""
+    """Time stamp of the start of the recording."""
 
     @classmethod
     def of(cls, opened: Opened) -> "TrackClock":
-        """The clock of a track: a file begins at 0, or with its first track where the format's
-        time stamps begin anywhere."""
+        """The clock of a track: a file starts at 0, or with its first track where the format's time
+        stamps start anywhere."""
         container, stream = opened
         timed = not TIMED.isdisjoint(container.format.name.split(","))
         restarts = bool(container.format.flags & RESTARTS)
@@ -77,7 +77,7 @@ class TrackClock:
         return cls(timed, restarts, tick, zero if late else start)
 
     def seconds(self, frame: AudioFrame) -> float | None:
-        """Where in the recording a frame begins, as far as it tells."""
+        """Start of a frame in the recording; None without a time stamp."""
         if frame.pts is None:
             return None
         return (frame.pts - self.origin) * float(self.tick)
@@ -90,17 +90,17 @@ class TrackClock:
 
 
 def place_frames(
-    frames: Iterable[AudioFrame], clock: TrackClock, name: str, longest: float, sought: bool = False
+    frames: Iterable[AudioFrame], clock: TrackClock, name: str, longest: float, seeked: bool = False
 ) -> Iterator[Chunk]:
-    """The frames where the recording has them, with silence in the gaps.
+    """The frames at their places in the recording, with silence in the gaps.
 
-    longest: seconds of a gap that is believed. sought: the frames begin in the middle of the
-    recording, where their time stamps tell; else the first one is its beginning.
+    longest: seconds of the longest valid gap. seeked: the frames start in the middle of the
+    recording, at their time stamps; else the first frame is its start.
     """
     place, rate, shift = None, 0, 0.0
     for frame, samples in convert_frames(frames):
         if place is None:
-            place, rate = clock.index(frame) if sought else 0, frame.rate
+            place, rate = clock.index(frame) if seeked else 0, frame.rate
             if place is None:
                 return
         if rate != frame.rate:
@@ -108,13 +108,13 @@ def place_frames(
         time = clock.seconds(frame) if clock.timed else None
         if time is not None and abs(gap := time + shift - place / rate) > JITTER:
             if gap < 0 or (clock.restarts and gap > NEW_CLOCK):
-                shift -= gap  # goes on where it is; sound that overlaps is kept
+                shift -= gap  # continues here; overlapping audio is kept
             elif gap > longest:
                 raise AudioError(f"{name}: its time stamps leave a gap of {gap:.0f} s")
             else:
-                for piece in silence(rate, place, round(gap * rate), len(samples)):
-                    yield piece
-                    place = piece.end
+                for chunk in silence(rate, place, round(gap * rate), len(samples)):
+                    yield chunk
+                    place = chunk.end
         yield Chunk(rate, place, samples)
         place += samples.shape[1]
 
@@ -150,59 +150,59 @@ def frame_samples(frame: AudioFrame) -> Float32[np.ndarray, "channels n"]:
     return samples.astype(np.float32) * np.float32(1 / FULL_SCALE[frame.format.name])
 
 
-def split_seconds(pieces: Iterable[Chunk], whole: bool = False) -> Iterator[Chunk]:
-    """The same samples, cut at the recording's whole seconds; `whole`: begins with such a cut.
+def split_seconds(chunks: Iterable[Chunk], whole: bool = False) -> Iterator[Chunk]:
+    """The same samples, cut at whole seconds of the recording; `whole`: starting at such a cut.
 
-    Where a part of a file is decoded the cuts are those of the whole file, so that what is decided
-    a second at a time is decided alike, and a resampler's phase is the same.
+    A part of a file is cut as the whole file is, so that decisions per second and the resampler's
+    phase are the same.
     """
     waiting: list[Chunk] = []
-    for piece in pieces:
+    for chunk in chunks:
         if whole:
-            begin = -(-piece.index // piece.rate) * piece.rate
-            piece = piece.within(begin, None)
-            if not piece.samples.size:
+            begin = -(-chunk.index // chunk.rate) * chunk.rate
+            chunk = chunk.within(begin, None)
+            if not chunk.samples.size:
                 continue
             whole = False
-        if waiting and not waiting[0].alike(piece):
+        if waiting and not waiting[0].alike(chunk):
             yield concatenate(waiting)
             waiting = []
-        while (cut := piece.index - piece.index % piece.rate + piece.rate) <= piece.end:
-            yield concatenate([*waiting, piece.within(piece.index, cut)])
-            waiting, piece = [], piece.within(cut, None)
-        if piece.samples.size:
-            waiting.append(piece)
+        while (cut := chunk.index - chunk.index % chunk.rate + chunk.rate) <= chunk.end:
+            yield concatenate([*waiting, chunk.within(chunk.index, cut)])
+            waiting, chunk = [], chunk.within(cut, None)
+        if chunk.samples.size:
+            waiting.append(chunk)
     if waiting:
         yield concatenate(waiting)
 
 
-def concatenate(pieces: list[Chunk]) -> Chunk:
-    """Pieces that follow each other as one, each channel in a row of memory."""
-    first, last = pieces[0], pieces[-1]
+def concatenate(chunks: list[Chunk]) -> Chunk:
+    """Consecutive chunks as one, with each channel contiguous in memory."""
+    first, last = chunks[0], chunks[-1]
     samples = np.empty((len(first.samples), last.end - first.index), np.float32)
     return first._replace(
-        samples=np.concatenate([one.samples for one in pieces], axis=1, out=samples)
+        samples=np.concatenate([one.samples for one in chunks], axis=1, out=samples)
     )
 
 
-def mix_to_mono(piece: Chunk) -> tuple[Chunk, bool]:
-    """The mean of the channels; or, where they cancel each other, the louder of them, and True.
+def mix_to_mono(chunk: Chunk) -> tuple[Chunk, bool]:
+    """The mean of the channels and False, or the louder one and True where they cancel each other.
 
-    The channels are averaged here and not by FFmpeg, which sums stereo into one float channel with
-    1/√2 each: √2 louder than the mean that soundfile, librosa or int16 output give.
+    FFmpeg would sum stereo with factors of 1/√2 in float: √2 louder than the mean, which
+    soundfile, librosa and FFmpeg's int16 output give.
     """
-    channels = len(piece.samples)
+    channels = len(chunk.samples)
     if channels == 1:
-        return piece, False
-    mean = piece.samples.mean(axis=0, keepdims=True)
-    powers = np.array([mean_square(channel) for channel in piece.samples])
+        return chunk, False
+    mean = chunk.samples.mean(axis=0, keepdims=True)
+    powers = np.array([mean_square(channel) for channel in chunk.samples])
     power = mean_square(mean[0])
     unrelated = powers.sum() / channels**2
     if unrelated < STEP_POWER or power >= CANCELLED * unrelated:  # also where they hold NaN
-        return piece._replace(samples=mean), False
-    # Of equally loud ones always the first: the other one has the opposite sign.
+        return chunk._replace(samples=mean), False
+    # The first of equally loud ones, always: the other one has the opposite sign.
     louder = int(np.argmax(powers >= powers.max() / 2))
-    return piece._replace(samples=piece.samples[louder : louder + 1]), True
+    return chunk._replace(samples=chunk.samples[louder : louder + 1]), True
 
 
 def mean_square(samples: Float32[np.ndarray, "n"]) -> float:
@@ -210,23 +210,23 @@ def mean_square(samples: Float32[np.ndarray, "n"]) -> float:
     return float(samples @ samples) / max(len(samples), 1)
 
 
-def resample(pieces: Iterable[Chunk], rate: int) -> Iterator[Chunk]:
-    """One channel at `rate` Hz, in its place there."""
+def resample(chunks: Iterable[Chunk], rate: int) -> Iterator[Chunk]:
+    """One channel at `rate` Hz, at its index there."""
     resampler, place, end = None, 0, (0, 0)
-    for piece in pieces:
-        if piece.rate == rate:
+    for chunk in chunks:
+        if chunk.rate == rate:
             yield from flush(resampler, rate, place)
             resampler, end = None, (0, 0)
-            yield piece
+            yield chunk
             continue
-        if end != (piece.rate, piece.index):
+        if end != (chunk.rate, chunk.index):
             yield from flush(resampler, rate, place)
             resampler = av.AudioResampler(format="fltp", rate=rate)
-            place = round(piece.index * rate / piece.rate)
+            place = round(chunk.index * rate / chunk.rate)
         assert resampler is not None
-        samples = np.ascontiguousarray(piece.samples)
+        samples = np.ascontiguousarray(chunk.samples)
         frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
-        frame.sample_rate, end = piece.rate, (piece.rate, piece.end)
+        frame.sample_rate, end = chunk.rate, (chunk.rate, chunk.end)
         for block in resampler.resample(frame):
             yield Chunk(rate, place, block.to_ndarray())
             place += block.samples
@@ -234,7 +234,7 @@ def resample(pieces: Iterable[Chunk], rate: int) -> Iterator[Chunk]:
 
 
 def flush(resampler: av.AudioResampler | None, rate: int, place: int) -> Iterator[Chunk]:
-    """What a resampler still holds."""
+    """The samples left in a resampler."""
     for block in resampler.resample(None) if resampler else ():
         yield Chunk(rate, place, block.to_ndarray())
         place += block.samples

@@ -1,6 +1,4 @@
-"""SpecAugment without time warping (Park et al. 2019, arXiv 1904.08779): bands and stretches of the
-log-mel are hidden, so that a model does not rely on any one of them.
-"""
+"""SpecAugment without time warping (Park et al. 2019, arXiv 1904.08779): time and bin masks."""
 
 from functools import partial
 from typing import Any
@@ -22,13 +20,12 @@ def spec_augment(
 ) -> Float[Array, "B T M"]:
     """The log-mel with masks of each clip's mean; jit-able, `options` static.
 
-    A mask's length is uniform from 0 to its maximum and its place uniform where it fits. Stretches
-    of time fall where the clip sounds, not into its padding, and hide at most
-    `time_mask_share` of it each.
+    Lengths of masks are uniform from 0 to their maximum, their starts uniform where they fit. Time
+    masks are inside the clip, not its padding, and each covers at most `time_mask_share` of it.
 
     keys_B: key data (as `jax.random.key_data`) of each clip. seconds_B: lengths before padding.
     """
-    # One frame at least: the mean of none is no number, and would reach the whole batch's gradient.
+    # At least one frame: the mean of none is NaN, which would reach the whole batch's gradient.
     frames_B = jnp.clip(seconds_B * SAMPLE_RATE / HOP, 1, mel_BTM.shape[1])
     return jax.vmap(partial(_augmented, options=options))(keys_B, mel_BTM, frames_B)
 
@@ -48,7 +45,7 @@ def _augmented(key: Any, mel_TM: Array, frames: Array, options: AugmentConfig) -
 def masks(
     key: Array, size: int, end: Shaped[Array, ""] | int, longest: Shaped[Array, ""], count: int
 ) -> Bool[Array, "{size}"]:
-    """True under any of `count` masks of up to `longest` places, inside the first `end` of all."""
+    """True under any of `count` masks of up to `longest` positions, inside the first `end`."""
     lengths, starts = jax.random.uniform(key, (2, count))
     lengths = jnp.floor(lengths * (longest + 1))
     starts = jnp.floor(starts * (end - lengths + 1))

@@ -1,4 +1,4 @@
-"""What is done to clips in training and nowhere else; nothing is, unless it is asked for."""
+"""Augmentation of training clips: additive noise, and the settings of SpecAugment."""
 
 import logging
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from flax_distil.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-RECORDINGS_KEPT = 32  # decoded
+DECODED_RECORDINGS = 32  # in memory
 
-# Samples and the seed of an example to samples of the same length.
+# (samples, seed of the example) → samples of the same length
 AddNoise = Callable[[Int16[np.ndarray, "n"], tuple[int, ...]], Int16[np.ndarray, "n"]]
 
 
@@ -38,14 +38,16 @@ def check_augmentation(config: AugmentConfig) -> None:
             raise InputError(f"{name} {value} must not be negative: 0 is none")
     low, high = config.snr_db
     if low > high:
-        raise InputError(f"snr_db goes from {low:g} to {high:g}: write the lower first")
+        raise InputError(f"snr_db goes from {low:g} to {high:g}: give the lower number first")
 
 
 def open_noise(config: AugmentConfig) -> AddNoise | None:
-    """Additive noise from the recordings of `config.noise`; None where there is no such folder.
+    """Additive noise from the recordings of `config.noise`; None where that is not set.
 
-    The seed alone decides whether a clip gets noise, of which recording, from where and how loud.
-    Raises InputError for recordings that cannot be read or numbers out of their range.
+    The seed determines whether a clip gets noise, the recording, its start and its level.
+
+    Raises:
+        InputError: the recordings cannot be read, or a number is out of range.
     """
     check_augmentation(config)
     if config.noise is None:
@@ -58,29 +60,29 @@ def open_noise(config: AugmentConfig) -> AddNoise | None:
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """Adds noise of these recordings; it can be sent to another process."""
+    """Adds noise of these recordings; can be pickled."""
 
     recordings: Utterances
     config: AugmentConfig
 
     def __call__(self, samples: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
-        """The samples with noise, if the seed wants it, as loud as they were at most."""
+        """The samples with or without noise, scaled so that none is clipped."""
         random = generator(Purpose.NOISE, *seed)
         if random.random() >= self.config.noise_probability:
             return samples
         snr_db = random.uniform(*self.config.snr_db)
         try:
-            recording = _heard(self, int(random.integers(len(self.recordings))))
+            recording = _load_recording(self, int(random.integers(len(self.recordings))))
         except AudioError as error:
             logger.warning("a clip is left without noise: %s", error)
             return samples
         noise = noise_excerpt(random, recording, len(samples))  # type: ignore[arg-type]
         if not mean_power(noise):
-            return samples  # a silent stretch has no level
+            return samples  # silence has no level
         mixed = mix_at_snr(samples.astype(np.float32) / 32768, noise, snr_db)
         return to_int16(mixed / max(1.0, float(np.abs(mixed).max())))
 
 
-@lru_cache(RECORDINGS_KEPT)
-def _heard(noise: Noise, number: int) -> np.ndarray:
+@lru_cache(DECODED_RECORDINGS)
+def _load_recording(noise: Noise, number: int) -> np.ndarray:
     return load_waveform(noise.recordings[number])

@@ -1,9 +1,8 @@
-"""Any number of datasets as one sequence of examples, which seed and weights alone decide.
+"""A mixture of datasets as one sequence of examples, determined by seed and weights.
 
-Which source the p-th example of a run comes from is drawn by a generator that seed and p determine,
-and which of its utterances from how often the source was drawn before. So a position, one number,
-is all that continuing needs, on any number of hosts. Streams keep a place of their own
-(`streams.py`).
+Seed and position p determine the source of the p-th example of a run, and the number of earlier
+examples of that source determines the utterance. So a run is resumed from one number, on any number
+of hosts. Streams have positions of their own (`streams.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,61 +29,62 @@ from flax_distil.errors import InputError
 from flax_distil.text.special import strip_special
 from flax_distil.text.tokens import WhisperTokens
 
-DRAWS_PER_BLOCK = 1 << 16  # draws that one generator makes
-CLIPS_FOR_HOURS = 200  # clips whose headers are read where a dataset does not tell durations
+DRAWS_PER_BLOCK = 1 << 16  # draws of one generator
+CLIPS_FOR_HOURS = 200  # headers that are read of a dataset without durations
 
 
-STREAMED = -1  # stands for the number of an utterance of a stream
+STREAMED = -1  # in the place of an utterance's number, of a stream
 
 
 class ExampleKey(NamedTuple):
-    """One example of a run; with the run's seed, the seed of all that is random about it."""
+    """Identifies an example of a run; with the run's seed, it seeds all that is random in it."""
 
     source: int
     lane: int
-    """Of the stream; 0 of a dataset."""
+    """Of the stream; 0 for a dataset."""
     passes: int
-    """Over the dataset, or the lane of a stream, before."""
+    """Completed passes over the dataset or the lane."""
     number: int
     """Of the utterance."""
 
 
 @dataclass(frozen=True)
 class TrainingSource:
-    """One dataset of a mixture, and how it is taught."""
+    """One dataset of a mixture, and how targets are made of it."""
 
     utterances: Sequence[Utterance] | UtteranceStream
     options: TargetOptions
     lengths: Int[np.ndarray, "n"]
-    """Tokens of each label, at most; none of a stream."""
+    """Upper bound of each label's tokens; empty for a stream."""
     follows: Bool[np.ndarray, "n"]
-    """Whether the utterance before is the one spoken before."""
+    """Whether the previous row is the previous utterance of the recording."""
     weight: float | None = 1.0
-    """Relative to the others; None as long as it is not known."""
+    """Relative to the others; None until it is known."""
     buffer: int = 2_000
-    """Utterances of a stream that are shuffled at a time."""
+    """Utterances of a stream in a shuffled block."""
     speech: bool = True
     """Whether its clips hold speech."""
     own_prompts: bool = False
-    """Whether its rows hold the text before them (`Utterance.previous`)."""
+    """Whether its rows hold the previous text (`Utterance.previous`)."""
 
     @property
     def weighs(self) -> bool:
-        """Whether KL and cross-entropy have factors of their own here."""
-        alike = self.speech and self.size is not None  # streams may hold both kinds
-        return not alike or (self.options.kl, self.options.ce) != (1.0, 1.0)
+        """Whether its examples need factors of KL and cross-entropy."""
+        uniform = self.speech and self.size is not None  # streams may mix speech and non-speech
+        return not uniform or (self.options.kl, self.options.ce) != (1.0, 1.0)
 
     @property
     def size(self) -> int | None:
-        """Utterances in it, None of a stream."""
+        """Number of utterances; None for a stream."""
         return None if isinstance(self.utterances, UtteranceStream) else len(self.utterances)
 
 
 def training_sources(config: DistillConfig, tokens: WhisperTokens) -> tuple[TrainingSource, ...]:
-    """What `labels` and `data` of a run name; clips without speech are sources of their own.
+    """The sources of a run's `labels` and `data`; clips without speech are separate sources.
 
-    Raises InputError for datasets that cannot be read, have nothing to learn, or are mixed with a
-    stream whose weight is not given.
+    Raises:
+        InputError: a dataset cannot be read or has nothing to learn, or a stream in a mixture has
+            no weight.
     """
     options = TargetOptions(
         config.label_buckets,
@@ -110,7 +110,7 @@ def training_sources(config: DistillConfig, tokens: WhisperTokens) -> tuple[Trai
     prompted = any(source.follows.any() or source.own_prompts for source in sources)
     if config.stored_teacher and config.prompt_probability and prompted:
         raise InputError(
-            "stored_teacher read no previous text, and prompt_probability is "
+            "stored_teacher has states without previous text, and prompt_probability is "
             f"{config.prompt_probability:g}: set it to 0"
         )
     return with_weights(sources, config.non_speech_share)
@@ -119,7 +119,7 @@ def training_sources(config: DistillConfig, tokens: WhisperTokens) -> tuple[Trai
 def open_source(
     config: TrainingDataConfig, options: TargetOptions, tokens: WhisperTokens
 ) -> tuple[TrainingSource, ...]:
-    """One dataset: its clips of speech, and those without, where there are any."""
+    """The sources of one dataset: its clips with speech, and those without."""
     utterances = read_dataset(config)
     columns = utterances.columns
     labelled = columns.labelled or columns.transcript is not None
@@ -165,7 +165,7 @@ def _source(
     weight: float | None,
     speech: bool,
 ) -> TrainingSource:
-    """A dataset, as it is or packed to windows."""
+    """A dataset, packed to windows if that is configured."""
     windows: Utterances | Packed = utterances
     if config.pack_seconds is not None:
         windows = pack(utterances, config.pack_seconds, config.pack_pause)
@@ -193,7 +193,7 @@ def _stream_source(
 
 
 def concatenate_sources(parts: Sequence[TrainingSource]) -> TrainingSource:
-    """Datasets that are drawn as one: each utterance once before any comes again."""
+    """Datasets as one source: every utterance once per pass."""
     return TrainingSource(
         Concatenated([part.utterances for part in parts]),  # type: ignore[misc]
         parts[0].options,
@@ -210,8 +210,10 @@ def with_weights(
 ) -> tuple[TrainingSource, ...]:
     """The sources with weights: those given, else their hours of audio.
 
-    non_speech_share: of the examples that are clips without speech; by their weights where None.
-    Raises InputError for a stream without a weight, and for a share that nothing can fill.
+    non_speech_share: share of examples without speech; None leaves it to the weights.
+
+    Raises:
+        InputError: a stream has no weight, or no dataset has clips for the share.
     """
     kinds = {source.speech for source in sources}
     if non_speech_share is not None:
@@ -220,9 +222,9 @@ def with_weights(
                 f"non_speech_share {non_speech_share:g} must be at least 0 and below 1"
             )
         if non_speech_share and kinds != {True, False}:
-            lacking = "clips without speech" if kinds == {True} else "speech"
+            missing = "clips without speech" if kinds == {True} else "speech"
             raise InputError(
-                f"non_speech_share is {non_speech_share:g} and no dataset has {lacking}: add one "
+                f"non_speech_share is {non_speech_share:g} and no dataset has {missing}: add one "
                 "(speech = false), or leave the share out"
             )
         if not non_speech_share:
@@ -242,8 +244,7 @@ def with_weights(
 def label_lengths(
     utterances: Utterances, tokens: WhisperTokens, target: Literal["label", "text"]
 ) -> Int[np.ndarray, "n"]:
-    """Tokens of what is learnt, read without the audio; 0 where it is empty, -1 where there is
-    none."""
+    """Tokens of each target, read without the audio; 0 if it is empty, -1 if there is none."""
     columns = utterances.columns
     if target == "label" and columns.labelled:
         return utterances.label_lengths()
@@ -255,17 +256,17 @@ def label_lengths(
         if text is None:
             return -1
         one = Utterance("", b"", text=str(text), transcript=str(text))
-        # 1: without the space that most languages begin with, a text may have a token more
+        # + 1: without a leading space, as in some languages, a text may have one token more
         return len(label_ids(one, tokens, target)) + 1 if strip_special(str(text)) else 0
 
     return np.array([length_of(text) for text in utterances.column(column)], np.int32)
 
 
 def audio_hours(utterances: Any) -> float:
-    """Hours of audio: as the dataset tells, else estimated from clips spread over it."""
+    """Hours of audio: the dataset's durations, else an estimate from some headers."""
     if isinstance(utterances, UtteranceStream):
         name = utterances.config.source
-        raise InputError(f"the hours of {name} are not known, it is a stream: give weight")
+        raise InputError(f"the hours of the stream {name} are not known: give its weight")
     if isinstance(utterances, Concatenated):
         return sum(map(audio_hours, utterances.parts))
     if isinstance(utterances, Packed):
@@ -284,9 +285,9 @@ def audio_hours(utterances: Any) -> float:
 
 
 def draw_sources(weights: Sequence[float], seed: int, position: int) -> Iterator[tuple[int, int]]:
-    """From the `position`-th example of a run on: its source, and how many it gave before."""
+    """From the `position`-th example of a run on: its source, and that source's earlier draws."""
     edges = np.cumsum(weights) / np.sum(weights)
-    edges[-1] = 1.0  # not a rounding error below
+    edges[-1] = 1.0  # exactly, despite rounding
     before = np.zeros(len(weights), np.int64)
     for block in count():
         random = generator(Purpose.SOURCE, seed, block).random(DRAWS_PER_BLOCK)
@@ -303,10 +304,10 @@ def draw_sources(weights: Sequence[float], seed: int, position: int) -> Iterator
 def example_keys(
     sources: Sequence[TrainingSource], seed: int, position: int, lanes: int = 1
 ) -> Iterator[ExampleKey]:
-    """From the `position`-th example of a run on: where each stands.
+    """The keys of examples from the `position`-th of a run on.
 
-    Every dataset is passed over again and again, each utterance once a pass. Of streams the lane is
-    told, p mod `lanes`; what comes next there, its host knows.
+    A pass over a dataset contains every utterance once. The key of a stream's example has its lane,
+    p mod `lanes`; the host of the lane knows which utterance is next.
     """
     orders: dict[int, tuple[int, np.ndarray]] = {}
     drawn = draw_sources([source.weight or 1.0 for source in sources], seed, position)
@@ -322,11 +323,11 @@ def example_keys(
 
 
 def pass_order(size: int, seed: int, source: int, passes: int) -> Int[np.ndarray, "n"]:
-    """The order of a pass over a dataset: a permutation that the three numbers decide."""
+    """The order of a pass over a dataset, determined by seed, source and pass."""
     return generator(Purpose.PASS, seed, source, passes).permutation(size)
 
 
 def rows_by_lane(batch_size: int, lanes: int) -> Int[np.ndarray, "B"]:
-    """Which example of a batch stands in each row: the p-th belongs to lane p mod `lanes`, and a
-    lane's rows lie together, so that each host has whole lanes."""
+    """The example of a batch in each row: the p-th belongs to lane p mod `lanes`, and the rows of a
+    lane are adjacent, so that each host has whole lanes."""
     return np.arange(batch_size).reshape(-1, lanes).T.reshape(-1)

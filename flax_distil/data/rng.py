@@ -1,4 +1,4 @@
-"""Random numbers that a few integers determine: never a global state, never the order of asking."""
+"""Random numbers that a few integers determine, without global state or order of calls."""
 
 from enum import IntEnum
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What numbers are drawn for; equal integers draw others for another purpose."""
+    """What numbers are drawn for; each purpose has its own for the same integers."""
 
     SOURCE = 1  # (run, block of draws)
     PASS = 2  # (run, source, pass): the order of a dataset
@@ -18,7 +18,7 @@ class Purpose(IntEnum):
 
 
 def generator(purpose: Purpose, *numbers: int) -> np.random.Generator:
-    """Philox, seeded by purpose and numbers alone."""
-    # numpy takes a list and the same list with zeros behind it for one seed; so the length counts.
+    """A Philox generator, seeded by purpose and numbers."""
+    # NumPy treats a list with trailing zeros as the same seed, so the length is part of it.
     entropy = [len(numbers), int(purpose), *numbers]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))

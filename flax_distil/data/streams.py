@@ -1,14 +1,13 @@
-"""A stream without end: read shard by shard, shuffled a block at a time, left and found again.
+"""Endless, shuffled and resumable reading of a stream.
 
-A stream's shards are dealt to lanes; a lane is read by one host, and a run keeps its number of
-lanes, so that hosts may come and go. A lane takes its shards in an order of each pass, fills a
-buffer, gives it out in an order of its own, and fills it again. A buffer whose items are replaced
-one by one would shuffle a little further, but to leave it would mean to save it, audio and all.
+The shards of a stream are divided into lanes. A lane is read by one host; the number of lanes is
+fixed for a run, so that the number of hosts may change. A lane reads its shards in a new order each
+pass, in blocks that are shuffled. A buffer whose items are replaced one by one would shuffle
+further, but would have to be saved with its audio.
 
-Where a lane stands is counted here, in shards and rows: four numbers in a checkpoint, the same for
-any version of `datasets`. Its own `state_dict` is not used: it leaves out its shuffle buffer, and a
-host would know only its own. To go on reads the shard that the block begins in up to its row, and
-no shard before it.
+The position of a lane is four numbers in a checkpoint, independent of the version of `datasets`,
+whose `state_dict` lacks the shuffle buffer and the lanes of other hosts. Resuming reads the shard
+that the block begins in up to its row, and no earlier shard.
 """
 
 from collections.abc import Iterator
@@ -23,24 +22,24 @@ from flax_distil.errors import InputError
 
 
 class LanePlace(NamedTuple):
-    """Where a lane stands: so many of the block that begins at this row are given out."""
+    """The position of a lane: `taken` utterances of the block that begins at `row` are read."""
 
     passes: int = 0
     shard: int = 0
-    """Of the lane's shards, in the order of the pass."""
+    """Among the lane's shards, in the order of the pass."""
     row: int = 0
     taken: int = 0
 
 
 class Streamed(NamedTuple):
-    """An utterance of a lane, the one spoken before it if it was read, its number, and after."""
+    """An utterance of a lane, and the previous utterance if it was read."""
 
     utterance: Utterance
     before: Utterance | None
     number: int
-    """Of the pass: shards and rows, told by one number for seeds."""
+    """Shard and row in one number, for seeds."""
     after: LanePlace
-    """Where the lane stands after it."""
+    """The lane's position after it."""
 
 
 def read_lane(
@@ -51,10 +50,12 @@ def read_lane(
     seed: tuple[int, int],
     start: LanePlace,
 ) -> Iterator[Streamed]:
-    """The utterances of one lane from a place on, pass after pass.
+    """The utterances of one lane from a position on, pass after pass.
 
     buffer: utterances of a block. seed: of the run and the source.
-    Raises InputError for a stream without utterances.
+
+    Raises:
+        InputError: the stream has no utterances.
     """
     mine = np.arange(lane, stream.shards, lanes)
     place = start
@@ -84,7 +85,7 @@ def read_lane(
 def _rows(
     stream: UtteranceStream, shards: list[int], start: LanePlace
 ) -> Iterator[tuple[int, int, Utterance]]:
-    """Place of the shard, row in it, and utterance."""
+    """Position of the shard, row in it, and utterance."""
     for place, shard in enumerate(shards[start.shard :], start.shard):
         first = start.row if place == start.shard else 0
         for row, utterance in enumerate(islice(stream.shard(shard), first, None), first):
@@ -92,7 +93,7 @@ def _rows(
 
 
 def check_lanes(stream: UtteranceStream, lanes: int, hosts: int) -> None:
-    """Raises InputError where a stream cannot be dealt to so many lanes, or they to hosts."""
+    """Raises InputError where a stream has too few shards, or lanes do not divide over hosts."""
     if lanes % hosts:
         raise InputError(
             f"{lanes} lanes of a stream do not divide over {hosts} hosts: use lanes = "

@@ -122,9 +122,9 @@ class Utterances(Sequence[Utterance]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]
         number = number if self.taken is None else int(self.taken[number])
-        rows: Any = self.rows
-        folder = rows.folder(number) if isinstance(rows, ParquetRows) else self.folder
-        return to_utterance(rows[number], number, self.columns, self.config, folder)
+        row: Row = self.rows[number]
+        folder = self.rows.folder(number) if isinstance(self.rows, ParquetRows) else self.folder
+        return to_utterance(row, number, self.columns, self.config, folder)
 
     def iter_from(self, start: int) -> Iterator[Utterance]:
         """The utterances from `start` on."""

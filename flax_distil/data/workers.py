@@ -1,8 +1,8 @@
-"""Who decodes: threads, or processes where threads are too slow.
+"""Pools for decoding: threads, or processes where threads are too slow.
 
-FFmpeg works beside other threads, but what surrounds it holds Python's lock for half of a clip's
-time (docs/LOG.md): threads prepare about twice as many clips a second as one of them, however many
-cores there are. Processes have a lock each; they take seconds to start, and send what they decode.
+FFmpeg releases the GIL, but the code around it holds it for half of a clip's time (docs/LOG.md):
+threads prepare about twice as many clips a second as one thread, on any number of cores. Processes
+scale further, but take seconds to start and copy what they decode.
 """
 
 import os
@@ -15,9 +15,9 @@ from typing import Any
 
 
 def open_pool(function: Callable, threads: int, processes: int = 0) -> tuple[Executor, Callable]:
-    """An executor, and what to submit to it in place of `function`.
+    """An executor, and the callable to submit to it for `function`.
 
-    processes: take the place of threads where there are any; `function` is sent to each once.
+    processes: used instead of threads if above 0; each receives `function` once.
     """
     if not processes:
         return ThreadPoolExecutor(threads, thread_name_prefix="loader"), function
@@ -32,13 +32,16 @@ _function: Any = None  # of a worker process
 def _start_worker(function: Callable) -> None:
     global _function
     _function = function
-    for number in (signal.SIGINT, signal.SIGTERM):  # a run that is stopped still needs its batches
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # a run that is asked to stop still needs its batches
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed closes no pool."""
+    """A parent that is killed cannot close the pool."""
     parent = parent_process()
     assert parent is not None
     parent.join()

@@ -185,7 +185,7 @@ def test_bad_audio_is_one_sentence(data, words):
 
 
 def test_missing_file_and_silent_video_are_named(tmp_path):
-    with pytest.raises(AudioError, match=r"nowhere\.wav: there is no such"):
+    with pytest.raises(AudioError, match=r"nowhere\.wav: no such"):
         load_audio(tmp_path / "nowhere.wav")
     film = tmp_path / "film.mp4"
     with av.open(str(film), "w") as out:

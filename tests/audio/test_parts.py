@@ -101,5 +101,5 @@ def test_a_part_that_is_not_there(tmp_path):
         load_audio(path, offset=20.0)
     assert len(load_audio(path, offset=11.5, duration=5.0)) == RATE // 2
     for wrong in ({"offset": -1.0}, {"offset": float("nan")}, {"duration": float("inf")}):
-        with pytest.raises(InputError, match="must be a number from 0 on"):
+        with pytest.raises(InputError, match="must be finite and at least 0"):
             load_audio(path, **wrong)

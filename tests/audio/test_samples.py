@@ -144,7 +144,7 @@ def test_the_default_track_is_read_and_any_other_by_number(film):
     assert [pitch(track=number) for number in (1, 2, 3)] == pytest.approx([500, 900, 1300], abs=2)
     for absent in (0, 4, -1):
         with pytest.raises(
-            AudioError, match=rf"there is no audio track {absent}; the file has 1 \(deu"
+            AudioError, match=rf"no audio track {absent}; the file has 1 \(deu"
         ) as error:
             load_audio(film, track=absent)
         assert "2 (eng, pcm_s16le, default), 3 (fra, pcm_s16le)" in str(error.value)
@@ -163,7 +163,7 @@ def test_opposite_phases_are_heard(share, rate, caplog):
         found = load_audio(data)
     np.testing.assert_allclose(found, load_audio(flac_of(sound[None], rate)), atol=1e-4)
     assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
-        "the channels cancel each other in 2 s: the louder one is taken there"
+        "the channels cancel each other in 2 s: the louder one is used there"
     ]
 
 

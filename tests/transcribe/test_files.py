@@ -200,7 +200,7 @@ def test_a_closed_standard_input_is_a_sentence(random_folders, tmp_path, monkeyp
 def test_a_track_that_is_not_there_and_a_file_that_is_too_long(random_folders, tmp_path):
     (tmp_path / "a.flac").write_bytes(encode_flac(tone(3)))
     for flags, complaint in (
-        (dict(track=2), r"a\.flac: there is no audio track 2; the file has 1 \(flac"),
+        (dict(track=2), r"a\.flac: no audio track 2; the file has 1 \(flac"),
         (dict(max_seconds=2.5), r"a\.flac: longer than 2\.5 s: split it, or raise max_seconds"),
     ):
         with pytest.raises(SomeFailed, match=complaint):
