@@ -36,7 +36,7 @@ from tqdm import tqdm
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, load_audio, pad_or_trim
 from flax_distil.cache import cache_folder
 from flax_distil.decode.assistant import make_assistant
-from flax_distil.decode.options import DecodeOptions, total
+from flax_distil.decode.hypothesis import Acceptance
 from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
 from flax_distil.export.formats import write_faster_whisper
 from flax_distil.fetch.manifest import read_manifest
@@ -46,6 +46,7 @@ from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.openai import to_openai
 from flax_distil.model.weights import to_hf
+from flax_distil.options import DecodeOptions
 from flax_distil.parallel.platform import name_platform
 from flax_distil.text.wer import word_errors
 from flax_distil.transcribe import ChunkedOptions, SequentialOptions, transcribe
@@ -58,8 +59,10 @@ PACKAGES = ("jax", "flax", "torch", "transformers", "openai-whisper", "faster-wh
 
 def flax_distil(checkpoint: Checkpoint, tokens: int, dtype: str) -> Engine:
     recognizer = make_recognizer(checkpoint, dtype)
-    options = DecodeOptions("en", max_tokens=tokens)
-    return lambda windows: [one.text for one in recognize(recognizer, windows, options)]
+    options = DecodeOptions(max_tokens=tokens)
+    return lambda windows: [
+        one.text for one in recognize(recognizer, windows, options, language="en")
+    ]
 
 
 def transformers(checkpoint: Checkpoint, tokens: int) -> Engine:
@@ -209,21 +212,22 @@ def installed_engines(ways: Mapping[str, Callable[..., Engine]], *given) -> dict
 
 def drafted(recognizer: Recognizer, options: argparse.Namespace) -> dict[str, Engine]:
     """Greedy search, and the same text through every drafter; `acceptance` is the last batch's."""
-    decode = DecodeOptions("en", max_tokens=options.tokens)
+    decode = DecodeOptions(max_tokens=options.tokens)
     checkpoints = {"lookup": None}
     checkpoints |= {"student": load_checkpoint(options.student)} if options.student else {}
     checkpoints |= {"smaller": load_checkpoint(options.smaller)} if options.smaller else {}
 
     def assisted(assistant):
         def run(windows):
-            found = recognize(recognizer, windows, decode, assistant)
-            run.acceptance = total(one.acceptance for one in found)
+            helped = recognizer.with_assistant(assistant)
+            found = recognize(helped, windows, decode, language="en")
+            run.acceptance = Acceptance.total(one.acceptance for one in found)
             return [one.text for one in found]
 
         return run
 
     def greedy(windows):
-        return [one.text for one in recognize(recognizer, windows, decode)]
+        return [one.text for one in recognize(recognizer, windows, decode, language="en")]
 
     runs: dict[str, Engine] = {"greedy": greedy}
     for name, checkpoint in checkpoints.items():
@@ -286,7 +290,7 @@ def paired(
             "equal_texts_percent": round(100 * float(np.mean([a == b for a, b in pairs])), 1),
             "wer_to_first": round(100 * word_errors(*zip(*pairs, strict=True)).rate, 2),
         }
-        if acceptance := total(acceptances[name]):
+        if acceptance := Acceptance.total(acceptances[name]):
             row["acceptance_percent"] = round(100 * acceptance.rate, 1)
             row["tokens_a_pass"] = round(acceptance.tokens_per_pass, 2)
         rows.append(row)

@@ -1,12 +1,12 @@
 """Do we write what the reference engines write, on real weights and real speech?
 
     python benchmarks/parity.py [language] [search] [chunked] [sequential] [words]
-        [--models whisper-tiny.en whisper-base] [--clips 8] [--manifests FILE…] [--beams 1 5]
-        [--batch 1 8] [--minutes 1] [--languages en es fr it ru] [--students FOLDER…] [--json FILE]
+        [--models whisper-tiny.en whisper-base] [--clips 8] [--manifests FILE…] [--batch 1 8]
+        [--minutes 1] [--languages en es fr it ru] [--students FOLDER…] [--json FILE]
 
 language: whisper-base names the language of telephone prompts in five languages as openai-whisper
-does. search: the tokens of greedy search and of five beams are Transformers'; a model may be a
-folder, and --manifests takes other clips than the prompts: those that the demo judges, say.
+does. search: the tokens of greedy search are Transformers'; a model may be a folder, and
+--manifests takes other clips than the prompts: those that the demo judges, say.
 chunked: a recording read in chunks has the words that Transformers' pipeline finds in it. With
 timestamps the pipeline says parts twice: there our chunks are also put together by its own code.
 sequential: one read with Whisper's algorithm has openai-whisper's words and segments. words: the
@@ -32,8 +32,8 @@ from tqdm import tqdm
 from flax_distil.audio.load import AudioError, load_audio, pad_or_trim
 from flax_distil.audio.log_mel import HOP
 from flax_distil.cache import cache_folder
+from flax_distil.decode.hypothesis import Window
 from flax_distil.decode.language import detect_language
-from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import Recognizer, encode, make_recognizer, recognize
 from flax_distil.fetch.manifest import read_manifest
 from flax_distil.fetch.prompts import FOREIGN, foreign_prompts, human_prompts
@@ -43,14 +43,15 @@ from flax_distil.model.dims import CHUNK_SAMPLES
 from flax_distil.model.openai import to_openai
 from flax_distil.model.student import init_student
 from flax_distil.model.weights import to_hf
+from flax_distil.options import DecodeOptions
 from flax_distil.parallel.platform import name_platform
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.tokens import WhisperTokens
 from flax_distil.text.wer import word_errors
 from flax_distil.transcribe import ChunkedOptions, SequentialOptions, transcribe
-from flax_distil.transcribe.chunked import Reading, cut_all, hear
-from flax_distil.transcribe.sequential import split
-from flax_distil.transcribe.words import align
+from flax_distil.transcribe.chunked import ChunkState, cut_all, decode_chunks
+from flax_distil.transcribe.segments import split_segments
+from flax_distil.transcribe.words import align_words
 
 TOKENS = 128  # written at most for a clip
 EVERYTHING = ["language", "search", "chunked", "sequential", "words"]
@@ -128,11 +129,9 @@ def languages(spoken_in: list[str], count: int, size: int) -> list[dict]:
     return rows
 
 
-def searches(
-    name: str, files: list[Path], sizes: Sequence[int], widths: Sequence[int]
-) -> list[dict]:
-    """How often greedy search and beams, over so many clips at a time, write Transformers' tokens,
-    with all differences. Transformers has the largest batch."""
+def searches(name: str, files: list[Path], sizes: Sequence[int]) -> list[dict]:
+    """How often greedy search, over so many clips at a time, finds Transformers' tokens, with all
+    differences. Transformers has the largest batch."""
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
     from transformers.utils import logging
 
@@ -143,37 +142,34 @@ def searches(
     extractor = WhisperFeatureExtractor.from_pretrained(checkpoint.source)
     language = {"language": "en", "task": "transcribe"} if checkpoint.dims.multilingual else {}
     prompt = ours.tokens.prompt("en" if language else None)
-    rows = []
-    for beams in widths:
-        options = DecodeOptions("en", beams=beams, beam_search="transformers", max_tokens=TOKENS)
-        found: dict[int, list] = {
-            size: [{"model": name, "beams": beams, "batch": size, "clips": 0, "equal": 0}, []]
-            for size in sizes
-        }
-        for batch, windows in batches(files, max(sizes), f"{name}, {beams} beams"):
-            mel = extractor(list(windows), sampling_rate=16_000, return_tensors="pt").input_features
-            written = theirs.generate(
-                mel, num_beams=beams, do_sample=False, max_new_tokens=TOKENS, **language
-            )
-            for size, (row, differences) in found.items():
-                parts = (windows[at : at + size] for at in range(0, len(windows), size))
-                heard = [one for part in parts for one in recognize(ours, part, options)]
-                for index, (path, one, ids) in enumerate(zip(batch, heard, written, strict=True)):
-                    texts = list(one.tokens), text_of(ids.tolist(), ours.tokens)
-                    row["clips"] += 1
-                    row["equal"] += texts[0] == texts[1]
-                    if texts[0] != texts[1]:
-                        judge = partial(log_probability, theirs, mel[index : index + 1], prompt)
-                        sides = {"ours": texts[0], "theirs": texts[1]}
-                        differences.append(
-                            {
-                                "file": path.name,
-                                **{who: ours.tokens.decode(text) for who, text in sides.items()},
-                                "log_probabilities": {w: judge(text) for w, text in sides.items()},
-                            }
-                        )
-        rows += [row | {"differences": differences} for row, differences in found.values()]
-        print(*rows[-len(found) :], sep="\n", flush=True)
+    options = DecodeOptions(max_tokens=TOKENS)
+    found: dict[int, list] = {
+        size: [{"model": name, "batch": size, "clips": 0, "equal": 0}, []] for size in sizes
+    }
+    for batch, windows in batches(files, max(sizes), name):
+        mel = extractor(list(windows), sampling_rate=16_000, return_tensors="pt").input_features
+        written = theirs.generate(
+            mel, num_beams=1, do_sample=False, max_new_tokens=TOKENS, **language
+        )
+        for size, (row, differences) in found.items():
+            parts = (windows[at : at + size] for at in range(0, len(windows), size))
+            heard = [one for part in parts for one in recognize(ours, part, options, language="en")]
+            for index, (path, one, ids) in enumerate(zip(batch, heard, written, strict=True)):
+                texts = list(one.tokens), text_of(ids.tolist(), ours.tokens)
+                row["clips"] += 1
+                row["equal"] += texts[0] == texts[1]
+                if texts[0] != texts[1]:
+                    judge = partial(log_probability, theirs, mel[index : index + 1], prompt)
+                    sides = {"ours": texts[0], "theirs": texts[1]}
+                    differences.append(
+                        {
+                            "file": path.name,
+                            **{who: ours.tokens.decode(text) for who, text in sides.items()},
+                            "log_probabilities": {w: judge(text) for w, text in sides.items()},
+                        }
+                    )
+    rows = [row | {"differences": differences} for row, differences in found.values()]
+    print(*rows, sep="\n", flush=True)
     return rows
 
 
@@ -248,10 +244,10 @@ def chunks(name: str, minutes: float, size: int) -> list[dict]:
     return rows
 
 
-class Whole(Reading):
-    """Read to its end, as Transformers does; ours leaves what the next chunk hears better."""
+class WholeChunk(ChunkState):
+    """Decoded to its end, as in Transformers; ours leaves the end to the next chunk."""
 
-    def unread(self) -> bool:
+    def unfinished(self) -> bool:
         return bool(self.chunk.samples[self.seek * HOP :].any())
 
 
@@ -259,21 +255,24 @@ def merged_as_theirs(
     recognizer: Recognizer, tokenizer: Any, sound: np.ndarray, length: float, size: int, once: bool
 ) -> str:
     """Our chunks, each read once or to its end, put together by Transformers' tokenizer."""
-    readings = [Whole(one) for one in cut_all(recognizer, [sound], "en", ChunkedOptions(length))]
-    options = DecodeOptions("en", timestamps=True)
+    start = Window("en")
+    states = [
+        WholeChunk(one) for one in cut_all(recognizer, [sound], start, ChunkedOptions(length))
+    ]
+    options = DecodeOptions(timestamps=True)
     outputs = []
-    for batch in (readings[at : at + size] for at in range(0, len(readings), size)):
-        while unread := [one for one in batch if one.unread() and not (once and one.heard)]:
-            hear(recognizer, unread, options, (), None)
+    for batch in (states[at : at + size] for at in range(0, len(states), size)):
+        while left := [one for one in batch if one.unfinished() and not (once and one.hypotheses)]:
+            decode_chunks(recognizer, left, options)
         for one in batch:
             ids, seek, piece = [], 0, one.chunk.piece
-            for found in one.heard[:-1]:  # times begin at 0 in each window, as in its `generate`
-                spans, moved = split(
-                    found.tokens, recognizer.tokens.timestamp_begin, one.frames - seek
+            for found in one.hypotheses[:-1]:
+                spans, moved = split_segments(
+                    found.tokens, recognizer.tokens.times, one.frames - seek
                 )
                 ids += [token for *_, span in spans for token in span]
                 seek += moved
-            ids += [token for found in one.heard[-1:] for token in found.tokens]
+            ids += [token for found in one.hypotheses[-1:] for token in found.tokens]
             edges = (piece.stop - piece.start, piece.first - piece.start, piece.stop - piece.last)
             outputs.append(
                 {
@@ -330,11 +329,11 @@ def students_words(name: str, folders: list[str], minutes: float) -> list[dict]:
     checkpoint = load_checkpoint(fetch_weights(name))
     teacher = make_recognizer(checkpoint)
     windows = np.stack([pad_or_trim(sound[at:]) for at in range(0, sound.size, CHUNK_SAMPLES)])
-    texts = [one.tokens for one in recognize(teacher, windows, DecodeOptions("en"))]
+    texts = [one.tokens for one in recognize(teacher, windows, language="en")]
 
     def aligned(recognizer: Recognizer) -> list[tuple[str, tuple[float, float]]]:
         audio = encode(recognizer.spec, recognizer.params["encoder"], windows)
-        rows = align(recognizer, audio, texts, ["en"] * len(texts))
+        rows = align_words(recognizer, audio, texts, ["en"] * len(texts))
         return [(word.word, (word.start, word.end)) for row in rows for word in row]
 
     students = {f"untrained, {n} layers": init_student(checkpoint, n) for n in (2, 3)}
@@ -390,7 +389,6 @@ def main():
     parser.add_argument("--languages", nargs="+", default=["en", *FOREIGN])
     parser.add_argument("--clips", type=int, default=8, help="of each kind; 0 for all")
     parser.add_argument("--manifests", nargs="+", type=Path, default=[], help="of clips to search")
-    parser.add_argument("--beams", nargs="+", type=int, default=[1, 5])
     parser.add_argument("--students", nargs="+", default=[], help="of the first model, trained")
     parser.add_argument("--minutes", type=float, default=1, help="of the long recording")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
@@ -406,9 +404,7 @@ def main():
     if "search" in options.what:
         files = english(options.clips, options.manifests)
         report["search"] = [
-            row
-            for name in options.models
-            for row in searches(name, files, options.batch, options.beams)
+            row for name in options.models for row in searches(name, files, options.batch)
         ]
     if "chunked" in options.what:
         report["chunked"] = [

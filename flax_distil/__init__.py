@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flax_distil.audio.load import load_audio
-    from flax_distil.decode.options import DecodeOptions, Hypothesis
+    from flax_distil.decode.hypothesis import Hypothesis
     from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
     from flax_distil.errors import InputError
     from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from flax_distil.model.student import init_student
+    from flax_distil.options import DecodeOptions
 
 __all__ = [
     "Checkpoint",
@@ -31,11 +32,12 @@ __all__ = [
 
 _HOMES = {
     "flax_distil.audio.load": ("load_audio",),
-    "flax_distil.decode.options": ("DecodeOptions", "Hypothesis"),
+    "flax_distil.decode.hypothesis": ("Hypothesis",),
     "flax_distil.decode.recognizer": ("Recognizer", "make_recognizer", "recognize"),
     "flax_distil.errors": ("InputError",),
     "flax_distil.model.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
     "flax_distil.model.student": ("init_student",),
+    "flax_distil.options": ("DecodeOptions",),
 }
 
 

@@ -6,6 +6,14 @@ from typing import Literal
 
 from tyro.conf import Fixed, OmitArgPrefixes, Positional
 
+from flax_distil.options import (
+    ChunkedOptions,
+    DecodeOptions,
+    SequentialOptions,
+    SubtitleLayout,
+    VoiceOptions,
+)
+
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -507,110 +515,56 @@ class ExportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TranscribeConfig:
-    """Write down what is said in audio files or the sound of videos."""
+    """Transcribe audio files or the sound of videos."""
 
     audio: Positional[tuple[Path, ...]]
     """Files of any format that FFmpeg reads, folders of them, or - for standard input."""
     model: str
     """A folder, a fetched name or a hub name."""
     format: Literal["txt", "srt", "vtt", "tsv", "json", "all"] = "txt"
-    """What is written: plain text, subtitles, a table, openai-whisper's JSON, or each of them."""
+    """Output format: plain text, subtitles, a table, openai-whisper's JSON, or all of them."""
     output_dir: Path = Path(".")
-    """Receives the files, named as the audio is."""
+    """Folder for the transcripts, which are named after the audio files."""
     track: int | None = None
-    """Number of the audio track of each file, from 1; without it the file's default track."""
+    """Number of the audio track of each file, from 1; by default the file's default track."""
     max_seconds: float = 43_200.0
-    """Longest file that is decoded, in seconds; each takes 64 kB of memory."""
+    """Longest file that is decoded, in seconds; each second takes 64 kB of memory."""
     deadline: float = 600.0
-    """Seconds of time after which the decoding of a file is given up."""
+    """Seconds after which decoding a file is given up."""
     digital_silence: float = 1.0
-    """Seconds of it, as in a gap of the time stamps or before a late start, that no segment without
-    word timestamps begins or ends in."""
+    """No segment without word timestamps begins or ends in digital silence of this many seconds,
+    such as a gap between the file's time stamps or a late start."""
     language: str | None = None
-    """Language spoken, such as en; without it the model's own guess."""
-    task: Literal["transcribe", "translate"] = "transcribe"
-    """Write in the language spoken, or in English."""
+    """Language spoken, such as en; by default it is detected."""
+    prompt: str | None = None
+    """Text before the audio, for names and style."""
     method: Literal["sequential", "chunked"] = "sequential"
-    """sequential: as Whisper does, with times, one window of each file at a time; chunked: all
-    windows at once, fast also on one file, and right for students taught without timestamps."""
+    """sequential: Whisper's own algorithm, with times, one window of each file at a time. chunked:
+    overlapping chunks in batches, fast for one file too, and right for students trained without
+    timestamps."""
     batch_size: int = 8
     """Windows of 30 s decoded at a time."""
     dtype: Dtype = "float32"
     """Precision of the computation; softmax and layer norms stay in float32."""
-    max_tokens: int = 224
-    """Longest text of a window in tokens."""
     assistant: str | None = None
-    """Drafts what the model verifies: the same text in fewer passes of the model. A student or
-    smaller Whisper with the same tokenizer (folder or name), or lookup, which repeats what was
-    written before. Helps greedy search, not beams."""
+    """Speculative decoding, which gives the same text: a student or smaller Whisper with the same
+    tokenizer (folder or name), or lookup, which repeats earlier text. Not with beams."""
     draft_tokens: int = 4
-    """Tokens that the assistant drafts a pass."""
-    beams: int = 1
-    """Texts followed at once by beam search; 1 is greedy search."""
-    patience: float = 1.0
-    """Beam search stops when beams x patience texts have ended."""
-    length_penalty: float | None = None
-    """Exponent, 0 to 1, of the length that scores of beams and drawn texts are divided by; else
-    their mean counts."""
-    temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    """Tried in turn on a window until its text looks right (sequential)."""
-    best_of: int = 5
-    """Texts drawn where the temperature is above 0."""
+    """Tokens that the assistant drafts for each pass of the model."""
     seed: int = 0
-    """Of all that is drawn."""
-    compression_ratio_threshold: float | None = 2.4
-    """A text that compresses further repeats itself, and is tried again (sequential)."""
-    logprob_threshold: float | None = -1.0
-    """A text of a lower mean log-probability is doubted, and tried again (sequential)."""
-    no_speech_threshold: float | None = 0.6
-    """A window is silent above this no-speech probability if its text is doubted (sequential)."""
-    condition_on_previous_text: bool = True
-    """Tell each window what was said before it, if the model was trained so (sequential)."""
-    prompt: str | None = None
-    """Text that went before the audio: names and style are taken from it."""
-    carry_prompt: bool = False
-    """Tell every window the prompt, not only the first (sequential)."""
-    hotwords: str | None = None
-    """Words to expect in any window."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes words less probable that a window has already."""
-    no_repeat_ngram: int = 0
-    """No run of so many tokens is written twice in a window; 0 allows it."""
-    clips: tuple[float, ...] = ()
-    """Start, end, start, ... in seconds of the parts to transcribe (sequential)."""
-    timestamps: bool = False
-    """Let the model write timestamps in chunks and cut the text there, if it was taught any
-    (chunked; sequential always does)."""
-    chunk_length: float = 30.0
-    """Seconds of a chunk; 15 to 25 is better for distilled models (paper table 20)."""
-    stride: float | None = None
-    """Seconds that a chunk shares with the next on each side; without it, a sixth of it."""
-    word_timestamps: bool = False
-    """Say when each word is spoken (sequential)."""
-    hallucination_silence_threshold: float | None = None
-    """With word timestamps: text that looks made up is dropped between pauses of so many seconds,
-    and the silence is passed over (sequential)."""
+    """Random seed for sampling."""
+    search: OmitArgPrefixes[DecodeOptions] = DecodeOptions(best_of=5)
+    """How windows are decoded."""
+    sequential: OmitArgPrefixes[SequentialOptions] = SequentialOptions()
+    """Whisper's own long-form algorithm."""
+    chunked: OmitArgPrefixes[ChunkedOptions] = ChunkedOptions()
+    """How audio is cut into overlapping chunks."""
     vad: bool = False
-    """Cut out pauses by voice-activity detection before anything else (extra vad); times are the
-    recording's."""
-    vad_threshold: float = 0.5
-    """Probability of speech above which it begins."""
-    vad_hysteresis: float = 0.15
-    """How far below the threshold it has to fall for a pause."""
-    vad_min_silence: float = 2.0
-    """Seconds; shorter pauses are kept."""
-    vad_min_speech: float = 0.1
-    """Seconds; shorter speech is no speech."""
-    vad_padding: float = 0.4
-    """Seconds of sound that are kept before and behind speech."""
-    max_line_width: int | None = None
-    """Subtitles with word timestamps: characters in a line."""
-    max_line_count: int | None = None
-    """Subtitles with word timestamps: lines of a subtitle; needs a width."""
-    max_words_per_line: int | None = None
-    """Subtitles with word timestamps: words of a line, where no width is given."""
-    highlight_words: bool = False
-    """Subtitles with word timestamps: underline each word while it is spoken."""
+    """Cut out pauses by voice-activity detection first (extra vad); times are the recording's."""
+    voice: OmitArgPrefixes[VoiceOptions] = VoiceOptions()
+    """Voice-activity detection."""
+    layout: OmitArgPrefixes[SubtitleLayout] = SubtitleLayout()
+    """Layout of subtitles with word timestamps."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Which language is spoken: Whisper's own answer, at the start of transcript."""
+"""The language spoken, as Whisper predicts it at the start of transcript."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +9,7 @@ from jaxtyping import Array, Float
 
 from flax_distil.model.spec import Params, Spec
 from flax_distil.parallel.clips import by_clip
+from flax_distil.text.languages import to_language_code
 from flax_distil.text.tokens import WhisperTokens
 
 
@@ -29,3 +33,17 @@ def _detect(
     start_B1 = jnp.full((audio_BSD.shape[0], 1), sot)
     logits_BV = decoder.logits(decoder(start_B1, audio_BSD))[:, 0]
     return jax.nn.softmax(logits_BV[:, jnp.array(languages)])
+
+
+def only_language(generation: Mapping[str, Any], tokens: WhisperTokens) -> str | None:
+    """The code of `language` in a generation config; None where there is none, or all English.
+
+    Raises:
+        InputError: there is no such language, or the model lacks it.
+    """
+    named = generation.get("language")
+    if not named or not tokens.multilingual:
+        return None
+    code = to_language_code(named.strip("<|>"))
+    tokens.prompt(code)  # raises where the model lacks it
+    return code

@@ -1,4 +1,4 @@
-"""Which tokens may come next: pure functions on logits that compose in the order they are given.
+"""Rules on the next token: pure functions on logits, applied in the order in which they are given.
 
 They are Whisper's own (Radford et al. 2022, section 4.5 and the reference decoder's filters).
 """
@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-NOTHING = np.iinfo(np.int32).max  # as a token: beyond any vocabulary, so that scatters drop it
+NOTHING = np.iinfo(np.int32).max  # no token: beyond any vocabulary, so that scatters drop it
 
 
-class Progress(NamedTuple):
-    """What the rules may know of the text so far, prompt excluded.
+class TextProgress(NamedTuple):
+    """The state of the text that rules depend on, prompt excluded.
 
-    index: number of tokens written: a scalar where all rows write in step, else one a row.
+    index: number of tokens: a scalar where all rows have the same, else one a row.
     last, before: the last token and the one before it (-1 where there is none).
     latest: the latest timestamp token, or -1.
-    written: all tokens, filled up with `NOTHING`; only where a rule looks back further.
+    written: all tokens, padded with `NOTHING`; only where a rule looks back further.
     """
 
     index: Int[Array, "..."]
@@ -31,7 +31,7 @@ class Progress(NamedTuple):
     written: Int[Array, "B L"] | None = None
 
 
-Rule = Callable[[Float[Array, "B V"], Progress], Float[Array, "B V"]]
+Rule = Callable[[Float[Array, "B V"], TextProgress], Float[Array, "B V"]]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class RuleSet:
     """The static description of a decoder's rules; hashable, so that it can be static under jit.
 
     timestamp_begin: the token of 0.00 s; timestamps are off where it is None.
-    timestamp_end: the first token behind that of 30 s, where a vocabulary has words there.
+    timestamp_end: the first token after that of 30 s, where a vocabulary has words after it.
     max_initial: the largest first timestamp, in steps of 0.02 s.
     prefixed: with timestamps, the prompt ends in 0.00 s and the first words of the text.
-    repetition_penalty: divides positive and multiplies negative logits of tokens written before.
-    no_repeat_ngram: no run of so many tokens is written twice; 0 allows it.
+    repetition_penalty: divides positive and multiplies negative logits of earlier tokens.
+    no_repeat_ngram: no sequence of this many tokens occurs twice; 0 allows it.
     """
 
     end: int
@@ -85,15 +85,15 @@ class RuleSet:
         return rules
 
 
-def begin(batch: int, remembered: int = 0) -> Progress:
-    """The progress of rows that have written nothing. remembered: tokens they may look back."""
+def start_progress(batch: int, remembered: int = 0) -> TextProgress:
+    """The state of rows without text. remembered: most tokens that rules look back."""
     nothing = jnp.full((batch,), -1, jnp.int32)
     written = jnp.full((batch, remembered), NOTHING) if remembered else None
-    return Progress(jnp.zeros((), jnp.int32), nothing, nothing, nothing, written)
+    return TextProgress(jnp.zeros((), jnp.int32), nothing, nothing, nothing, written)
 
 
-def advance(progress: Progress, token_B: Int[Array, " B"], rules: RuleSet) -> Progress:
-    """The progress after one more token a row."""
+def advance(progress: TextProgress, token_B: Int[Array, " B"], rules: RuleSet) -> TextProgress:
+    """The state after one more token a row."""
     latest = progress.latest
     if rules.timestamp_begin is not None:
         is_time = _is_time(token_B, rules.timestamp_begin, rules.timestamp_end)
@@ -101,31 +101,31 @@ def advance(progress: Progress, token_B: Int[Array, " B"], rules: RuleSet) -> Pr
     written = progress.written
     if written is not None:
         written = written.at[jnp.arange(token_B.size), progress.index].set(token_B)
-    return Progress(progress.index + 1, token_B, progress.last, latest, written)
+    return TextProgress(progress.index + 1, token_B, progress.last, latest, written)
 
 
-def apply(
-    rules: Sequence[Rule], logits_BV: Float[Array, "B V"], progress: Progress
+def apply_rules(
+    rules: Sequence[Rule], logits_BV: Float[Array, "B V"], progress: TextProgress
 ) -> Float[Array, "B V"]:
-    """All rules in turn."""
+    """The logits after all rules, applied in turn."""
     for rule in rules:
         logits_BV = rule(logits_BV, progress)
     return logits_BV
 
 
 def suppress(tokens: Sequence[int]) -> Rule:
-    """Never these tokens."""
+    """Forbids these tokens."""
 
-    def rule(logits_BV: Array, _: Progress) -> Array:
+    def rule(logits_BV: Array, _: TextProgress) -> Array:
         return jnp.where(_among(tokens, logits_BV.shape[-1]), -jnp.inf, logits_BV)
 
     return rule
 
 
 def suppress_first(tokens: Sequence[int]) -> Rule:
-    """Not these tokens at the start: a text begins neither blank nor ended."""
+    """Forbids these tokens at the start: a text begins neither blank nor ended."""
 
-    def rule(logits_BV: Array, progress: Progress) -> Array:
+    def rule(logits_BV: Array, progress: TextProgress) -> Array:
         hit = _among(tokens, logits_BV.shape[-1]) & (progress.index == 0)[..., None]
         return jnp.where(hit, -jnp.inf, logits_BV)
 
@@ -138,10 +138,10 @@ def timestamps(
     """Timestamps come in pairs, never go back, open the text, and win where their mass is larger.
 
     begin: token of 0.00 s. end: the end-of-text token. max_initial: steps of 0.02 s. prefixed: the
-    text was opened by the prompt, at 0.00 s. stop: where added words begin behind the times.
+    prompt has the first timestamp, 0.00 s. stop: first id of added words after the timestamps.
     """
 
-    def rule(logits_BV: Array, progress: Progress) -> Array:
+    def rule(logits_BV: Array, progress: TextProgress) -> Array:
         token = jnp.arange(logits_BV.shape[-1])
         is_time = _is_time(token, begin, stop)
         latest, first = progress.latest, (progress.index == 0)[..., None]
@@ -179,9 +179,9 @@ def _is_time(token: Array, begin: int, stop: int | None) -> Array:
 
 
 def penalize_repetition(penalty: float) -> Rule:
-    """Tokens written before become less probable by `penalty` (Keskar et al. 2019, section 4.1)."""
+    """Makes earlier tokens less probable by `penalty` (Keskar et al. 2019, section 4.1)."""
 
-    def rule(logits_BV: Array, progress: Progress) -> Array:
+    def rule(logits_BV: Array, progress: TextProgress) -> Array:
         assert progress.written is not None
         penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
         return jnp.where(_marked(progress.written, logits_BV), penalized_BV, logits_BV)
@@ -190,9 +190,9 @@ def penalize_repetition(penalty: float) -> Rule:
 
 
 def no_repeat(size: int) -> Rule:
-    """Not the token that would end a run of `size` tokens for the second time."""
+    """Forbids the token that would complete a sequence of `size` tokens for the second time."""
 
-    def rule(logits_BV: Array, progress: Progress) -> Array:
+    def rule(logits_BV: Array, progress: TextProgress) -> Array:
         assert progress.written is not None
         written_BL = progress.written
         if size > written_BL.shape[1]:

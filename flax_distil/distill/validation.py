@@ -14,11 +14,11 @@ from tqdm import tqdm
 from flax_distil.config import DataConfig, DistillConfig
 from flax_distil.data.utterances import Utterance, Utterances, read_dataset
 from flax_distil.data.windows import DecodedClip, Skipped, decode_clip, window_batches
-from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import Recognizer, recognize
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.spec import Params, Spec
+from flax_distil.options import DecodeOptions
 from flax_distil.parallel.multihost import host_slice
 from flax_distil.text.tokens import WhisperTokens
 from flax_distil.text.wer import ErrorCounts, error_rate
@@ -157,10 +157,11 @@ def judge(
     waiting = (utterances[number] for number in mine)
     judged = tqdm(waiting, "validation", len(mine), unit="clip", leave=False, delay=5)
     for code, group in groupby(usable(judged), key=lambda one: one.language or config.language):
-        options = DecodeOptions(language=code, max_tokens=config.validation.max_tokens)
+        options = DecodeOptions(max_tokens=config.validation.max_tokens)
         size, workers = config.validation.batch_size, config.run.workers
         for windows in window_batches(group, size, workers, skipped.append):
-            found = recognize(recognizer, windows.waveforms, options)[: len(windows.utterances)]
+            found = recognize(recognizer, windows.waveforms, options, language=code)
+            found = found[: len(windows.utterances)]
             for utterance, one in zip(windows.utterances, found, strict=True):
                 rate = error_rate(one.language, config.validation.error_rate)
                 counts[rate.unit] += rate.count([utterance.text or ""], [one.text])

@@ -13,8 +13,9 @@ from jaxtyping import Float32
 
 from flax_distil.audio.load import CLIP_SAMPLES, pad_or_trim
 from flax_distil.audio.noise import white_noise
-from flax_distil.decode.options import DecodeOptions, Hypothesis
+from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.decode.recognizer import Recognizer, recognize
+from flax_distil.options import DecodeOptions
 
 
 class Agreement(NamedTuple):

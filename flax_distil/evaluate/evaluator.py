@@ -25,11 +25,12 @@ from flax_distil.data.utterances import (
     load_waveform,
     read_dataset,
 )
-from flax_distil.decode.options import DecodeOptions, Hypothesis
+from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
 from flax_distil.errors import InputError, check_writable, writing
 from flax_distil.evaluate.report import ClipResult, DatasetResult, ModelResult, Report
 from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.options import DecodeOptions
 from flax_distil.parallel.multihost import from_all_hosts, is_main_host, start
 from flax_distil.text.languages import to_language_code
 from flax_distil.text.wer import ErrorCounts, ErrorRate, error_rate
@@ -183,13 +184,15 @@ def transcribe_batches(
     order, warm = list(recognizers), set()
     for batch in batches:
         waveforms_BN = np.stack([pad_or_trim(clip.waveform) for clip in batch])
-        options = DecodeOptions(language=batch[0].language, max_tokens=config.max_tokens)
+        language, options = batch[0].language, DecodeOptions(max_tokens=config.max_tokens)
         hypotheses: dict[str, list[Hypothesis]] = {}
         times: dict[str, list[float]] = {name: [] for name in order}
         for turn in range(config.passes + (len(batch) not in warm)):
             for name in order:
                 start = time.perf_counter()
-                hypotheses[name] = recognize(recognizers[name], waveforms_BN, options)
+                hypotheses[name] = recognize(
+                    recognizers[name], waveforms_BN, options, language=language
+                )
                 if turn or len(batch) in warm:
                     times[name].append(time.perf_counter() - start)
         warm.add(len(batch))

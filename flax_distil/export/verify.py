@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, load_audio, pad_or_trim
 from flax_distil.audio.log_mel import log_mel
-from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import make_recognizer, recognize
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.options import DecodeOptions
 
 
 def largest_difference(folder: Path, audio: Path | None = None) -> float:
@@ -31,7 +31,7 @@ def largest_difference(folder: Path, audio: Path | None = None) -> float:
 
     recognizer = make_recognizer(load_checkpoint(folder))
     clip = synthetic_clip() if audio is None else pad_or_trim(load_audio(audio))
-    hypothesis = recognize(recognizer, clip[None], DecodeOptions())[0]
+    hypothesis = recognize(recognizer, clip[None])[0]
     prompt = recognizer.tokens.prompt(hypothesis.language)
     room = recognizer.spec.dims.text_positions - len(prompt)
     tokens_BL = jnp.array([[*prompt, *hypothesis.tokens[:room]]])
@@ -65,13 +65,13 @@ def differing_texts(folder: Path, clips: Sequence[np.ndarray], max_tokens: int =
     spoken: dict[str, Any] = (
         {"language": "en", "task": "transcribe"} if recognizer.tokens.multilingual else {}
     )
-    options = DecodeOptions(language="en", max_tokens=max_tokens)
+    options = DecodeOptions(max_tokens=max_tokens)
     # Not max_new_tokens: Transformers would warn of two limits, clip by clip.
     longest = len(recognizer.tokens.prompt("en")) + max_tokens
     limits: dict[str, Any] = {"max_length": longest, "num_beams": 1, "do_sample": False}
     differing = []
     for index, clip in enumerate(tqdm(clips, desc="PyTorch", unit="clip")):
-        ours = recognize(recognizer, pad_or_trim(clip)[None], options)[0].tokens
+        ours = recognize(recognizer, pad_or_trim(clip)[None], options, language="en")[0].tokens
         features = extract(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
         theirs = np.asarray(model.generate(features, **limits, **spoken))[0].tolist()
         text = [token for token in theirs if recognizer.tokens.is_text(token)]

@@ -43,7 +43,9 @@ def chips_of(tree: Any) -> int:
 
 
 def by_clip(static: tuple[str, ...], whole: tuple[str, ...] = ("params", "head_DV")) -> Any:
-    """Compiles a function whose clips do not know of each other; decides by where `params` are.
+    """Compiles a function whose clips do not know of each other.
+
+    The first of `whole` has the parameters: the work is divided over the devices that hold them.
 
     Each array but those in `whole` has a row a clip, or is a number that all share; each result has
     a row a clip. Clips that do not divide over the chips are filled up with copies of the last one.
@@ -78,7 +80,7 @@ def by_clip(static: tuple[str, ...], whole: tuple[str, ...] = ("params", "head_D
 
         def placed(call: Callable) -> Callable:
             def called(*args: Any, **kwargs: Any) -> Any:
-                mesh = mesh_of(signature.bind(*args, **kwargs).arguments["params"])
+                mesh = mesh_of(signature.bind(*args, **kwargs).arguments[whole[0]])
                 if mesh is None:
                     return call(*args, **kwargs)
                 with within(mesh):

@@ -17,11 +17,11 @@ from flax_distil.config import (
     PseudoLabelConfig,
 )
 from flax_distil.data.batches import bucket_for
-from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import batch_bucket
 from flax_distil.errors import InputError, read_json
 from flax_distil.model.dims import PUBLISHED, WhisperDims, dims_from_hf
 from flax_distil.model.student import choose_layers
+from flax_distil.options import DecodeOptions
 from flax_distil.parallel.mesh import check_batch, data_shards, make_mesh
 from flax_distil.plan.compiler import Compiled, compiled
 from flax_distil.plan.estimate import (

@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding
 from flax_distil.config import DistillConfig
 from flax_distil.data.augment import uses_spec_augment
 from flax_distil.data.batches import Batch
-from flax_distil.decode.greedy import Prompt, greedy
-from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.greedy import greedy
 from flax_distil.decode.recognizer import encode
 from flax_distil.decode.rules import RuleSet
+from flax_distil.decode.search import DecoderModel, Prompt, SearchInput
 from flax_distil.distill.flops import (
     cross_flops,
     decoder_flops,
@@ -31,6 +31,7 @@ from flax_distil.distill.trainer import compile_step
 from flax_distil.model.dims import CHUNK_SAMPLES, WhisperDims
 from flax_distil.model.generation import generation_config, special_ids
 from flax_distil.model.spec import Spec
+from flax_distil.options import DecodeOptions
 from flax_distil.parallel.mesh import (
     batch_sharding,
     check_batch,
@@ -152,8 +153,9 @@ def decode_programs(
             "decode", batch, rows, steps, batch * decoder,
             {"decoder": bytes_a_chip(params["decoder"]), "audio states": bytes_a_chip(audio)},
             lower(
-                greedy, spec, params["decoder"], audio, prompt, shape((batch,), jnp.bool_),
-                rule_set(dims, options), room,
+                greedy, DecoderModel(spec, params["decoder"]),
+                SearchInput(audio, prompt, shape((batch,), jnp.bool_)),
+                rules=rule_set(dims, options), max_tokens=room,
             ),
             loops=steps,
         ),
@@ -229,6 +231,6 @@ def bytes_a_chip(tree: Any) -> float:
     )
 
 
-def lower(function: Any, *arguments: Any) -> Any:
+def lower(function: Any, *arguments: Any, **static: Any) -> Any:
     """A jitted function for these shapes on a TPU."""
-    return function.trace(*arguments).lower(lowering_platforms=("tpu",))
+    return function.trace(*arguments, **static).lower(lowering_platforms=("tpu",))

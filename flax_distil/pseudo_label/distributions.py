@@ -11,30 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Float, Float16, Int, Int16
 
-from flax_distil.decode.drafters import Assistant
-from flax_distil.decode.options import DecodeOptions, Hypothesis
-from flax_distil.decode.recognizer import (
-    Recognizer,
-    Window,
-    decode,
-    detect,
-    drafter_hears,
-    encode,
-    pad_batch,
-    prepare,
-)
+from flax_distil.decode.hypothesis import Hypothesis
+from flax_distil.decode.recognizer import Recognizer, recognize_with_states
 from flax_distil.model.spec import Params, Spec
+from flax_distil.options import DecodeOptions
 from flax_distil.parallel.clips import by_clip
 
 
 @dataclass(frozen=True)
 class Explained(Hypothesis):
-    """A hypothesis, and what its teacher knew when it wrote it."""
+    """A hypothesis with the teacher's states."""
 
     teacher_states: Float16[np.ndarray, "n D"] | None = None
     """Its decoder's final states at each token of prompt and label."""
     audio_SD: BFloat16[np.ndarray, "S D"] | None = None
-    """What its encoder said of the clip."""
+    """Its encoder's states of the clip."""
 
 
 LENGTHS = (32, 64, 128, 256, 448)  # texts are padded to one of these, so that few programs compile
@@ -44,25 +35,24 @@ def explain(
     recognizer: Recognizer,
     waveforms_BN: Int16[np.ndarray, "B N"],
     options: DecodeOptions,
+    *,
+    language: str | None = None,
     keep_states: bool = False,
     keep_audio: bool = False,
-    assistant: Assistant | None = None,
 ) -> list[Explained]:
     """`recognize`, with the final states at every token and the audio states where asked for."""
-    known, _ = prepare(recognizer, options, len(waveforms_BN), assistant)
-    filled_BN = pad_batch(waveforms_BN)
-    audio_BSD = encode(recognizer.spec, recognizer.params["encoder"], filled_BN)
-    languages = [known] * len(waveforms_BN) if known else detect(recognizer, audio_BSD)
-    windows = [Window(language) for language in languages[: len(waveforms_BN)]]
-    heard_BSE = drafter_hears(assistant, windows, encode, filled_BN)
-    found = decode(recognizer, audio_BSD, options, windows, assistant, heard_BSE)
-    states: Sequence[np.ndarray | None] = [None] * len(found)
+    hypotheses, audio_BSD = recognize_with_states(
+        recognizer, waveforms_BN, options, language=language
+    )
+    if audio_BSD is None:
+        return []
+    states: Sequence[np.ndarray | None] = [None] * len(hypotheses)
     if keep_states:
-        states = label_states(recognizer, audio_BSD, found, options)
-    kept = np.asarray(audio_BSD.astype(jnp.bfloat16)) if keep_audio else [None] * len(found)
+        states = label_states(recognizer, audio_BSD, hypotheses, options)
+    kept = np.asarray(audio_BSD.astype(jnp.bfloat16)) if keep_audio else [None] * len(hypotheses)
     return [
         Explained(**vars(hypothesis), teacher_states=one, audio_SD=audio_SD)
-        for hypothesis, one, audio_SD in zip(found, states, kept, strict=False)
+        for hypothesis, one, audio_SD in zip(hypotheses, states, kept, strict=False)
     ]
 
 
@@ -74,9 +64,8 @@ def label_states(
 ) -> list[Float16[np.ndarray, "n D"]]:
     """The teacher's final states at each token of the prompt and of these hypotheses.
 
-    The whole text is read at once, behind the prompt that it was written behind and that training
-    puts before it; the prompt's states are kept too, from the start of transcript on. The
-    rows of `audio_BSD` are the hypotheses' clips.
+    The prompt and the text are read at once, as they were decoded and as training reads them; the
+    states begin at the start of transcript. The first rows of `audio_BSD` are the hypotheses'.
     """
     tokens = recognizer.tokens
     lines = []
@@ -98,5 +87,5 @@ def label_states(
 def final_states(
     spec: Spec, params: Params, audio_BSD: Float[Array, "B S D"], tokens_BL: Int[Array, "B L"]
 ) -> Float16[Array, "B L D"]:
-    """What logits are made of. params: the decoder's."""
+    """The decoder's output, from which logits are computed. params: the decoder's."""
     return spec.decoder(params)(tokens_BL, audio_BSD).astype(jnp.float16)

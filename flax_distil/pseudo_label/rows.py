@@ -9,7 +9,7 @@ from flax_distil.audio.load import encode_flac
 from flax_distil.data.cells import escape
 from flax_distil.data.utterances import Skipped, Utterance
 from flax_distil.data.windows import DecodedClip
-from flax_distil.decode.options import Hypothesis
+from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label.store import PseudoLabel
 from flax_distil.text.wer import error_rate

@@ -1,6 +1,5 @@
 """Utterances of a shard → clips → batches of one language → the teacher → rows → the store."""
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from flax_distil.data.audio_states import write_states
 from flax_distil.data.utterances import Skipped, Utterance
 from flax_distil.data.windows import DecodedClip, map_in_order, pad_clips
 from flax_distil.decode.assistant import load_assistant
-from flax_distil.decode.options import DecodeOptions, Hypothesis
+from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.model.checkpoint import Checkpoint
+from flax_distil.options import DecodeOptions
 from flax_distil.pseudo_label.distributions import explain
 from flax_distil.pseudo_label.identity import stored_names
 from flax_distil.pseudo_label.jobs import DecodedUtterance, LabelJob, prepare
@@ -46,11 +46,11 @@ def load_teacher(job: LabelJob, checkpoint: Checkpoint) -> Teacher:
     """The function that transcribes batches with `checkpoint` as the job's configuration asks."""
     config = job.config
     recognizer = make_recognizer(checkpoint, config.dtype)
-    assistant = None
     if config.assistant:
         if config.batch_size > 1 and jax.default_backend() == "cpu":
             log.warning("on a CPU the assistant works on batches of one only: use --batch-size 1")
         assistant = load_assistant(recognizer, config.assistant, config.draft_tokens)
+        recognizer = recognizer.with_assistant(assistant)
     options = DecodeOptions(
         task=config.task,
         timestamps=config.timestamps,
@@ -60,8 +60,14 @@ def load_teacher(job: LabelJob, checkpoint: Checkpoint) -> Teacher:
     keep_states, keep_audio = config.teacher_states, config.audio_states is not None
 
     def teacher(waveforms_BN: np.ndarray, language: str | None) -> Sequence[Hypothesis]:
-        of_batch = dataclasses.replace(options, language=language)
-        return explain(recognizer, waveforms_BN, of_batch, keep_states, keep_audio, assistant)
+        return explain(
+            recognizer,
+            waveforms_BN,
+            options,
+            language=language,
+            keep_states=keep_states,
+            keep_audio=keep_audio,
+        )
 
     return teacher
 

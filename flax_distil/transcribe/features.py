@@ -2,15 +2,13 @@
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Float32
 
 from flax_distil.audio.load import CLIP_SAMPLES
 from flax_distil.audio.log_mel import HOP, log_mel, log_powers, scale_log_powers
 from flax_distil.model.dims import CHUNK_FRAMES
-from flax_distil.model.spec import Params, Spec
-from flax_distil.parallel.clips import by_clip
 
-EDGE = 2 * HOP  # samples on both sides of a piece that its first and last frames see
+EDGE = 2 * HOP  # samples on both sides of a piece that its first and last frames depend on
 
 
 def recording_mel(waveform: Float32[np.ndarray, "n"], mels: int) -> Float32[np.ndarray, "T M"]:
@@ -26,28 +24,17 @@ def recording_mel(waveform: Float32[np.ndarray, "n"], mels: int) -> Float32[np.n
     return scale_log_powers(log_TM, log_TM.max()) if frames else log_TM
 
 
-def window(mel_TM: Float32[np.ndarray, "T M"], start: int, size: int) -> Float32[np.ndarray, "T M"]:
-    """3000 frames: `size` from `start` on, then openai-whisper's padding, zeros."""
-    part = mel_TM[start : start + size]
-    return np.pad(part, ((0, CHUNK_FRAMES - len(part)), (0, 0)))
-
-
 def clip_mel(waveform: Float32[np.ndarray, "n"], mels: int) -> Float32[np.ndarray, "T M"]:
-    """Log-mel of one clip on the host, as `recognize` hears it."""
+    """Log-mel of one clip on the host, as `recognize` computes it."""
     return np.asarray(_log_mel(waveform[None], mels)[0])
 
 
-@by_clip(static=("spec",))
-def encode_mel(spec: Spec, params: Params, mel_BTM: Float[Array, "B T M"]) -> Float[Array, "B S D"]:
-    """Log-mel windows to audio states; CPUs take one after the other, as in `encode`.
-
-    params: the encoder's.
-    """
-
-    def in_turn(mel_BTM: Array) -> Array:
-        return jax.lax.map(lambda mel_TM: spec.encoder(params)(mel_TM[None])[0], mel_BTM)
-
-    return jax.lax.platform_dependent(mel_BTM, cpu=in_turn, default=spec.encoder(params))
+def pad_window(
+    mel_TM: Float32[np.ndarray, "T M"], start: int, size: int
+) -> Float32[np.ndarray, "W M"]:
+    """3000 frames: `size` from `start` on, then openai-whisper's padding, zeros."""
+    part = mel_TM[start : start + size]
+    return np.pad(part, ((0, CHUNK_FRAMES - len(part)), (0, 0)))
 
 
 def _piece(waveform: Float32[np.ndarray, "n"], start: int, mels: int) -> np.ndarray:

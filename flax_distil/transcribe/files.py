@@ -1,4 +1,4 @@
-"""Many files to transcripts beside each other; a bad one does not stop the good ones."""
+"""Transcripts of many files; one that cannot be used does not stop the others."""
 
 import io
 import logging
@@ -15,43 +15,34 @@ from tqdm import tqdm
 from flax_distil.audio.load import LIMITS, Limits, audio_duration, load_audio
 from flax_distil.config import TranscribeConfig
 from flax_distil.decode.assistant import load_assistant
-from flax_distil.decode.options import DecodeOptions, total
+from flax_distil.decode.hypothesis import Acceptance
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.errors import InputError, SomeFailed, check_writable, writing
 from flax_distil.model.checkpoint import load_checkpoint
-from flax_distil.transcribe.gaps import clear_of, digital_silence
-from flax_distil.transcribe.options import ChunkedOptions, SequentialOptions
-from flax_distil.transcribe.recordings import LongForm, transcribe_all
+from flax_distil.options import ChunkedOptions, SequentialOptions, VoiceOptions
+from flax_distil.transcribe.recordings import transcribe_all
 from flax_distil.transcribe.result import Transcript
-from flax_distil.transcribe.voice import VoiceOptions, load_detector
-from flax_distil.transcribe.writers import WRITERS, Layout
+from flax_distil.transcribe.silence import digital_silence, trim_silence
+from flax_distil.transcribe.voice import load_detector
+from flax_distil.transcribe.writers import WRITERS
 
 log = logging.getLogger(__name__)
 
 STDIN = Path("-")
-# Endings of what is taken from a folder.
+# File name endings of audio in a folder.
 ENDINGS = """3gp aac ac3 aif aiff ape amr au avi caf dts flac flv g722 m2ts m4a m4b m4v mka mkv mov
 mp2 mp3 mp4 mpeg mpg mts mxf oga ogg opus sph ts tta voc w64 wav weba webm wma wmv wv"""
-NEEDED_BY = {  # a flag, and what says nothing without it
-    "--method sequential": (
-        "temperatures",
-        "compression_ratio_threshold",
-        "logprob_threshold",
-        "no_speech_threshold",
-        "condition_on_previous_text",
-        "carry_prompt",
-        "clips",
-        "word_timestamps",
-    ),
-    "--method chunked": ("chunk_length", "stride"),
+NEEDED_BY = {  # a flag, and those that have no effect without it
     "--word-timestamps": (
         "hallucination_silence_threshold",
         "max_line_width",
         "max_words_per_line",
         "highlight_words",
     ),
+    "--method sequential": tuple(field.name for field in fields(SequentialOptions)),
+    "--method chunked": tuple(field.name for field in fields(ChunkedOptions)),
     "--max-line-width": ("max_line_count",),
-    "--vad": tuple(f"vad_{name}" for name in VoiceOptions.__dataclass_fields__),
+    "--vad": tuple(f"vad_{field.name}" for field in fields(VoiceOptions)),
     "--assistant": ("draft_tokens",),
     "--beams": ("patience",),
 }
@@ -59,55 +50,59 @@ SUFFIXES = frozenset(f".{ending}" for ending in ENDINGS.split())
 
 
 def run(config: TranscribeConfig) -> list[Path]:
-    """Transcribe every file, print the texts and write them; returns what was written.
+    """Transcribes every file, prints the texts and writes them; returns the paths written.
 
     Raises:
-        SomeFailed: naming the files that could not be used, when the others are written.
+        SomeFailed: some files could not be used; the transcripts of the others are written.
         InputError: no file is given, two would be written under one name, an option is wrong,
-            nothing can be written, or no model is there.
+            the output cannot be written, or there is no model.
     """
     targets = target_paths(config.audio, config.output_dir)
     check_writable(config.output_dir)
     check_flags(config)
-    options, long_form, voice = options_of(config), long_form_of(config), voice_of(config)
+    if config.vad:
+        load_detector()
     recognizer = make_recognizer(load_checkpoint(config.model), config.dtype)
-    assistant = None
     if config.assistant:
         assistant = load_assistant(recognizer, config.assistant, config.draft_tokens)
+        recognizer = recognizer.with_assistant(assistant)
     limits = Limits(config.max_seconds, config.deadline)
     sources = Sources(list(targets), config.track, limits, config.digital_silence)
-    written, heard, acceptance, begun = [], 0.0, None, time.monotonic()
+    written, done, acceptance, begun = [], 0.0, None, time.monotonic()
     transcripts = transcribe_all(
-        recognizer, sources.waveforms(), options, long_form, config.batch_size, assistant, voice
+        recognizer,
+        sources.waveforms(),
+        config.search,
+        config.sequential if config.method == "sequential" else config.chunked,
+        language=config.language,
+        prompt=config.prompt,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        voice=config.voice if config.vad else None,
     )
-    with progress(targets, config.track) as bar:
+    with progress_bar(targets, config.track) as bar:
         for number, seconds, transcript in transcripts:
-            heard += seconds
-            bar.set_postfix_str(f"RTF {(time.monotonic() - begun) / max(heard, 1e-9):.3f}", False)
+            done += seconds
+            bar.set_postfix_str(f"RTF {(time.monotonic() - begun) / max(done, 1e-9):.3f}", False)
             bar.update(seconds)
             if transcript is not None:
                 source = sources.good[number]
-                transcript = clear_of(transcript, sources.gaps[number])
+                transcript = trim_silence(transcript, sources.gaps[number])
                 try:
-                    written += write(transcript, targets[source], config)
+                    written += write_transcript(transcript, targets[source], config)
                 except InputError as error:
                     sources.failures.append(str(error))
-                said = transcript.text.strip()
-                tqdm.write(f"{source}: {said}" if len(targets) > 1 else said, file=sys.stdout)
-                acceptance = total((acceptance, transcript.acceptance))
+                text = transcript.text.strip()
+                tqdm.write(f"{source}: {text}" if len(targets) > 1 else text, file=sys.stdout)
+                acceptance = Acceptance.total((acceptance, transcript.acceptance))
     spent = time.monotonic() - begun
-    if heard:
-        log.info("%.1f min of audio in %.1f s, RTF %.3f", heard / 60, spent, spent / heard)
+    if done:
+        log.info("%.1f min of audio in %.1f s, RTF %.3f", done / 60, spent, spent / done)
     if acceptance:
         log.info(
-            "the assistant: %.0f %% of its guesses accepted, %.2f tokens a pass of the model, "
-            "%d of %d passes without guesses",
-            *(
-                100 * acceptance.rate,
-                acceptance.tokens_per_pass,
-                acceptance.alone,
-                acceptance.passes,
-            ),
+            "assistant: %.0f %% of its draft tokens accepted, %.2f tokens a pass of the model",
+            100 * acceptance.rate,
+            acceptance.tokens_per_pass,
         )
     if sources.failures:
         count = f"{len(sources.failures)} of {len(targets)} files could not be used:"
@@ -117,18 +112,18 @@ def run(config: TranscribeConfig) -> list[Path]:
 
 @dataclass
 class Sources:
-    """Files that are decoded when there is room for them."""
+    """Audio files, decoded one at a time."""
 
     paths: list[Path]
-    track: int | None = None  # which is read of each
+    track: int | None = None  # of each file
     limits: Limits = LIMITS
-    silence: float = 1.0  # seconds of digital silence that are a gap
-    gaps: list[list[tuple[float, float]]] = field(default_factory=list)  # of each good one
-    good: list[Path] = field(default_factory=list)  # those that could be decoded so far
-    failures: list[str] = field(default_factory=list)  # what is wrong with the others
+    silence: float = 1.0  # shortest gap, in seconds
+    gaps: list[list[tuple[float, float]]] = field(default_factory=list)  # of each decoded file
+    good: list[Path] = field(default_factory=list)  # files decoded so far
+    failures: list[str] = field(default_factory=list)  # messages about the others
 
     def waveforms(self) -> Iterator[np.ndarray]:
-        """The sound of each file that has one."""
+        """The waveform of each file that can be decoded."""
         for path in self.paths:
             try:
                 source = standard_input() if path == STDIN else path
@@ -142,7 +137,7 @@ class Sources:
 
 
 def standard_input() -> BinaryIO:
-    """All that comes from standard input.
+    """All of standard input.
 
     Raises:
         InputError: it is closed or cannot be read.
@@ -158,105 +153,60 @@ def standard_input() -> BinaryIO:
 
 
 def check_flags(config: TranscribeConfig) -> None:
-    """Raises InputError: flags contradict each other, or one would do nothing without another."""
+    """Raises InputError: flags contradict each other, or one has no effect without another."""
     for name in ("max_seconds", "deadline", "digital_silence"):
         if not getattr(config, name) > 0:
             raise InputError(f"{name} is {getattr(config, name):g}: it must be above 0")
     if config.batch_size < 1:
         raise InputError(f"batch_size is {config.batch_size}: it must be at least 1")
-    if config.assistant and config.beams > 1:
+    beams = config.search.beams
+    if config.assistant and beams > 1:
         raise InputError(
-            f"--assistant drafts one text and --beams {config.beams} follows {config.beams}: leave "
-            "out one of the two"
+            f"--assistant drafts one text and --beams {beams} follows {beams}: leave out one of "
+            "the two"
         )
-    there = {
+    on = {
         "--method sequential": config.method == "sequential",
         "--method chunked": config.method == "chunked",
-        "--word-timestamps": config.word_timestamps,
-        "--max-line-width": config.max_line_width is not None,
+        "--word-timestamps": config.sequential.word_timestamps,
+        "--max-line-width": config.layout.max_line_width is not None,
         "--vad": config.vad,
         "--assistant": config.assistant is not None,
-        "--beams": config.beams > 1,
+        "--beams": beams > 1,
     }
-    given = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
+    changed = changed_flags(config)
     for needed, names in NEEDED_BY.items():
-        if not there[needed] and (idle := [name for name in names if name in given]):
+        if not on[needed] and (idle := [name for name in names if name in changed]):
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-            raise InputError(f"{flags} would do nothing: add {needed}")
+            raise InputError(f"{flags} would have no effect: add {needed}")
 
 
-def options_of(config: TranscribeConfig) -> DecodeOptions:
-    """How a window is decoded."""
-    return DecodeOptions(
-        language=config.language,
-        task=config.task,
-        timestamps=config.timestamps,
-        max_tokens=config.max_tokens,
-        beams=config.beams,
-        patience=config.patience,
-        length_penalty=config.length_penalty,
-        best_of=config.best_of,
-        seed=config.seed,
-        prompt=config.prompt,
-        hotwords=config.hotwords,
-        repetition_penalty=config.repetition_penalty,
-        no_repeat_ngram=config.no_repeat_ngram,
-    )
+def changed_flags(config: TranscribeConfig) -> set[str]:
+    """Names of the flags whose values are not the defaults."""
+    default = TranscribeConfig((), "")
+    prefixes = {"voice": "vad_", "search": "", "sequential": "", "chunked": "", "layout": ""}
+    pairs = [("", config, default)]
+    pairs += [(prefixes[name], getattr(config, name), getattr(default, name)) for name in prefixes]
+    return {
+        prefix + field.name
+        for prefix, ours, theirs in pairs
+        for field in fields(ours)
+        if getattr(ours, field.name) != getattr(theirs, field.name)
+    }
 
 
-def long_form_of(config: TranscribeConfig) -> LongForm:
-    """How long audio is read."""
-    if config.method == "chunked":
-        return ChunkedOptions(config.chunk_length, config.stride)
-    return SequentialOptions(
-        temperatures=config.temperatures,
-        compression_ratio_threshold=config.compression_ratio_threshold,
-        logprob_threshold=config.logprob_threshold,
-        no_speech_threshold=config.no_speech_threshold,
-        condition_on_previous_text=config.condition_on_previous_text,
-        carry_prompt=config.carry_prompt,
-        clips=config.clips,
-        word_timestamps=config.word_timestamps,
-        hallucination_silence_threshold=config.hallucination_silence_threshold,
-    )
-
-
-def voice_of(config: TranscribeConfig) -> VoiceOptions | None:
-    """How pauses are found, where they are to be cut out.
-
-    Raises:
-        InputError: the detector is not installed, or an option is out of range.
-    """
-    if not config.vad:
-        return None
-    load_detector()
-    return VoiceOptions(
-        config.vad_threshold,
-        config.vad_hysteresis,
-        config.vad_min_silence,
-        config.vad_min_speech,
-        config.vad_padding,
-    )
-
-
-def write(transcript: Transcript, target: Path, config: TranscribeConfig) -> list[Path]:
+def write_transcript(transcript: Transcript, target: Path, config: TranscribeConfig) -> list[Path]:
     """Writes a transcript's files, `target` with the formats' suffixes.
 
     Raises:
         InputError: one cannot be written.
     """
-    layout = Layout(
-        config.max_line_width,
-        config.max_line_count,
-        config.max_words_per_line,
-        config.highlight_words,
-    )
     extensions = WRITERS if config.format == "all" else (config.format,)
     paths = [target.with_name(f"{target.name}.{extension}") for extension in extensions]
     with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         for extension, path in zip(extensions, paths, strict=True):
-            path.write_text(WRITERS[extension](transcript, layout), encoding="utf-8")
+            path.write_text(WRITERS[extension](transcript, config.layout), encoding="utf-8")
     return paths
 
 
@@ -284,14 +234,14 @@ def target_paths(sources: Sequence[Path], folder: Path) -> dict[Path, Path]:
     return targets
 
 
-def progress(sources: Sequence[Path] | dict[Path, Path], track: int | None = None) -> tqdm:
-    """A bar over the seconds of all files; without an end where a length is not known."""
+def progress_bar(sources: Sequence[Path] | dict[Path, Path], track: int | None = None) -> tqdm:
+    """A progress bar over the seconds of all files; without a total where a length is unknown."""
     total = 0.0
     for source in sources:
         try:
             total += audio_duration(source, track=track) if source != STDIN else float("inf")
         except InputError:
-            continue  # told when it is decoded
+            continue  # reported when it is decoded
     known = round(total) if total < float("inf") else None
     form = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
     return tqdm(total=known, unit="s", bar_format=form if known else None, disable=None)

@@ -1,5 +1,5 @@
-"""Which cross-attention heads of a student follow the speech: those that look where its teacher's
-alignment heads look. Those that were copied from the teacher tell less once it is trained.
+"""Cross-attention heads of a student that follow the speech: those that attend where its teacher's
+alignment heads do. After training, the copied heads need not be the best ones.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import Recognizer, encode, pad_batch, recognize
+from flax_distil.decode.recognizer import Recognizer, encode_audio, pad_batch, recognize
 from flax_distil.model.spec import Params, Spec
 from flax_distil.parallel.clips import by_clip
-from flax_distil.transcribe.words import attend, pad, standardised, upper_half
+from flax_distil.transcribe.words import pad_texts, standardise, token_attention, upper_half
 
 BEHIND = 0.05  # the best head's correlation
 
@@ -28,21 +27,23 @@ def heads_like(
     """(layer, head) of the student's heads whose attention correlates with the teacher's the most.
 
     waveforms_BN: windows of speech as `recognize` takes them, two minutes or more in all. seconds:
-    how much of each is no padding. Read are the teacher's own texts. All heads that correlate
+    length of each without padding. The texts are the teacher's own. All heads that correlate
     nearly as well as the best one are kept.
     """
     tokens, spec, batch = teacher.tokens, teacher.spec, len(waveforms_BN)
-    found = recognize(teacher, waveforms_BN, DecodeOptions(language))
-    prompts = [tokens.prompt(one.language if tokens.multilingual else None) for one in found]
+    hypotheses = recognize(teacher, waveforms_BN, language=language)
+    prompts = [tokens.prompt(one.language if tokens.multilingual else None) for one in hypotheses]
     frames = [round(100 * second) for second in seconds]
-    filled_BN = pad_batch(waveforms_BN)
-    texts = [one.tokens for one in found]
-    read = pad(tokens, spec, prompts, texts, len(filled_BN), frames)
-    hear = lambda one: encode(one.spec, one.params["encoder"], filled_BN)
+    padded_BN = pad_batch(waveforms_BN)
+    texts = [one.tokens for one in hypotheses]
+    inputs = pad_texts(tokens, spec, prompts, texts, len(padded_BN), frames)
+    states = lambda one: encode_audio(one, padded_BN, drafting=False).model_BSD
     heads = teacher.alignment_heads or upper_half(spec)
-    target_BLS, _ = attend(spec, teacher.params["decoder"], hear(teacher), *read, heads)
+    target_BLS, _ = token_attention(
+        spec, teacher.params["decoder"], states(teacher), *inputs, heads
+    )
     likeness_BNH = correlations(
-        student.spec, student.params["decoder"], hear(student), *read, target_BLS
+        student.spec, student.params["decoder"], states(student), *inputs, target_BLS
     )
     mean_NH = np.asarray(likeness_BNH)[:batch].mean(0)
     places = np.argwhere(mean_NH >= mean_NH.max() - BEHIND)
@@ -56,17 +57,20 @@ def correlations(
     audio_BSD: Float[Array, "B S D"],
     tokens_BL: Int[Array, "B L"],
     lengths_B: Int[Array, " B"],
-    heard_B: Int[Array, " B"],
+    audio_length_B: Int[Array, " B"],
     target_BLS: Float[Array, "B L S"],
 ) -> Float[Array, "B N H"]:
-    """Pearson's, of each head's attention and the target; the other arguments are `attend`'s."""
+    """Pearson's correlation of each head's attention with the target.
+
+    The other arguments are those of `token_attention`.
+    """
     decoder = spec.decoder(params)
 
     def row(arguments: tuple[Array, ...]) -> Array:
-        audio_SD, tokens_L, length, heard, target_LS = arguments
+        audio_SD, tokens_L, length, audio_length, target_LS = arguments
         _, scores = decoder.cross_scores(tokens_L[None], audio_SD[None])
         counts_LS = (jnp.arange(tokens_L.size) < length)[:, None] & (
-            jnp.arange(len(audio_SD)) < heard
+            jnp.arange(len(audio_SD)) < audio_length
         )
 
         def centred(x_LS: Array) -> Array:
@@ -76,7 +80,7 @@ def correlations(
             ours, theirs = centred(attention_LS), centred(target_LS)
             return (ours * theirs).sum() / jnp.sqrt((ours**2).sum() * (theirs**2).sum() + 1e-12)
 
-        layers = [standardised(layer[0], length, heard) for layer in scores]
+        layers = [standardise(layer[0], length, audio_length) for layer in scores]
         return jnp.stack([jax.vmap(likeness)(heads_HLS) for heads_HLS in layers])
 
-    return jax.lax.map(row, (audio_BSD, tokens_BL, lengths_B, heard_B, target_BLS))
+    return jax.lax.map(row, (audio_BSD, tokens_BL, lengths_B, audio_length_B, target_BLS))

@@ -1,7 +1,7 @@
 """Where overlapping chunks are cut, and how their texts become one.
 
-As in Transformers' pipeline, where it lays whole texts over each other. Its cuts at timestamps
-inside an overlap are not followed: they say a sentence twice that two chunks spell in two ways.
+As in Transformers' pipeline, where it aligns whole texts. Its cuts at timestamps inside an overlap
+are not followed: they repeat a sentence that two chunks spell differently.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from flax_distil.audio.load import SAMPLE_RATE
+from flax_distil.options import ChunkedOptions
 from flax_distil.text.tokens import TIMESTAMP_STEP
-from flax_distil.transcribe.options import ChunkedOptions
 
 LONGER_IS_BETTER = 10_000  # 1 / the weight of an overlap's length beside its share of matches
 
@@ -20,7 +20,7 @@ LONGER_IS_BETTER = 10_000  # 1 / the weight of an overlap's length beside its sh
 class Piece(NamedTuple):
     """A chunk's place in its recording, in samples.
 
-    From first to last it is heard alone or farther from its edges than its neighbours.
+    Samples from first to last are farther from its edges than from its neighbours'.
     """
 
     start: int
@@ -29,7 +29,7 @@ class Piece(NamedTuple):
     last: int
 
 
-class Span(NamedTuple):
+class ChunkSpan(NamedTuple):
     """Part of the text: the chunk that ended it, seconds of start and end, tokens."""
 
     chunk: int
@@ -38,7 +38,7 @@ class Span(NamedTuple):
     tokens: tuple[int, ...]
 
 
-def cut(samples: int, chunked: ChunkedOptions) -> list[Piece]:
+def cut_chunks(samples: int, chunked: ChunkedOptions) -> list[Piece]:
     """The chunks of a recording."""
     length = round(chunked.chunk_length * SAMPLE_RATE)
     overlap = round(chunked.overlap * SAMPLE_RATE)
@@ -55,27 +55,29 @@ def cut(samples: int, chunked: ChunkedOptions) -> list[Piece]:
 
 def merge_timed(
     texts: Sequence[Sequence[int]], pieces: Sequence[Piece], times: range
-) -> list[Span]:
-    """Texts with timestamps as one list of segments, laid over each other as `merge` does.
+) -> list[ChunkSpan]:
+    """Texts with timestamps as one list of segments, aligned as `merge` does.
 
-    They are cut where both say the same: in the middle of an overlap half a word of one may meet
+    They are cut where both agree: in the middle of an overlap half a word of one may meet
     half a word of the other. A segment that neighbours share has the start of the one and the end
     of the other. times: the ids of timestamps.
     """
-    heard = [
+    chunks = [
         spans_of(ids, piece, place, times)
         for place, (ids, piece) in enumerate(zip(texts, pieces, strict=True))
     ]
-    bounds = kept([flat([one.tokens for one in spans]) for spans in heard], where_same=True)
-    merged: list[Span] = []
+    bounds = kept_ranges(
+        [concatenate([one.tokens for one in spans]) for spans in chunks], where_same=True
+    )
+    merged: list[ChunkSpan] = []
     unfinished = False  # whether the last segment goes on in the next chunk
-    for spans, (begin, end) in zip(heard, bounds, strict=True):
+    for spans, (begin, end) in zip(chunks, bounds, strict=True):
         at = 0
         for one in spans:
             inside = one.tokens[max(begin - at, 0) : max(end - at, 0)]
             if inside and unfinished and at < begin:
                 last = merged.pop()
-                merged.append(Span(one.chunk, last.start, one.end, (*last.tokens, *inside)))
+                merged.append(ChunkSpan(one.chunk, last.start, one.end, (*last.tokens, *inside)))
             elif inside:
                 before = merged[-1].end if merged else 0.0
                 merged.append(
@@ -86,9 +88,9 @@ def merge_timed(
     return merged
 
 
-def spans_of(ids: Sequence[int], piece: Piece, place: int, times: range) -> list[Span]:
-    """A chunk's segments; text that no timestamp closes goes on to the chunk's end."""
-    spans: list[Span] = []
+def spans_of(ids: Sequence[int], piece: Piece, place: int, times: range) -> list[ChunkSpan]:
+    """A chunk's segments; text without a closing timestamp lasts to the chunk's end."""
+    spans: list[ChunkSpan] = []
     offset, end = piece.start / SAMPLE_RATE, piece.stop / SAMPLE_RATE
     start, text = offset, []
     for token in ids:
@@ -97,37 +99,39 @@ def spans_of(ids: Sequence[int], piece: Piece, place: int, times: range) -> list
             continue
         time = round((token - times.start) * TIMESTAMP_STEP + offset, 2)
         if text:
-            spans.append(Span(place, start, time, tuple(text)))
+            spans.append(ChunkSpan(place, start, time, tuple(text)))
         start, text = time, []
-    return [*spans, Span(place, start, end, tuple(text))] if text else spans
+    return [*spans, ChunkSpan(place, start, end, tuple(text))] if text else spans
 
 
-def flat(parts: Iterable[Sequence[int]]) -> tuple[int, ...]:
-    """All tokens in turn."""
+def concatenate(parts: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """The tokens of all parts."""
     return tuple(token for part in parts for token in part)
 
 
 def merge(texts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     """What each text adds to those before it, where neighbours overlap.
 
-    As in Transformers' pipeline: the end of one and the beginning of the next are laid over each
-    other where most tokens agree, and the halves of that overlap come from the nearer one.
+    As in Transformers' pipeline: the end of one and the beginning of the next are aligned
+    where most tokens agree, and the halves of that overlap come from the nearer one.
     """
-    return [tuple(text[begin:end]) for text, (begin, end) in zip(texts, kept(texts), strict=True)]
+    return [
+        tuple(text[begin:end]) for text, (begin, end) in zip(texts, kept_ranges(texts), strict=True)
+    ]
 
 
-def kept(texts: Sequence[Sequence[int]], where_same: bool = False) -> list[tuple[int, int]]:
-    """Where the part of each text that is kept begins and ends (`overlap`)."""
+def kept_ranges(texts: Sequence[Sequence[int]], where_same: bool = False) -> list[tuple[int, int]]:
+    """Where the part of each text that is kept begins and ends (`align_overlap`)."""
     begins, ends = [0], []
     for text, following in pairwise(texts):
         left = np.array(text[begins[-1] :], np.int64)
-        end, begin = overlap(left, np.array(following, np.int64), where_same)
+        end, begin = align_overlap(left, np.array(following, np.int64), where_same)
         ends.append(begins[-1] + end)
         begins.append(begin)
     return list(zip(begins, [*ends, *map(len, texts[-1:])], strict=False))
 
 
-def overlap(left: np.ndarray, right: np.ndarray, where_same: bool) -> tuple[int, int]:
+def align_overlap(left: np.ndarray, right: np.ndarray, where_same: bool) -> tuple[int, int]:
     """Where to leave `left` and where to enter `right`.
 
     In the middle of the overlap, or at the token nearest to it that both have.

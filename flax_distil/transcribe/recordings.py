@@ -11,18 +11,17 @@ from jaxtyping import Float32
 from flax_distil.audio.load import SAMPLE_RATE, AudioSource, load_audio
 from flax_distil.decode.assistant import load_assistant
 from flax_distil.decode.drafters import Assistant
-from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import Recognizer, make_recognizer
+from flax_distil.decode.recognizer import GREEDY, Recognizer, make_recognizer, prepare
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.options import ChunkedOptions, DecodeOptions, SequentialOptions, VoiceOptions
 from flax_distil.transcribe.chunked import transcribe_in_chunks
-from flax_distil.transcribe.options import ChunkedOptions, SequentialOptions
 from flax_distil.transcribe.result import Transcript
 from flax_distil.transcribe.sequential import transcribe_sequentially
-from flax_distil.transcribe.voice import VoiceOptions, restored, voiced
+from flax_distil.transcribe.voice import restored, voiced
 
 LongForm = SequentialOptions | ChunkedOptions
-GREEDY, WHISPER = DecodeOptions(), SequentialOptions()
+WHISPER = SequentialOptions()
 
 
 def transcribe(
@@ -31,6 +30,8 @@ def transcribe(
     *,
     language: str | None = None,
     task: Literal["transcribe", "translate"] | None = None,
+    prompt: str | None = None,
+    seed: int = 0,
     batch_size: int = 8,
     dtype: str = "float32",
     options: DecodeOptions = GREEDY,
@@ -38,21 +39,23 @@ def transcribe(
     assistant: str | Path | Assistant | None = None,
     voice: VoiceOptions | None = None,
 ) -> Transcript:
-    """What is said in `audio`, in the language spoken or, where the task is translate, in English.
+    """The transcript of `audio`, in the language spoken or, with task "translate", in English.
 
     audio: a path, the bytes of a file, an open file, or a 16 kHz mono waveform.
-    model: a folder or name for `load_checkpoint`, or a `Recognizer`, which loads once for many.
-    language: code or name; None lets the model guess it from the first 30 s.
-    options: how a window is decoded; `language` and `task`, where given, win. Whisper's way of
-        reading has temperatures of its own and always timestamps.
-    long_form: how long audio is read: `SequentialOptions` as Whisper does it, with times;
-        `ChunkedOptions` in batches, for speed and for models that were taught no timestamps.
-    assistant: a student's or smaller Whisper's folder or name, "lookup", or an `Assistant`: drafts
-        what the model verifies, so that the same text needs fewer passes of the model. How many is
-        in the transcript's `acceptance`.
-    voice: cuts out the pauses first, by voice-activity detection (extra `vad`).
+    model: a folder or name for `load_checkpoint`, or a `Recognizer`, which is loaded only once.
+    language: code or name; by default it is detected from the first 30 s.
+    task: if given, replaces that of `options`.
+    prompt: text before the audio, for names and style.
+    seed: random seed for sampling.
+    options: how windows are decoded. The sequential method always uses timestamps.
+    long_form: `SequentialOptions` for Whisper's own algorithm, with times; `ChunkedOptions` for
+        overlapping chunks in batches, which is fast and needs no timestamps.
+    assistant: folder or name of a student or smaller Whisper, "lookup", or an `Assistant`:
+        speculative decoding, which returns the same text. The transcript's `acceptance` says how
+        many draft tokens were accepted.
+    voice: cuts out pauses first, by voice-activity detection (extra `vad`).
 
-    Audio without any sound has no text.
+    Digital silence has no text.
 
     Raises:
         InputError: the audio, the model or the assistant cannot be used, or the model lacks the
@@ -62,10 +65,21 @@ def transcribe(
         model = make_recognizer(load_checkpoint(model), dtype)
     if isinstance(assistant, str | Path):
         assistant = load_assistant(model, assistant)
+    if assistant is not None:
+        model = model.with_assistant(assistant)
     waveform = _checked(audio) if isinstance(audio, np.ndarray) else load_audio(audio)
-    options = replace(options, language=language or options.language, task=task or options.task)
-    found = transcribe_all(model, [waveform], options, long_form, batch_size, assistant, voice)
-    for _, _, transcript in found:
+    transcripts = transcribe_all(
+        model,
+        [waveform],
+        replace(options, task=task or options.task),
+        long_form,
+        language=language,
+        prompt=prompt,
+        seed=seed,
+        batch_size=batch_size,
+        voice=voice,
+    )
+    for _, _, transcript in transcripts:
         if transcript is not None:
             return transcript
     raise AssertionError("a recording has no transcript")
@@ -76,31 +90,39 @@ def transcribe_all(
     waveforms: Iterable[Float32[np.ndarray, "n"]],
     options: DecodeOptions = GREEDY,
     long_form: LongForm = WHISPER,
+    *,
+    language: str | None = None,
+    prompt: str | None = None,
+    seed: int = 0,
     batch_size: int = 8,
-    assistant: Assistant | None = None,
     voice: VoiceOptions | None = None,
 ) -> Iterator[tuple[int, float, Transcript | None]]:
     """Yields (number of the recording, seconds read since, its transcript once it is complete).
 
-    Windows of several recordings share a batch; recordings are asked for when there is room.
+    Windows of several recordings share a batch; recordings are read when there is room. The
+    arguments are those of `transcribe`.
 
     Raises:
         InputError: the model lacks the language or task, the device the memory, the assistant
-            cannot help this search, or voice-activity detection is not there.
+            cannot be used with this search, or voice-activity detection is not installed.
     """
-    if voice is not None:
-        if isinstance(long_form, SequentialOptions) and long_form.clips:
-            raise InputError(
-                f"clips are {long_form.clips} and voice-activity detection finds its own: leave "
-                "out one of the two"
-            )
-        rest = (options, long_form, batch_size, assistant)
-        read = lambda waveforms: transcribe_all(recognizer, waveforms, *rest)
-        return _voiced_only(read, waveforms, voice)
-    arguments = (recognizer, waveforms, options)
-    if isinstance(long_form, SequentialOptions):
-        return transcribe_sequentially(*arguments, long_form, batch_size, assistant)
-    return transcribe_in_chunks(*arguments, long_form, batch_size, assistant)
+    sequential = isinstance(long_form, SequentialOptions)
+    if voice is not None and sequential and long_form.clips:
+        raise InputError(
+            f"clips are {long_form.clips} and voice-activity detection finds its own: leave "
+            "out one of the two"
+        )
+    if sequential:
+        options = replace(options, timestamps=True)
+    start = replace(prepare(recognizer, options, batch_size, language, prompt), seed=seed)
+
+    def read(waveforms: Iterable[np.ndarray]) -> Iterator[tuple[int, float, Transcript | None]]:
+        method = (recognizer, waveforms, options)
+        if isinstance(long_form, SequentialOptions):
+            return transcribe_sequentially(*method, long_form, start, batch_size)
+        return transcribe_in_chunks(*method, long_form, start, batch_size)
+
+    return read(waveforms) if voice is None else _voiced_only(read, waveforms, voice)
 
 
 def _voiced_only(

@@ -1,9 +1,9 @@
-"""What a transcription is: openai-whisper's result and names, so that its tools can read it."""
+"""The result of a transcription, with openai-whisper's names, so that its tools can read it."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from flax_distil.decode.options import Acceptance
+from flax_distil.decode.hypothesis import Acceptance
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Segment:
 
     id: int
     seek: int
-    """Where the window began that it was heard in, in frames of 10 ms."""
+    """First frame of its window, in frames of 10 ms."""
     start: float
     end: float
     text: str
@@ -44,7 +44,7 @@ class Transcript:
     segments: tuple[Segment, ...]
     language: str
     acceptance: Acceptance | None = None
-    """How good the assistant's guesses were, where one helped."""
+    """Of the assistant's draft tokens, where one was used."""
 
     def as_dict(self) -> dict[str, Any]:
         """The dictionary that openai-whisper's `transcribe` returns."""

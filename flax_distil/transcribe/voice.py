@@ -1,11 +1,10 @@
-"""Voice-activity detection: the pauses of a recording are cut out before it is read, and all times
-are put back to where they were (Silero's detector, extra `vad`).
+"""Voice-activity detection: pauses are cut out of a recording before it is transcribed, and all
+times are mapped back (Silero's detector, extra `vad`).
 """
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -14,45 +13,23 @@ from jaxtyping import Float32
 
 from flax_distil.audio.load import SAMPLE_RATE
 from flax_distil.errors import InputError
+from flax_distil.options import VoiceOptions
 from flax_distil.transcribe.result import Transcript, Word
 
-CHUNK = 512  # samples that the detector judges at a time
-Span = tuple[int, int]  # first sample and the one behind the last
-
-
-@dataclass(frozen=True)
-class VoiceOptions:
-    """What counts as speech; times in seconds."""
-
-    threshold: float = 0.5
-    """Probability of speech above which it begins."""
-    hysteresis: float = 0.15
-    """How far below the threshold the probability has to fall for a pause."""
-    min_silence: float = 2.0
-    """Shorter pauses are kept."""
-    min_speech: float = 0.1
-    """Shorter speech is no speech."""
-    padding: float = 0.4
-    """Sound that is kept before and behind speech."""
-
-    def __post_init__(self):
-        if not 0 < self.threshold < 1:
-            raise InputError(f"the threshold of speech is {self.threshold}: use 0 to 1")
-        for name in ("hysteresis", "min_silence", "min_speech", "padding"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}: it must be a number from 0 on")
+CHUNK = 512  # samples of one probability
+SampleSpan = tuple[int, int]  # first sample and the one after the last
 
 
 class Voiced(NamedTuple):
-    """The speech of a recording in one piece, and where it was. samples: of the recording."""
+    """The speech of a recording in one piece, and its spans. samples: of the recording."""
 
     waveform: Float32[np.ndarray, "n"]
-    spans: list[Span]
+    spans: list[SampleSpan]
     samples: int
 
 
 def voiced(waveform: Float32[np.ndarray, "n"], options: VoiceOptions) -> Voiced:
-    """The parts of a recording in which somebody speaks.
+    """The parts of a recording with speech.
 
     Raises:
         InputError: the detector is not installed.
@@ -74,7 +51,7 @@ def speech_probability(waveform: Float32[np.ndarray, "n"]) -> Float32[np.ndarray
 
 
 def load_detector():
-    """A detector that has heard nothing.
+    """A new detector.
 
     Raises:
         InputError: it is not installed.
@@ -91,16 +68,16 @@ def load_detector():
 
 def speech_spans(
     probability_C: Float32[np.ndarray, " C"], samples: int, options: VoiceOptions
-) -> list[Span]:
-    """Where there is speech, in samples: from the threshold up to a pause that is long enough.
+) -> list[SampleSpan]:
+    """Spans of speech, from where the probability reaches the threshold to a long enough pause.
 
-    Speech that is still on reaches to the end of the recording. Padding of neighbours meets in the
-    middle of a pause that is too short for both. Equal to `get_speech_timestamps` of faster-whisper
-    1.2, which the probabilities of another version of the detector go into.
+    The last span may reach the end of the recording. The padding of neighbours meets in the middle
+    of a pause that is too short for both. Equal to `get_speech_timestamps` of faster-whisper
+    1.2 on the same probabilities.
     """
     in_samples = lambda seconds: seconds * SAMPLE_RATE
     low = max(options.threshold - options.hysteresis, 0.01)
-    spans: list[Span] = []
+    spans: list[SampleSpan] = []
     start, quiet = None, None  # in samples; quiet: where a pause may have begun
     for chunk, chance in enumerate(probability_C.tolist()):
         place = chunk * CHUNK
@@ -114,11 +91,11 @@ def speech_spans(
     if start is not None:
         spans.append((start, samples))
     spans = [span for span in spans if span[1] - span[0] > in_samples(options.min_speech)]
-    return padded(spans, samples, in_samples(options.padding))
+    return pad_spans(spans, samples, in_samples(options.padding))
 
 
-def padded(spans: Sequence[Span], samples: int, padding: float) -> list[Span]:
-    """The spans with sound before and behind them, as far as there is some between neighbours."""
+def pad_spans(spans: Sequence[SampleSpan], samples: int, padding: float) -> list[SampleSpan]:
+    """The spans with padding on both sides, as far as the pauses between them allow."""
     pauses = [second[0] - first[1] for first, second in pairwise(spans)]
     between = [pause // 2 if pause < 2 * padding else padding for pause in pauses]
     return [
@@ -129,24 +106,24 @@ def padded(spans: Sequence[Span], samples: int, padding: float) -> list[Span]:
     ]
 
 
-def restored(transcript: Transcript, spans: Sequence[Span]) -> Transcript:
+def restored(transcript: Transcript, spans: Sequence[SampleSpan]) -> Transcript:
     """A transcript of `voiced` sound with the times of the recording.
 
     A segment may reach over pauses, a word may not.
     """
-    clock = make_clock(spans)
+    times = make_time_map(spans)
     segments = []
     for segment in transcript.segments:
-        words = segment.words and tuple(clock.word(word) for word in segment.words)
-        start, end = clock.at(segment.start), clock.at(segment.end, ends=True)
+        words = segment.words and tuple(times.word(word) for word in segment.words)
+        start, end = times.at(segment.start), times.at(segment.end, ends=True)
         if words:
             start, end = words[0].start, words[-1].end
-        seek = round(100 * clock.at(segment.seek / 100))
+        seek = round(100 * times.at(segment.seek / 100))
         segments.append(replace(segment, seek=seek, start=start, end=end, words=words))
     return replace(transcript, segments=tuple(segments))
 
 
-class Clock(NamedTuple):
+class TimeMap(NamedTuple):
     """Seconds of `voiced` sound to seconds of the recording.
 
     begins: where each span begins in the voiced sound. spans: where it begins and ends in the
@@ -157,7 +134,7 @@ class Clock(NamedTuple):
     spans: list[tuple[float, float]]
 
     def at(self, second: float, ends: bool = False) -> float:
-        """At a seam an end belongs to the speech before it, anything else to that behind it."""
+        """At a seam an end belongs to the speech before it, a start to the speech after it."""
         search = bisect_left if ends else bisect_right
         return self._within(max(search(self.begins, second) - 1, 0), second)
 
@@ -172,8 +149,8 @@ class Clock(NamedTuple):
         return round(min(max(start + second - self.begins[place], start), end), 2)
 
 
-def make_clock(spans: Sequence[Span]) -> Clock:
-    """The clock of speech that was at `spans`, in samples."""
+def make_time_map(spans: Sequence[SampleSpan]) -> TimeMap:
+    """The map of speech that was at `spans`, in samples."""
     lengths = [end - start for start, end in spans]
     begins = [samples / SAMPLE_RATE for samples in accumulate(lengths, initial=0)][:-1]
-    return Clock(begins, [(start / SAMPLE_RATE, end / SAMPLE_RATE) for start, end in spans])
+    return TimeMap(begins, [(start / SAMPLE_RATE, end / SAMPLE_RATE) for start, end in spans])

@@ -1,4 +1,4 @@
-"""When each word was said: cross-attention of the heads that follow speech, and one path through it
+"""Times of words: the cross-attention of the heads that follow speech, and one path through it
 (dynamic time warping), as in openai-whisper.
 """
 
@@ -19,7 +19,7 @@ from flax_distil.parallel.clips import by_clip
 from flax_distil.text.tokens import TIMESTAMP_STEP, WhisperTokens
 from flax_distil.transcribe.result import Word
 
-PREPENDED = "\"'“¿([{-"  # punctuation that belongs to the word behind it
+PREPENDED = "\"'“¿([{-"  # punctuation that belongs to the word after it
 APPENDED = "\"'.。,，!！?？:：”)]}、"  # and that to the word before it
 SENTENCE_END = ".。!！?？"
 FILTER = 7  # width of the median filter, in audio positions
@@ -39,7 +39,7 @@ class Aligned(NamedTuple):
     probability: float
 
 
-class Span(NamedTuple):
+class TextSpan(NamedTuple):
     """Part of a window's text: its tokens and its seconds in the whole audio."""
 
     tokens: Sequence[int]
@@ -47,7 +47,7 @@ class Span(NamedTuple):
     end: float
 
 
-class Timed(NamedTuple):
+class TimedSpan(NamedTuple):
     """A span with its words, and the start and end that follow from them."""
 
     start: float
@@ -58,13 +58,13 @@ class Timed(NamedTuple):
 def word_timestamps(
     recognizer: Recognizer,
     audio_BSD: Float[Array, "B S D"],
-    windows: Sequence[Sequence[Span]],
+    windows: Sequence[Sequence[TextSpan]],
     languages: Sequence[str],
     task: str = "transcribe",
     frames: Sequence[int] | None = None,
     offsets: Sequence[float] | None = None,
     last_speech: Sequence[float] | None = None,
-) -> list[list[Timed]]:
+) -> list[list[TimedSpan]]:
     """The words of every window's spans.
 
     audio_BSD: audio states; the first rows are the windows'. frames: those of 10 ms that are audio
@@ -73,15 +73,15 @@ def word_timestamps(
     """
     zeros = [0.0] * len(windows)
     texts = [[token for span in spans for token in span.tokens] for spans in windows]
-    aligned = align(recognizer, audio_BSD, texts, languages, task, frames)
+    aligned = align_words(recognizer, audio_BSD, texts, languages, task, frames)
     is_text = recognizer.tokens.is_text
     return [
-        share(*row, is_text)
+        assign_words(*row, is_text)
         for row in zip(aligned, windows, offsets or zeros, last_speech or zeros, strict=True)
     ]
 
 
-def align(
+def align_words(
     recognizer: Recognizer,
     audio_BSD: Float[Array, "B S D"],
     texts: Sequence[Sequence[int]],
@@ -89,7 +89,7 @@ def align(
     task: str = "transcribe",
     frames: Sequence[int] | None = None,
 ) -> list[list[Aligned]]:
-    """Every text's words with their seconds in the window; punctuation stands alone.
+    """Every text's words with their seconds in the window; punctuation is separate.
 
     texts: tokens a window; timestamps among them, and what the context cannot hold, are left out.
     """
@@ -99,22 +99,24 @@ def align(
     ]
     room = spec.dims.text_positions - 1 - max(map(len, prompts), default=0)  # 1 is the end of text
     texts = [[token for token in text if tokens.is_text(token)][:room] for text in texts]
-    padded, lengths, heard = pad(tokens, spec, prompts, texts, len(audio_BSD), frames)
+    padded, lengths, audio_lengths = pad_texts(tokens, spec, prompts, texts, len(audio_BSD), frames)
     heads = recognizer.alignment_heads or upper_half(spec)
-    read, words = (audio_BSD, padded, lengths, heard), tuple(tokens.words)
+    inputs, words = (audio_BSD, padded, lengths, audio_lengths), tuple(tokens.words)
     attention, probability = jax.device_get(
-        attend(spec, recognizer.params["decoder"], *read, heads, words)
+        token_attention(spec, recognizer.params["decoder"], *inputs, heads, words)
     )
-    found = []
+    words_of_texts = []
     for index, (prompt, text, language) in enumerate(zip(prompts, texts, languages, strict=True)):
         rows_of_text = slice(len(prompt) - 1, len(prompt) + len(text))
-        path = attention[index, rows_of_text, : heard[index]]
+        path = attention[index, rows_of_text, : audio_lengths[index]]
         chances = probability[index, rows_of_text]
-        found.append(_words(tokens, text, language, path, chances) if text and path.size else [])
-    return found
+        words_of_texts.append(
+            _words(tokens, text, language, path, chances) if text and path.size else []
+        )
+    return words_of_texts
 
 
-def pad(
+def pad_texts(
     tokens: WhisperTokens,
     spec: Spec,
     prompts: Sequence[Sequence[int]],
@@ -122,19 +124,19 @@ def pad(
     batch: int,
     frames: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `attend` reads: `batch` rows [B L] of prompt, text and end, their lengths, and how many
-    audio positions each has heard."""
+    """Arguments of `token_attention` for `batch` rows: tokens [B L] (prompt, text and end of
+    text), their lengths, and numbers of audio positions."""
     rows = [[*prompt, *text, tokens.eot] for prompt, text in zip(prompts, texts, strict=True)]
     longest = max(map(len, rows), default=0)
     width = next((length for length in LENGTHS if longest <= length), spec.dims.text_positions)
     padded = np.full((batch, width), tokens.eot, np.int32)
     lengths = np.full(batch, len(prompts[0]) + 1 if prompts else 1, np.int32)
-    heard = np.full(batch, spec.dims.audio_positions, np.int32)
+    audio_lengths = np.full(batch, spec.dims.audio_positions, np.int32)
     for index, row in enumerate(rows):
         padded[index, : len(row)], lengths[index] = row, len(row)
     if frames is not None:
-        heard[: len(rows)] = np.minimum(frames, CHUNK_FRAMES) // 2
-    return padded, lengths, heard
+        audio_lengths[: len(rows)] = np.minimum(frames, CHUNK_FRAMES) // 2
+    return padded, lengths, audio_lengths
 
 
 def upper_half(spec: Spec) -> tuple[tuple[int, int], ...]:
@@ -144,29 +146,29 @@ def upper_half(spec: Spec) -> tuple[tuple[int, int], ...]:
 
 
 @by_clip(static=("spec", "heads", "words"))
-def attend(
+def token_attention(
     spec: Spec,
     params: Params,
     audio_BSD: Float[Array, "B S D"],
     tokens_BL: Int[Array, "B L"],
     lengths_B: Int[Array, " B"],
-    heard_B: Int[Array, " B"],
+    audio_length_B: Int[Array, " B"],
     heads: tuple[tuple[int, int], ...],
     words: tuple[int, ...] = (),
 ) -> tuple[Float[Array, "B L S"], Float[Array, "B L"]]:
-    """How much each token looks at each audio position, and the next token's probability.
+    """The attention of each token to each audio position, and the next token's probability.
 
-    params: the decoder's. lengths, heard: tokens and positions that count; the last token that
-    counts is the end of text. heads: (layer, head) of those that follow the speech. words: ids of
-    text behind the timestamps.
+    params: the decoder's. lengths, audio_lengths: tokens and audio positions without padding; the
+    last token is the end of text. heads: (layer, head) of those that follow the speech. words: ids
+    of text after the timestamps.
     """
     decoder = spec.decoder(params)
 
     def row(arguments: tuple[Array, ...]) -> tuple[Array, Array]:
-        audio_SD, tokens_L, length, heard = arguments
+        audio_SD, tokens_L, length, audio_length = arguments
         hidden_1LD, scores = decoder.cross_scores(tokens_L[None], audio_SD[None])
         scores_HLS = jnp.stack([scores[layer][0, head] for layer, head in heads])
-        smooth_LS = standardised(scores_HLS, length, heard).mean(0)
+        smooth_LS = standardise(scores_HLS, length, audio_length).mean(0)
         # As a distribution over text alone, without timestamps and the like.
         logits_LV = decoder.logits(hidden_1LD)[0]
         following_L = jnp.roll(tokens_L, -1)
@@ -176,21 +178,21 @@ def attend(
         chance_LV = jax.nn.softmax(jnp.where(is_text_V, logits_LV, -jnp.inf))
         return smooth_LS, jnp.take_along_axis(chance_LV, following_L[:, None], axis=1)[:, 0]
 
-    return jax.lax.map(row, (audio_BSD, tokens_BL, lengths_B, heard_B))
+    return jax.lax.map(row, (audio_BSD, tokens_BL, lengths_B, audio_length_B))
 
 
-def standardised(
-    scores_HLS: Float[Array, "H L S"], length: Int[Array, ""], heard: Int[Array, ""]
+def standardise(
+    scores_HLS: Float[Array, "H L S"], length: Int[Array, ""], audio_length: Int[Array, ""]
 ) -> Float[Array, "H L S"]:
     """Attention of some heads, each position's over the tokens brought to mean 0, deviation 1, and
     filtered along the positions."""
-    is_heard_S = jnp.arange(scores_HLS.shape[-1]) < heard
+    is_audio_S = jnp.arange(scores_HLS.shape[-1]) < audio_length
     is_token_L1 = jnp.arange(scores_HLS.shape[1])[:, None] < length
-    weights_HLS = jax.nn.softmax(jnp.where(is_heard_S, scores_HLS, -jnp.inf))
+    weights_HLS = jax.nn.softmax(jnp.where(is_audio_S, scores_HLS, -jnp.inf))
     mean_H1S = weights_HLS.mean(1, keepdims=True, where=is_token_L1)
     deviation_H1S = weights_HLS.std(1, keepdims=True, where=is_token_L1)
     standard_HLS = (weights_HLS - mean_H1S) / jnp.maximum(deviation_H1S, 1e-12)
-    return median_filter(standard_HLS, heard)
+    return median_filter(standard_HLS, audio_length)
 
 
 def median_filter(
@@ -273,7 +275,7 @@ def split_characters(
         run.append(token)
         part = tokens.decode(run)
         place = offset + part.find(broken)
-        # A character may be said to be broken in the text itself.
+        # The text itself may contain a broken character.
         if broken not in part or whole[place : place + 1] == broken:
             parts.append((part, tuple(run)))
             offset, run = offset + len(part), []
@@ -281,7 +283,7 @@ def split_characters(
 
 
 def merge_punctuation(words: Sequence[Aligned]) -> list[Aligned]:
-    """Opening punctuation joins the word behind it, closing punctuation the one before it.
+    """Opening punctuation joins the word after it, closing punctuation the one before it.
 
     The times stay those of the word.
     """
@@ -305,13 +307,13 @@ def merge_punctuation(words: Sequence[Aligned]) -> list[Aligned]:
     return merged
 
 
-def share(
+def assign_words(
     words: Sequence[Aligned],
-    spans: Sequence[Span],
+    spans: Sequence[TextSpan],
     offset: float,
     last_speech: float,
     is_text: Callable[[int], bool],
-) -> list[Timed]:
+) -> list[TimedSpan]:
     """The words of a window to its spans; words that are too long at a pause are cut.
 
     offset: seconds at which the window begins. last_speech: when the last word before it ended.
@@ -329,7 +331,9 @@ def share(
             missing -= len(word.tokens)
             start, end = (round(offset + time, 2) for time in (word.start, word.end))
             mine.append(Word(word.word, start, end, word.probability))
-        timed = _fit(mine, span, last_speech, median) if mine else Timed(span.start, span.end, ())
+        timed = (
+            _fit(mine, span, last_speech, median) if mine else TimedSpan(span.start, span.end, ())
+        )
         last_speech = timed.end if mine else last_speech
         shared.append(timed)
     return shared
@@ -356,7 +360,7 @@ def _words(
 
 
 def _cut_at_sentence_ends(words: Sequence[Aligned], longest: float) -> list[Aligned]:
-    """Around the end of a sentence the silence belongs to nobody."""
+    """Around the end of a sentence the silence belongs to neither word."""
     cut = list(words)
     for index in range(1, len(cut)):
         word, before = cut[index], cut[index - 1]
@@ -368,7 +372,7 @@ def _cut_at_sentence_ends(words: Sequence[Aligned], longest: float) -> list[Alig
     return cut
 
 
-def _fit(words: list[Word], span: Span, last_speech: float, median: float) -> Timed:
+def _fit(words: list[Word], span: TextSpan, last_speech: float, median: float) -> TimedSpan:
     """Cuts words that are too long after a pause, and agrees with the span on start and end."""
     longest, first = 2 * median, words[0]
     second = words[1] if len(words) > 1 else None
@@ -387,4 +391,4 @@ def _fit(words: list[Word], span: Span, last_speech: float, median: float) -> Ti
     end = last.end
     if span.end > last.start and span.end + SLACK < last.end:
         words[-1], end = replace(last, end=max(last.start + median, span.end)), span.end
-    return Timed(start, end, tuple(words))
+    return TimedSpan(start, end, tuple(words))

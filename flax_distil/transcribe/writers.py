@@ -1,53 +1,40 @@
-"""Transcripts to text: the formats of openai-whisper, character by character."""
+"""Transcripts as text files: the formats of openai-whisper, character by character."""
 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from flax_distil.options import SubtitleLayout
 from flax_distil.transcribe.result import Segment, Transcript, Word
 
 LONG_PAUSE = 3.0  # seconds between words that begin another subtitle
 UNLIMITED = 1000  # characters or words in a line
-Clock = Callable[[float], str]
+FormatTime = Callable[[float], str]
 Cue = tuple[str, str, str]  # start, end, text
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How subtitles are set where words have times; without any of it, a segment each."""
-
-    max_line_width: int | None = None
-    """Characters in a line."""
-    max_line_count: int | None = None
-    """Lines in a subtitle; with a width, subtitles no longer end with the segments."""
-    max_words_per_line: int | None = None
-    """Words in a line, where there is no width."""
-    highlight_words: bool = False
-    """Underline each word while it is spoken."""
-
-
-def to_txt(transcript: Transcript, layout: Layout = Layout()) -> str:
+def to_txt(transcript: Transcript, layout: SubtitleLayout) -> str:
     """One segment a line."""
     return "".join(f"{segment.text.strip()}\n" for segment in transcript.segments)
 
 
-def to_srt(transcript: Transcript, layout: Layout = Layout()) -> str:
+def to_srt(transcript: Transcript, layout: SubtitleLayout) -> str:
     """SubRip subtitles."""
-    found = cues(transcript, layout, lambda seconds: clock(seconds, "{:02d}:", ","))
+    entries = cues(transcript, layout, lambda seconds: clock(seconds, "{:02d}:", ","))
     return "".join(
         f"{number}\n{start} --> {end}\n{text}\n\n"
-        for number, (start, end, text) in enumerate(found, 1)
+        for number, (start, end, text) in enumerate(entries, 1)
     )
 
 
-def to_vtt(transcript: Transcript, layout: Layout = Layout()) -> str:
+def to_vtt(transcript: Transcript, layout: SubtitleLayout) -> str:
     """WebVTT subtitles."""
-    found = cues(transcript, layout, clock)
-    return "WEBVTT\n\n" + "".join(f"{start} --> {end}\n{text}\n\n" for start, end, text in found)
+    entries = cues(transcript, layout, clock)
+    return "WEBVTT\n\n" + "".join(f"{start} --> {end}\n{text}\n\n" for start, end, text in entries)
 
 
-def to_tsv(transcript: Transcript, layout: Layout = Layout()) -> str:
+def to_tsv(transcript: Transcript, layout: SubtitleLayout) -> str:
     """A table of start and end in milliseconds, and text."""
     rows = (
         f"{round(1000 * one.start)}\t{round(1000 * one.end)}\t"
@@ -58,12 +45,12 @@ def to_tsv(transcript: Transcript, layout: Layout = Layout()) -> str:
     return "start\tend\ttext\n" + "".join(rows)
 
 
-def to_json(transcript: Transcript, layout: Layout = Layout()) -> str:
+def to_json(transcript: Transcript, layout: SubtitleLayout) -> str:
     """Text, segments and language."""
     return json.dumps(transcript.as_dict())
 
 
-WRITERS: dict[str, Callable[[Transcript, Layout], str]] = {
+WRITERS: dict[str, Callable[[Transcript, SubtitleLayout], str]] = {
     "txt": to_txt,
     "srt": to_srt,
     "vtt": to_vtt,
@@ -83,8 +70,8 @@ def clock(seconds: float, hours: str = "", decimal_mark: str = ".") -> str:
     return f"{before}{minutes:02d}:{whole:02d}{decimal_mark}{thousandths:03d}"
 
 
-def cues(transcript: Transcript, layout: Layout, at: Clock) -> Iterator[Cue]:
-    """All subtitles in turn."""
+def cues(transcript: Transcript, layout: SubtitleLayout, at: FormatTime) -> Iterator[Cue]:
+    """All subtitles."""
     segments = transcript.segments
     if not segments or segments[0].words is None:
         for segment in segments:
@@ -99,7 +86,7 @@ def cues(transcript: Transcript, layout: Layout, at: Clock) -> Iterator[Cue]:
             yield at(words[0].start), at(words[-1].end), text
 
 
-def highlighted(words: list[Word], text: str, at: Clock) -> Iterator[Cue]:
+def highlighted(words: list[Word], text: str, at: FormatTime) -> Iterator[Cue]:
     """One cue a word, which is underlined; one without underline for each pause."""
     last = at(words[0].start)
     for index, word in enumerate(words):
@@ -112,7 +99,7 @@ def highlighted(words: list[Word], text: str, at: Clock) -> Iterator[Cue]:
         last = end
 
 
-def subtitles(segments: Iterable[Segment], layout: Layout) -> Iterator[list[Word]]:
+def subtitles(segments: Iterable[Segment], layout: SubtitleLayout) -> Iterator[list[Word]]:
     """Words of each subtitle, line breaks among them."""
     by_segment = layout.max_line_count is None or layout.max_line_width is None
     width, most = layout.max_line_width or UNLIMITED, layout.max_words_per_line or UNLIMITED

@@ -1,6 +1,7 @@
 """Recognition over several chips, pretended ones here: what one chip would have written."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 from test_speculative import DIMS, RULES, SPEC, TIMES
 
-from flax_distil.decode.beam import BeamSearch, beam
+from flax_distil.decode.beam import beam
 from flax_distil.decode.drafters import model_drafter
-from flax_distil.decode.greedy import Prompt, Sampling, greedy
-from flax_distil.decode.options import DecodeOptions
+from flax_distil.decode.greedy import greedy
 from flax_distil.decode.recognizer import recognize
+from flax_distil.decode.search import DecoderModel, Prompt, Sampling, SearchInput
 from flax_distil.decode.speculative import speculative
+from flax_distil.options import DecodeOptions
 from flax_distil.parallel.clips import chips_of, replicate
 from flax_distil.plan.hlo import COLLECTIVES
 
@@ -30,11 +32,18 @@ def model():
 
 
 SEARCHES = {
-    "greedy": lambda head, *a: greedy(*a, 30, head_DV=head),
-    "sampling": lambda head, *a: greedy(*a, 30, DRAWN, copies=2, head_DV=head),
-    "beams": lambda head, *a: beam(*a, 30, BeamSearch(3, 3, None, False), head),
-    "speculative": lambda head, spec, params, audio, *a: speculative(
-        spec, params, audio, *a, 30, model_drafter(spec, params), audio, 2, head_DV=head
+    "greedy": greedy,
+    "sampling": lambda model, batch, **limits: greedy(
+        model, batch._replace(sampling=DRAWN), copies=2, **limits
+    ),
+    "beams": partial(beam, beams=3, collected=3),
+    "speculative": lambda model, batch, **limits: speculative(
+        model,
+        batch,
+        drafter=model_drafter(model.spec, model.params),
+        draft_audio_BSE=batch.audio_BSD,
+        draft_tokens=2,
+        **limits,
     ),
 }
 
@@ -51,7 +60,12 @@ def test_every_search_finds_the_same_on_four_chips(model, search, rules, prompt)
     assert (chips_of(params), chips_of(everywhere)) == (1, 4)
     kept = everywhere["tokens"]["embedding"].T
     found, expected = (
-        SEARCHES[search](head, SPEC, place, audio, prompt, active, rules)
+        SEARCHES[search](
+            DecoderModel(SPEC, place, head),
+            SearchInput(audio, prompt, active),
+            rules=rules,
+            max_tokens=30,
+        )
         for head, place in ((kept, everywhere), (None, params))
     )
     for ours, one in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -63,7 +77,8 @@ def test_chips_search_alone(model):
     params, audio = model
     everywhere, audio = replicate((params, audio), jax.devices()[:3])
     active = jnp.ones(3, bool)
-    lowered = greedy.trace(SPEC, everywhere, audio, ONE_PROMPT, active, RULES, 30).lower()
+    model, batch = DecoderModel(SPEC, everywhere), SearchInput(audio, ONE_PROMPT, active)
+    lowered = greedy.trace(model, batch, rules=RULES, max_tokens=30).lower()
     text = lowered.compile().as_text()
     assert "while" in text
     assert not [kind for kind in COLLECTIVES if kind in text]

@@ -1,20 +1,24 @@
 """Every search says truthfully whether the model ended a text or the room did."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_distil.decode.beam import NEVER, BeamSearch, _Texts, beam, choose
+from flax_distil.decode.beam import NEVER, _Texts, beam, best_text
 from flax_distil.decode.drafters import LookupDrafter
-from flax_distil.decode.greedy import Prompt, Sampling, greedy
-from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import Window, decode, make_recognizer, read
+from flax_distil.decode.greedy import greedy
+from flax_distil.decode.hypothesis import Window
+from flax_distil.decode.recognizer import AudioStates, decode, make_recognizer, read_hypotheses
 from flax_distil.decode.rules import RuleSet
+from flax_distil.decode.search import DecoderModel, Prompt, Sampling, SearchInput
 from flax_distil.decode.speculative import speculative
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.spec import Spec
+from flax_distil.options import DecodeOptions
 
 DIMS = WhisperDims(8, 97, 32, 1, 4, 2, 2, 48, 64, audio_positions=20, text_positions=40)
 SPEC = Spec(DIMS)
@@ -39,13 +43,11 @@ def clips():
 
 
 def searches():
-    drawn = Sampling(WARM, jnp.arange(4))
-    yield "greedy", lambda *arguments: greedy(*arguments)
-    yield "drawn", lambda *arguments: greedy(*arguments, drawn, 2)
-    yield "speculative", lambda *arguments: speculative(*arguments, LookupDrafter(), COLD, 3)[0]
-    for theirs in (False, True):
-        search = BeamSearch(3, 3, None, as_transformers=theirs)
-        yield f"beam {theirs}", lambda *arguments, search=search: beam(*arguments, search)
+    lookup = dict(drafter=LookupDrafter(), draft_audio_BSE=COLD[:, None, None], draft_tokens=3)
+    yield "greedy", greedy
+    yield "drawn", partial(greedy, copies=2)
+    yield "speculative", partial(speculative, **lookup)
+    yield "beam", partial(beam, beams=3, collected=3)
 
 
 @pytest.mark.parametrize(("name", "search"), searches(), ids=lambda value: str(value)[:12])
@@ -56,8 +58,10 @@ def test_cut_texts_are_those_that_more_room_would_not_have_kept(clips, name, sea
     active, windows = jnp.ones(4, bool), [Window("en")] * 4
     found = {}
     for room in (14, 38):
-        result = search(SPEC, params, audio, PROMPT, active, RULES, room)
-        found[room] = read(jax.device_get(result), windows, Tokens(), [room] * 4)
+        sampling = Sampling(WARM, jnp.arange(4)) if name == "drawn" else None
+        batch = SearchInput(audio, PROMPT, active, sampling)
+        result = search(DecoderModel(SPEC, params), batch, rules=RULES, max_tokens=room)
+        found[room] = read_hypotheses(jax.device_get(result), windows, Tokens(), [room] * 4)
     short, whole = found[14], found[38]
     assert {one.ended for one in (*short, *whole)} == {True, False}
     for one, other in zip(short, whole, strict=True):
@@ -73,7 +77,7 @@ def test_a_full_context_cuts_too(random_folders):
     audio_BSD = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1500, 16)), "float32")
     window = Window("en", tuple(range(300, 523)))
     for options in (DecodeOptions(max_tokens=400), DecodeOptions(max_tokens=400, beams=2)):
-        (found,) = decode(recognizer, audio_BSD, options, [window])
+        (found,) = decode(recognizer, AudioStates(audio_BSD), options, [window])
         assert (len(found.tokens), found.ended) == (223, False)
 
 
@@ -85,8 +89,7 @@ def test_a_beam_that_goes_on_has_not_ended():
         tokens = jnp.zeros((1, count, 3), jnp.int32)
         return _Texts(tokens, row(2), row(best), row(priority), row(whole))
 
-    search = BeamSearch(beams=2, collected=1, length_penalty=None, as_transformers=False)
     going = texts(2, -1.0, 0.0, False)
-    assert not choose(going, texts(1, -2.0, 0.0, True), search).whole[0]
-    assert choose(going, texts(1, -0.5, 0.0, True), search).whole[0]
-    assert not choose(going, texts(1, -0.5, NEVER, False), search).whole[0]
+    assert not best_text(going, texts(1, -2.0, 0.0, True), 2, None).whole[0]
+    assert best_text(going, texts(1, -0.5, 0.0, True), 2, None).whole[0]
+    assert not best_text(going, texts(1, -0.5, NEVER, False), 2, None).whole[0]

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_distil.decode.greedy import likeliest
-from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import make_recognizer, recognize
+from flax_distil.decode.search import likeliest
 from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.options import DecodeOptions
 
 OPTIONS = DecodeOptions(max_tokens=60)
 

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from flax_distil.decode.options import DecodeOptions
-from flax_distil.decode.recognizer import Window, decode, make_recognizer, recognize
+from flax_distil.decode.hypothesis import Window
+from flax_distil.decode.recognizer import AudioStates, decode, make_recognizer, recognize
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.options import DecodeOptions
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,9 @@ def test_wrong_input_is_refused(random):
     with pytest.raises(InputError, match="5 samples: pad or trim them to 480000"):
         recognize(random, np.zeros((1, 5), np.float32), DecodeOptions())
     with pytest.raises(InputError, match='did you mean "english"'):
-        recognize(random, noise(1), DecodeOptions(language="englisch"))
+        recognize(random, noise(1), language="englisch")
     with pytest.raises(InputError, match="English-only checkpoint cannot transcribe German"):
-        recognize(random, noise(1), DecodeOptions(language="de"))
+        recognize(random, noise(1), language="de")
 
 
 def test_added_words_are_written_and_padding_is_not(random_folders, tmp_path):
@@ -113,15 +114,16 @@ def test_what_the_checkpoint_suppresses_is_suppressed(random_folders):
 )
 def test_other_clips_compile_nothing(random, compilations, search):
     """Three clips or four, other sound, texts before of any length that one bucket holds."""
-    options = DecodeOptions(**search)
+    temperature = search.get("temperature", 0.0)
+    options = DecodeOptions(**{k: v for k, v in search.items() if k != "temperature"})
     audio_BSD = jax.numpy.asarray(np.random.default_rng(0).normal(size=(4, 1500, 16)), "float32")
 
     def read(rows: int, *lengths: int) -> None:
         tokens = np.random.default_rng(rows).integers(300, 5000, max(lengths))
         before = [tuple(map(int, tokens[:length])) for length in lengths]
-        windows = [Window("en", one, options.temperature, seed=rows) for one in before]
-        decode(random, audio_BSD * rows, options, windows)
-        recognize(random, noise(rows) * rows, options)
+        windows = [Window("en", one, temperature, seed=rows) for one in before]
+        decode(random, AudioStates(audio_BSD * rows), options, windows)
+        recognize(random, noise(rows) * rows, options, temperature=temperature)
 
     read(4, 70, 80, 90, 100)
     assert compilations
@@ -130,5 +132,5 @@ def test_other_clips_compile_nothing(random, compilations, search):
     read(4, 223, 223, 223, 223)
     read(3, 81, 71, 200)
     assert not compilations
-    recognize(random, noise(5), options)
+    recognize(random, noise(5), options, temperature=temperature)
     assert compilations[-1] == ("jit(beam)" if "beams" in search else "jit(greedy)")

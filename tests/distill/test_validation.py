@@ -12,7 +12,7 @@ import pytest
 from flax_distil.audio.load import SAMPLE_RATE, encode_flac
 from flax_distil.config import DistillConfig, ValidationConfig
 from flax_distil.data.utterances import read_dataset
-from flax_distil.decode.options import Hypothesis
+from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.distill import validation
 from flax_distil.distill.validation import judge, open_sets
 from flax_distil.errors import InputError

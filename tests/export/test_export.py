@@ -11,7 +11,6 @@ import soundfile
 
 from flax_distil.config import ComputeConfig, DistillConfig, ExportConfig
 from flax_distil.data.loader import LoaderState
-from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import make_recognizer, recognize
 from flax_distil.distill.checkpoints import Checkpoints, Progress
 from flax_distil.distill.setup import trainable_part
@@ -23,6 +22,7 @@ from flax_distil.export import formats, run
 from flax_distil.export.verify import differing_texts, largest_difference, synthetic_clip
 from flax_distil.model.checkpoint import load_checkpoint, save_checkpoint
 from flax_distil.model.student import same_arrays
+from flax_distil.options import DecodeOptions
 from flax_distil.recipe import save_recipe
 from flax_distil.text.wer import ErrorCounts
 

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import make_recognizer, recognize
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -15,6 +14,7 @@ from flax_distil.model.dims import dims_to_hf
 from flax_distil.model.generation import completed, generation_config, token_ids
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import init_student
+from flax_distil.options import DecodeOptions
 
 FORCED = [[1, 50_259], [2, 50_359], [3, 50_363]]
 OF_2022 = {

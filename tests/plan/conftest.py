@@ -80,7 +80,7 @@ def student_text(chosen) -> str:
 @pytest.fixture(scope="session")
 def recognition_texts(chosen) -> tuple[str, str]:
     """Encoder and greedy search of the teacher, 64 clips a chip."""
-    from flax_distil.decode.options import DecodeOptions
+    from flax_distil.options import DecodeOptions
     from flax_distil.plan.programs import decode_programs
 
     options = DecodeOptions(max_tokens=64)

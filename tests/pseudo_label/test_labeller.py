@@ -425,9 +425,9 @@ def test_a_whisper_from_the_command_line(config, speech, random_folders, capsys)
     """The stored tokens are what the recogniser says of the same windows."""
     from flax_distil.audio.load import pad_or_trim
     from flax_distil.cli import main
-    from flax_distil.decode.options import DecodeOptions
     from flax_distil.decode.recognizer import make_recognizer, recognize
     from flax_distil.model.checkpoint import load_checkpoint
+    from flax_distil.options import DecodeOptions
 
     teacher, _ = random_folders
     command = f"pseudo-label {config.data.source} --model {teacher} --output-dir "

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from flax_distil.audio.load import pad_or_trim
-from flax_distil.decode.options import DecodeOptions, Hypothesis
+from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.decode.recognizer import make_recognizer, recognize
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.options import DecodeOptions
 from flax_distil.transcribe import ChunkedOptions, chunked, transcribe, transcribe_all
-from flax_distil.transcribe.merging import Span, cut, merge, merge_timed
+from flax_distil.transcribe.merging import ChunkSpan, cut_chunks, merge, merge_timed
 
 
 def test_merging_equals_transformers():
@@ -39,7 +40,7 @@ TIMES = range(BEGIN, BEGIN + 1501)
 def test_a_sentence_spelled_in_two_ways_is_merged_once():
     """As heard of real speech; a segment that both chunks cut becomes one again."""
     at = lambda seconds: BEGIN + round(seconds / 0.02)
-    pieces = cut(50 * 16_000, ChunkedOptions(30, 5))
+    pieces = cut_chunks(50 * 16_000, ChunkedOptions(30, 5))
     left = (at(0), 1, at(20), at(20.4), 2, 3, at(25), at(25.4), 14, 5, 6, 7, at(28), at(28.2), 8)
     right = (at(0.5), 2, 3, at(5.1), at(5.3), 4, 5, 6, 7, 8, at(10), at(12), 9, at(14))
     spans = merge_timed([left, right], pieces, TIMES)
@@ -50,15 +51,15 @@ def test_a_sentence_spelled_in_two_ways_is_merged_once():
         merge([[t for t in ids if t < BEGIN] for ids in (left, right)]), ()
     )
     words = [tuple(token + 10**6 if token < BEGIN else token for token in left), ()]
-    assert merge_timed(words, pieces, TIMES)[1] == Span(0, 20.4, 25, (2 + 10**6, 3 + 10**6))
-    assert merge_timed([(), right], pieces, TIMES)[0] == Span(1, 20.5, 25.1, (2, 3))
-    assert merge_timed([left, ()], pieces, TIMES)[-1] == Span(0, 28.2, 30, (8,))
+    assert merge_timed(words, pieces, TIMES)[1] == ChunkSpan(0, 20.4, 25, (2 + 10**6, 3 + 10**6))
+    assert merge_timed([(), right], pieces, TIMES)[0] == ChunkSpan(1, 20.5, 25.1, (2, 3))
+    assert merge_timed([left, ()], pieces, TIMES)[-1] == ChunkSpan(0, 28.2, 30, (8,))
 
 
 def test_no_word_is_put_together_from_two_spellings():
     """ "open-source PBX. Two" and "Open Source PBX. Do", laid over each other a token apart."""
     at = lambda seconds: BEGIN + round(seconds / 0.02)
-    pieces = cut(50 * 16_000, ChunkedOptions(30, 5))
+    pieces = cut_chunks(50 * 16_000, ChunkedOptions(30, 5))
     left = (at(22), 1, 2, 3, 10, 11, 12, 13, 14, 15, 16, at(29))
     right = (at(2), 1, 2, 3, 20, 21, 13, 14, 15, 22, 17, at(9))
     merged = [span.tokens for span in merge_timed([left, right], pieces, TIMES)]
@@ -84,12 +85,12 @@ def test_cuts_equal_transformers(seconds, stride):
     expected = [one["stride"] for one in theirs]
     ours = [
         (stop - start, first - start, stop - last)
-        for start, stop, first, last in cut(samples, chunked)
+        for start, stop, first, last in cut_chunks(samples, chunked)
     ]
     assert ours[: len(expected)] == expected
     assert len(ours) == len(expected)
     # What the chunks are there for lies side by side.
-    pieces = cut(samples, chunked)
+    pieces = cut_chunks(samples, chunked)
     assert pieces[0][2] == 0
     assert pieces[-1][3] == samples
     assert all(one[3] == following[2] for one, following in pairwise(pieces))
@@ -100,7 +101,9 @@ def test_chunks_are_decoded_as_recognize_does(random_folders):
     rng = np.random.default_rng(0)
     long, short = (0.1 * rng.standard_normal(16_000 * n).astype(np.float32) for n in (15, 4))
     chunked, options = ChunkedOptions(10, 2), DecodeOptions(max_tokens=6)
-    found = [one for *_, one in transcribe_all(recognizer, [long, short], options, chunked, 3)]
+    found = [
+        one for *_, one in transcribe_all(recognizer, [long, short], options, chunked, batch_size=3)
+    ]
     first, second = (one for one in found if one is not None)
     windows = np.stack([pad_or_trim(one) for one in (long[:160_000], long[96_000:], short)])
     heard = recognize(recognizer, windows, options)
@@ -123,7 +126,7 @@ def test_a_chunk_is_read_on_from_its_last_timestamp(random_folders, monkeypatch)
     }
     heard = []
 
-    def decode(_, __, ___, windows, *____):
+    def decode(_, __, ___, windows):
         heard.append([window.seed / 16_000 for window in windows])
         texts = [script[second] for second in heard[-1]]
         return [Hypothesis(ids, "", "en", -1.0 / len(heard), 0.1, 1.0) for ids in texts]

@@ -3,7 +3,7 @@ import pytest
 import whisper
 
 from flax_distil.audio.log_mel import log_mel
-from flax_distil.transcribe.features import recording_mel, window
+from flax_distil.transcribe.features import pad_window, recording_mel
 
 
 @pytest.mark.parametrize("samples", [0, 100, 800, 480_000, 480_160, 1_000_007])
@@ -23,10 +23,10 @@ def test_pieces_equal_openai_on_the_whole(samples, mels):
 def test_a_window_of_one_clip_is_its_log_mel():
     audio = np.random.default_rng(0).standard_normal(480_000).astype(np.float32)
     expected = np.asarray(log_mel(audio[None], 80))[0]
-    found = window(recording_mel(audio, 80), 0, 3000)
+    found = pad_window(recording_mel(audio, 80), 0, 3000)
     # The last frames see silence behind the recording, where log_mel mirrors it.
     np.testing.assert_allclose(found[:-2], expected[:-2], atol=1e-5)
-    part = window(found, 2900, 50)
+    part = pad_window(found, 2900, 50)
     assert part.shape == (3000, 80)
     assert np.array_equal(part[:50], found[2900:2950])
     assert not part[50:].any()

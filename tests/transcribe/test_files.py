@@ -3,24 +3,25 @@
 import io
 import json
 import tracemalloc
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from flax_distil.audio.load import SAMPLE_RATE, encode_flac
 from flax_distil.config import TranscribeConfig
-from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.errors import InputError, SomeFailed
 from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.options import DecodeOptions
 from flax_distil.transcribe import (
     ChunkedOptions,
     Segment,
     SequentialOptions,
     Transcript,
     chunked,
-    fallback,
     run,
+    sequential,
     transcribe,
     transcribe_all,
 )
@@ -67,7 +68,7 @@ def test_silence_has_no_text(recognizer, long_form, samples):
 @pytest.mark.parametrize("long_form", [SequentialOptions((0.0,)), ChunkedOptions()])
 def test_hours_of_silence_cost_neither_time_nor_memory(recognizer, long_form, monkeypatch):
     """Three hours, of which nothing is given to the model."""
-    for module in (chunked, fallback):
+    for module in (chunked, sequential):
         monkeypatch.setattr(module, "decode", lambda *_: pytest.fail("silence is decoded"))
     silence = np.zeros(3 * 3600 * SAMPLE_RATE, np.float32)
     tracemalloc.start()
@@ -114,7 +115,7 @@ def test_a_wrong_waveform_is_refused(recognizer, audio, complaint):
 def test_wrong_options_are_refused_before_any_work(
     recognizer, long_form, arguments, complaint, monkeypatch
 ):
-    for module in (chunked, fallback):
+    for module in (chunked, sequential):
         monkeypatch.setattr(module, "decode", lambda *_: pytest.fail("it begins"))
     with pytest.raises(InputError, match=complaint):
         transcribe(tone(1), recognizer, long_form=long_form, **arguments)
@@ -127,16 +128,29 @@ def test_more_draws_than_memory_are_refused(recognizer):
 
 
 def test_a_long_prompt_is_cut_and_said(recognizer, caplog):
-    options = DecodeOptions(max_tokens=6, prompt="word " * 300)
-    transcribe(tone(1), recognizer, options=options, long_form=SequentialOptions((0.0,)))
+    long_form = SequentialOptions((0.0,))
+    transcribe(tone(1), recognizer, options=SHORT, prompt="word " * 300, long_form=long_form)
     assert "the prompt has 300 tokens: its last 223 are used" in caplog.text
 
 
 def config(sources, model, **options) -> TranscribeConfig:
+    """`options` by the names of their flags."""
     quick: dict = dict(max_tokens=6)
     if options.get("method") != "chunked":
         quick |= dict(temperatures=(0.0,), no_speech_threshold=None)
-    return TranscribeConfig(tuple(sources), str(model), **quick | options)
+    return with_flags(TranscribeConfig(tuple(sources), str(model)), **quick | options)
+
+
+def with_flags(config: TranscribeConfig, **flags) -> TranscribeConfig:
+    for flag, value in flags.items():
+        parts = {part.name: getattr(config, part.name) for part in fields(config)}
+        if flag in parts:
+            config = replace(config, **{flag: value})
+            continue
+        field = flag.removeprefix("vad_")
+        name, part = next(one for one in parts.items() if hasattr(one[1], field))
+        config = replace(config, **{name: replace(part, **{field: value})})
+    return config
 
 
 def test_a_bad_file_does_not_stop_the_good_ones(random_folders, tmp_path, capsys):
@@ -161,7 +175,7 @@ def test_an_assistant_is_reported(random_folders, tmp_path, caplog, method):
         output_dir=tmp_path, method=method, assistant=str(random_folders[1]), draft_tokens=2
     )
     run(config([tmp_path / "a.flac"], random_folders[0], **options))
-    assert "% of its guesses accepted" in caplog.text
+    assert "% of its draft tokens accepted" in caplog.text
     assert "tokens a pass" in caplog.text
 
 
@@ -240,9 +254,12 @@ def test_what_cannot_be_written_does_not_stop_the_others(random_folders, tmp_pat
         (dict(method="chunked", word_timestamps=True), "--word-timestamps .* --method sequential"),
         (dict(method="chunked", clips=(1.0,)), "--clips would .* add --method sequential"),
         (dict(chunk_length=15.0, stride=2.0), "--chunk-length, --stride .* add --method chunked"),
-        (dict(highlight_words=True), "--highlight-words would do nothing: add --word-timestamps"),
+        (
+            dict(highlight_words=True),
+            "--highlight-words would have no effect: add --word-timestamps",
+        ),
         (dict(word_timestamps=True, max_line_count=2), "add --max-line-width"),
-        (dict(vad_padding=0.1), "--vad-padding would do nothing: add --vad"),
+        (dict(vad_padding=0.1), "--vad-padding would have no effect: add --vad"),
         (dict(draft_tokens=2), "add --assistant"),
         (dict(patience=2.0), "add --beams"),
         (dict(batch_size=0), "at least 1"),
@@ -252,11 +269,12 @@ def test_what_cannot_be_written_does_not_stop_the_others(random_folders, tmp_pat
 )
 def test_flags_that_contradict_each_other_or_do_nothing_are_refused(flags, complaint):
     with pytest.raises(InputError, match=complaint):
-        check_flags(TranscribeConfig((), "m", **flags))
+        check_flags(with_flags(TranscribeConfig((), "m"), **flags))
 
 
 def test_flags_that_go_together_and_the_dictionary():
-    check_flags(TranscribeConfig((), "m"))
-    check_flags(TranscribeConfig((), "m", vad=True, vad_padding=0.1, beams=2, patience=2.0))
-    check_flags(TranscribeConfig((), "m", word_timestamps=True, max_line_width=9, max_line_count=2))
+    plain = TranscribeConfig((), "m")
+    check_flags(plain)
+    check_flags(with_flags(plain, vad=True, vad_padding=0.1, beams=2, patience=2.0))
+    check_flags(with_flags(plain, word_timestamps=True, max_line_width=9, max_line_count=2))
     assert isinstance(Transcript("", (), "en").as_dict()["segments"], tuple)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from flax_distil.transcribe import Segment, Transcript, Word
-from flax_distil.transcribe.gaps import clear_of, digital_silence
+from flax_distil.transcribe.silence import digital_silence, trim_silence
 
 RATE = 16_000
 
@@ -27,7 +27,7 @@ def test_segments_begin_behind_a_gap_and_end_before_one():
     gaps = [(0.0, 4.0), (6.0, 9.0)]
     told = [(0.0, 6.0), (3.98, 7.5), (0.0, 9.5), (4.5, 5.5), (9.0, 9.5), (6.5, 8.0), (5.0, 9.0)]
     wanted = [(4.0, 6.0), (4.0, 6.0), (4.0, 9.5), (4.5, 5.5), (9.0, 9.5), (6.5, 8.0), (5.0, 6.0)]
-    found = clear_of(Transcript("", tuple(segment(*one) for one in told), "en"), gaps)
+    found = trim_silence(Transcript("", tuple(segment(*one) for one in told), "en"), gaps)
     assert [(one.start, one.end) for one in found.segments] == wanted
     timed = Transcript("", (segment(0.0, 5.0, (Word("a", 0.0, 5.0, 1),)),), "en")
-    assert clear_of(timed, gaps) == timed
+    assert trim_silence(timed, gaps) == timed

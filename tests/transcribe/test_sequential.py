@@ -9,13 +9,15 @@ import whisper
 
 from flax_distil.config import ExportConfig
 from flax_distil.decode.assistant import make_assistant
-from flax_distil.decode.options import Acceptance, DecodeOptions, Hypothesis
-from flax_distil.decode.recognizer import Window, make_recognizer, prompt_ids
+from flax_distil.decode.hypothesis import Hypothesis, Window
+from flax_distil.decode.prompts import prompt_ids
+from flax_distil.decode.recognizer import AudioStates, make_recognizer
 from flax_distil.errors import InputError
 from flax_distil.export import run
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import init_student
+from flax_distil.options import DecodeOptions
 from flax_distil.text.wer import word_errors
 from flax_distil.transcribe import (
     ChunkedOptions,
@@ -24,8 +26,13 @@ from flax_distil.transcribe import (
     transcribe,
     transcribe_all,
 )
-from flax_distil.transcribe.fallback import looks_wrong
-from flax_distil.transcribe.sequential import Reading, before, begin, split
+from flax_distil.transcribe.segments import split_segments
+from flax_distil.transcribe.sequential import (
+    RecordingState,
+    begin_recording,
+    needs_fallback,
+    previous_tokens,
+)
 
 PLAIN = SequentialOptions(temperatures=(0.0,))
 
@@ -68,7 +75,7 @@ def test_real_speech_is_read_as_openai_reads_it(tiny_en, openai_tiny_en, talk, c
     ours = transcribe(
         talk,
         tiny_en,
-        options=DecodeOptions(prompt="A telephone system."),
+        prompt="A telephone system.",
         long_form=SequentialOptions((0.0,), condition_on_previous_text=condition),
     )
     check(ours, theirs)
@@ -94,7 +101,9 @@ def test_files_of_one_batch_do_not_disturb_each_other(random_folders):
     long_form = SequentialOptions((0.0, 0.8), no_speech_threshold=None)
     together = {}
     heard = [0.0, 0.0, 0.0]
-    for number, seconds, done in transcribe_all(recognizer, audio, options, long_form, 2):
+    for number, seconds, done in transcribe_all(
+        recognizer, audio, options, long_form, batch_size=2
+    ):
         heard[number] += seconds
         together |= {number: done} if done else {}
     np.testing.assert_allclose(heard, [35, 4, 40])
@@ -106,36 +115,39 @@ def test_files_of_one_batch_do_not_disturb_each_other(random_folders):
         assert {one.temperature for one in alone.segments} == {0.8}
 
 
-def test_what_looks_wrong():
+def test_what_needs_fallback():
     def heard(doubt: float, silence: float, ratio: float) -> Hypothesis:
         return Hypothesis((1,), "a", "en", doubt, silence, ratio)
 
     options = SequentialOptions()
-    assert not looks_wrong(heard(-0.5, 0.9, 1.0), options)
-    assert looks_wrong(heard(-0.5, 0.9, 2.5), options)
-    assert looks_wrong(heard(-1.5, 0.1, 1.0), options)
-    assert not looks_wrong(heard(-1.5, 0.9, 2.5), options)  # silence
-    assert not looks_wrong(heard(-1.5, 0.1, 2.5), SequentialOptions((0.0,), None, None, None))
+    assert not needs_fallback(heard(-0.5, 0.9, 1.0), options)
+    assert needs_fallback(heard(-0.5, 0.9, 2.5), options)
+    assert needs_fallback(heard(-1.5, 0.1, 1.0), options)
+    assert not needs_fallback(heard(-1.5, 0.9, 2.5), options)  # silence
+    assert not needs_fallback(heard(-1.5, 0.1, 2.5), SequentialOptions((0.0,), None, None, None))
 
 
 def test_windows_are_split_between_two_timestamps():
     # 100 is 0.00 s; size in frames, times in steps of two frames
     assert (
-        split((100, 1, 150, 150, 2, 200), range(100, 1601), 3000)[1] == 3000
+        split_segments((100, 1, 150, 150, 2, 200), range(100, 1601), 3000)[1] == 3000
     )  # ends alone: nothing follows
-    assert split((100, 1, 150, 150, 2, 200, 200), range(100, 1601), 3000) == (
+    assert split_segments((100, 1, 150, 150, 2, 200, 200), range(100, 1601), 3000) == (
         [(0, 50, (100, 1, 150)), (50, 100, (150, 2, 200))],
         200,
     )
-    assert split((100, 1, 150, 150, 2), range(100, 1601), 3000) == ([(0, 50, (100, 1, 150))], 100)
-    assert split((100, 1, 2), range(100, 1601), 2500) == ([(0, 1250, (100, 1, 2))], 2500)
-    assert split((100, 1, 120), range(100, 1601), 2500) == ([(0, 20, (100, 1, 120))], 2500)
+    assert split_segments((100, 1, 150, 150, 2), range(100, 1601), 3000) == (
+        [(0, 50, (100, 1, 150))],
+        100,
+    )
+    assert split_segments((100, 1, 2), range(100, 1601), 2500) == ([(0, 1250, (100, 1, 2))], 2500)
+    assert split_segments((100, 1, 120), range(100, 1601), 2500) == ([(0, 20, (100, 1, 120))], 2500)
     # An added word has an id behind that of 30 s.
-    assert split((100, 1, 1700, 150, 150, 1701), range(100, 1601), 3000) == (
+    assert split_segments((100, 1, 1700, 150, 150, 1701), range(100, 1601), 3000) == (
         [(0, 50, (100, 1, 1700, 150))],
         100,
     )
-    assert split((), range(100, 1601), 2500) == ([(0, 1250, ())], 2500)
+    assert split_segments((), range(100, 1601), 2500) == ([(0, 1250, ())], 2500)
 
 
 def test_words_end_where_segments_do(tiny_en, talk):
@@ -154,10 +166,15 @@ def test_words_end_where_segments_do(tiny_en, talk):
 @pytest.mark.parametrize("seconds", [2.5, 40])
 def test_the_language_is_that_of_what_openai_hears_first(monkeypatch, base_folder, seconds):
     recognizer, heard = make_recognizer(load_checkpoint(base_folder)), []
-    monkeypatch.setattr(sequential, "encode_mel", lambda _, __, mel: heard.append(mel))
-    monkeypatch.setattr(sequential, "detect", lambda *_: ["de"])
+
+    def encode_audio(_, mel, **__):
+        heard.append(mel)
+        return AudioStates(None)
+
+    monkeypatch.setattr(sequential, "encode_audio", encode_audio)
+    monkeypatch.setattr(sequential, "likeliest_languages", lambda *_: ["de"])
     sound = np.random.default_rng(0).normal(0, 0.1, round(seconds * 16_000)).astype(np.float32)
-    assert begin(recognizer, sound, None, (), PLAIN).language == "de"
+    assert begin_recording(recognizer, sound, Window(), PLAIN).start.language == "de"
     mel = whisper.log_mel_spectrogram(sound, padding=whisper.audio.N_SAMPLES)
     expected = whisper.pad_or_trim(mel, 3000).numpy().T
     np.testing.assert_allclose(heard[0][0], expected, atol=1e-4)
@@ -166,9 +183,10 @@ def test_the_language_is_that_of_what_openai_hears_first(monkeypatch, base_folde
 def test_a_prompt_for_every_window_is_whole_beside_hotwords(random_folders):
     recognizer = make_recognizer(load_checkpoint(random_folders[0]))
     prompt, options = tuple(range(1000, 1100)), DecodeOptions(hotwords="Marianne, Elinor")
-    one = Reading(np.zeros((0, 80), np.float32), [], "en", prompt, written=[*prompt, *range(300)])
-    previous = before(one, recognizer, options, SequentialOptions(carry_prompt=True))
-    ids = prompt_ids(recognizer, options, Window("en", previous))
+    mel, tokens = np.zeros((0, 80), np.float32), [*prompt, *range(300)]
+    one = RecordingState(mel, [], Window("en", prompt), tokens=tokens)
+    previous = previous_tokens(one, recognizer, options, SequentialOptions(carry_prompt=True))
+    ids = prompt_ids(recognizer.tokens, recognizer.context, options, Window("en", previous))
     hot = recognizer.tokens.encode(" Marianne, Elinor")
     assert ids[1 : ids.index(recognizer.tokens.sot)] == [
         *hot,
@@ -203,18 +221,21 @@ def test_an_assistant_changes_no_text(monkeypatch, tiny_en, tiny_en_folder, talk
         transcribe(**arguments, options=DecodeOptions(beams=5), assistant="lookup")
 
 
-def test_windows_after_poor_guesses_do_without():
-    reading = Reading(np.zeros((0, 80), np.float32), [], "en", ())
-    asked = []
-    for window in range(14):
-        if not reading.unaided:
-            asked.append(window)
-        reading.count(None if reading.unaided else Acceptance(2, 1, 4, 2, 4), 0.6)
-    assert asked == [0, 2, 6]
-    reading.unaided = 0
-    reading.count(Acceptance(2, 1, 4, 3, 5), 0.6)
-    assert (reading.unaided, reading.pause) == (0, 0)
-    assert reading.acceptance == Acceptance(8, 4, 16, 9, 17)
+@pytest.mark.parametrize("long_form", [PLAIN, ChunkedOptions(10)])
+def test_an_assistant_that_does_not_pay_is_given_up(random_folders, monkeypatch, long_form):
+    """After enough rejected draft tokens the rest of a recording is decoded without it."""
+    monkeypatch.setattr("flax_distil.decode.drafters.ENOUGH_DRAFTS", 20)
+    recognizer = make_recognizer(load_checkpoint(random_folders[0]))
+    audio = 0.1 * np.random.default_rng(0).standard_normal(16_000 * 50).astype(np.float32)
+    options = dict(options=DecodeOptions(max_tokens=8), long_form=long_form, batch_size=1)
+
+    def drafted(break_even: float) -> int:
+        assistant = replace(make_assistant(recognizer, None), break_even=break_even)
+        found = transcribe(audio, recognizer, **options, assistant=assistant)
+        assert found.text == transcribe(audio, recognizer, **options).text
+        return found.acceptance.drafted
+
+    assert drafted(0.0) > 2 * drafted(1.0) > 0
 
 
 @pytest.mark.parametrize("long_form", [SequentialOptions((0.0, 0.8)), ChunkedOptions(10)])

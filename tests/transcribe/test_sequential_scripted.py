@@ -12,13 +12,14 @@ import pytest
 import torch
 import whisper
 
-from flax_distil.decode.options import DecodeOptions, Hypothesis
-from flax_distil.decode.recognizer import Recognizer
+from flax_distil.decode.hypothesis import Hypothesis, Window
+from flax_distil.decode.recognizer import AudioStates, Recognizer
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.spec import Spec
+from flax_distil.options import DecodeOptions
 from flax_distil.text.tokens import load_tokens
 from flax_distil.transcribe import SequentialOptions, Word, sequential
-from flax_distil.transcribe.words import Timed
+from flax_distil.transcribe.words import TimedSpan
 
 FRAMES = 9_000
 BEGIN = 50_363  # the English tokens' 0.00 s
@@ -93,7 +94,7 @@ def ours(monkeypatch, tokens, scene: int, previous_text: bool = True, **options)
     told = []
     mel = np.arange(FRAMES, dtype=np.float32)[:, None].repeat(80, 1)
 
-    def decode(_, __, ___, windows, *____):
+    def decode(_, __, ___, windows, ____):
         found = []
         for one in windows:
             told.append(one.previous)
@@ -102,24 +103,24 @@ def ours(monkeypatch, tokens, scene: int, previous_text: bool = True, **options)
             found.append(Hypothesis(tuple(ids), "", "en", *chances))
         return found
 
-    def timed(_, __, windows, ___, ____, _____, offsets, ______):
+    def timed(_, __, windows, ___, offsets, **____):
         rows = []
         for spans, offset in zip(windows, offsets, strict=True):
             rows.append([])
             for number, span in enumerate(spans):
                 words = words_of(scene, round(100 * offset), number, span.start, span.end)
                 ends = (words[0].start, words[-1].end) if words else (span.start, span.end)
-                rows[-1].append(Timed(*ends, tuple(words)))
+                rows[-1].append(TimedSpan(*ends, tuple(words)))
         return rows
 
     monkeypatch.setattr(sequential, "recording_mel", lambda *_: mel)
-    monkeypatch.setattr(sequential, "encode_mel", lambda *_: None)
+    monkeypatch.setattr(sequential, "encode_audio", lambda *_, **__: AudioStates(None))
     monkeypatch.setattr(sequential, "decode_with_fallback", decode)
     monkeypatch.setattr(sequential, "word_timestamps", timed)
     spec = Spec(WhisperDims(80, 51_864, 16, 1, 2, 2, 2, 64, 64), "float32")
     recognizer = Recognizer(spec, {"encoder": None}, tokens, previous_text=previous_text)
     *_, (_, _, found) = sequential.transcribe_sequentially(
-        recognizer, [mel], DecodeOptions(), SequentialOptions((0.0,), **options)
+        recognizer, [mel], DecodeOptions(), SequentialOptions((0.0,), **options), Window("en")
     )
     return found, told
 

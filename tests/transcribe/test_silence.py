@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flax_distil.transcribe.result import Segment, Word
-from flax_distil.transcribe.silence import drop_made_up, made_up, oddness
+from flax_distil.transcribe.silence import anomaly, drop_hallucinations, is_anomalous
 
 
 def segment(start: float, end: float, probability: float = 0.9, count: int = 4) -> Segment:
@@ -18,15 +18,15 @@ def segment(start: float, end: float, probability: float = 0.9, count: int = 4) 
 
 
 def test_odd_words():
-    assert oddness(Word(" a", 0, 0.5, 0.2)) == 0
-    assert oddness(Word(" a", 0, 0.5, 0.1)) == 1
-    assert oddness(Word(" a", 0, 0, 0.9)) == pytest.approx(0.133 * 15)
-    assert oddness(Word(" a", 0, 5, 0.1)) == pytest.approx(4)
-    assert not made_up(segment(0, 2))
-    assert made_up(segment(0, 2, probability=0.1))
-    assert not made_up(segment(0, 3, count=4))
+    assert anomaly(Word(" a", 0, 0.5, 0.2)) == 0
+    assert anomaly(Word(" a", 0, 0.5, 0.1)) == 1
+    assert anomaly(Word(" a", 0, 0, 0.9)) == pytest.approx(0.133 * 15)
+    assert anomaly(Word(" a", 0, 5, 0.1)) == pytest.approx(4)
+    assert not is_anomalous(segment(0, 2))
+    assert is_anomalous(segment(0, 2, probability=0.1))
+    assert not is_anomalous(segment(0, 3, count=4))
     comma = Word(",", 0, 0, 0.01)  # punctuation is not judged
-    assert not made_up(replace(segment(0, 2), words=(*segment(0, 2).words, comma, comma)))
+    assert not is_anomalous(replace(segment(0, 2), words=(*segment(0, 2).words, comma, comma)))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,6 @@ def test_odd_words():
     ],
 )
 def test_what_is_dropped(segments, window, expected):
-    kept, go_on, is_read = drop_made_up(segments, 2.0, *window, last_speech=window[0])
+    kept, go_on, is_read = drop_hallucinations(segments, 2.0, *window, last_speech=window[0])
     assert (len(kept), go_on, is_read) == expected
     assert kept == segments[: len(kept)]

@@ -20,7 +20,7 @@ from flax_distil.transcribe import (
     Word,
     transcribe,
 )
-from flax_distil.transcribe.voice import make_clock, restored, speech_spans, voiced
+from flax_distil.transcribe.voice import make_time_map, restored, speech_spans, voiced
 
 RATE = 16_000
 SHARP = VoiceOptions(min_silence=0.064, min_speech=0.064, padding=0)  # two detector chunks
@@ -69,11 +69,11 @@ def test_spans_are_those_of_faster_whisper(monkeypatch):
 
 
 def test_times_come_back():
-    clock = make_clock([(RATE, 3 * RATE), (10 * RATE, 11 * RATE)])  # 2 s from 1 s, 1 s from 10 s
-    assert [clock.at(second) for second in (0, 1.5, 2, 2.5, 9)] == [1, 2.5, 10, 10.5, 11]
-    assert [clock.at(second, ends=True) for second in (0, 2, 3)] == [1, 3, 11]
-    assert clock.word(Word("a", 1.8, 2.1, 1)) == Word("a", 2.8, 3, 1)
-    assert clock.word(Word("a", 1.9, 2.4, 1)) == Word("a", 10, 10.4, 1)
+    times = make_time_map([(RATE, 3 * RATE), (10 * RATE, 11 * RATE)])  # 2 s from 1 s, 1 s from 10 s
+    assert [times.at(second) for second in (0, 1.5, 2, 2.5, 9)] == [1, 2.5, 10, 10.5, 11]
+    assert [times.at(second, ends=True) for second in (0, 2, 3)] == [1, 3, 11]
+    assert times.word(Word("a", 1.8, 2.1, 1)) == Word("a", 2.8, 3, 1)
+    assert times.word(Word("a", 1.9, 2.4, 1)) == Word("a", 10, 10.4, 1)
     segment = Segment(0, 150, 0.5, 3, "a b", (1, 2), 0, 0, 1, 0)
     found = restored(
         Transcript("a b", (segment,), "en"), [(RATE, 3 * RATE), (10 * RATE, 11 * RATE)]

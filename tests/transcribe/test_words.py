@@ -11,19 +11,19 @@ from whisper import timing
 from whisper.tokenizer import get_tokenizer
 
 from flax_distil.audio.load import pad_or_trim
-from flax_distil.decode.options import DecodeOptions
 from flax_distil.decode.recognizer import encode, make_recognizer, recognize
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.student import init_student
+from flax_distil.options import DecodeOptions
 from flax_distil.text.tokens import load_tokens
 from flax_distil.transcribe.heads import heads_like
 from flax_distil.transcribe.words import (
     Aligned,
-    Span,
-    align,
+    TextSpan,
+    align_words,
+    assign_words,
     median_filter,
     merge_punctuation,
-    share,
     split_words,
     time_warp,
     word_timestamps,
@@ -85,8 +85,8 @@ def halves(text, seconds, eot):
     """A window's text as two segments, with the timestamps that Whisper puts around them."""
     middle = len(text) // 2
     return [
-        Span((eot + 200, *text[:middle]), 0.0, seconds / 2),
-        Span(text[middle:], seconds / 2 + 0.1, seconds),
+        TextSpan((eot + 200, *text[:middle]), 0.0, seconds / 2),
+        TextSpan(text[middle:], seconds / 2 + 0.1, seconds),
     ]
 
 
@@ -115,7 +115,7 @@ def test_words_are_where_openai_hears_them(heard, openai_tiny_en):
     windows = []
     for clip, text in zip(clips, texts, strict=True):
         spans = halves(text, len(clip) / 16_000, eot)
-        windows.append([Span(s.tokens, offset + s.start, offset + s.end) for s in spans])
+        windows.append([TextSpan(s.tokens, offset + s.start, offset + s.end) for s in spans])
     count = len(clips)
     frames = [len(clip) // 160 for clip in clips]
     ours = word_timestamps(
@@ -149,8 +149,8 @@ def test_a_student_hears_words_where_its_teacher_does(heard, tiny_en_folder):
     recognizer, clips, texts, audio = heard
     student = make_recognizer(init_student(load_checkpoint(tiny_en_folder), 2))
     languages, frames = ["en"] * len(clips), [len(clip) // 160 for clip in clips]
-    theirs = align(recognizer, audio, texts, languages, frames=frames)
-    ours = align(student, audio, texts, languages, frames=frames)
+    theirs = align_words(recognizer, audio, texts, languages, frames=frames)
+    ours = align_words(student, audio, texts, languages, frames=frames)
     for mine, text in zip(ours, theirs, strict=True):
         assert [one.word for one in mine] == [one.word for one in text]
     starts = lambda rows: np.array([word.start for row in rows for word in row])
@@ -162,7 +162,7 @@ def test_a_student_hears_words_where_its_teacher_does(heard, tiny_en_folder):
     unknown = replace(recognizer, alignment_heads=())
     chosen = heads_like(unknown, recognizer, windows, seconds)
     assert set(chosen) <= set(recognizer.alignment_heads)
-    timed = lambda heads: align(
+    timed = lambda heads: align_words(
         replace(unknown, alignment_heads=heads), audio, texts, languages, frames=frames
     )
     assert apart(timed(chosen)) <= 0.04 < apart(timed(((0, 0), (0, 1))))
@@ -171,22 +171,28 @@ def test_a_student_hears_words_where_its_teacher_does(heard, tiny_en_folder):
 def test_what_has_no_words(heard):
     recognizer, _, texts, audio = heard
     eot = recognizer.tokens.eot
-    rows = align(recognizer, audio, [[], [eot + 200], texts[0]], ["en"] * 3, frames=[100, 100, 1])
+    rows = align_words(
+        recognizer, audio, [[], [eot + 200], texts[0]], ["en"] * 3, frames=[100, 100, 1]
+    )
     assert rows == [[], [], []]
-    assert align(recognizer, audio, [], []) == []
-    assert share([], [Span((), 1.0, 2.0)], 0.0, 0.0, lambda token: token < eot) == [(1.0, 2.0, ())]
+    assert align_words(recognizer, audio, [], []) == []
+    assert assign_words([], [TextSpan((), 1.0, 2.0)], 0.0, 0.0, lambda token: token < eot) == [
+        (1.0, 2.0, ())
+    ]
 
 
 def test_a_text_that_fills_the_context_has_words(heard):
     """With the end of text and the task it is longer than the context; the rest has no times."""
     recognizer, _, texts, audio = heard
-    (words,) = align(recognizer, audio[:1], [(texts[0] * 50)[:447]], ["en"])
+    (words,) = align_words(recognizer, audio[:1], [(texts[0] * 50)[:447]], ["en"])
     assert sum(len(word.tokens) for word in words) == 448 - 3
 
 
 def test_punctuation_is_merged_where_no_word_has_a_length():
     words = [Aligned(" so", (1,), 0.02, 0.02, 0.9), Aligned(".", (2,), 0.02, 0.02, 0.9)]
-    (timed,) = share(words, [Span((1, 2), 0.0, 0.02)], 0.0, 0.0, lambda token: token < 99)
+    (timed,) = assign_words(
+        words, [TextSpan((1, 2), 0.0, 0.02)], 0.0, 0.0, lambda token: token < 99
+    )
     assert [word.word for word in timed.words] == [" so."]
 
 
@@ -194,6 +200,8 @@ def test_a_word_after_a_pause_is_cut():
     """As openai-whisper: the first word of a window may not swallow the pause before it."""
     words = [Aligned(" So", (1,), 0.0, 5.0, 0.9), Aligned(" it", (2,), 5.0, 5.3, 0.9)]
     words += [Aligned(f" w{i}", (i,), i / 4 + 4.3, i / 4 + 4.55, 0.9) for i in range(4, 9)]
-    (timed,) = share(words, [Span(range(1, 8), 0.0, 7.0)], 0.0, 0.0, lambda token: token < 99)
+    (timed,) = assign_words(
+        words, [TextSpan(range(1, 8), 0.0, 7.0)], 0.0, 0.0, lambda token: token < 99
+    )
     assert timed.words[0].start == pytest.approx(4.5)
     assert (timed.start, timed.end) == (timed.words[0].start, timed.words[-1].end)

@@ -8,8 +8,9 @@ import pysubs2
 import pytest
 import whisper.utils
 
+from flax_distil.options import SubtitleLayout
 from flax_distil.transcribe.result import Segment, Transcript, Word
-from flax_distil.transcribe.writers import WRITERS, Layout, clock
+from flax_distil.transcribe.writers import WRITERS, clock
 
 
 def transcript(words: bool) -> Transcript:
@@ -42,7 +43,7 @@ def theirs(extension: str, made: Transcript, **layout) -> str:
 @pytest.mark.parametrize("extension", WRITERS)
 def test_files_equal_those_of_openai(extension, words):
     for made in (transcript(words), Transcript("", (), "en")):
-        assert WRITERS[extension](made, Layout()) == theirs(extension, made)
+        assert WRITERS[extension](made, SubtitleLayout()) == theirs(extension, made)
 
 
 @pytest.mark.parametrize("extension", ["srt", "vtt"])
@@ -60,7 +61,7 @@ def test_files_equal_those_of_openai(extension, words):
 )
 def test_words_are_set_as_openai_sets_them(extension, layout):
     made = transcript(True)
-    assert WRITERS[extension](made, Layout(**layout)) == theirs(extension, made, **layout)
+    assert WRITERS[extension](made, SubtitleLayout(**layout)) == theirs(extension, made, **layout)
 
 
 @pytest.mark.parametrize("seconds", [0, 0.0004, 0.9996, 59.9999, 3599.9996, 3600, 363_599.999])
@@ -70,14 +71,16 @@ def test_the_clock_is_openai_s(seconds):
 
 
 @pytest.mark.parametrize("extension", ["srt", "vtt"])
-@pytest.mark.parametrize("layout", [Layout(), Layout(max_line_width=14, max_line_count=2)])
+@pytest.mark.parametrize(
+    "layout", [SubtitleLayout(), SubtitleLayout(max_line_width=14, max_line_count=2)]
+)
 def test_a_subtitle_library_reads_what_is_written(extension, layout):
     """pysubs2 finds every text, in segments at its time."""
-    made = transcript(words=layout != Layout())
+    made = transcript(words=layout != SubtitleLayout())
     read = pysubs2.SSAFile.from_string(WRITERS[extension](made, layout), format_=extension)
     found = [(cue.start, cue.end, cue.plaintext) for cue in read if cue.plaintext]
     at = lambda seconds: round(1000 * seconds)
-    if layout == Layout():
+    if layout == SubtitleLayout():
         assert found == [
             (at(one.start), at(one.end), one.text.strip().replace("-->", "->"))
             for one in made.segments
