@@ -2,14 +2,14 @@
 # Fetch every worker's log, and results from worker 0: collect.sh [--dry-run] FOLDER [PATH…]
 #
 # Logs go to FOLDER/worker-<n>/. A PATH is relative to the checkout on worker 0 (runs/distill); what
-# was written to the bucket is there already.
+# was written to the bucket is not fetched.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 main() {
   read_arguments "$@"
   read_settings
   local folder=${ARGUMENTS[0]:-} path
-  [[ -n $folder ]] || die "where to? collect.sh FOLDER [PATH…]"
+  [[ -n $folder ]] || die "no folder: collect.sh FOLDER [PATH…]"
   find_workers
   on_workers worker_sends_log "$folder" || die "not all logs could be fetched"
   for path in "${ARGUMENTS[@]:1}"; do

@@ -67,7 +67,7 @@ read_settings() {
   if [[ -f $file ]]; then
     read_file "$file"
   elif [[ -n ${TPU_ENV:-} ]]; then
-    die "TPU_ENV names $file, which is not there"
+    die "TPU_ENV names $file, which does not exist"
   fi
   for name in TPU_NAME TPU_ZONE; do
     [[ -n ${!name:-} ]] || die "$name is not set: see tpu_scripts/tpu.env.example"
@@ -131,7 +131,7 @@ run() {
 }
 
 # State of the queued resource (ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, …), empty where there is
-# none. A list with a filter, for `describe` fails alike when nothing is there and when not allowed.
+# none. A list with a filter, because `describe` fails the same way without a resource and without permission.
 queue_state() {
   run gcloud compute tpus queued-resources list "${PLACE[@]}" \
     --filter="name~/queuedResources/$TPU_NAME\$" --format='value(state.state)'

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Ask for a TPU by a queued resource and wait until it is there: create.sh [--dry-run]
+# Request a TPU by a queued resource and wait until it is ready: create.sh [--dry-run]
 #
-# Can be interrupted and run again: it then goes on waiting. TPU_CAPACITY is on-demand, spot or
+# Can be interrupted and run again: it then continues to wait. TPU_CAPACITY is on-demand, spot or
 # reserved.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -23,7 +23,7 @@ main() {
       *) say "$(date +%T) $TPU_NAME: $state" && sleep "$POLL_SECONDS" ;;
     esac
   done
-  say "$TPU_NAME is there: setup.sh comes next"
+  say "$TPU_NAME is ready: setup.sh comes next"
 }
 
 request() {

@@ -20,7 +20,7 @@ from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import same_arrays
 from flax_distil.parallel.clips import replicate
-from flax_distil.pseudo_label.identity import fingerprint, states_folder, stored_names
+from flax_distil.pseudo_label.identity import fingerprint, states_folder
 from flax_distil.pseudo_label.store import SETTINGS, read_settings
 
 
@@ -79,7 +79,7 @@ def state_folder(
         store = Path(utterances.config.source)
         if (store / SETTINGS).is_file():
             columns = (UTTERANCE_NUMBER, "id", "duration", "mean_log_probability")
-            names = stored_names(*map(utterances.column, columns))
+            names = clip_names(*map(utterances.column, columns))
             return StateFolder(states_folder(root, encoder, read_settings(store)), names)
     digest = hashlib.sha256(repr(identity(utterances)).encode() + lengths.tobytes()).hexdigest()
     return StateFolder(root / fingerprint(encoder) / digest[:16], clip_names(range(len(lengths))))

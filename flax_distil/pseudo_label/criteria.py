@@ -7,6 +7,7 @@ be compared.
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,24 +38,7 @@ REASONS: tuple[str, ...] = (
     "WER",
 )
 OF_ANY_CLIP = ("non-speech", "too long")  # the others need a label, which non-speech does not have
-COLUMNS = (
-    "word_errors",
-    "reference_words",
-    "duration",
-    "token_ids",
-    "mean_log_probability",
-    "compression_ratio",
-    "no_speech_probability",
-    "whisper_transcript",
-    "language",
-    UTTERANCE_NUMBER,
-    "id",
-    "error_rate",
-    "ended",
-    "speech",
-    "part_errors",
-    "part_words",
-)
+LARGE = ("audio", "teacher_states")  # columns that no criterion looks at
 
 
 @dataclass(frozen=True)
@@ -87,7 +71,7 @@ def measure(path: Path, config: FilterConfig) -> Measures:
 
     Columns that older stores lack count as: speech, ended, errors in words, no parts known.
     """
-    table = read_shard(path, COLUMNS)
+    table = read_shard(path, without=LARGE)
     columns = dict(zip(table.column_names, table.columns, strict=True))
     tokens = pc.list_value_length(columns["token_ids"])  # type: ignore[attr-defined]
 
@@ -136,19 +120,21 @@ def disagreements(table: pa.Table, path: Path, config: FilterConfig) -> Float[np
     if config.agree_with is None:
         return np.zeros(len(table))
     unit = read_settings(config.source).get("error_rate", "auto")
-    names = (UTTERANCE_NUMBER, "id", "whisper_transcript", "language")
-    clip = itemgetter(
-        UTTERANCE_NUMBER, "id"
-    )  # a window that was split has several rows of one number
+    clip = itemgetter(UTTERANCE_NUMBER, "id")  # a split window has several rows of one number
     other = shard_files(config.agree_with).get(int(path.stem))
-    rows = [] if other is None else read_shard(other, names).to_pylist()
+    rows = [] if other is None else _texts(read_shard(other, without=LARGE))
     theirs = {clip(row): row["whisper_transcript"] for row in rows}
     percent = np.full(len(table), np.inf)
-    for place, row in enumerate(table.select(names).to_pylist()):
+    for place, row in enumerate(_texts(table)):
         if (text := theirs.get(clip(row))) is not None:
             rate = error_rate(row["language"], unit)
             percent[place] = 100 * rate.count([text], [row["whisper_transcript"]]).rate
     return percent
+
+
+def _texts(table: pa.Table) -> list[dict[str, Any]]:
+    names = [UTTERANCE_NUMBER, "id", "whisper_transcript", "language"]
+    return table.select(names).to_pylist()
 
 
 def decide(measures: Measures, config: FilterConfig) -> np.ndarray:
@@ -202,10 +188,10 @@ def decides_without_reference(config: FilterConfig) -> bool:
     )
 
 
-def read_shard(path: Path, columns: tuple[str, ...] | None = None) -> pa.Table:
-    """A shard, or those of `columns` that it has. Raises InputError when it is damaged."""
+def read_shard(path: Path, without: tuple[str, ...] = ()) -> pa.Table:
+    """A shard, without some of its columns. Raises InputError when it is damaged."""
     try:
-        names = columns and [name for name in columns if name in pq.read_schema(path).names]
+        names = [name for name in pq.read_schema(path).names if name not in without]
         return pq.read_table(path, columns=names, page_checksum_verification=True)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What tells label stores, teachers and clips apart: settings, fingerprints and names."""
+"""What tells label stores and teachers apart: settings and fingerprints."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from flax_distil.config import PseudoLabelConfig
-from flax_distil.data.audio_states import clip_names
 from flax_distil.data.utterances import UtteranceStream
 
 # Fields that do not change the labels.
@@ -56,17 +55,3 @@ def states_folder(folder: Path, encoder: Any, settings: Mapping[str, Any]) -> Pa
     unfiltered = {name: value for name, value in settings.items() if name != "filter"}
     contents = json.dumps(unfiltered, sort_keys=True).encode()
     return folder / fingerprint(encoder) / hashlib.sha256(contents).hexdigest()[:16]
-
-
-def stored_names(
-    numbers: Sequence[int],
-    ids: Sequence[str],
-    durations: Sequence[float],
-    log_probabilities: Sequence[float],
-) -> np.ndarray:
-    """uint64[n]: names of a label store's clips, by which their audio states are found.
-
-    Numbers and ids repeat from store to store; duration and the label's mean log-probability
-    (float32, as stored) distinguish different audio of the same id.
-    """
-    return clip_names(numbers, ids, durations, log_probabilities)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int16
 
 from flax_distil.config import PseudoLabelConfig
-from flax_distil.data.audio_states import write_states
+from flax_distil.data.audio_states import clip_names, write_states
 from flax_distil.data.utterances import Skipped, Utterance
 from flax_distil.data.windows import DecodedClip, map_in_order, pad_clips
 from flax_distil.decode.assistant import load_assistant
@@ -20,7 +20,6 @@ from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.options import DecodeOptions
 from flax_distil.pseudo_label.distributions import explain
-from flax_distil.pseudo_label.identity import stored_names
 from flax_distil.pseudo_label.jobs import DecodedUtterance, LabelJob, prepare
 from flax_distil.pseudo_label.progress import LabelProgress
 from flax_distil.pseudo_label.rows import AudioCell, pseudo_label
@@ -150,7 +149,9 @@ class ShardLabeller:
 
 def _keep_states(path: Path, labels: Sequence[PseudoLabel], config: PseudoLabelConfig) -> None:
     """Write the encoder's output of a shard's clips; see `data.audio_states`."""
-    names = stored_names(
+    # Numbers and ids repeat from store to store; durations and log-probabilities (float32, as
+    # stored) tell different audio of the same id apart.
+    names = clip_names(
         [one.utterance_number for one in labels],
         [one.id for one in labels],
         [one.duration for one in labels],

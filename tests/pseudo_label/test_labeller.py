@@ -16,11 +16,10 @@ from fake_teacher import clip, fake_labeller, fake_teacher, idle_teacher, label_
 
 from flax_distil.audio.load import load_audio, to_int16
 from flax_distil.config import DataConfig
-from flax_distil.data.audio_states import StateFolder, load_or_encode
+from flax_distil.data.audio_states import StateFolder, clip_names, load_or_encode
 from flax_distil.data.utterances import UtteranceStream, load_waveform, read_dataset
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label.distributions import Explained
-from flax_distil.pseudo_label.identity import stored_names
 from flax_distil.pseudo_label.labeller import label
 from flax_distil.pseudo_label.progress import summary_table
 from flax_distil.pseudo_label.store import LabelStore
@@ -306,7 +305,7 @@ def test_states_are_there_before_their_shard(config, monkeypatch, tmp_path):
     monkeypatch.undo()
     label_with(config, hearing, states)
     labels = read_dataset(config.output_dir)
-    names = stored_names(
+    names = clip_names(
         *map(labels.column, ("utterance_number", "id", "duration", "mean_log_probability"))
     )
     kept = load_or_encode([StateFolder(states, names)], labels, encode=None)

@@ -14,7 +14,7 @@ main() {
   for name in TPU_PROJECT TPU_TYPE XPK_CLUSTER XPK_IMAGE; do
     [[ -n ${!name:-} ]] || die "$name is not set"
   done
-  ((${#ARGUMENTS[@]})) || die "what shall run? gke/xpk.sh python run_distill_flax.py --recipe …"
+  ((${#ARGUMENTS[@]})) || die "no command: gke/xpk.sh python run_distill_flax.py --recipe …"
   refuse_secrets "${XPK_ENV_FILE:-}" "${ARGUMENTS[@]}"
   case ${TPU_CAPACITY:-on-demand} in
     on-demand) flags+=(--on-demand) ;;
