@@ -135,7 +135,7 @@ def step_speed(config, size, batch, rounds, states=None):
         Spec(teacher), Spec(student), loss, optimizer, layers, vocabulary_chunk=256
     )
     trainable = {"decoder": Spec(student).init(jax.random.key(0))["decoder"]}
-    state = jax.jit(initial_state, static_argnums=(1, 2))(trainable, optimizer, 0)
+    state = jax.jit(initial_state, static_argnums=1)(trainable, optimizer)
     frozen = Frozen(Spec(teacher).init(jax.random.key(1)), {})
     step = jax.jit(train_step, static_argnames="spec", donate_argnums=0)
     loader = Loader(training_sources(config, ENGLISH), ENGLISH, batch, states=states)

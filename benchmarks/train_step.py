@@ -43,10 +43,9 @@ from flax_distil.config import ComputeConfig, DistillConfig
 from flax_distil.data.batches import Batch
 from flax_distil.decode.recognizer import encode
 from flax_distil.distill.flops import measured_peak, step_flops, vocabulary_tokens
-from flax_distil.distill.setup import make_train_spec, split_parameters
+from flax_distil.distill.setup import compile_step, make_train_spec, split_parameters
 from flax_distil.distill.state import initial_state
 from flax_distil.distill.step import TrainSpec
-from flax_distil.distill.trainer import compile_step
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from flax_distil.model.student import init_student
@@ -92,10 +91,11 @@ def ours(
 ):
     """The trainer's own compiled step, on one device; the state goes on from update to update."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    trainable, frozen = split_parameters(train_spec, teacher, student, train_encoder=False)
+    trainable, frozen = split_parameters(train_spec, teacher.params, student.params)
     trainable, frozen, batch = jax.tree.map(jnp.array, (trainable, frozen, batch))
-    state = jax.jit(partial(initial_state, config=config.optimizer, seed=0))(trainable)
-    program = compile_step(train_spec, mesh, shardings(state, mesh))
+    state = jax.jit(partial(initial_state, config=config.optimizer))(trainable)
+    state = jax.device_put(state, shardings(state, mesh))
+    program = compile_step(train_spec, mesh, state, {})
 
     def step() -> float:
         nonlocal state
@@ -104,7 +104,7 @@ def ours(
 
     tokens = vocabulary_tokens(np.asarray(batch.weights), 1, 1, train_spec.vocabulary_chunk)
     encode = batch.audio is None
-    return Way(step, step_flops(train_spec, *batch.tokens.shape, False, False, encode, tokens))
+    return Way(step, step_flops(train_spec, *batch.tokens.shape, encode, tokens))
 
 
 def pytorch(

@@ -208,8 +208,6 @@ class InitStudentConfig:
     """Number of decoder layers, maximally spaced (2 of 32: 0 and 31), or their indices."""
     encoder_layers: int | tuple[int, ...] | None = None
     """Number of encoder layers, or their indices; all by default, as in the paper."""
-    teacher_revision: str | None = None
-    """Branch, tag or commit of a teacher from the hub."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,10 +429,6 @@ class DistillConfig:
     """Error rates during training."""
     run: RunConfig = RunConfig()
     """Resuming, checkpoints and logs."""
-    teacher_revision: str | None = None
-    """Branch, tag or commit of a teacher from the hub."""
-    student_revision: str | None = None
-    """Branch, tag or commit of a student from the hub."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,7 @@ def log_powers(
     waveform_BN = jnp.asarray(waveform_BN)
     if waveform_BN.dtype == jnp.int16:
         waveform_BN = waveform_BN.astype(jnp.float32) / 32768
-    frames_BTW = frame(waveform_BN.astype(jnp.float32)) * hann().astype(np.float32)
+    frames_BTW = frame(waveform_BN.astype(jnp.float32)) * hann().astype(np.float32)[None, None]
     filters = mel_filters(mels).astype(np.float32)
     mel_BTM = platform_dependent(
         frames_BTW,

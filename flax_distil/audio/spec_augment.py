@@ -39,7 +39,7 @@ def _augmented(key: Any, mel_TM: Array, frames: Array, options: AugmentConfig) -
     hidden_M = masks(in_frequency, bins, bins, widest, options.frequency_masks)
     sounds_T = jnp.arange(mel_TM.shape[0]) < frames
     mean = jnp.mean(mel_TM, where=sounds_T[:, None])
-    return jnp.where(hidden_T[:, None] | hidden_M, mean, mel_TM)
+    return jnp.where(hidden_T[:, None] | hidden_M[None], mean, mel_TM)
 
 
 def masks(
@@ -50,4 +50,5 @@ def masks(
     lengths = jnp.floor(lengths * (longest + 1))
     starts = jnp.floor(starts * (end - lengths + 1))
     place = jnp.arange(size)[:, None]
-    return jnp.any((starts <= place) & (place < starts + lengths), axis=1)
+    after = starts[None] <= place
+    return jnp.any(after & (place < (starts + lengths)[None]), axis=1)

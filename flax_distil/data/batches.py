@@ -16,7 +16,7 @@ label that was cut at the maximum length has no eot. For clips without speech se
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import numpy as np
@@ -65,29 +65,35 @@ class TargetOptions:
             object.__setattr__(self, "language", to_language_code(self.language))
 
 
+if TYPE_CHECKING:
+    Leaf = np.ndarray
+else:  # a batch is on the host, on devices, traced, or shapes alone
+    Leaf = np.ndarray | jax.Array | jax.ShapeDtypeStruct
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
     """One training batch; B and L are static, everything is an array."""
 
-    waveforms: Int16[np.ndarray, "B N"]
-    tokens: Int[np.ndarray, "B L"]
+    waveforms: Int16[Leaf, "B N"]
+    tokens: Int[Leaf, "B L"]
     """Decoder inputs: prompt and label, padded with eot."""
-    targets: Int[np.ndarray, "B L"]
+    targets: Int[Leaf, "B L"]
     """The next token of each position."""
-    weights: Float[np.ndarray, "B L"]
+    weights: Float[Leaf, "B L"]
     """1 from the start of transcript to the padding, else 0."""
-    seconds: Float[np.ndarray, "B"]
+    seconds: Float[Leaf, " B"]
     """Length of the clip before padding."""
-    rows: Int[np.ndarray, "B"]
+    rows: Int[Leaf, " B"]
     """Row numbers of the utterances in their dataset."""
-    audio: Shaped[np.ndarray, "B S D"] | None = None
+    audio: Shaped[Leaf, "B S D"] | None = None
     """The encoder's output where it is kept on disk; waveforms are then empty (N = 0)."""
-    teacher_states: Float16[np.ndarray, "B L D"] | None = None
+    teacher_states: Float16[Leaf, "B L D"] | None = None
     """The teacher's final states at the targets, where labels hold them."""
-    keys: UInt32[np.ndarray, "B 2"] | None = None
+    keys: UInt32[Leaf, "B 2"] | None = None
     """Key data of each example for SpecAugment, if it is on."""
-    loss_weights: Float[np.ndarray, "B L 2"] | None = None
+    loss_weights: Float[Leaf, "B L 2"] | None = None
     """Factors of KL and cross-entropy at each target; None stands for 1."""
 
 

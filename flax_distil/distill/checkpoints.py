@@ -1,11 +1,11 @@
-"""Checkpoints of a run: the latest few to continue from, the best to hand over.
+"""Checkpoints of a run: the latest few to resume from, and the best to export.
 
     <run>/checkpoints/<step>/   params, rest (all else of the state), progress (JSON)
     <run>/best/<step>/          params, progress
 
 Orbax writes them beside the run, asynchronously, and renames a complete one into place: a kill or a
-full disk leaves the one before as it was. Whether a disk gives back what it was given, Orbax does
-not ask: `progress` holds a sum of the bits of every array, taken on the devices.
+full disk leaves the one before as it was. Orbax does not verify what a disk
+gives back: `progress` holds a sum of the bits of every array, taken on the devices.
 """
 
 import json
@@ -35,8 +35,8 @@ LATEST, BEST = "checkpoints", "best"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What a run knows beside its arrays."""
+class RunProgress:
+    """The state of a run beside its arrays."""
 
     loader: LoaderState
     """Continues after the last batch that was trained on."""
@@ -57,30 +57,30 @@ class Checkpoints:
             self.latest = manager(self.folder / LATEST, keep)
             self.best = manager(self.folder / BEST, 1)
 
-    def save(self, state: TrainState, progress: Progress) -> None:
+    def save(self, state: TrainState, progress: RunProgress) -> None:
         """Start to save everything that continuing needs; returns once the arrays are copied."""
         step = int(state.step)
         if step not in self.latest.all_steps():
-            rest = replace(state, params=None)
+            rest = state._replace(params=None)
             self._save(self.latest, step, progress, params=state.params, rest=rest)
 
-    def save_best(self, state: TrainState, progress: Progress) -> None:
+    def save_best(self, state: TrainState, progress: RunProgress) -> None:
         """Start to save the parameters as the best so far."""
         step = int(state.step)
         if step not in self.best.all_steps():
             self._save(self.best, step, progress, params=state.params)
 
     def forget_best_after(self, step: int) -> None:
-        """Drop a best that a killed run chose after `step`: it will be found again."""
+        """Delete a best that a killed run chose after `step`: it will be chosen again."""
         for later in self.best.all_steps():
             if later > step:
                 self.best.delete(later)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, Progress]:
+    def restore(self, like: TrainState) -> tuple[TrainState, RunProgress]:
         """The latest state, placed as the arrays or shapes of `like` say.
 
         Raises:
-            InputError: there is none, it is damaged, or of another model or optimizer.
+            InputError: it does not exist, is damaged, or of another model or optimizer.
         """
         step = self.latest.latest_step()
         if step is None:
@@ -89,7 +89,7 @@ class Checkpoints:
             )
         arguments = ocp.args.Composite(
             params=ocp.args.StandardRestore(like.params),
-            rest=ocp.args.StandardRestore(replace(like, params=None)),
+            rest=ocp.args.StandardRestore(like._replace(params=None)),
             progress=ocp.args.JsonRestore(),
         )
         folder = self.folder / LATEST / str(step)
@@ -97,10 +97,10 @@ class Checkpoints:
             found = self.latest.restore(step, args=arguments)
             saved = dict(found["progress"])
             sums, loader = saved.pop("sums"), LoaderState(**saved.pop("loader"))
-            progress = Progress(loader, **saved)
+            progress = RunProgress(loader, **saved)
         arrays = {"params": found["params"], "rest": found["rest"]}
         check_sums(bit_sums(arrays) | json_sum(progress), sums, folder)
-        return replace(found["rest"], params=found["params"]), progress
+        return found["rest"]._replace(params=found["params"]), progress
 
     def wait(self) -> None:
         """Until everything is on disk. Raises InputError when it could not be written."""
@@ -120,8 +120,8 @@ class Checkpoints:
                 with suppress(*((OSError, ValueError) if self.failed else ())):  # raised before
                     one.close()
 
-    def _save(self, one: ocp.CheckpointManager, step: int, progress: Progress, **trees: Any):
-        self.wait()  # for the one before, whose failure would otherwise be told as this one's
+    def _save(self, one: ocp.CheckpointManager, step: int, progress: RunProgress, **trees: Any):
+        self.wait()  # for the one before, whose failure would otherwise be reported as this one's
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         progress = replace(progress, loader=gather_state(progress.loader))
         sums = bit_sums(trees) | json_sum(progress)
@@ -154,8 +154,8 @@ def quieten() -> None:
 
     def of_others(record: logging.LogRecord) -> bool:
         caught = record.exc_info[1] if record.exc_info else None
-        told = "".join(traceback.format_exception(caught)) if caught else ""
-        return record.levelno < logging.ERROR or "orbax" not in record.pathname + told
+        text = "".join(traceback.format_exception(caught)) if caught else ""
+        return record.levelno < logging.ERROR or "orbax" not in record.pathname + text
 
     def hook(unraisable: Any, before: Any = sys.unraisablehook) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
@@ -175,7 +175,7 @@ def manager(folder: Path, keep: int) -> ocp.CheckpointManager:
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether a run's folder has something to continue from."""
+    """Whether a run's folder has a checkpoint to resume from."""
     return bool(steps(folder / LATEST))
 
 
@@ -189,14 +189,14 @@ def read_params(
 ) -> tuple[int, Any]:
     """The step and the trained parameters of a run, as numpy, in the form of `like`'s shapes.
 
-    "best" is the latest where no validation chose one.
+    "best" is the latest if no validation chose one.
 
     Raises:
         InputError: the run has no such checkpoint, it is damaged, or its parameters are others
             than `like`.
     """
     found = {name: steps(run / name) for name in (LATEST, BEST)}
-    name, step = choose(run, found, which)
+    name, step = pick_checkpoint(run, found, which)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
     folder = (run / name / str(step)).absolute()
@@ -209,11 +209,17 @@ def read_params(
 
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """Tells in a sentence why the checkpoint of a step cannot be read."""
+    """Raises a one-sentence InputError if the checkpoint of a step cannot be read."""
     try:
         yield
     except (ValueError, KeyError, TypeError, OSError) as error:
-        if differing := re.findall(r"^([\w.]+):$", str(error), re.MULTILINE):
+        differing = re.findall(r"^([\w.]+):$", str(error), re.MULTILINE)
+        if differing == ["rng"]:
+            raise InputError(
+                f"{folder} was written by an older version of flax-distil, whose states hold rng: "
+                "finish the run with that version, or begin a new one"
+            ) from error
+        if differing:
             raise InputError(
                 f"{folder} is of another model than this run trains, or of other settings of "
                 "train_encoder or compute.scan_layers: they do not both have "
@@ -222,13 +228,13 @@ def readable(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder} is damaged or of another model: {error}") from error
 
 
-def json_sum(progress: Progress) -> dict[str, int]:
+def json_sum(progress: RunProgress) -> dict[str, int]:
     """As `bit_sums`, of what is written as JSON."""
     return {"progress": crc32(json.dumps(asdict(progress), sort_keys=True).encode())}
 
 
 def check_sums(found: Mapping[str, int], saved: Mapping[str, int], folder: Path) -> None:
-    """Raises InputError where something that was read is not what was saved."""
+    """Raises InputError if something that was read is not what was saved."""
     damaged = [name for name, value in found.items() if value != saved.get(name)]
     if damaged:
         raise InputError(
@@ -237,10 +243,10 @@ def check_sums(found: Mapping[str, int], saved: Mapping[str, int], folder: Path)
         )
 
 
-def choose(
+def pick_checkpoint(
     run: Path, found: dict[str, list[int]], which: Literal["best", "latest"] | int
 ) -> tuple[str, int]:
-    """Folder and step of the checkpoint that is asked for."""
+    """Folder and step of the requested checkpoint."""
     if which == "best" and found[BEST]:
         return BEST, found[BEST][-1]
     if which in ("best", "latest") and found[LATEST]:
@@ -248,5 +254,5 @@ def choose(
     for name in (LATEST, BEST):
         if which in found[name]:
             return name, int(which)
-    there = ", ".join(str(step) for step in sorted({*found[LATEST], *found[BEST]})) or "none"
-    raise InputError(f"{run} has no checkpoint {which}; it has {there}")
+    present = ", ".join(str(step) for step in sorted({*found[LATEST], *found[BEST]})) or "none"
+    raise InputError(f"{run} has no checkpoint {which}; it has {present}")

@@ -1,8 +1,8 @@
-"""`flax-distil runs`: training runs side by side, from what they wrote."""
+"""`flax-distil runs`: training runs side by side, from their files."""
 
 import json
 import statistics
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,17 @@ from rich.table import Table
 
 from flax_distil.config import DistillConfig, RunsConfig
 from flax_distil.distill.checkpoints import LATEST, steps
-from flax_distil.distill.runs import RECIPE
+from flax_distil.distill.runs import RECIPE, flat
 from flax_distil.distill.tracking import METRICS
 from flax_distil.errors import InputError
 from flax_distil.recipe import load_recipe
 
-PLACES = {"output_dir", "run"}  # fields that tell where a run is kept, and not what it is
+PLACES = {"output_dir", "run"}  # fields of where a run is kept, not of what it trains
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What one run wrote of itself; None where it did not come so far."""
+    """The figures of one run; None if it did not get so far."""
 
     name: str
     step: int
@@ -47,7 +47,7 @@ class RunFacts:
 def run(config: RunsConfig) -> list[RunFacts]:
     """Print all runs below a folder, the best first, and the fields in which their recipes differ.
 
-    Raises InputError where there is no run, and for a recipe that cannot be read.
+    Raises InputError if there is no run, or for a recipe that cannot be read.
     """
     paths = sorted(path.parent for path in config.folder.rglob(RECIPE) if is_training(path))
     if not paths:
@@ -66,12 +66,12 @@ def run(config: RunsConfig) -> list[RunFacts]:
 
 
 def is_training(path: Path) -> bool:
-    """Whether a recipe lies in a run's folder: other stages write none there, users may."""
+    """Whether a recipe is in a run's folder; users may have recipes anywhere."""
     return (path.parent / METRICS).is_file() or (path.parent / LATEST).is_dir()
 
 
 def rank(one: RunFacts) -> tuple[float, float]:
-    """By WER, then by loss; what is not known comes last."""
+    """By WER, then by loss; unknown values come last."""
     known = (one.wer, one.loss)
     wer, loss = (float("inf") if value is None else value for value in known)
     return wer, loss
@@ -83,8 +83,8 @@ def read_run(path: Path, root: Path) -> RunFacts:
     lines = read_metrics(path / METRICS)
     trained = [line for line in lines if line.get("loss") is not None]
     tail = trained[-max(len(trained) // 10, 1) :]
-    judged = [line for line in lines if line.get("validation/wer") is not None]
-    best = min(judged, key=lambda line: line["validation/wer"], default={})
+    validated = [line for line in lines if line.get("validation/wer") is not None]
+    best = min(validated, key=lambda line: line["validation/wer"], default={})
     name = path.relative_to(root).as_posix()
     return RunFacts(
         name=path.name if name == "." else name,
@@ -97,7 +97,7 @@ def read_run(path: Path, root: Path) -> RunFacts:
         samples_per_second=median(lines, "samples_per_second"),
         mfu=median(lines, "mfu"),
         skipped=int(max((line.get("skipped") or 0 for line in lines), default=0)),
-        recipe=flat(config),
+        recipe={n: v for n, v in flat(config).items() if n.split(".")[0] not in PLACES},
     )
 
 
@@ -118,18 +118,6 @@ def median(lines: list[dict[str, Any]], name: str) -> float | None:
     """Of the lines that have the value."""
     values = [line[name] for line in lines if line.get(name) is not None]
     return statistics.median(values) if values else None
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """`loss.kl` and the like for each field that decides what a run computes."""
-    values: dict[str, Any] = {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            values |= flat(value, f"{prefix}{field.name}.")
-        else:
-            values[prefix + field.name] = value
-    return {name: value for name, value in values.items() if name.split(".")[0] not in PLACES}
 
 
 def differences(runs: list[RunFacts]) -> list[str]:

@@ -1,9 +1,10 @@
-"""Floating-point operations of a train step, counted from the sizes; a multiply-add is two.
+"""Floating-point operations of a train step, counted from the sizes, and a device's peak.
 
-Compilers count a scanned layer once, and differ in what else they count: for the MFU only products
-of matrices matter.
+A multiply-add is two operations. Compilers count a scanned layer once, and differ in what else they
+count: for the MFU only products of matrices count.
 """
 
+import logging
 import time
 from functools import partial
 
@@ -12,42 +13,57 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flax_distil.config import DistillConfig
+from flax_distil.data.batches import Batch
 from flax_distil.distill.step import TrainSpec
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.precision import product as multiply
+from flax_distil.parallel.chips import published_peak
+from flax_distil.parallel.mesh import make_mesh
+
+log = logging.getLogger(__name__)
 
 
 def step_flops(
-    spec: TrainSpec,
-    batch_size: int,
-    length: int,
-    own_encoder: bool,
-    train_encoder: bool,
-    encode: bool = True,
-    logits: int | None = None,
+    spec: TrainSpec, clips: int, length: int, encode: bool = True, logits: int | None = None
 ) -> int:
-    """Operations of one update on `batch_size` clips with `length` tokens each.
-
-    logits: tokens whose logits are computed (`vocabulary_tokens`); all of them where not given.
+    """Operations of one update on `clips` with `length` tokens each.
 
     Forward passes of the shared encoder, the teacher's decoder and the student; the backward pass
     of what is trained costs two forward passes, but the audio states of a frozen encoder need no
-    gradient. Recomputation (remat) does not count: it is no useful work.
+    gradient. Recomputation (remat) does not count: it is not useful work.
+
+    Args:
+        spec: the step.
+        clips: rows of the batch, on all devices.
+        length: tokens of each row, padding included.
+        encode: false if batches hold audio states.
+        logits: tokens whose logits are computed (`vocabulary_tokens`); all if None.
     """
-    teacher, student, loss = spec.teacher.dims, spec.student.dims, spec.loss
-    shared = encode and (spec.asks_teacher or not own_encoder)
-    logits = batch_size * length if logits is None else logits
-    clip = encoder_flops(teacher) if shared else 0
-    tokens = 3 * vocabulary_flops(student, logits)
+    teacher, student = spec.teacher.dims, spec.student.dims
+    logits = clips * length if logits is None else logits
+    clip = 0
+    if encode and (spec.asks_teacher or spec.shares_encoder):
+        clip += encoder_flops(teacher)
     if spec.asks_teacher:
         clip += decoder_flops(teacher, length) + cross_flops(teacher)
-    if loss.kl:
-        tokens += vocabulary_flops(teacher, logits)
-    if own_encoder:
-        clip += (3 if train_encoder else 1) * encoder_flops(student)
+    if not spec.shares_encoder:
+        clip += (3 if spec.train_encoder else 1) * encoder_flops(student)
     clip += 3 * decoder_flops(student, length)
-    clip += (3 if train_encoder else 2) * cross_flops(student)
-    return batch_size * clip + tokens
+    clip += (3 if spec.train_encoder else 2) * cross_flops(student)
+    tokens = 3 * vocabulary_flops(student, logits)
+    if spec.loss.kl:
+        tokens += vocabulary_flops(teacher, logits)
+    return clips * clip + tokens
+
+
+def batch_flops(spec: TrainSpec, batch: Batch, hosts: int) -> int:
+    """Useful operations of one update, from one host's rows of its batch."""
+    rows, length = batch.tokens.shape
+    # Each host knows its own rows alone, and takes them for any host's.
+    shards = max(spec.data_shards // hosts, 1)
+    tokens = vocabulary_tokens(batch.weights, spec.accumulation, shards, spec.vocabulary_chunk)
+    return step_flops(spec, hosts * rows, length, batch.audio is None, hosts * tokens)
 
 
 def vocabulary_tokens(weights_BL: np.ndarray, accumulation: int, shards: int, chunk: int) -> int:
@@ -110,3 +126,16 @@ def measured_peak(mesh: Mesh, dtype: str, seconds: float = 0.5) -> float:
         jax.block_until_ready(product(ones, ones))
         best = min(best, time.perf_counter() - begin)
     return 2 * mesh.size * side**3 / best
+
+
+def peak_flops(config: DistillConfig) -> tuple[float, str]:
+    """Peak FLOP/s of one device, and whether it is configured, published or measured."""
+    compute, kind = config.compute, jax.devices()[0].device_kind
+    peak, source = published_peak(kind, compute.dtype), "published"
+    if compute.peak_flops is not None:
+        peak, source = compute.peak_flops, "configured"
+    elif peak is None:
+        ours = make_mesh(devices=jax.local_devices())  # hosts need not measure at the same time
+        peak, source = measured_peak(ours, compute.dtype) / ours.size, "measured in products"
+    log.info("MFU is of %.3g FLOP/s a device (%s, %s): %s", peak, kind, compute.dtype, source)
+    return peak, source

@@ -1,6 +1,6 @@
-"""KL and cross-entropy on held-out clips: how the student scores labels, beside what it writes."""
+"""KL and cross-entropy on held-out clips, beside the error rates of `validation`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
@@ -14,6 +14,7 @@ from flax_distil.config import DataConfig, DistillConfig, TrainingDataConfig
 from flax_distil.data.batches import Batch, TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import open_source
+from flax_distil.distill.setup import TrainProgram
 from flax_distil.distill.step import Frozen, TrainSpec, evaluation_losses
 from flax_distil.distill.validation import data_tables
 from flax_distil.errors import InputError
@@ -25,13 +26,13 @@ from flax_distil.text.tokens import WhisperTokens
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One set: its clips in batches like those of training, each once."""
+    """One set: its clips in batches like those of training, each clip once."""
 
     loader: Loader
     size: int
 
     def batches(self) -> Iterator[Batch]:
-        """This host's rows of each batch; what fills the last one up has weight 0."""
+        """This host's rows of each batch; the padding of the last one has weight 0."""
         rows = self.loader.batch_size
         mine = np.arange(rows)[host_slice(rows, self.loader.rank, self.loader.hosts)]
         with closing(self.loader.batches(LoaderState())) as batches:  # pyright: ignore
@@ -41,9 +42,9 @@ class HeldOut:
 
 
 def held_out(config: DistillConfig, tokens: WhisperTokens) -> dict[str, HeldOut]:
-    """The validation sets by name, with labels, or references where they have none.
+    """The validation sets by name, with labels, or references where there are none.
 
-    Raises InputError where a set has nothing that can be scored.
+    Raises InputError if a set has neither.
     """
     if not config.validation.losses:
         return {}
@@ -68,22 +69,19 @@ def held_out(config: DistillConfig, tokens: WhisperTokens) -> dict[str, HeldOut]
     return sets
 
 
-def score(
-    sets: dict[str, HeldOut],
-    params: Params,
-    frozen: Frozen,
-    spec: TrainSpec,
-    mesh: jax.sharding.Mesh,
-) -> dict[str, float]:
-    """KL(teacher ‖ student) and cross-entropy a token at temperature 1 by set: `clean/kl`. The KL
-    is left out where the teacher's decoder is not in memory."""
-    step = compiled(spec, mesh)
+def score(sets: Mapping[str, HeldOut], params: Params, program: TrainProgram) -> dict[str, float]:
+    """KL(teacher ‖ student) and cross-entropy a token at temperature 1 by set, such as `clean/kl`.
+
+    Without the KL if the teacher's decoder is not in memory.
+    """
+    spec, mesh = program.spec, program.mesh
+    step = compiled_losses(spec, mesh)
     place = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
     found: dict[str, float] = {}
     for name, one in sets.items():
         sums = np.zeros(3)
         for batch in one.batches():
-            sums += np.asarray(step(params, frozen, jax.tree.map(place, batch)))
+            sums += np.asarray(step(params, program.frozen, jax.tree.map(place, batch)))
         kl, ce, tokens = sums / max(sums[2], 1)
         if not tokens:
             raise InputError(f"no clip of the validation set {name} could be used")
@@ -92,7 +90,7 @@ def score(
 
 
 @cache
-def compiled(spec: TrainSpec, mesh: jax.sharding.Mesh) -> Any:
+def compiled_losses(spec: TrainSpec, mesh: jax.sharding.Mesh) -> Any:
     """The program: float32[3], the sums of KL, cross-entropy and weights of a batch."""
 
     def step(params: Params, frozen: Frozen, batch: Batch) -> Any:

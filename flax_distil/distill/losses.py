@@ -1,7 +1,7 @@
 """The objective of the paper (section 3, equations 3 to 6), as sums over weighted tokens.
 
-Every function returns a sum; who calls divides by the number of label tokens of the whole batch, on
-all devices and in all micro-batches. Weights are 0 on padding and prompt. Float32 throughout.
+Every function returns a sum; the caller divides by the number of label tokens of the whole batch,
+on all devices and in all micro-batches. Weights are 0 on padding and prompt. Float32 throughout.
 """
 
 from typing import Any, NamedTuple

@@ -1,9 +1,9 @@
-"""Whether the copies of a state on different devices still agree, to the last bit.
+"""Whether the copies of a state on different devices are still equal, to the last bit.
 
 Data parallelism keeps a copy of every parameter on each device of the data axis and gives all of
-them the same updates. A fault of hardware, or a program that is not deterministic, can part them
-unnoticed: the loss is an average over all, and a checkpoint holds the first copy alone. So each
-device sums the bits of its parts, which costs one pass over the state, before each checkpoint.
+them the same updates. A fault of hardware, or a program that is not deterministic, can make them
+differ unnoticed: the loss is an average over all, and a checkpoint holds the first copy alone. So
+before each checkpoint each device sums the bits of its parts, in one pass over the state.
 """
 
 from functools import cache
@@ -20,13 +20,13 @@ from flax_distil.parallel.mesh import AXES
 
 
 def check_replicas(state: Any, mesh: Mesh, step: int) -> None:
-    """Raises InputError where copies differ; all hosts call it at once."""
+    """Raises InputError if copies differ; all hosts have to call it."""
     names = differing(state, mesh)
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise InputError(
             f"at step {step} the copies of {', '.join(names[:3])}{more} on different devices are "
-            "not the same: a device computes wrongly. Continue from the last checkpoint "
+            "not the same: a device is faulty. Continue from the last checkpoint "
             "(--run.resume must), on other devices if it happens again"
         )
 

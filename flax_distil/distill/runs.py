@@ -1,17 +1,130 @@
-"""What a finished or running run has to give: its recipe and its student."""
+"""A run's folder: how it is begun or resumed, and the student that it holds.
 
-from dataclasses import replace
+<run>/recipe.toml     the configuration
+<run>/versions.json   versions, devices, commit, and facts of the training data
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from flax_distil.config import DistillConfig
-from flax_distil.distill.checkpoints import read_params
+from flax_distil.data.loader import LoaderState
+from flax_distil.data.mixing import TrainingSource
+from flax_distil.data.utterances import Utterances
+from flax_distil.distill.check import datasets_of, knows_previous
+from flax_distil.distill.checkpoints import Checkpoints, RunProgress, has_checkpoints, read_params
 from flax_distil.distill.setup import trainable_part, trained_checkpoint
-from flax_distil.errors import InputError, read_json
+from flax_distil.distill.state import TrainState
+from flax_distil.distill.tracking import environment
+from flax_distil.errors import InputError, read_json, writing
+from flax_distil.files import remove_partial, write_changed
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
-from flax_distil.recipe import load_recipe
+from flax_distil.parallel.multihost import barrier, is_main_host
+from flax_distil.recipe import load_recipe, save_recipe
+from flax_distil.text.tokens import WhisperTokens
+
+log = logging.getLogger(__name__)
 
 RECIPE, VERSIONS = "recipe.toml", "versions.json"
+# Fields that may change when a run resumes.
+CHANGEABLE = {"output_dir", "compute", "validation", "run", "max_skipped", "max_skipped_share"}
+
+
+def begin_or_resume(
+    config: DistillConfig, checkpoints: Checkpoints, state: TrainState, facts: Mapping[str, Any]
+) -> tuple[TrainState, RunProgress]:
+    """The state and progress to start from; recipe and versions are written.
+
+    facts: are written beside the versions.
+
+    Raises:
+        InputError: the run was begun with another recipe, or its checkpoint cannot be read.
+    """
+    progress = RunProgress(LoaderState(seed=config.seed))
+    if has_checkpoints(config.output_dir):
+        begun = check_recipe(config)
+        state, progress = checkpoints.restore(state)
+        if validation_clips(begun) != validation_clips(config):  # of which the best is not known
+            progress = replace(progress, best_wer=None, best_step=None, since_best=0)
+        log.info("continuing %s after step %d", config.output_dir, int(state.step))
+    checkpoints.forget_best_after(int(state.step))
+    barrier(f"{config.output_dir} at step {int(state.step)}")  # all have read what is written now
+    if is_main_host():
+        with writing(config.output_dir):
+            remove_partial(config.output_dir)
+            save_recipe(config, config.output_dir / RECIPE)
+            versions = json.dumps(environment() | dict(facts), indent=2)
+            write_changed(config.output_dir / VERSIONS, versions + "\n")
+    return state, progress
+
+
+def check_recipe(config: DistillConfig) -> DistillConfig:
+    """The recipe that a run was begun with. Raises InputError if it trains by other numbers."""
+    begun = load_recipe(config.output_dir / RECIPE, DistillConfig)
+    before, now = flat(begun), flat(config)
+    changed = [
+        f"{name} (was {before[name]}, is {value})"
+        for name, value in now.items()
+        if value != before[name] and name.split(".")[0] not in CHANGEABLE
+    ]
+    if changed:
+        raise InputError(
+            f"{config.output_dir} was begun with another recipe: {'; '.join(changed)}. Resume with "
+            "the same, or begin a new run"
+        )
+    return begun
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The fields of a configuration by their full names, such as `loss.kl`."""
+    values: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            values |= flat(value, f"{prefix}{field.name}.")
+        else:
+            values[prefix + field.name] = value
+    return values
+
+
+def validation_clips(config: DistillConfig) -> tuple[Any, ...]:
+    """What word error rates of different steps must have in common to be compared."""
+    validation = config.validation
+    return validation.labels, validation.data, validation.max_clips
+
+
+def training_facts(
+    config: DistillConfig, sources: Sequence[TrainingSource], tokens: WhisperTokens
+) -> dict:
+    """What an exported student records of its training: languages, tasks, and whether some
+    examples had the text before them as prompt."""
+    previous = bool(config.prompt_probability) and any(map(knows_previous, sources))
+    return languages_and_tasks(sources, tokens) | {"previous_text": previous}
+
+
+def languages_and_tasks(sources: Sequence[TrainingSource], tokens: WhisperTokens) -> dict[str, Any]:
+    """Languages and tasks of the data, sorted; languages are None if not all are known."""
+    languages, tasks = set(), set()
+    for source in sources:
+        if not source.speech:
+            continue
+        tasks.add(source.options.task)
+        default = source.options.language or (None if tokens.multilingual else "en")
+        for utterances in datasets_of([source]):
+            columns, named = utterances.columns, utterances.config.language or default
+            if columns.language is None:
+                languages.add(named)
+            elif isinstance(utterances, Utterances):
+                languages.update(one or named for one in set(utterances.column(columns.language)))
+            else:  # a stream's rows are not read yet
+                languages.add(None)
+    known = None not in languages
+    codes = {one for one in languages if one and not tokens.unsupported(one)}
+    return {"languages": sorted(codes) if known else None, "tasks": sorted(tasks)}
 
 
 def is_run(folder: Path) -> bool:
@@ -24,16 +137,15 @@ def trained_student(
 ) -> tuple[int, Checkpoint]:
     """The step and the whole student of a run's checkpoint, with tokenizer and configurations.
 
-    What was not trained comes from the student the run began with, as its recipe names it. A
-    multilingual one that was trained on one language and task has both in its generation config.
+    What was not trained comes from the student that the run began with, named in its recipe.
 
     Raises:
-        InputError: the folder is no run, has no such checkpoint, or that student is gone.
+        InputError: the folder is not a run, has no such checkpoint, or that student is gone.
     """
     if not is_run(run):
-        raise InputError(f"{run} has no {RECIPE}: it is no training run")
+        raise InputError(f"{run} has no {RECIPE}: it is not a training run")
     config = load_recipe(run / RECIPE, DistillConfig)
-    student = load_checkpoint(config.student, config.student_revision)
+    student = load_checkpoint(config.student)
     scanned = config.compute.scan_layers
     like = trainable_part(student.params, config.train_encoder, scanned)
     step, trained = read_params(run, like, which)
@@ -42,9 +154,12 @@ def trained_student(
 
 
 def generation_of(run: Path, student: Checkpoint) -> dict[str, Any]:
-    """The generation config of a run's student: with the language and task of its data, where it
-    is multilingual and there was one of each; and without the text before in long recordings,
-    where it was trained without any (`condition_on_prev_tokens`, as Transformers calls it)."""
+    """The generation config of a run's student.
+
+    A multilingual student of one language and task names both. One that was trained without
+    previous text transcribes long recordings without it (`condition_on_prev_tokens`, as
+    Transformers calls it).
+    """
     facts = read_json(run / VERSIONS) if (run / VERSIONS).is_file() else {}
     languages, tasks = facts.get("languages") or [], facts.get("tasks") or []
     generation = dict(student.generation)

@@ -1,50 +1,45 @@
 """What training carries from update to update, and how a gradient becomes an update."""
 
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from flax_distil.config import OptimizerConfig
 from flax_distil.model.spec import Params
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
-    """All of it: nothing else has to be saved for the step to continue exactly.
+class TrainState(NamedTuple):
+    """All that has to be saved for training to continue exactly.
 
     step: batches consumed, skipped ones included; the schedule follows it.
-    params: the trainable ones, float32: `{"decoder": …}`, and `"encoder"` where it is trained.
+    params: the trainable ones, float32: `{"decoder": …}`, and `"encoder"` if it is trained.
     optimizer: moments of exactly these parameters.
-    rng: key data of the seed, for dropout. All else that is random comes with the batch.
-    skipped, skipped_in_row: non-finite updates that were not applied.
+    skipped, skipped_in_row: updates that were not finite and not applied.
     """
 
     step: Int[Array, ""]
     params: Params
     optimizer: Any
-    rng: UInt32[Array, " 2"]
     skipped: Int[Array, ""]
     skipped_in_row: Int[Array, ""]
 
 
-def initial_state(params: Params, config: OptimizerConfig, seed: int) -> TrainState:
-    """The state before the first update, of parameters or of their shapes."""
+def initial_state(params: Params, config: OptimizerConfig) -> TrainState:
+    """The state before the first update."""
     zero = jnp.zeros((), jnp.int32)
-    optimizer = adamw(config).init(params)
-    return TrainState(zero, params, optimizer, jax.random.PRNGKey(seed), zero, zero)
+    return TrainState(zero, params, adamw(config).init(params), zero, zero)
 
 
 def learning_rate(step: Int[Array, ""], config: OptimizerConfig) -> Float[Array, ""]:
-    """Linear warm-up to the peak, then linear decay to 0 at `config.steps` (paper table 15), or
-    whatever else `config.schedule` names.
+    """The learning rate of the update number `step`, counted from 0.
 
-    The first update has 1 / warmup_steps of the peak, not 0: no update is wasted.
+    Linear warm-up to the peak, then linear decay to 0 at `config.steps` (paper table 15), or what
+    `config.schedule` names instead. The first update has 1 / warmup_steps of the peak, not 0: no
+    update is wasted.
     """
     if config.schedule == "constant":
         return jnp.full((), config.learning_rate)
@@ -55,17 +50,20 @@ def learning_rate(step: Int[Array, ""], config: OptimizerConfig) -> Float[Array,
     return config.learning_rate * jnp.clip(jnp.minimum(rising, falling), 0.0, 1.0)
 
 
-def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, Adam and decoupled decay; the learning rate is left to `apply_gradients`."""
+def adamw(
+    config: OptimizerConfig, rate: float | Float[Array, ""] = 0.0
+) -> optax.GradientTransformation:
+    """Clipping, Adam and decoupled weight decay, at one update's learning rate."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_gradient_norm),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, partial(decayed, config=config)),
+        optax.scale_by_learning_rate(rate),
     )
 
 
 def decayed(params: Params, config: OptimizerConfig) -> Any:
-    """True for kernels and embeddings, False for biases, layer norms and what is frozen."""
+    """Which parameters decay: kernels and embeddings, not biases, layer norms and frozen ones."""
 
     def one(path: tuple, _: Any) -> bool:
         frozen = config.freeze_embed_positions and path[-2].key == "positions"
@@ -76,21 +74,24 @@ def decayed(params: Params, config: OptimizerConfig) -> Any:
 
 def apply_gradients(
     state: TrainState, gradients: Params, finite: Bool[Array, ""], config: OptimizerConfig
-) -> TrainState:
-    """The next state; where `finite` is false, parameters and moments stay as they are."""
-    updates, optimizer = adamw(config).update(gradients, state.optimizer, state.params)
-    rate = learning_rate(state.step, config)
-    params = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, state.params, updates)
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """The next state, and the norms of the parameters in it and of their update.
+
+    Where `finite` is false, parameters and moments stay as they are.
+    """
+    transformation = adamw(config, learning_rate(state.step, config))
+    updates, optimizer = transformation.update(gradients, state.optimizer, state.params)
     params, optimizer = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
-        (params, optimizer),
+        (optax.apply_updates(state.params, updates), optimizer),
         (state.params, state.optimizer),
     )
-    return replace(
-        state,
+    after = TrainState(
         step=state.step + 1,
         params=params,
         optimizer=optimizer,
         skipped=state.skipped + ~finite,
         skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
     )
+    norms = {"parameter_norm": optax.global_norm(params), "update_norm": optax.global_norm(updates)}
+    return after, norms

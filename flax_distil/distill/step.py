@@ -27,11 +27,14 @@ from flax_distil.parallel.mesh import for_each_shard
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """What decides the program, and none of its numbers: static under jit.
+    """All that decides the compiled step, static under jit; `setup.make_train_spec` builds it.
 
     layer_map: teacher layer for each student layer, for the MSE of hidden states.
+    train_encoder: the student's encoder is trained too.
+    own_encoder: the student's encoder is frozen and not the teacher's: both run.
     vocabulary_chunk: tokens of a device whose logits exist at a time; 0 is all of them.
     data_shards: into how many parts the mesh cuts a batch.
+    seed: of dropout. All else that is random comes with the batch.
     stored_teacher: batches hold the teacher's final states, and its decoder does not run.
     """
 
@@ -40,26 +43,34 @@ class TrainSpec:
     loss: LossConfig
     optimizer: OptimizerConfig
     layer_map: tuple[int, ...] = ()
+    train_encoder: bool = False
+    own_encoder: bool = False
     accumulation: int = 1
     vocabulary_chunk: int = 0
     data_shards: int = 1
     stored_teacher: bool = False
     augment: AugmentConfig | None = None
     dropout: float = 0.0
+    seed: int = 0
+
+    @property
+    def shares_encoder(self) -> bool:
+        """Whether the teacher's encoder is the student's: it runs once for both."""
+        return not (self.train_encoder or self.own_encoder)
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether the teacher's decoder runs: not for cross-entropy alone, nor where stored."""
+        """Whether the teacher's decoder runs: not for cross-entropy alone, nor if stored."""
         return not self.stored_teacher and bool(self.loss.kl or self.loss.mse)
 
 
 class Frozen(NamedTuple):
     """Parameters that are read and never written.
 
-    teacher: the whole teacher; where its decoder is not asked, its encoder alone, and its embedding
-        where batches hold its final states.
+    teacher: the whole teacher; if its decoder does not run, its encoder alone, and its embedding
+        if batches hold its final states.
     student_encoder: the part of the student's encoder that is neither trained nor the teacher's:
-        empty when the encoder is shared, all of a truncated one, the positions of a trained one.
+        empty if the encoder is shared, all of an own one, the positions of a trained one.
     """
 
     teacher: Params
@@ -67,8 +78,10 @@ class Frozen(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """What the student is given: audio states, the teacher's final states, and its hidden states
-    after each layer."""
+    """What the student is compared with and computed from, outside of all differentiation.
+
+    audio: audio states. teacher: its final states. every: its hidden states after each layer.
+    """
 
     audio: Array
     teacher: TeacherStates | None
@@ -80,9 +93,9 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update on a whole batch, in `spec.accumulation` micro-batches.
 
-    A token's weight is its share of the whole batch's label tokens, so that the cut changes memory
-    and nothing else. A non-finite loss or gradient leaves parameters and moments untouched and is
-    counted.
+    A token's weight is its share of the whole batch's label tokens, so that micro-batches change
+    memory and nothing else. A loss or gradient that is not finite leaves parameters and moments as
+    they are and is counted.
     """
     tokens = jnp.maximum(jnp.sum(batch.weights), 1)
     shares = replace(batch, weights=batch.weights / tokens)
@@ -105,10 +118,10 @@ def train_step(
     )
     total, norm = objective(losses, spec.loss), optax.global_norm(gradients)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
-    after = apply_gradients(state, gradients, finite, spec.optimizer)
+    after, norms = apply_gradients(state, gradients, finite, spec.optimizer)
     if spec.loss.kl_end is not None:
         losses = losses._replace(kl=losses.kl / kl_share(state.step, spec))
-    return after, losses._asdict() | {
+    return after, losses._asdict() | norms | {
         "loss": total,
         "gradient_norm": norm,
         "learning_rate": learning_rate(state.step, spec.optimizer),
@@ -119,23 +132,28 @@ def train_step(
 
 
 def dropout_keys(state: TrainState, batch: Batch, spec: TrainSpec) -> Array | None:
-    """Key data uint32[B, 2] of each row in this update; None where nothing is dropped."""
+    """Key data of each row in this update, uint32 [B, 2]; None without dropout."""
     if not spec.dropout:
         return None
-    key_2, rows_B = jax.random.fold_in(state.rng, state.step), jnp.arange(len(batch.tokens))
+    key_2, rows_B = (
+        jax.random.fold_in(jax.random.PRNGKey(spec.seed), state.step),
+        jnp.arange(len(batch.tokens)),
+    )
     return jax.vmap(partial(jax.random.fold_in, key_2))(rows_B)
 
 
 def kl_share(step: Array, spec: TrainSpec) -> Array | None:
-    """The KL's weight in this update, as a share of that at the start; None where it stays. It
-    would be that of `kl_end` one update after the last."""
+    """The KL's weight in this update, as a share of that at the start; None if it stays.
+
+    It would reach `kl_end` one update after the last.
+    """
     if spec.loss.kl_end is None:
         return None
     return 1 + (spec.loss.kl_end / spec.loss.kl - 1) * step / spec.optimizer.steps
 
 
 def teach(frozen: Frozen, batch: Batch, spec: TrainSpec) -> Guide:
-    """Encoder and teacher, outside of all differentiation."""
+    """Runs the shared encoder and the teacher."""
     audio_BSD = batch.audio
     if audio_BSD is None:
         encoder = spec.teacher.encoder(frozen.teacher["encoder"])
@@ -155,7 +173,7 @@ def teach(frozen: Frozen, batch: Batch, spec: TrainSpec) -> Guide:
 
 
 def features(batch: Batch, spec: TrainSpec) -> Float[Array, "B T M"]:
-    """The log-mel that teacher and student hear, with SpecAugment's masks where it is on."""
+    """The log-mel of teacher and student, with SpecAugment's masks if it is on."""
     mel_BTM = log_mel(batch.waveforms, spec.teacher.dims.mels)
     if batch.keys is None or spec.augment is None:
         return mel_BTM
@@ -171,16 +189,17 @@ def student_losses(
     kl_share: Array | None = None,
     dropout: Dropout | None = None,
 ) -> tuple[Float[Array, ""], Losses]:
-    """The objective, which has the gradients, and its parts: sums over the batch's label tokens.
+    """The objective, to differentiate, and its parts: sums over the batch's label tokens.
 
-    kl_share: what the KL is multiplied by, in both.
+    kl_share: a factor of the KL in both.
     """
     if spec.optimizer.freeze_embed_positions:
-        held = jax.lax.stop_gradient(params["decoder"]["positions"])
-        params = params | {"decoder": params["decoder"] | {"positions": held}}
+        frozen_positions = jax.lax.stop_gradient(params["decoder"]["positions"])
+        params = params | {"decoder": params["decoder"] | {"positions": frozen_positions}}
     audio_BSD = guide.audio
-    if own := frozen.student_encoder | params.get("encoder", {}):
-        audio_BSD = spec.student.encoder(own)(features(batch, spec))
+    if not spec.shares_encoder:
+        encoder = frozen.student_encoder | params.get("encoder", {})
+        audio_BSD = spec.student.encoder(encoder)(features(batch, spec))
     student = spec.student.decoder(params["decoder"])
     tokens_BL, embedding_VD = jnp.asarray(batch.tokens), params["decoder"]["tokens"]["embedding"]
     embedding_GVD = for_each_shard(embedding_VD, spec.data_shards)
@@ -191,8 +210,8 @@ def student_losses(
     of_parts_BL2 = factors_BL2
     if kl_share is not None:
         ones_BL2 = jnp.ones((*weights_BL.shape, 2)) if factors_BL2 is None else factors_BL2
-        of_parts_BL2 = ones_BL2 * jnp.stack([kl_share, jnp.ones(())])
-    parts = vocabulary_losses(
+        of_parts_BL2 = ones_BL2 * jnp.stack([kl_share, jnp.ones(())])[None, None]
+    sums = vocabulary_losses(
         hidden_BLD,
         embedding_GVD,
         guide.teacher,
@@ -207,14 +226,16 @@ def student_losses(
         if factors_BL2 is not None:
             weights_BL = weights_BL * factors_BL2[..., 0]
         mse = hidden_mse(guide.every, every_NBLD, weights_BL, spec.layer_map)
-    return parts.total + spec.loss.mse * mse, Losses(parts.kl, parts.ce, mse)
+    return sums.total + spec.loss.mse * mse, Losses(sums.kl, sums.ce, mse)
 
 
 def evaluation_losses(
     params: Params, frozen: Frozen, batch: Batch, spec: TrainSpec
 ) -> Float[Array, "3"]:
-    """KL at temperature 1, cross-entropy and weights, summed over a batch, without gradients; the
-    KL is 0 where the teacher's decoder is not in memory."""
+    """KL at temperature 1, cross-entropy and weights, summed over a batch.
+
+    The KL is 0 if the teacher's decoder is not in memory.
+    """
     loss = LossConfig(kl=float(spec.asks_teacher), ce=1.0, temperature=1.0)
     spec = replace(spec, loss=loss, stored_teacher=False)
 
@@ -228,7 +249,7 @@ def evaluation_losses(
 def look_up(
     embedding_GVD: Float[Array, "G V D"], tokens_BL: Int[Array, "B L"]
 ) -> Float[Array, "B L D"]:
-    """The embeddings of tokens, each shard's of its own copy: see `for_each_shard`."""
+    """The embeddings of tokens, each shard's from its own copy: see `for_each_shard`."""
     tokens_GBL = tokens_BL.reshape(len(embedding_GVD), -1, tokens_BL.shape[1])
     embedded_GBLD = jax.vmap(lambda x_VD, tokens: x_VD[tokens])(embedding_GVD, tokens_GBL)
     return embedded_GBLD.reshape(*tokens_BL.shape, -1)
@@ -237,8 +258,8 @@ def look_up(
 def micro_batches(batch: Any, spec: TrainSpec) -> Any:
     """Rows as [accumulation, rows, …]: every k-th row, so that each stays on its device."""
 
-    def cut(rows: Array) -> Array:
+    def split(rows: Array) -> Array:
         shape = (len(rows) // spec.accumulation, spec.accumulation, *rows.shape[1:])
         return rows.reshape(shape).swapaxes(0, 1)
 
-    return jax.tree.map(cut, batch)
+    return jax.tree.map(split, batch)

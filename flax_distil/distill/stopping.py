@@ -1,4 +1,4 @@
-"""When a run is asked to stop: SIGTERM, Ctrl-C, preemption; on several hosts after one step."""
+"""Stopping a run by SIGTERM, Ctrl-C or preemption; several hosts stop after the same step."""
 
 import logging
 import signal
@@ -22,7 +22,7 @@ def stop_signals() -> Iterator[Stop]:
 
     One host stops by SIGTERM or Ctrl-C after the step at hand; a second signal interrupts as usual.
     On several hosts JAX's preemption service has SIGTERM (jax.distributed starts it): a notice to
-    any host is told to all, which agree on a step that none has passed yet.
+    any host reaches all, which agree on a step that none has passed yet.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a line a step, metrics.jsonl, TensorBoard, W&B when asked."""
+"""What a run logs: a line a step, metrics.jsonl, TensorBoard, and W&B if asked for."""
 
 import json
 import logging
@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ METRICS = "metrics.jsonl"
 
 
 class Tracker:
-    """Scalars by step, to every place that was asked for, by host 0; a context manager.
+    """Writes scalars by step wherever the configuration asks, on host 0; a context manager.
 
     A resumed run first drops the lines after its `start`, which it is about to write again.
     """
@@ -98,15 +97,6 @@ def tensorboard_writer(folder: Path) -> Any:
     return Writer(str(folder / "tensorboard"))
 
 
-def check_wandb(config: DistillConfig) -> None:
-    """Raises InputError where W&B is asked for and not there."""
-    if config.run.wandb and not find_spec("wandb"):
-        raise InputError(
-            f"--run.wandb {config.run.wandb} needs wandb, which is not installed: pip install "
-            "flax-distil[wandb]"
-        )
-
-
 def wandb_run(config: DistillConfig, project: str) -> Any:
     """A Weights & Biases run, which a resumed one continues."""
     import wandb  # pyright: ignore[reportMissingImports]
@@ -125,7 +115,7 @@ def wandb_run(config: DistillConfig, project: str) -> Any:
 
 
 class Done(NamedTuple):
-    """A step that was sent to the devices; its metrics may not be there yet."""
+    """A step that was sent to the devices; its metrics may not be computed yet."""
 
     step: int
     metrics: Mapping[str, Any]
@@ -155,7 +145,7 @@ class Watch:
         self.waiting = done
 
     def pause(self) -> None:
-        """Read what is left; what follows is no training and its time does not count."""
+        """Read what is left; what follows is not training and its time does not count."""
         self._read()
         self.speed.pause()
 
@@ -195,7 +185,7 @@ class Watch:
             log.info("%s", line(step, self.config.optimizer.steps, values))
 
     def ended(self, step: int) -> None:
-        """Raises InputError where a run that is over had too little to learn from."""
+        """Raises InputError if a finished run had too little to learn from."""
         self._check_share(step, last=True)
 
     def _check_clips(self, step: int, tokens: float, batch: Batch) -> None:
@@ -236,7 +226,7 @@ class Watch:
 
 
 def environment() -> dict[str, Any]:
-    """What else decides a run: versions, devices, the commit of this code where it is known."""
+    """What else decides a run: versions, devices, and the commit of this code if known."""
     packages = ("flax-distil", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "versions": {name: version(name) for name in packages},
@@ -314,7 +304,7 @@ class Speed:
         return rates
 
     def pause(self) -> None:
-        """What follows is no training (validation): do not count its time."""
+        """What follows is not training (validation): do not count its time."""
         self.begin, self.steps, self.samples, self.seconds, self.flops = None, 0, 0, 0.0, 0.0
 
 

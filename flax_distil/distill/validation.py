@@ -1,4 +1,4 @@
-"""Error rates by generation: what the student writes, not how it scores labels."""
+"""Error rates of the student's transcripts on validation sets."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,14 +25,14 @@ from flax_distil.text.wer import ErrorCounts, error_rate
 
 log = logging.getLogger(__name__)
 
-SAMPLE = "  %s\n    said   %s\n    wrote  %s"
+SAMPLE = "  %s\n    reference  %s\n    student    %s"
 
 
 @dataclass(frozen=True)
 class Validation:
     """Error rates in percent by set, and their unweighted mean, by which checkpoints are compared.
 
-    rates: WER or CER by set, or WER/CER where there are clips of both: what was counted.
+    rates: what was counted by set: WER or CER, or WER/CER if there are clips of both.
     """
 
     wer: dict[str, float]
@@ -45,14 +45,14 @@ class Validation:
 
 
 Validate = Callable[[Params], Validation]
-"""Judges a whole student of unstacked layers."""
+"""Computes the error rates of a whole student with unstacked layers."""
 
 
 def make_validate(config: DistillConfig, student: Checkpoint) -> Validate | None:
-    """Recognition over the sets of `config.validation`; None where there is no set.
+    """Recognition over the sets of `config.validation`; None without sets.
 
     Raises:
-        InputError: a set cannot be read, is a stream, has no clip that can be judged, or two are
+        InputError: a set cannot be read, is a stream, has no usable clip, or two are
             called the same.
     """
     if not (config.validation.labels or config.validation.data):
@@ -63,7 +63,9 @@ def make_validate(config: DistillConfig, student: Checkpoint) -> Validate | None
 
     def validate(params: Params) -> Validation:
         recognizer = Recognizer(spec, params, tokens)
-        judged = {name: judge(recognizer, utterances, config) for name, utterances in sets.items()}
+        judged = {
+            name: count_errors(recognizer, utterances, config) for name, utterances in sets.items()
+        }
         return Validation(
             {name: 100 * counts.rate for name, (counts, _) in judged.items()},
             {name: rate for name, (_, rate) in judged.items()},
@@ -125,20 +127,20 @@ def check_usable(
 
 
 def unusable(text: str, language: str | None, tokens: WhisperTokens) -> str | None:
-    """Why nothing can be judged by this reference in this language; None where it can."""
+    """Why this reference cannot be used in this language; None if it can."""
     if reason := tokens.unsupported(language):
         return reason
     blank = not error_rate(language or "en").normalize(text)
-    return "nothing is left of its references by the normaliser" if blank else None
+    return "the normaliser leaves nothing of its references" if blank else None
 
 
-def judge(
+def count_errors(
     recognizer: Recognizer, utterances: Sequence[Utterance], config: DistillConfig
 ) -> tuple[ErrorCounts, str]:
-    """Errors of normalised transcripts on all clips that have a reference and can be heard, and
+    """Errors of normalised transcripts on all clips that have a reference and can be decoded, and
     whether words (WER) or characters (CER) were counted.
 
-    Several hosts judge a part each, and all are told the whole.
+    Each of several hosts takes a part of the clips; all get the sum.
     """
     counts = {"WER": ErrorCounts(), "CER": ErrorCounts()}
     left, shown, tokens = 0, config.validation.samples, recognizer.tokens
@@ -169,16 +171,16 @@ def judge(
                     log.info(SAMPLE, utterance.id, utterance.text, one.text)
                     left += 1
     if skipped:
-        log.warning("%d clips are not judged, the first: %s", len(skipped), skipped[0])
+        log.warning("%d clips are left out, the first: %s", len(skipped), skipped[0])
     counts = {unit: over_hosts(part) for unit, part in counts.items()}
     whole = counts["WER"] + counts["CER"]
     if not whole.reference_words:
-        raise InputError("a validation set has no clip with a reference that can be heard")
+        raise InputError("a validation set has no clip with a reference that can be decoded")
     return whole, "/".join(unit for unit, part in counts.items() if part.reference_words)
 
 
 def over_hosts(counts: ErrorCounts) -> ErrorCounts:
-    """The sum of all hosts' counts, known to all: each judges a part of the clips."""
+    """The sum of all hosts' counts, on each of them."""
     if jax.process_count() == 1:
         return counts
     found = multihost_utils.process_allgather(np.array(astuple(counts)))

@@ -202,7 +202,8 @@ def cross_entropy(
     """
     vocabulary, ours = student_V.shape[-1], Softmax.of(student_V)
     # A comparison instead of a look-up: it needs no other device's piece of the vocabulary.
-    label_V = (jnp.arange(vocabulary) == targets[..., None]).astype(student_V.dtype)
+    ids_V = jax.lax.broadcasted_iota(targets.dtype, student_V.shape, targets.ndim)
+    label_V = (ids_V == targets[..., None]).astype(student_V.dtype)
     if smoothing:
         label_V = (1 - smoothing) * label_V + smoothing / vocabulary
     ce = jnp.log(ours.mass[..., 0]) - jnp.sum(label_V * ours.logits, axis=-1)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from flax_distil.config import ExportConfig
-from flax_distil.distill.trainer import RECIPE
+from flax_distil.distill.runs import RECIPE
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 

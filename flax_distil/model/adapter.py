@@ -44,8 +44,8 @@ def read_adapter(folder: Path) -> Adapter:
             "LoRA is merged here: merge_and_unload() it in PEFT and save the whole model"
         )
     keys = ("base_model_name_or_path", "r", "lora_alpha")
-    said: list[Any] = [config.get(key) for key in keys]
-    base, rank, alpha = said
+    values: list[Any] = [config.get(key) for key in keys]
+    base, rank, alpha = values
     numbers = type(rank) is int and rank > 0 and type(alpha) in (int, float)
     if not isinstance(base, str) or not numbers or not math.isfinite(alpha):
         raise InputError(
@@ -58,7 +58,7 @@ def read_adapter(folder: Path) -> Adapter:
     for name, tensor in whisper_names(open_safetensors(folder / TENSORS)).items():
         found = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         if not found:
-            raise InputError(f"{folder / TENSORS} has {name}, which is no LoRA matrix")
+            raise InputError(f"{folder / TENSORS} has {name}, which is not a LoRA matrix")
         parts[found[2]][f"{found[1]}.weight"] = tensor
     if parts["A"].keys() != parts["B"].keys() or not parts["A"]:
         raise InputError(f"{folder / TENSORS} has not one lora_A to each lora_B: save it again")

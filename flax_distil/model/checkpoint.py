@@ -57,20 +57,20 @@ class Checkpoint:
         return load_tokens(self.source, self.generation, self.dims.vocab)
 
 
-def load_checkpoint(name_or_folder: str | Path, revision: str | None = None) -> Checkpoint:
+def load_checkpoint(name_or_folder: str | Path) -> Checkpoint:
     """The Whisper in a Transformers or CTranslate2 folder, in an OpenAI `.pt`, or by name.
 
     A name is one of `flax-distil fetch` (whisper-tiny.en) or of the Hugging Face hub
-    (openai/whisper-base.en), there of a `revision` (branch, tag or commit) where one is given, also
-    as openai/whisper-base.en@REVISION. A LoRA adapter's folder gives its base model with the
-    adapter merged. Weights of any float type become float32.
+    (openai/whisper-base.en, or openai/whisper-base.en@REVISION for a branch, tag or commit). A LoRA
+    adapter's folder gives its base model with the adapter merged. Weights of any float type become
+    float32.
 
     Raises:
-        InputError: nothing is there, it cannot be read, or the tensors do not fit.
+        InputError: it does not exist, cannot be read, or the tensors do not fit.
     """
     path = Path(name_or_folder).expanduser()
     if not path.exists():
-        path = _by_name(str(name_or_folder), revision)
+        path = _by_name(str(name_or_folder))
     if (path / "model.bin").is_file():
         return _build(*read_ctranslate2(path), path)
     if (path / ADAPTER).is_file() and not (path / WEIGHTS).is_file():
@@ -132,32 +132,30 @@ def _with_adapter(path: Path) -> Checkpoint:
     return replace(base, params=from_hf(base.dims, tensors), source=source)
 
 
-def _by_name(name: str, revision: str | None) -> Path:
+def _by_name(name: str) -> Path:
     """The folder of a fetched model, or of one of the hub's, downloaded where needed."""
     if model_folder(name).is_dir():
         return model_folder(name)
-    name, _, written = name.partition("@")
+    name, _, revision = name.partition("@")
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise InputError(
-            f"{name!r} is no folder, no .pt file and no fetched model: "
+            f"{name!r} is not a folder, a .pt file or a fetched model: "
             f"`flax-distil fetch whisper-tiny.en` gets one, hub names look like openai/whisper-base"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(name, revision=revision or written or None, allow_patterns=HUB_FILES)
-        )
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
     except LocalEntryNotFoundError:
         raise InputError(
-            f"{name!r} is no folder here, and the Hugging Face hub cannot be reached: "
+            f"{name!r} is not a folder here, and the Hugging Face hub cannot be reached: "
             "download it elsewhere and name the folder, or `flax-distil fetch whisper-tiny.en`"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{name!r} is no folder here and the Hugging Face hub did not give it: {reason}"
+            f"{name!r} is not a folder here and the Hugging Face hub refused it: {reason}"
         ) from error
 
 

@@ -50,7 +50,7 @@ def read_ctranslate2(
     folder = Path(folder)
     path = folder / "model.bin"
     if not path.is_file():
-        raise InputError(f"{path} is not there: a CTranslate2 folder holds a model.bin")
+        raise InputError(f"{path} does not exist: a CTranslate2 folder has a model.bin")
     variables = _read_variables(path)
     dims = _dims(path, variables)
     tensors: dict[str, np.ndarray] = {}
@@ -195,7 +195,7 @@ def _read_variables(path: Path) -> dict[str, np.ndarray]:
     for _ in range(number("I")):  # equal variables are stored once: the projection, zero biases
         alias, target = string(), string()
         if target not in variables:
-            raise InputError(f"{path}: {alias} should be as {target}, which is not there")
+            raise InputError(f"{path}: {alias} refers to {target}, which does not exist")
         variables[alias] = variables[target]
     return variables
 

@@ -81,7 +81,7 @@ _HF_FIELDS = {
 }
 
 
-# What would change the numbers, and nothing here computes.
+# What would change the numbers, and is not implemented.
 _ARCHITECTURE = {
     "activation_function": ("gelu", "models trained with another activation cannot be used"),
     "scale_embedding": (False, "models that scale their embeddings cannot be used"),
@@ -94,27 +94,27 @@ def dims_from_hf(config: Mapping[str, Any], sizes: Mapping[str, int] | None = No
     sizes: fields of `WhisperDims` that the weights have; `config` may leave them out.
 
     Raises:
-        InputError: it is not a Whisper configuration, keys are missing, are no whole numbers or
-            differ from `sizes` (all are named), or the model computes what ours does not.
+        InputError: it is not a Whisper configuration, keys are missing, are not whole numbers or
+            differ from `sizes` (all are named), or the model computes what this one does not.
     """
     check_architecture(config)
     known = dict(sizes or {})
     faults = []
     for field, key in _HF_FIELDS.items():
-        said = config.get(key, known.get(field))
+        value = config.get(key, known.get(field))
         if key not in config and field not in known:
             faults.append(f"lacks {key}")
-        elif type(said) is not int:
-            faults.append(f"has {key} {str(said)[:40]!r}, which is no whole number")
-        elif said != known.setdefault(field, said):
-            faults.append(f"has {key} {said:,} and the weights have {known[field]:,}")
+        elif type(value) is not int:
+            faults.append(f"has {key} {str(value)[:40]!r}, which is not a whole number")
+        elif value != known.setdefault(field, value):
+            faults.append(f"has {key} {value:,} and the weights have {known[field]:,}")
     if faults:
         raise InputError(f"config.json {', '.join(faults)}: is it this Whisper model's?")
     return WhisperDims(**known)
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
-    """Raises InputError for a config of another model, or of a Whisper that ours cannot compute."""
+    """Raises InputError for a config of another model, or of a Whisper that cannot be computed."""
     kind = config.get("model_type", "whisper")
     if kind != "whisper":
         raise InputError(f"the checkpoint is of type {str(kind)[:40]!r}: a Whisper one is needed")

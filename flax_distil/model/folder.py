@@ -25,7 +25,7 @@ def replacing(folder: Path, key: str, stale: Sequence[str] = ()) -> Iterator[Pat
         InputError: the folder cannot be written.
     """
     folder = folder.resolve()
-    fate = "nothing there has changed"
+    fate = "nothing has changed"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -41,7 +41,7 @@ def replacing(folder: Path, key: str, stale: Sequence[str] = ()) -> Iterator[Pat
                 os.rename(complete, folder)
         finally:
             if old.is_dir() and any(old.iterdir()):  # they could not be put back
-                fate = f"what was there is in {old}"
+                fate = f"its old content is in {old}"
             else:
                 shutil.rmtree(beside, ignore_errors=True)
     except (OSError, SafetensorError) as error:

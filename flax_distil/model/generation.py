@@ -20,7 +20,7 @@ def special_ids(dims: WhisperDims, folder: Path | None = None) -> dict[str, int]
     Without one they follow the text tokens in a fixed order, which the vocabulary's size decides.
 
     Raises:
-        InputError: there is no tokenizer, and the vocabulary is none of Whisper's three.
+        InputError: there is no tokenizer, and the vocabulary is not one of Whisper's three.
     """
     if folder is not None and (folder / "tokenizer.json").is_file():
         return _named_ids(folder / "tokenizer.json")
@@ -103,16 +103,16 @@ def completed(
     `language` and timestamps. Their `forced_decoder_ids` go: they were copied from model to model,
     whatever its language. Heads of layers that only a teacher has are left out.
 
-    generation: empty where there is no such file. config: `config.json`, where older checkpoints
+    generation: empty without such a file. config: `config.json`, where older checkpoints
     keep the suppressed tokens.
 
     Raises:
-        InputError: a list holds other things than whole numbers, or than pairs of them.
+        InputError: a list does not hold whole numbers, or pairs of them.
     """
     suppressed = {}
     for key in ("suppress_tokens", "begin_suppress_tokens"):
-        said = generation if key in generation else config
-        suppressed[key] = _numbers(said.get(key), key)
+        source = generation if key in generation else config
+        suppressed[key] = _numbers(source.get(key), key)
     heads = kept_heads(generation.get("alignment_heads"), dims)
     if generation and not (dims.vocab in VOCABULARIES or (folder / "tokenizer.json").is_file()):
         whole = {"alignment_heads": upper_half(dims) if heads is None else heads}  # ids unknown
@@ -139,7 +139,7 @@ def kept_heads(heads: Any, dims: WhisperDims) -> list[list[int]] | None:
     """Those [layer, head] that the model has; None where none are known.
 
     Raises:
-        InputError: they are no pairs of whole numbers.
+        InputError: they are not pairs of whole numbers.
     """
     if heads is None:
         return None
@@ -148,24 +148,26 @@ def kept_heads(heads: Any, dims: WhisperDims) -> list[list[int]] | None:
         for pair in heads
     ):
         raise InputError(
-            f"alignment_heads {str(heads)[:40]} are no [layer, head] pairs: remove them from the "
+            f"alignment_heads {str(heads)[:40]} are not [layer, head] pairs: remove them from the "
             "configuration, or choose them with `flax-distil export --heads-of`"
         )
-    there = [
+    kept = [
         [layer, head]
         for layer, head in heads
         if 0 <= layer < dims.decoder_layers and 0 <= head < dims.decoder_heads
     ]
-    return there if there or not heads else None
+    return kept if kept or not heads else None
 
 
-def _numbers(said: Any, key: str) -> list[int] | None:
+def _numbers(value: Any, key: str) -> list[int] | None:
     """A list of whole numbers, or None. Raises InputError for anything else."""
-    if said is None:
+    if value is None:
         return None
-    if not isinstance(said, list | tuple) or any(type(one) is not int for one in said):
-        raise InputError(f"{key} {str(said)[:40]!r} is no list of whole numbers: fetch it again")
-    return list(said)
+    if not isinstance(value, list | tuple) or any(type(one) is not int for one in value):
+        raise InputError(
+            f"{key} {str(value)[:40]!r} is not a list of whole numbers: fetch it again"
+        )
+    return list(value)
 
 
 def upper_half(dims: WhisperDims) -> list[list[int]]:

@@ -69,15 +69,15 @@ def read_openai(
     path = Path(path)
     saved = load_torch(path, "an OpenAI checkpoint")
     if not isinstance(saved, dict) or not {"dims", "model_state_dict"} <= saved.keys():
-        raise InputError(f"{path} lacks 'dims' or 'model_state_dict': it is no OpenAI Whisper")
-    said = saved["dims"] if isinstance(saved["dims"], dict) else {}
+        raise InputError(f"{path} lacks 'dims' or 'model_state_dict': it is not an OpenAI Whisper")
+    found = saved["dims"] if isinstance(saved["dims"], dict) else {}
     keys = (*DIMS.values(), "n_text_state")
-    if wrong := [key for key in keys if type(said.get(key)) is not int]:
-        raise InputError(f"{path}: 'dims' lacks {', '.join(wrong)}, or has no whole numbers there")
-    sizes = {field: said[key] for field, key in DIMS.items()}
-    if sizes["width"] != said["n_text_state"]:
+    if wrong := [key for key in keys if type(found.get(key)) is not int]:
+        raise InputError(f"{path}: 'dims' lacks {', '.join(wrong)}, or they are not whole numbers")
+    sizes = {field: found[key] for field, key in DIMS.items()}
+    if sizes["width"] != found["n_text_state"]:
         raise InputError(
-            f"{path}: the encoder is {sizes['width']} wide, the decoder {said['n_text_state']}; "
+            f"{path}: the encoder is {sizes['width']} wide, the decoder {found['n_text_state']}; "
             "Whisper's are equal"
         )
     stored = stored_torch(path, saved["model_state_dict"])

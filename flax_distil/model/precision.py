@@ -1,6 +1,6 @@
 """How exactly matrices are multiplied: as their type says, on every device.
 
-Unless told, GPUs round float32 factors to TF32 (10 bits) and TPUs to bfloat16 (7 bits).
+By default, GPUs round float32 factors to TF32 (10 bits) and TPUs to bfloat16 (7 bits).
 """
 
 from typing import Any

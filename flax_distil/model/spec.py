@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from flax_distil.model.attention import Backend, attention_for
 from flax_distil.model.dims import WhisperDims
@@ -94,7 +94,7 @@ def _structure(spec: Spec, half: type[Encoder] | type[Decoder]) -> nnx.GraphDef:
 
 
 @jax.jit
-def _layer(stacked: Params, index: int) -> Params:
+def _layer(stacked: Params, index: int | Int[Array, ""]) -> Params:
     """One of stacked layers, by one program for all of them."""
     return jax.tree.map(lambda leaf: leaf[index], stacked)
 

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 def run(config: InitStudentConfig) -> Path:
     """Write the student of `config.teacher` to `config.output_dir` and return that folder."""
-    teacher = load_checkpoint(config.teacher, config.teacher_revision)
+    teacher = load_checkpoint(config.teacher)
     student = init_student(teacher, config.decoder_layers, config.encoder_layers)
     save_checkpoint(student, config.output_dir)
     log.info(

@@ -35,7 +35,7 @@ def open_tensors(folder: Path) -> dict[str, Stored]:
     """The tensors of a Transformers folder: safetensors, whole or in shards, else PyTorch's pickle.
 
     Raises:
-        InputError: there is none, a shard is missing, or one is damaged or of no float type.
+        InputError: there is none, a shard is missing, or one is damaged or not of a float type.
     """
     for weights, opened in ((WEIGHTS, open_safetensors), (PICKLE, _open_pickle)):
         if files := _files(folder, weights):
@@ -43,7 +43,7 @@ def open_tensors(folder: Path) -> dict[str, Stored]:
             for file in files:
                 tensors |= opened(file)
             return tensors
-    raise InputError(f"{folder} has no {WEIGHTS}: it is no Transformers checkpoint")
+    raise InputError(f"{folder} has no {WEIGHTS}: it is not a Transformers checkpoint")
 
 
 def read_safetensors(folder: Path) -> dict[str, np.ndarray]:
@@ -142,12 +142,12 @@ def stored_torch(path: Path, state: Any) -> dict[str, Stored]:
     """A state dict's tensors, to become float32 when they are read.
 
     Raises:
-        InputError: it is no state dict of float tensors.
+        InputError: it is not a state dict of float tensors.
     """
     import torch
 
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-        raise InputError(f"{path} holds other things than named tensors: it is no state dict")
+        raise InputError(f"{path} does not hold named tensors alone: it is not a state dict")
     known = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     check_types(path, ((str(name), tensor.dtype, known) for name, tensor in state.items()))
     return {

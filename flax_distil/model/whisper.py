@@ -54,12 +54,7 @@ class Encoder(nnx.Module):
         self, dims: WhisperDims, dtype: Any, remat: bool, attention: Backend, rngs: nnx.Rngs
     ):
         conv = partial(
-            nnx.Conv,
-            kernel_size=(3,),
-            padding=1,
-            dtype=dtype,
-            precision=precision(dtype),
-            rngs=rngs,
+            nnx.Conv, kernel_size=3, padding=1, dtype=dtype, precision=precision(dtype), rngs=rngs
         )
         self.conv1 = conv(dims.mels, dims.width)
         self.conv2 = conv(dims.width, dims.width, strides=2)

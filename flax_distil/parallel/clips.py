@@ -1,7 +1,7 @@
-"""Recognition on every chip of a process: parameters whole on each, the clips dealt out.
+"""Recognition on every chip of a process: parameters replicated, clips divided.
 
-A search ends when the last of its clips has ended. So each chip searches for its own clips, in a
-loop of its own, and the chips say nothing to each other.
+A search ends when the last of its clips has ended. So each chip searches its own clips, in a loop
+of its own, and the chips do not communicate.
 """
 
 import inspect
@@ -18,10 +18,10 @@ from flax_distil.parallel.mesh import BATCH, data_shards, in_mesh, make_mesh, re
 
 
 def replicate(tree: Any, devices: Sequence[Any] | None = None) -> Any:
-    """Parameters on every one of `devices`, where functions `by_clip` then divide their work.
+    """Parameters on every one of `devices`; functions `by_clip` then divide their clips over them.
 
-    devices: all of this process's. CPU devices share one memory and its cores: there, unless asked
-        for, the parameters stay as they are.
+    devices: all of this process's. CPU devices share one memory and its cores: without
+        `devices`, parameters stay as they are on them.
     """
     if devices is None:
         devices = jax.local_devices()
@@ -37,18 +37,18 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def chips_of(tree: Any) -> int:
-    """Among how many chips clips are divided."""
+    """The number of chips that clips are divided over."""
     mesh = mesh_of(tree)
     return 1 if mesh is None else data_shards(mesh)
 
 
 def by_clip(static: tuple[str, ...], whole: tuple[str, ...] = ("params", "head_DV")) -> Any:
-    """Compiles a function whose clips do not know of each other.
+    """Compiles a function of independent clips.
 
     The first of `whole` has the parameters: the work is divided over the devices that hold them.
 
     Each array but those in `whole` has a row a clip, or is a number that all share; each result has
-    a row a clip. Clips that do not divide over the chips are filled up with copies of the last one.
+    a row a clip. Clips that do not divide over the chips are padded with copies of the last one.
 
     static: names of arguments that decide the program, as of `jax.jit`.
     """

@@ -54,10 +54,12 @@ def make_mesh(
 
 
 def along_torus(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """TPUs so that neighbours talk to neighbours."""
+    """TPUs arranged so that neighbours in the mesh are linked."""
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) > 1:
-        raise InputError(f"{len(slices)} TPU slices are here and a mesh is of one: launch on each")
+        raise InputError(
+            f"a mesh is for one TPU slice and {len(slices)} are available: launch on each"
+        )
     try:
         return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices).devices
     except NotImplementedError:  # an axis is only a part of the torus's
@@ -65,7 +67,7 @@ def along_torus(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 
 def data_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is cut."""
+    """The number of shards of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -104,10 +106,9 @@ def on_each_device(function: Callable[..., Array], *arrays_BH: Array) -> Array:
 
 
 def for_each_shard(x: Array, shards: int) -> Array:
-    """`x` [G, …] for G parts of a batch, each on its own devices.
+    """`x` [G, …] for the G shards of a batch, each on its own devices.
 
-    What is used of `x` by each part has its gradient summed there, over all uses, and over the
-    devices once.
+    The gradient of each copy is summed over all its uses on the shard, and over devices once.
     """
     x_G = jnp.broadcast_to(x, (shards, *x.shape))
     if not in_mesh():

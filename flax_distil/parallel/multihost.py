@@ -1,13 +1,13 @@
 """Several hosts, one program: start together, wait for each other, end together.
 
-On a TPU pod the hosts find each other. Elsewhere each is told by arguments or by the environment:
+On a TPU pod the hosts find each other. Elsewhere each needs arguments or environment variables:
 JAX_COORDINATOR_ADDRESS (host 0, with a port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. One process
 without any of them is a run on one host, for which nothing here waits or connects.
 
 A host that dies stops its heartbeats: within `heartbeat` seconds JAX's coordination service ends
 every other process with status 134 (SIGABRT) and «The following tasks are unhealthy (stopped
 sending heartbeats): 3», also those that hang in a collective. When host 0 dies, which runs the
-service, the others say that the leader task is gone, at once.
+service, the others report at once that the leader task is gone.
 """
 
 import faulthandler
@@ -31,7 +31,7 @@ CONNECT_SECONDS = 300  # hosts of a pod are set up and launched one after the ot
 
 
 class Place(NamedTuple):
-    """Where one process stands among all: who coordinates, how many there are, which one it is."""
+    """The coordinator, the number of processes, and the number of this one."""
 
     coordinator: str
     processes: int
@@ -51,8 +51,8 @@ def start(
 
     Args:
         coordinator: `address:port` of host 0; an argument outranks its environment variable.
-        processes: how many processes there are in all.
-        process: which one this is, from 0.
+        processes: number of processes.
+        process: number of this one, from 0.
         heartbeat: seconds of silence after which a host counts as dead and the others end.
         connect: seconds to wait for all hosts to come.
         notices: whether SIGTERM is a notice that several hosts ask JAX for, as training does; else
@@ -97,7 +97,7 @@ def start(
 def find_place(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> Place | None:
-    """This process's place by arguments, else by environment; None where neither says anything.
+    """This process's place by arguments, else by environment variables; None without either.
 
     Raises:
         InputError: some of the three are lacking, or they contradict each other.
@@ -114,8 +114,8 @@ def find_place(
     if len(lacking) == len(found):
         return None
     if lacking:
-        there = ", ".join(name for name in found if name not in lacking)
-        raise InputError(f"{there} is set and {', '.join(lacking)} is not: set all three or none")
+        given = ", ".join(name for name in found if name not in lacking)
+        raise InputError(f"{given} is set and {', '.join(lacking)} is not: set all three or none")
     address = str(found["JAX_COORDINATOR_ADDRESS"])
     if not address.rpartition(":")[2].isdigit() or ":" not in address:
         raise InputError(f"coordinator {address} has no port: write {address}:8476")
@@ -134,13 +134,13 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _on_tpu() -> bool:
-    """Whether JAX means to use TPUs; it says so itself on a machine with chips and libtpu."""
+    """Whether JAX is to use TPUs; it sets this itself on a machine with chips and libtpu."""
     platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     return "tpu" in (platforms or "").split(",")
 
 
 def _announce() -> None:
-    """Tell the others this host's name, and leave the information lines to host 0."""
+    """Publish this host's name, and leave the information lines to host 0."""
     place = f"host {jax.process_index()} of {jax.process_count()}"
     _client().key_value_set(f"{_HOSTS}/{jax.process_index()}", socket.gethostname(), True)
     logger.info("%s is %s: %d devices", place, socket.gethostname(), jax.local_device_count())
@@ -149,7 +149,7 @@ def _announce() -> None:
 
 
 def is_main_host() -> bool:
-    """Whether this is host 0, which writes what is written once; true where there is one host."""
+    """Whether this is host 0, which alone writes files and logs; true on a single host."""
     return jax.process_index() == 0
 
 
@@ -165,7 +165,7 @@ def host_slice(count: int, host: int | None = None, hosts: int | None = None) ->
 
 
 def from_all_hosts(value: Any) -> list[Any]:
-    """What each host gives, in the hosts' order, told to all; all have to ask."""
+    """The values of all hosts, in their order, on each; all hosts have to call it."""
     if jax.process_count() == 1:
         return [value]
     from jax.experimental.multihost_utils import process_allgather
@@ -177,7 +177,7 @@ def from_all_hosts(value: Any) -> list[Any]:
 
 
 def barrier(name: str, timeout: float = 600.0) -> None:
-    """Wait until every host is here, up to `timeout` seconds; each `name` serves once, so count.
+    """Wait for every host, up to `timeout` seconds; each `name` can be used once, so number them.
 
     Raises:
         TimeoutError: names the hosts that did not come.

@@ -1,6 +1,6 @@
 """Gradients that cross a TPU's links while it computes.
 
-What is written here the TPU compiler does only when told to (docs/LOG.md, 2026-11-25).
+The TPU compiler does so only with these options (docs/LOG.md, 2026-11-25).
 """
 
 import logging
@@ -15,8 +15,8 @@ from flax_distil.parallel.mesh import replicated
 
 log = logging.getLogger(__name__)
 
-# libtpu's names. An all-reduce becomes part of the matrix products beside it, and is not put
-# together with those of gradients that are known later.
+# libtpu's names. An all-reduce becomes part of the matrix products beside it, and is not
+# combined with those of gradients that are computed later.
 OVERLAP: dict[str, str | bool] = {
     "xla_enable_async_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
@@ -27,7 +27,7 @@ OVERLAP: dict[str, str | bool] = {
 }
 
 
-# Their 16 MiB of vector memory are less than it takes.
+# Their 16 MiB of vector memory are not enough.
 TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")
 
 
@@ -35,7 +35,7 @@ TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")
 def overlap_options(mesh: Mesh) -> dict[str, str | bool]:
     """Compiler options for a program that sums gradients over `mesh`; none but on newer TPUs.
 
-    Compilers drop options without notice: one that does not know them is not asked.
+    Options disappear between versions: a compiler that does not know them compiles without.
     """
     chip = mesh.devices.flat[0]
     if mesh.size == 1 or chip.platform != "tpu" or chip.device_kind in TOO_SMALL:
@@ -45,6 +45,6 @@ def overlap_options(mesh: Mesh) -> dict[str, str | bool]:
     try:
         compile_aside(same, OVERLAP)
     except jax.errors.JaxRuntimeError as error:
-        log.warning("gradients are reduced when all are known, not meanwhile: %s", error)
+        log.warning("gradients are reduced after the backward pass, not during it: %s", error)
         return {}
     return OVERLAP

@@ -1,4 +1,4 @@
-"""Which platforms JAX asks for devices, settled before it asks."""
+"""The platforms that JAX searches for devices, set before it does."""
 
 import os
 import sys
@@ -8,14 +8,14 @@ from pathlib import Path
 # Device files of TPUs (v2 to v4, later ones), of NVIDIA's GPUs (Windows' Linux too) and of AMD's.
 ACCELERATORS = ("accel*", "vfio/*", "nvidia*", "dxg", "kfd")
 
-# What JAX sets itself as it is imported, on machines that are no TPU's.
+# What JAX sets itself as it is imported, on machines without TPUs.
 JAX_SETS = {"TPU_LIBRARY_PATH", "TPU_SKIP_MDS_QUERY"}
 
 
 def name_platform(devices: Path = Path("/dev")) -> None:
-    """Name the CPU where there is nothing else: libtpu, asked for chips, complains at length.
+    """Choose the CPU if nothing else is present: libtpu logs long errors without chips.
 
-    JAX chooses as ever where an accelerator may be there, where its own variable or one of TPUs' is
+    JAX chooses by itself if an accelerator may be present, if its own variable or one of TPUs' is
     set, and without libtpu.
     """
     names = os.environ.keys() - JAX_SETS

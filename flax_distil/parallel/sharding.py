@@ -5,7 +5,7 @@ the teacher alike.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -24,31 +24,73 @@ TENSOR_AXIS: dict[tuple[str, ...], int] = {
 def shardings(tree: Any, mesh: Mesh, min_elements: int = 1 << 20) -> Any:
     """A `NamedSharding` for every array of `tree` (arrays, or their shapes).
 
-    Tensor axis: see `TENSOR_AXIS`. Then arrays of at least `min_elements` have their largest
-    dimension that divides cut over fsdp. All else is replicated.
+    `TENSOR_AXIS` says what the tensor axis cuts. Then arrays of at least `min_elements` have their
+    largest dimension that divides cut over fsdp. All else is replicated.
 
     Raises:
         InputError: a dimension that has to be cut does not divide; all such parameters are named.
     """
-    faults: list[str] = []
-
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        names = tuple(
-            str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-        )
-        spec = _tensor(names, leaf.shape, mesh.shape["tensor"], faults)
-        if math.prod(leaf.shape) >= min_elements:
-            _fsdp(names, leaf.shape, mesh.shape["fsdp"], spec, faults)
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    placed = jax.tree_util.tree_map_with_path(place, tree)
-    if faults:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    cuts = [cut(path, leaf.shape, mesh, min_elements) for path, leaf in leaves]
+    if faults := [fault for one in cuts for fault in one.faults]:
         raise InputError(f"the mesh does not fit the model: {'; '.join(faults)}")
-    return placed
+    return structure.unflatten(NamedSharding(mesh, one.spec) for one in cuts)
+
+
+class Cut(NamedTuple):
+    """Which axes of an array are cut over which mesh axes, and what does not divide."""
+
+    spec: PartitionSpec
+    faults: list[str]
+
+
+def cut(path: tuple, shape: tuple[int, ...], mesh: Mesh, min_elements: int) -> Cut:
+    """The cut of one parameter."""
+    names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+    tensor = _tensor_axis(names, shape, mesh.shape["tensor"])
+    fsdp = None
+    if math.prod(shape) >= min_elements:
+        fsdp = _fsdp_axis(names, shape, mesh.shape["fsdp"], tensor)
+    axes = {tensor: "tensor", fsdp: "fsdp"}
+    spec = PartitionSpec(*(axes.get(axis) for axis in range(len(shape))))
+    return Cut(spec, [fault for fault in (tensor, fsdp) if isinstance(fault, str)])
+
+
+def _tensor_axis(names: list[str], shape: tuple[int, ...], size: int) -> int | str | None:
+    """The axis that is cut over tensor, or why none is that has to be."""
+    leaf = (names[-2], names[-1]) if len(names) > 1 else ()
+    if leaf not in TENSOR_AXIS or size == 1:
+        return None
+    axis = len(shape) + TENSOR_AXIS[leaf]
+    if shape[axis] % size == 0:
+        return axis
+    if leaf == ("tokens", "embedding"):  # multilingual vocabularies are odd: keep whole
+        return None
+    return (
+        f"{'.'.join(names)} has {shape[axis]} channels, which do not divide over {size} tensor "
+        "shards"
+    )
+
+
+def _fsdp_axis(
+    names: list[str], shape: tuple[int, ...], size: int, tensor: int | str | None
+) -> int | str | None:
+    """The axis that is cut over fsdp, or why none is that has to be."""
+    if size == 1:
+        return None
+    free = [axis for axis in range(len(shape)) if axis != tensor and shape[axis] % size == 0]
+    if free:
+        return max(free, key=lambda axis: shape[axis])
+    if isinstance(tensor, int):
+        return None  # it is cut already
+    return (
+        f"{'.'.join(names)} has no dimension of {' × '.join(map(str, shape))} left that divides "
+        f"over {size} fsdp shards"
+    )
 
 
 def place(tree: Any, placed: Any) -> Any:
-    """Host arrays, which every host has whole, where `shardings` says; each host sends its part."""
+    """Host arrays, whole on every host, on the devices of `placed`; each host sends its part."""
     return jax.tree.map(
         lambda leaf, sharding: jax.make_array_from_callback(
             leaf.shape, sharding, lambda index: leaf[index]
@@ -58,46 +100,8 @@ def place(tree: Any, placed: Any) -> Any:
     )
 
 
-def _tensor(
-    names: tuple[str, ...], shape: tuple[int, ...], size: int, faults: list[str]
-) -> list[str | None]:
-    spec: list[str | None] = [None] * len(shape)
-    if names[-2:] not in TENSOR_AXIS or size == 1:
-        return spec
-    axis = TENSOR_AXIS[names[-2:]]
-    if shape[axis] % size == 0:
-        spec[axis] = "tensor"
-    elif names[-2:] != ("tokens", "embedding"):  # multilingual vocabularies are odd: keep whole
-        faults.append(
-            f"{'.'.join(names)} has {shape[axis]} channels, which do not divide over {size} "
-            "tensor shards"
-        )
-    return spec
-
-
-def _fsdp(
-    names: tuple[str, ...],
-    shape: tuple[int, ...],
-    size: int,
-    spec: list[str | None],
-    faults: list[str],
-) -> None:
-    if size == 1:
-        return
-    free = [axis for axis in range(len(shape)) if spec[axis] is None and shape[axis] % size == 0]
-    if not free and "tensor" in spec:
-        return  # already cut
-    if not free:
-        faults.append(
-            f"{'.'.join(names)} has no dimension of {' × '.join(map(str, shape))} left that "
-            f"divides over {size} fsdp shards"
-        )
-        return
-    spec[max(free, key=lambda axis: shape[axis])] = "fsdp"
-
-
 def check_heads(heads: dict[str, int], mesh: Mesh) -> None:
-    """Raises InputError unless heads, by half, divide over tensor: a cut head cannot attend."""
+    """Raises InputError unless the heads of each half divide over tensor: heads stay whole."""
     size = mesh.shape["tensor"]
     for half, count in heads.items():
         if count % size:

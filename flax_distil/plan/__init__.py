@@ -1,6 +1,6 @@
-"""Say, without a TPU, whether a recipe fits a TPU slice, what fills it and how long it takes.
+"""Whether a recipe fits a TPU slice, what fills its memory and how long it takes, without a TPU.
 
-libtpu compiles the very programs that the stages run, for chips that are not here.
+libtpu compiles the programs that the stages run, for absent chips.
 """
 
 from itertools import product
@@ -31,7 +31,7 @@ def run(config: PlanConfig) -> "list[Plan]":
 
     plans = []
     if config.table is not None:
-        write_table(config.table, [])  # that it has a place is known before hours of compiling
+        write_table(config.table, [])  # fails before hours of compiling
     for recipe, topology in product(config.recipes, config.topology):
         plans.append(plan(recipe, topology, config))
         if not config.json:

@@ -1,6 +1,6 @@
-"""Compiling for chips that are not here: what a program needs, or why the compiler refuses it.
+"""Compiling for absent chips: what a program needs, or why the compiler refuses it.
 
-Answers are kept by the program's fingerprint, so that the same question costs nothing twice.
+Answers are cached by the program's fingerprint.
 """
 
 import hashlib
@@ -45,15 +45,15 @@ class Compiled:
     kept: of the results, those that do not overwrite an argument. traffic: through HBM.
     cycles: of the chip's, that the compiler expects, without kernels and transfers.
     host_transfers: names of instructions that wait for the host. tensors: the largest in HBM.
-    seconds: that compiling took. source: whence the answer is, where it was not compiled now.
+    seconds: that compiling took. source: where the answer comes from, if it was not compiled now.
     """
 
     arguments: int
     temporaries: int
     kept: int
     code: int
-    traffic: float
-    cycles: float
+    traffic: float | int
+    cycles: float | int
     collectives: tuple[Collective, ...]
     host_transfers: tuple[str, ...]
     tensors: tuple[Held, ...]
@@ -67,7 +67,7 @@ class Compiled:
 
 
 def compiled(program: Program, target: Slice, answers: Path | None = None) -> Compiled | Refusal:
-    """The compiler's answer to a program, from `answers` or the cache where it was asked before."""
+    """The compiler's answer to a program, from `answers` or the cache if it has one."""
     name = fingerprint(program, target)
     kept = cache_folder() / "plans" / f"{name}.json"
     for path in [*(sorted(answers.glob("*.json")) if answers else ()), kept]:
@@ -94,7 +94,7 @@ def fingerprint(program: Program, target: Slice) -> str:
 
 
 def ask(program: Program) -> Compiled | Refusal:
-    """Compiles. Only want of HBM is an answer; other errors of the compiler are raised."""
+    """Compiles. Only a lack of HBM is an answer; other errors of the compiler are raised."""
     start = time.monotonic()
     try:
         executable = compile_aside(program.lowered)
@@ -119,7 +119,7 @@ def ask(program: Program) -> Compiled | Refusal:
 
 
 def refusal(message: str) -> Refusal | None:
-    """The compiler's complaint about HBM, read: it has one for early on and one for the end."""
+    """A compiler's error about HBM, parsed; it has one for an early and one for the last stage."""
     patterns = (
         r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
         r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",

@@ -9,10 +9,10 @@ from flax_distil.plan.hlo import Collective
 from flax_distil.plan.programs import Program
 from flax_distil.plan.topology import Chip, Slice
 
-# What makes a tensor smaller, by what its shape or origin tells.
+# What makes a tensor smaller, by its shape or origin.
 KNOBS = {
     "vocabulary": "a smaller compute.vocabulary_chunk (logits of fewer tokens at a time)",
-    "parameters": "compute.fsdp (parameters and moments spread over more chips)",
+    "parameters": "compute.fsdp (parameters and moments sharded over more chips)",
     "saved": "compute.remat = true (student layers computed again in the backward pass)",
     "batch": "compute.accumulation, twice as much (half the clips at a time)",
     "clips": "a smaller batch_size",
@@ -23,7 +23,7 @@ class Seconds(NamedTuple):
     """The least time of one run by what limits it, each alone: the roofline."""
 
     compute: float
-    memory: float
+    memory: float | int
     network: float
 
     @property
@@ -63,13 +63,13 @@ class Estimate:
     rows: int
     length: int
     chips: int
-    memory: float
-    capacity: float
+    memory: float | int
+    capacity: float | int
     arguments: dict[str, float]
-    temporaries: float
-    flops: float
-    traffic: float
-    cycles: float
+    temporaries: float | int
+    flops: float | int
+    traffic: float | int
+    cycles: float | int
     collectives: tuple[Collective, ...]
     host_transfers: tuple[str, ...]
     seconds: Seconds
@@ -89,7 +89,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TooLarge:
-    """A program that does not fit: the bytes it needs, those that are there, and what would fit.
+    """A program that does not fit: the bytes it needs, those available, and what would fit.
 
     arguments: bytes a chip of each group. fitting: the same program with the most clips at a time
     that fit; None where not even one does. source: of the compiler's refusal.
@@ -148,7 +148,11 @@ def largest_tensors(program: Program, answer: Compiled, vocabulary: int) -> tupl
 
 
 def roofline(
-    flops: float, traffic: float, collectives: tuple[Collective, ...], chip: Chip, chips: int
+    flops: float | int,
+    traffic: float | int,
+    collectives: tuple[Collective, ...],
+    chip: Chip,
+    chips: int,
 ) -> Seconds:
     """Seconds on one chip at the published peaks.
 
@@ -164,7 +168,7 @@ def roofline(
 
 
 def knob(shape: tuple[int, ...], where: str, program: Program, vocabulary: int) -> str:
-    """What makes a tensor smaller, told by its sizes and its origin."""
+    """What makes a tensor smaller, by its sizes and its origin."""
     if program.name != "train":
         return KNOBS["clips"]
     if vocabulary in shape and len(shape) > 2:
@@ -177,7 +181,7 @@ def knob(shape: tuple[int, ...], where: str, program: Program, vocabulary: int) 
 
 
 def largest_fitting(
-    fits: Callable[[int], float], first: int, refused: int | None = None, exact: bool = True
+    fits: Callable[[int], float | int], first: int, refused: int | None = None, exact: bool = True
 ) -> int | None:
     """The largest number that fits, to an eighth; None where not even 1 does.
 

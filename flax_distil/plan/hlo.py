@@ -1,7 +1,7 @@
 """What a compiled TPU program does, read from its HLO text: HBM traffic, collectives, transfers.
 
 XLA's own cost analysis counts the body of a loop once; here every instruction counts as often as
-it runs. Buffers that the compiler placed in on-chip memory, such as `S(1)` in their layout, are no
+it runs. Buffers that the compiler placed in on-chip memory, such as `S(1)` in their layout, are not
 traffic.
 """
 
@@ -84,7 +84,7 @@ class Instruction:
         return int(found[1]) if found else 0
 
     @property
-    def in_hbm(self) -> float:
+    def in_hbm(self) -> float | int:
         """Bytes of the result that lie in HBM."""
         return sum(array.bytes for array in self.result if not array.on_chip)
 
@@ -123,14 +123,14 @@ class Module:
         for computation in self.computations.values():
             yield from computation.values()
 
-    def runs(self, unknown: float = 1) -> dict[str, float]:
-        """How often each computation that is no part of a fusion runs.
+    def runs(self, unknown: int = 1) -> dict[str, int]:
+        """How often each computation that is not part of a fusion runs.
 
         unknown: rounds of a loop whose end depends on data, such as that of a decoder.
         """
-        times: dict[str, float] = defaultdict(float)
+        times: dict[str, int] = defaultdict(int)
 
-        def visit(name: str, factor: float) -> None:
+        def visit(name: str, factor: int) -> None:
             times[name] += factor
             for one in self.computations[name].values():
                 if one.opcode == "while":
@@ -160,18 +160,18 @@ class Module:
             return None
         return int(limit.attributes.split(")")[0])
 
-    def traffic(self, unknown: float = 1) -> float:
+    def traffic(self, unknown: int = 1) -> float | int:
         """Bytes read from and written to HBM in one run."""
         return sum(bytes for _, bytes in self.traffic_by_instruction(unknown))
 
-    def traffic_by_instruction(self, unknown: float = 1) -> Iterator[tuple[Instruction, float]]:
+    def traffic_by_instruction(self, unknown: int = 1) -> Iterator[tuple[Instruction, float]]:
         """Each instruction that is not part of a fusion, and the bytes it moves in one run."""
         for name, times in self.runs(unknown).items():
             computation = self.computations[name]
             for one in computation.values():
                 yield one, times * self._moved(one, computation)
 
-    def cycles(self, unknown: float = 1) -> float:
+    def cycles(self, unknown: int = 1) -> float | int:
         """That the compiler expects one run to take on a chip, kernels and transfers left out."""
         return sum(
             times * one.cycles
@@ -179,7 +179,7 @@ class Module:
             for one in self.computations[name].values()
         )
 
-    def collectives(self, unknown: float = 1) -> list[Collective]:
+    def collectives(self, unknown: int = 1) -> list[Collective]:
         """Collectives by kind and type, most bytes first.
 
         One that crosses during other work is written in several fusions, from its start to its end,
@@ -260,7 +260,7 @@ class Module:
                 waiting += direct[caller]
         return reached
 
-    def _moved(self, one: Instruction, computation: Mapping[str, Instruction]) -> float:
+    def _moved(self, one: Instruction, computation: Mapping[str, Instruction]) -> float | int:
         if one.opcode in FREE or one.opcode.endswith("-done") or one.opcode == "async-start":
             return 0
         operands = [computation[name] for name in one.operands if name in computation]
@@ -284,7 +284,7 @@ class Module:
 
     def _read(
         self, parameter: Instruction, inner: Mapping[str, Instruction], held: Instruction
-    ) -> float:
+    ) -> float | int:
         """Bytes that a fusion reads of one operand: of a slice, where that is all it uses."""
         whole = held.in_hbm
         if not whole:
@@ -312,7 +312,7 @@ class Module:
 
     def _written(
         self, root: Instruction, inner: Mapping[str, Instruction], fusion: Instruction
-    ) -> float:
+    ) -> float | int:
         """Bytes that a fusion writes: of an update in place, only what is updated."""
         if not fusion.in_hbm:
             return 0

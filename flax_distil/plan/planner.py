@@ -1,4 +1,4 @@
-"""A recipe on a slice: which programs there are, and what the compiler says of each."""
+"""A recipe on a slice: its programs, and the compiler's answer for each."""
 
 import logging
 from collections.abc import Callable
@@ -116,7 +116,7 @@ def decode(
 ) -> list[Estimate | TooLarge]:
     """Encoder and search of a stage that recognises speech, on the chips of one host.
 
-    batch: clips of a process. On a slice of several hosts each hears others.
+    batch: clips of a process. Each host of a slice has others.
     """
     # libtpu takes every host for one of four chips: its devices are in order of these.
     ours = sorted(chips, key=attrgetter("process_index"))[: target.host_chips]
@@ -152,7 +152,7 @@ def judged(
     )
     answer = compiled(asked, target, config.answers)
 
-    def fits(rows: int) -> float:
+    def fits(rows: int) -> float | int:
         log.info("does %s fit with %d clips a chip at a time?", asked.name, rows)
         found = compiled(program(rows), target, config.answers)
         if not isinstance(found, Compiled):
@@ -188,15 +188,15 @@ def sizes_of(recipe: Path, distill: DistillConfig) -> Sizes:
     """Sizes of the recipe's models: the student's from its folder, else from [init-student].
 
     Raises:
-        InputError: a model is not there and is no published one.
+        InputError: a model does not exist here and is not a published one.
     """
     teacher = known_dims(distill.teacher)
     if (Path(distill.student) / "config.json").is_file():
         return Sizes(teacher, known_dims(distill.student))
     if "init-student" not in recipe_stages(recipe):
         raise InputError(
-            f"the student {distill.student} is not there and {recipe} has no [init-student], which "
-            "would say its layers: make one of the two"
+            f"the student {distill.student} does not exist and {recipe} has no [init-student] "
+            "with its layers: make one of the two"
         )
     layers = load_recipe(recipe, InitStudentConfig)
     kept = choose_layers(layers.decoder_layers, teacher.decoder_layers, "decoder")

@@ -24,22 +24,22 @@ from flax_distil.distill.flops import (
     step_flops,
     vocabulary_flops,
 )
-from flax_distil.distill.setup import make_train_spec, read_of_teacher, stored_types, trainable_part
-from flax_distil.distill.state import initial_state
-from flax_distil.distill.step import Frozen
-from flax_distil.distill.trainer import compile_step
+from flax_distil.distill.setup import (
+    compile_step,
+    make_train_spec,
+    place_shapes,
+    split_parameters,
+)
 from flax_distil.model.dims import CHUNK_SAMPLES, WhisperDims
 from flax_distil.model.generation import generation_config, special_ids
 from flax_distil.model.spec import Spec
 from flax_distil.options import DecodeOptions
 from flax_distil.parallel.mesh import (
     batch_sharding,
-    check_batch,
     make_mesh,
     replicated,
 )
 from flax_distil.parallel.overlap import overlap_options
-from flax_distil.parallel.sharding import check_heads, shardings
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Program:
     clips: int
     rows: int
     length: int
-    flops: float
+    flops: float | int
     arguments: dict[str, float]
     lowered: Any
     loops: int = 1
@@ -78,33 +78,21 @@ def train_program(
     """
     compute = config.compute
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, devices)
-    plan = make_train_spec(config, teacher, student, mesh)
-    check_batch(config.batch_size, mesh, compute.accumulation)
-    check_heads({"encoder": teacher.encoder_heads, "decoder": teacher.decoder_heads}, mesh)
-    theirs, ours = plan.teacher.abstract(), plan.student.abstract()
-    trainable = trainable_part(ours, config.train_encoder, scanned=False)  # laid out already
-    own = {}
-    if config.train_encoder:
-        own = {"positions": ours["encoder"]["positions"]}
-    elif teacher.encoder_layers != student.encoder_layers:
-        own = in_kept_types(ours["encoder"], plan)
-    frozen = Frozen(in_kept_types(read_of_teacher(theirs, plan), plan), own)
-    start = partial(initial_state, config=config.optimizer, seed=config.seed)
-    state = jax.eval_shape(start, trainable)
-    placed = shardings(state, mesh, compute.fsdp_min_elements)
-    state = at(state, placed)
-    frozen = at(frozen, shardings(frozen, mesh, compute.fsdp_min_elements))
+    own_encoder = teacher.encoder_layers != student.encoder_layers
+    spec = make_train_spec(config, teacher, student, mesh, own_encoder)
+    models = spec.teacher.abstract(), spec.student.abstract()
+    trainable, frozen = jax.eval_shape(partial(split_parameters, spec), *models)
+    state, frozen = place_shapes(trainable, frozen, config, mesh)
     batch = abstract_batch(config, teacher, length, batch_sharding(mesh))
     options = overlap_options(mesh) if compute.overlap else {}
-    step = compile_step(plan, mesh, placed, options)
-    rows = config.batch_size // plan.data_shards // compute.accumulation
-    encode = config.audio_states is None
+    step = compile_step(spec, mesh, state, options)
+    rows = config.batch_size // spec.data_shards // compute.accumulation
     return Program(
         name="train",
         clips=config.batch_size,
         rows=rows,
         length=length,
-        flops=step_flops(plan, config.batch_size, length, bool(own), config.train_encoder, encode),
+        flops=step_flops(spec, config.batch_size, length, encode=config.audio_states is None),
         arguments={
             "teacher": bytes_a_chip(frozen.teacher),
             "student": bytes_a_chip((state.params, frozen.student_encoder)),
@@ -132,8 +120,9 @@ def decode_programs(
     """
     mesh = make_mesh(devices=devices)
     batch, spec, whole = rows * len(devices), Spec(dims, dtype).on(devices[0]), replicated(mesh)
-    params = at(jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), spec.abstract()),
-                whole)  # fmt: skip
+    params = jax.tree.map(
+        lambda leaf: leaf.update(dtype=jnp.dtype(dtype), sharding=whole), spec.abstract()
+    )
     shape: Any = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
     number: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     waveforms = shape((batch, CHUNK_SAMPLES), jnp.int16)
@@ -155,7 +144,7 @@ def decode_programs(
             lower(
                 greedy, DecoderModel(spec, params["decoder"]),
                 SearchInput(audio, prompt, shape((batch,), jnp.bool_)),
-                rules=rule_set(dims, options), max_tokens=room,
+                rules=published_rules(dims, options), max_tokens=room,
             ),
             loops=steps,
         ),
@@ -193,7 +182,7 @@ def abstract_batch(
     return Batch(**fields)
 
 
-def rule_set(dims: WhisperDims, options: DecodeOptions) -> RuleSet:
+def published_rules(dims: WhisperDims, options: DecodeOptions) -> RuleSet:
     """The rules of a published checkpoint with this vocabulary."""
     ids, config = special_ids(dims), generation_config(dims)
     begin = ids["notimestamps"] + 1
@@ -205,20 +194,6 @@ def rule_set(dims: WhisperDims, options: DecodeOptions) -> RuleSet:
         timestamp_begin=begin if options.timestamps else None,
         no_timestamps=ids["notimestamps"],
     )
-
-
-def in_kept_types(tree: Any, plan: Any) -> Any:
-    """Shapes of frozen parameters in the types that they are kept in."""
-    return jax.tree.map(
-        lambda leaf, dtype: leaf.update(dtype=dtype), tree, stored_types(tree, plan)
-    )
-
-
-def at(tree: Any, places: Any) -> Any:
-    """Shapes with the shardings of `places`, one for all or a tree of them."""
-    if isinstance(places, NamedSharding):
-        return jax.tree.map(lambda leaf: leaf.update(sharding=places), tree)
-    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), tree, places)
 
 
 def bytes_a_chip(tree: Any) -> float:

@@ -117,7 +117,7 @@ def print_plan(plan: Plan, config: PlanConfig) -> None:
 
 
 def programs_table(plan: Plan) -> Table:
-    """A column a program, for there are few of them and much to say of each."""
+    """A table with a column for each program."""
     table = Table("a chip")
     for one in plan.programs:
         tokens = f", {one.length} tokens" if one.length else ""
@@ -175,16 +175,16 @@ def filling(one: Estimate) -> str:
 
 
 def remedy(one: TooLarge) -> str:
-    """What to turn so that a program fits, and what fills the memory then."""
+    """The option that makes a program fit, and what fills the memory then."""
     train, fitting = one.program == "train", one.fitting
     if fitting is None:
         held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in one.arguments.items())
-        cure = "spread them with compute.fsdp" if train else "choose chips with more memory"
+        cure = "shard them with compute.fsdp" if train else "choose chips with more memory"
         return f"does not fit even with one clip a chip, beside {held} GiB: {cure}"
     if train:
         times = next(n for n in divisors(one.rows) if one.rows // n <= fitting.rows)
         cure = f"compute.accumulation {times} times as large ({one.rows // times} at a time)"
-    else:  # batches are filled up to a power of two
+    else:  # batches are padded to a power of two
         most = 1 << (fitting.rows * fitting.chips).bit_length() - 1
         cure = f"a batch_size of at most {most}"
     lines = [
@@ -214,7 +214,7 @@ def write_table(path: Path, plans: list[Plan]) -> None:
     Rows of other recipes, slices and programs stay.
 
     Raises:
-        InputError: the file is not there or has no markers.
+        InputError: the file does not exist or has no markers.
     """
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     begin, end = (text.find(marker) for marker in TABLE)

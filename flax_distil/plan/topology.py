@@ -10,15 +10,15 @@ from typing import Any
 from flax_distil.errors import InputError
 from flax_distil.parallel.chips import TPUS
 
-GIB = 2**30
+GIB = 2.0**30
 
-# What libtpu wants to know on a machine without a TPU: not to ask Google's metadata server, not to
-# lock the chips, and not to fill standard error and /tmp with complaints about both.
+# For libtpu on a machine without a TPU: no requests to Google's metadata server, no lock of the
+# chips, and no long errors about both.
 WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any: the compiler is told the real one
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any: the compiler gets the real one
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
@@ -80,8 +80,8 @@ def tpu_slice(name: str) -> Slice:
     generation, _, count = name.replace("v5litepod", "v5e").partition("-")
     if generation not in CHIPS or not count.isdigit():
         raise InputError(
-            f"{name} is no TPU slice that can be planned: name one of {', '.join(CHIPS)} and its "
-            "size, such as v4-8 or v5e-256"
+            f"{name} is not a TPU slice that can be planned: name one of {', '.join(CHIPS)} and "
+            "its size, such as v4-8 or v5e-256"
         )
     chip = CHIPS[generation]
     chips, rest = divmod(int(count), chip.cores)
@@ -135,7 +135,7 @@ def devices(wanted: Slice) -> list[Any]:
 
 
 def libtpu_version() -> str | None:
-    """The installed compiler's version; None where there is none."""
+    """The installed compiler's version, if any."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

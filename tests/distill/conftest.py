@@ -41,7 +41,7 @@ def make_batch():
 @pytest.fixture(scope="session")
 def parameters(train_spec, teacher, student):
     """Trainable and frozen parameters."""
-    return split_parameters(train_spec, teacher, student, train_encoder=False)
+    return split_parameters(train_spec, teacher.params, student.params)
 
 
 @pytest.fixture(autouse=True)

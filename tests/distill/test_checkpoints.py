@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_distil.config import OptimizerConfig
 from flax_distil.data.loader import LoaderState
-from flax_distil.distill.checkpoints import Checkpoints, Progress, has_checkpoints, read_params
+from flax_distil.distill.checkpoints import Checkpoints, RunProgress, has_checkpoints, read_params
 from flax_distil.distill.state import initial_state
 from flax_distil.errors import InputError
 from flax_distil.parallel.mesh import make_mesh
@@ -19,17 +19,17 @@ from flax_distil.parallel.mesh import make_mesh
 
 def state_at(step, size=64):
     params = {"decoder": {"layers": {0: {"kernel": jnp.full((size, 8), float(step))}}}}
-    return replace(initial_state(params, OptimizerConfig(), seed=3), step=jnp.array(step))
+    return initial_state(params, OptimizerConfig())._replace(step=jnp.array(step))
 
 
 def save_and_wait(checkpoints, state):
-    checkpoints.save(state, Progress(LoaderState()))
+    checkpoints.save(state, RunProgress(LoaderState()))
     checkpoints.wait()
 
 
 def test_everything_comes_back(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
-    progress = Progress(
+    progress = RunProgress(
         LoaderState(1, 2, 3, {"0/1": [1, 2, 3, 4]}), best_wer=12.3456789, best_step=2, since_best=1
     )
     for step in (1, 2, 3):
@@ -95,7 +95,7 @@ def test_a_flipped_bit_on_the_disk_is_noticed(tmp_path, part, named):
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, caplog, capfd):
     """One sentence, no traceback of Orbax's threads, and closing raises nothing more."""
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(state_at(1, 4096), Progress(LoaderState(position=1)))
+    checkpoints.save(state_at(1, 4096), RunProgress(LoaderState(position=1)))
     checkpoints.wait()
     full = state_at(2, 4096)
     noise = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), full.params)
@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, caplog, capfd):
         with pytest.raises(
             InputError, match=r"be written to .*\(File too large\).* step 1 is intact"
         ):
-            save_and_wait(checkpoints, replace(full, params=noise))
+            save_and_wait(checkpoints, full._replace(params=noise))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     checkpoints.close()
@@ -129,7 +129,7 @@ def test_half_written_checkpoints_do_not_count(tmp_path):
 
 def test_another_model_is_an_error(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(state_at(1), Progress(LoaderState()))
+    checkpoints.save(state_at(1), RunProgress(LoaderState()))
     checkpoints.wait()
     with pytest.raises(InputError, match=r"checkpoints/1 is damaged or of another model"):
         checkpoints.restore(state_at(0, size=32))
@@ -141,16 +141,31 @@ def test_parameters_of_another_layout_are_named_and_not_printed(tmp_path):
     save_and_wait(checkpoints, state_at(1))
     stacked = {"decoder": {"layers": {"kernel": jnp.zeros((1, 64, 8))}}}
     with pytest.raises(InputError, match=r"compute\.scan_layers.*decoder\.layers") as told:
-        checkpoints.restore(replace(state_at(0), params=stacked))
+        checkpoints.restore(state_at(0)._replace(params=stacked))
     assert len(str(told.value)) < 400 + len(str(tmp_path))
     checkpoints.close()
 
 
 def test_best_after_the_resumed_step_is_forgotten(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save_best(state_at(6), Progress(LoaderState()))
+    checkpoints.save_best(state_at(6), RunProgress(LoaderState()))
     checkpoints.wait()
     checkpoints.forget_best_after(4)
-    checkpoints.save_best(state_at(5), Progress(LoaderState()))
+    checkpoints.save_best(state_at(5), RunProgress(LoaderState()))
     checkpoints.close()
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["5"]
+
+
+def test_a_state_of_an_older_version_is_refused_by_name(tmp_path):
+    """It held a key for dropout."""
+    old = {**state_at(1)._asdict(), "rng": jnp.zeros(2, jnp.uint32), "params": None}
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints._save(
+        checkpoints.latest, 1, RunProgress(LoaderState()), params=state_at(1).params, rest=old
+    )
+    checkpoints.wait()
+    with pytest.raises(
+        InputError, match=r"1 was written by an older version .*, whose states hold"
+    ):
+        checkpoints.restore(state_at(0))
+    checkpoints.close()

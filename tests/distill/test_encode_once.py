@@ -70,7 +70,7 @@ def run(random_folders, tmp_path) -> DistillConfig:
 def kept(run: DistillConfig) -> np.ndarray:
     teacher, student = load_checkpoint(run.teacher), load_checkpoint(run.student)
     sources = training_sources(run, load_tokens(student.source))
-    states = encode_once.kept_states(run, teacher, student, sources)
+    states = encode_once.kept_states(run, teacher, sources)
     assert states is not None
     return states.read(range(len(states.clips)))
 

@@ -11,6 +11,7 @@ import pytest
 from flax_distil.config import LossConfig
 from flax_distil.data.loader import LoaderState
 from flax_distil.distill.heldout import HeldOut, score
+from flax_distil.distill.setup import TrainProgram
 from flax_distil.distill.step import features
 from flax_distil.parallel.mesh import make_mesh
 
@@ -32,9 +33,8 @@ def test_each_clip_counts_once_at_temperature_1(train_spec, parameters, make_bat
     train_spec = replace(
         train_spec, loss=LossConfig(temperature=2.0, label_smoothing=0.1), data_shards=2
     )
-    found = score(
-        {"clean": held_out}, params, frozen, train_spec, make_mesh(2, 1, 1, jax.devices()[:2])
-    )
+    program = TrainProgram(train_spec, make_mesh(2, 1, 1, jax.devices()[:2]), frozen, None)
+    found = score({"clean": held_out}, params, program)
 
     sums = np.zeros(3)
     for seed, rows in ((0, 8), (1, 2)):
@@ -58,7 +58,6 @@ def test_without_the_teachers_decoder_there_is_no_kl(train_spec, parameters, hel
     params, frozen = parameters
     train_spec = replace(train_spec, loss=LossConfig(kl=0.0))
     frozen = frozen._replace(teacher={"encoder": frozen.teacher["encoder"]})
-    found = score(
-        {"clean": held_out}, params, frozen, train_spec, make_mesh(1, 1, 1, jax.devices()[:1])
-    )
+    program = TrainProgram(train_spec, make_mesh(1, 1, 1, jax.devices()[:1]), frozen, None)
+    found = score({"clean": held_out}, params, program)
     assert list(found) == ["clean/ce"]

@@ -1,4 +1,4 @@
-"""Teacher and student read the same tokens and hear the same, whatever was done to either."""
+"""Teacher and student read the same tokens and get the same audio, whatever was done to either."""
 
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,9 @@ def test_a_teacher_is_no_way_from_itself(quick_jit, make_batch, teacher):
     layers = layer_map(teacher.dims.decoder_layers, teacher.dims.decoder_layers)
     spec = Spec(teacher.dims)
     options = AugmentConfig(time_masks=2, time_mask_share=0.5, frequency_masks=1)
-    train_spec = TrainSpec(spec, spec, LossConfig(), OptimizerConfig(), layers, augment=options)
+    train_spec = TrainSpec(
+        spec, spec, LossConfig(), OptimizerConfig(), layers, own_encoder=True, augment=options
+    )
     frozen = Frozen(teacher.params, teacher.params["encoder"])
     losses = quick_jit(partial(losses_of, train_spec=train_spec))
 

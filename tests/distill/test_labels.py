@@ -11,15 +11,13 @@ from flax_distil.config import DistillConfig, InitStudentConfig, TrainingDataCon
 from flax_distil.data.mixing import training_sources
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.distill import trainer
-from flax_distil.distill.labels import (
+from flax_distil.distill.check import (
     check_ids,
     check_vocabulary,
-    spoken,
-    taught,
     warn_of_prompts,
     warn_of_teacher,
 )
-from flax_distil.distill.runs import generation_of
+from flax_distil.distill.runs import generation_of, languages_and_tasks, training_facts
 from flax_distil.distill.trainer import run
 from flax_distil.errors import InputError
 from flax_distil.model import student as student_module
@@ -123,7 +121,7 @@ def test_languages_and_tasks_of_the_data(config, base_folder, tiny_en_folder, tm
 
     def found(*data, tokens=tokens, **changes):
         config_ = replace(config, data=data, **changes)
-        return spoken(training_sources(config_, tokens), tokens)
+        return languages_and_tasks(training_sources(config_, tokens), tokens)
 
     named = replace(plain[0], language="de-DE", task="translate")
     assert found(*german) == {"languages": ["de"], "tasks": ["transcribe"]}
@@ -139,7 +137,7 @@ def test_whether_the_text_before_is_learnt(config, tiny_en_folder, tmp_path, ran
     data = manifest(tmp_path, [7], [8], speaker="a")
     for probability, learnt in [(0.0, False), (0.2, True)]:
         run = replace(config, data=data, prompt_probability=probability)
-        facts = taught(run, training_sources(run, tokens), tokens)
+        facts = training_facts(run, training_sources(run, tokens), tokens)
         assert facts["previous_text"] is learnt
         (tmp_path / "versions.json").write_text(json.dumps(facts))
         generation = generation_of(tmp_path, student)
@@ -168,14 +166,14 @@ def test_a_student_of_one_language_says_so(tmp_path, base_folder, random_folders
 def test_models_of_the_hub_have_revisions(config, monkeypatch):
     asked = []
 
-    def load(*named):
-        asked.append(named)
+    def load(name):
+        asked.append(name)
         return load_checkpoint(random_student)
 
     random_student = config.student
     monkeypatch.setattr(trainer, "load_checkpoint", load)
     monkeypatch.setattr(student_module, "load_checkpoint", load)
     with pytest.raises(InputError, match="label store"):
-        run(replace(config, teacher="a/b", teacher_revision="v1", student_revision="v2"))
-    student_module.run(InitStudentConfig("a/b", config.output_dir, 1, teacher_revision="v3"))
-    assert asked == [("a/b", "v1"), (random_student, "v2"), ("a/b", "v3")]
+        run(replace(config, teacher="a/b@v1"))
+    student_module.run(InitStudentConfig("a/b@v3", config.output_dir, 1))
+    assert asked == ["a/b@v1", random_student, "a/b@v3"]

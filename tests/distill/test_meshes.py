@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from flax_distil.config import ComputeConfig, DistillConfig
+from flax_distil.distill.setup import prepare
 from flax_distil.distill.state import initial_state
-from flax_distil.distill.trainer import prepare
 from flax_distil.parallel.mesh import batch_sharding
 
 
 @pytest.fixture(scope="module")
 def one_device(step, train_spec, parameters, make_batch):
-    state = initial_state(parameters[0], train_spec.optimizer, seed=0)
+    state = initial_state(parameters[0], train_spec.optimizer)
     return step(state, parameters[1], make_batch())
 
 

@@ -59,7 +59,7 @@ def test_a_run_leaves_everything(random_folders, labels, tmp_path, caplog):
     )
     with caplog.at_level(logging.INFO, "flax_distil"):
         summary = run(config)
-    assert "said   one two" in caplog.text  # a sample of what was judged
+    assert "reference  one two" in caplog.text  # a sample of what was judged
     assert (summary.steps, summary.finished, summary.best_step) == (2, True, 2)
     assert summary.best_wer >= 90  # noise into random weights
     folder = config.output_dir
@@ -85,7 +85,7 @@ def test_a_run_leaves_everything(random_folders, labels, tmp_path, caplog):
         )
         assert 1e-6 < np.abs(moved).max() < 3e-4  # two updates of at most 1e-4
 
-    with pytest.raises(InputError, match="is no training run"):
+    with pytest.raises(InputError, match="is not a training run"):
         trained_student(tmp_path)
     with pytest.raises(InputError, match="has checkpoints of a run"):
         run(config)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from random_whisper import losses_of
 
 from flax_distil.audio.log_mel import log_mel
-from flax_distil.config import LossConfig
+from flax_distil.config import AugmentConfig, LossConfig
 from flax_distil.distill.setup import split_parameters, whole_student
 from flax_distil.distill.state import decayed, initial_state, learning_rate
 from flax_distil.distill.step import student_losses, teach, train_step
@@ -28,7 +28,7 @@ def batch(make_batch):
 
 @pytest.fixture(scope="module")
 def state(train_spec, parameters):
-    return initial_state(parameters[0], train_spec.optimizer, seed=0)
+    return initial_state(parameters[0], train_spec.optimizer)
 
 
 def torch_model(checkpoint):
@@ -205,8 +205,14 @@ def test_every_objective_has_pytorchs_gradients(
 ):
     """Value and gradients of all that is trained, float32: 1e-5."""
     student = init_student(teacher, 2, encoder_layers)
-    one = replace(train_spec, loss=loss, student=replace(train_spec.student, dims=student.dims))
-    trainable, frozen = split_parameters(one, teacher, student, train_encoder)
+    one = replace(
+        train_spec,
+        loss=loss,
+        student=replace(train_spec.student, dims=student.dims),
+        train_encoder=train_encoder,
+        own_encoder=bool(encoder_layers),
+    )
+    trainable, frozen = split_parameters(one, teacher.params, student.params)
     assert set(trainable) == ({"encoder", "decoder"} if train_encoder else {"decoder"})
     assert len(frozen.student_encoder.get("layers", ())) == (encoder_layers or 0)
     assert ("decoder" in frozen.teacher) == bool(loss.kl or loss.mse)  # else nobody asks it
@@ -231,9 +237,10 @@ def test_every_objective_has_pytorchs_gradients(
 
 
 def test_trained_encoder_leaves_the_teacher_alone(quick_jit, train_spec, batch, teacher, student):
-    trainable, frozen = split_parameters(train_spec, teacher, student, train_encoder=True)
+    train_spec = replace(train_spec, train_encoder=True)
+    trainable, frozen = split_parameters(train_spec, teacher.params, student.params)
     assert set(frozen.student_encoder) == {"positions"}
-    state = initial_state(trainable, train_spec.optimizer, seed=0)
+    state = initial_state(trainable, train_spec.optimizer)
     after, metrics = quick_jit(partial(train_step, spec=train_spec))(state, frozen, batch)
     _, expected = torch_loss(
         torch_model(teacher), torch_model(student), batch, train_spec.loss, train_spec.layer_map
@@ -252,7 +259,7 @@ def test_bfloat16_over_float32_masters(quick_jit, train_spec, parameters, batch,
         teacher=replace(train_spec.teacher, dtype="bfloat16"),
         student=replace(train_spec.student, dtype="bfloat16"),
     )
-    trainable, frozen = split_parameters(half, teacher, student, train_encoder=False)
+    trainable, frozen = split_parameters(half, teacher.params, student.params)
     layer = frozen.teacher["decoder"]["layers"][0]
     assert layer["feed_forward"]["up"]["kernel"].dtype == jnp.bfloat16
     assert layer["feed_norm"]["scale"].dtype == jnp.float32
@@ -270,6 +277,7 @@ def test_bfloat16_over_float32_masters(quick_jit, train_spec, parameters, batch,
 def test_scanned_layers_give_the_same(
     quick_jit, train_spec, step, batch, teacher, student, train_encoder
 ):
+    train_spec = replace(train_spec, train_encoder=train_encoder)
     scanned = replace(
         train_spec,
         teacher=replace(train_spec.teacher, scan_layers=HALVES),
@@ -277,11 +285,11 @@ def test_scanned_layers_give_the_same(
     )
 
     def metrics_of(step, train_spec):
-        trainable, frozen = split_parameters(train_spec, teacher, student, train_encoder)
-        return step(initial_state(trainable, train_spec.optimizer, seed=0), frozen, batch)[1]
+        trainable, frozen = split_parameters(train_spec, teacher.params, student.params)
+        return step(initial_state(trainable, train_spec.optimizer), frozen, batch)[1]
 
     metrics = metrics_of(quick_jit(partial(train_step, spec=scanned)), scanned)
-    plain = metrics_of(step, train_spec)
+    plain = metrics_of(quick_jit(partial(train_step, spec=train_spec)), train_spec)
     for name in ("loss", "kl", "ce", "mse", "gradient_norm"):
         np.testing.assert_allclose(metrics[name], plain[name], rtol=1e-5, err_msg=name)
 
@@ -336,3 +344,42 @@ def test_weights_are_configuration(quick_jit, train_spec, parameters, batch):
     losses = quick_jit(partial(losses_of, train_spec=only))(*parameters, batch)
     assert losses.kl == losses.mse == 0
     assert losses.ce > 0
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_no_rank_is_promoted_and_nothing_is_transferred(
+    everything, quick_jit, train_spec, teacher, student, make_batch
+):
+    """In the plain step, and with all that can be added to it."""
+    batch = make_batch()
+    if everything:
+        train_spec = replace(
+            train_spec,
+            loss=LossConfig(kl_end=0.1, mse=0.1, label_smoothing=0.1),
+            optimizer=replace(train_spec.optimizer, freeze_embed_positions=True),
+            train_encoder=True,
+            accumulation=2,
+            vocabulary_chunk=5,
+            augment=AugmentConfig(time_masks=1, frequency_masks=1),
+            dropout=0.1,
+        )
+        keys = np.arange(16, dtype=np.uint32).reshape(8, 2)
+        factors = np.ones((*batch.weights.shape, 2), np.float32)
+        batch = replace(batch, keys=keys, loss_weights=factors)
+    params, frozen = split_parameters(train_spec, teacher.params, student.params)
+    state = jax.jit(initial_state, static_argnums=1)(params, train_spec.optimizer)
+    arguments = jax.device_put((state, frozen, batch))
+    with jax.numpy_rank_promotion("raise"), jax.transfer_guard("disallow"):
+        step = quick_jit(partial(train_step, spec=train_spec))
+        metrics = jax.block_until_ready(step(*arguments)[1])
+    assert np.isfinite(metrics["loss"])
+
+
+def test_norms_of_parameters_and_updates(step, train_spec, state, parameters, batch):
+    """As the log has them: of the parameters after the update, and of their change."""
+    after, metrics = step(state, parameters[1], batch)
+    norm = lambda tree: np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
+    change = jax.tree.map(np.subtract, after.params, state.params)
+    assert metrics["parameter_norm"] == pytest.approx(norm(after.params), rel=1e-5)
+    assert metrics["update_norm"] == pytest.approx(norm(change), rel=1e-3)
+    assert metrics["gradient_norm"] > 0

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from flax_distil.config import DistillConfig, RunConfig
-from flax_distil.distill import tracking
+from flax_distil.distill import check, tracking
 from flax_distil.distill.tracking import (
     METRICS,
     Speed,
@@ -78,7 +78,7 @@ def test_a_resumed_run_writes_no_step_twice(config):
 
 
 def test_wandb_is_missed_before_any_work(config, monkeypatch):
-    monkeypatch.setattr(tracking, "find_spec", lambda _: None)
+    monkeypatch.setattr(check, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pip install flax-distil\[wandb\]"):
         run(replace(config, run=RunConfig(wandb="project")))  # neither teacher nor student exist
 

@@ -24,10 +24,12 @@ from flax_distil.config import (
 )
 from flax_distil.data.loader import LoaderState
 from flax_distil.data.utterances import Utterance
-from flax_distil.distill import trainer
+from flax_distil.distill import flops, trainer
+from flax_distil.distill.check import check_config
 from flax_distil.distill.checkpoints import read_params
-from flax_distil.distill.flops import vocabulary_flops
-from flax_distil.distill.trainer import Fed, flops, peak_flops, prepare, train, whole
+from flax_distil.distill.flops import batch_flops, peak_flops, vocabulary_flops
+from flax_distil.distill.setup import prepare
+from flax_distil.distill.trainer import whole
 from flax_distil.distill.validation import Validation
 from flax_distil.errors import InputError
 
@@ -46,6 +48,11 @@ class Batches:
             if state.position in self.then:
                 batch = self.then[state.position](batch) or batch
             yield batch, state
+
+
+def train(config, *parts):
+    check_config(config)
+    return trainer.train(config, *parts)
 
 
 @pytest.fixture
@@ -119,10 +126,14 @@ def test_wrong_folders_and_recipes_are_errors(config, teacher, student, make_bat
     with pytest.raises(InputError, match="has checkpoints of a run: continue it with"):
         train(config, teacher, student, Batches(make_batch))
     other = replace(must, loss=LossConfig(kl=1.0), seed=8)
-    with pytest.raises(InputError, match=r"another recipe: seed \(was 7, is 8\); loss \(was"):
+    with pytest.raises(
+        InputError, match=r"recipe: seed \(was 7, is 8\); loss.kl \(was 0.8, is 1.0\); loss.mse"
+    ):
         train(other, teacher, student, Batches(make_batch))
     longer = replace(must, optimizer=replace(config.optimizer, steps=100))
-    with pytest.raises(InputError, match="optimizer"):
+    with pytest.raises(
+        InputError, match=r"another recipe: optimizer.steps \(was 6, is 100\). Resume"
+    ):
         train(longer, teacher, student, Batches(make_batch))
 
 
@@ -256,7 +267,7 @@ def test_the_whole_student_is_copied_by_one_program(
 def test_the_peak_is_configured_or_published_or_measured(config, monkeypatch):
     known = replace(config, compute=ComputeConfig(dtype="bfloat16"))
     assert peak_flops(config) == (1e9, "configured")
-    monkeypatch.setattr(trainer, "measured_peak", lambda *_: 8e9)
+    monkeypatch.setattr(flops, "measured_peak", lambda *_: 8e9)
     assert peak_flops(known) == (1e9, "measured in products")  # of eight devices
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H200")])
     assert peak_flops(known) == (989.4e12, "published")
@@ -268,9 +279,8 @@ def test_padding_is_no_work_of_the_vocabulary(config, teacher, student, make_bat
     batch = make_batch(8)
     short = replace(batch, weights=batch.weights * (np.arange(8) < 3))
     tokens = lambda one: 8 * np.count_nonzero(one.weights, axis=1).max()  # of 8 shards of a row
-    fed, less = (Fed(one, LoaderState(), one) for one in (batch, short))
     a_token = 4 * vocabulary_flops(teacher.dims, 1)
-    saved = flops(program, fed) - flops(program, less)
+    saved = batch_flops(program.spec, batch, 1) - batch_flops(program.spec, short, 1)
     assert saved == a_token * (tokens(batch) - tokens(short)) > 0
 
 

@@ -14,7 +14,7 @@ from flax_distil.config import DistillConfig, ValidationConfig
 from flax_distil.data.utterances import read_dataset
 from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.distill import validation
-from flax_distil.distill.validation import judge, open_sets
+from flax_distil.distill.validation import count_errors, open_sets
 from flax_distil.errors import InputError
 from flax_distil.recipe import load_recipe
 from flax_distil.text.tokens import load_tokens
@@ -48,7 +48,7 @@ def asked(path, **fields) -> DistillConfig:
     ("rows", "reason"),
     [
         ([{"text": " "}, {"text": ""}, {}], "its references are blank"),
-        ([{"text": "(coughs)"}], "nothing is left of its references"),
+        ([{"text": "(coughs)"}], "the normaliser leaves nothing of its references"),
         ([{"text": "Hallo", "language": "de"}], "cannot transcribe German"),
         ([{"text": "nuqneH", "language": "tlh"}], 'has no language "tlh"'),
         ([{"text": "here", "audio": "gone.flac"}], "0: .*gone.flac"),
@@ -63,10 +63,10 @@ def test_a_set_without_a_clip_to_judge_is_refused_at_once(clips, tokens, rows, r
 
 
 def recognised(monkeypatch, texts: dict[str, str]) -> None:
-    """Clips of each language are heard as its text."""
+    """Clips of each language are recognised as its text."""
 
-    def recognize(recognizer, waveforms, options):
-        language = options.language or "en"
+    def recognize(recognizer, waveforms, options, *, language):
+        language = language or "en"
         one = Hypothesis((1,), texts[language], language, -0.1, 0.0, 1.0)
         return [one] * len(waveforms)
 
@@ -82,22 +82,22 @@ def test_clips_in_languages_that_the_student_lacks_are_left_out(clips, tokens, m
         {"text": " "},
         {"text": "one", "audio": "gone.flac"},
     )
-    counts, rate = judge(SimpleNamespace(tokens=tokens), read_dataset(path), asked(path))
+    counts, rate = count_errors(SimpleNamespace(tokens=tokens), read_dataset(path), asked(path))
     assert (counts.reference_words, counts.deletions, rate) == (3, 1, "WER")
-    assert "3 clips are not judged, the first: Skipped(id='1'" in caplog.text
+    assert "3 clips are left out, the first: Skipped(id='1'" in caplog.text
 
 
 def test_languages_without_spaces_are_judged_by_characters(clips, monkeypatch):
     recognised(monkeypatch, {"ja": "今天天汽很好", "en": "we went"})
     every = SimpleNamespace(tokens=SimpleNamespace(unsupported=lambda language: None))
     path = clips({"text": "今天天气很好", "language": "ja"})
-    counts, rate = judge(every, read_dataset(path), asked(path))
+    counts, rate = count_errors(every, read_dataset(path), asked(path))
     assert (counts.reference_words, counts.substitutions, rate) == (6, 1, "CER")
     words = ValidationConfig((path,), error_rate="wer")
-    counts, rate = judge(every, read_dataset(path), replace(asked(path), validation=words))
+    counts, rate = count_errors(every, read_dataset(path), replace(asked(path), validation=words))
     assert (counts.reference_words, counts.substitutions, rate) == (1, 1, "WER")
     path = clips({"text": "今天天气很好", "language": "ja"}, {"text": "we went"})
-    counts, rate = judge(every, read_dataset(path), asked(path, language="en"))
+    counts, rate = count_errors(every, read_dataset(path), asked(path, language="en"))
     assert (counts.reference_words, rate) == (8, "WER/CER")
 
 

@@ -12,10 +12,10 @@ import soundfile
 from flax_distil.config import ComputeConfig, DistillConfig, ExportConfig
 from flax_distil.data.loader import LoaderState
 from flax_distil.decode.recognizer import make_recognizer, recognize
-from flax_distil.distill.checkpoints import Checkpoints, Progress
+from flax_distil.distill.checkpoints import Checkpoints, RunProgress
+from flax_distil.distill.runs import RECIPE
 from flax_distil.distill.setup import trainable_part
 from flax_distil.distill.state import initial_state
-from flax_distil.distill.trainer import RECIPE
 from flax_distil.errors import InputError
 from flax_distil.evaluate.report import DatasetResult, ModelResult, Report
 from flax_distil.export import formats, run
@@ -117,8 +117,8 @@ def test_a_training_run_gives_its_trained_numbers(
         trained["encoder"] = student.params["encoder"]
     trainable = trainable_part(trained, train_encoder, scan)
     for step, best in ((3, False), (2, True)):
-        state = initial_state(trainable, config.optimizer, 0)
-        state = replace(state, step=np.int32(step))
+        state = initial_state(trainable, config.optimizer)
+        state = state._replace(step=np.int32(step))
         save_state(tmp_path / "run", state, best)
 
     run(ExportConfig(str(tmp_path / "run"), tmp_path / "out"))
@@ -130,7 +130,7 @@ def test_a_training_run_gives_its_trained_numbers(
 
 def save_state(folder, state, best):
     checkpoints = Checkpoints(folder, keep=2)
-    progress = Progress(LoaderState(seed=0))
+    progress = RunProgress(LoaderState(seed=0))
     (checkpoints.save_best if best else checkpoints.save)(state, progress)
     checkpoints.close()
 
@@ -239,7 +239,7 @@ def test_an_export_that_stops_leaves_the_old_one(random_folders, tmp_path, monke
         real(source, target)
 
     monkeypatch.setattr(os, "replace", stop)
-    with pytest.raises(InputError, match="nothing there has changed: stopped"):
+    with pytest.raises(InputError, match="nothing has changed: stopped"):
         run(replace(config, dtype="float16"))
     assert done[0] == key
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before

@@ -212,7 +212,7 @@ def test_other_files(folder):
     with pytest.raises(InputError, match="not JSON"):
         read_ctranslate2(folder)
     path.unlink()
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match="does not exist"):
         read_ctranslate2(folder)
 
 

@@ -78,7 +78,7 @@ def test_after_a_kill_nothing_is_mixed(written, monkeypatch):
     for step in range(5):
         with monkeypatch.context() as patch:
             fail(patch, step)
-            with pytest.raises(InputError, match=r"what was there is in|nothing there has changed"):
+            with pytest.raises(InputError, match=r"its old content is in|nothing has changed"):
                 write(written)
         there = {text[:3] for name, text in contents(written).items() if name != "notes"}
         assert "config.json" not in contents(written) or there == {"old"}
@@ -102,7 +102,7 @@ def test_a_checkpoint_is_old_or_new_or_refused(random_folders, tmp_path, monkeyp
                 save_checkpoint(new, folder)
             assert step >= 12 or len(called) > step
         if not (folder / "config.json").is_file():
-            with pytest.raises(InputError, match=r"config\.json is not there"):
+            with pytest.raises(InputError, match=r"config\.json is missing"):
                 load_checkpoint(folder)
         else:
             found = load_checkpoint(folder)

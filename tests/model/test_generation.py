@@ -171,7 +171,7 @@ def test_heads_that_are_no_pairs_are_refused(folder, heads):
 @pytest.mark.parametrize("value", ["x", [1.5], ["1"], [[1]], 7, [True]])
 def test_suppressed_tokens_are_whole_numbers(folder, key, value):
     edit(folder / "generation_config.json", **{key: value})
-    with pytest.raises(InputError, match=f"{key} .* is no list of whole numbers"):
+    with pytest.raises(InputError, match=f"{key} .* is not a list of whole numbers"):
         load_checkpoint(folder)
 
 

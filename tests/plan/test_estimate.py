@@ -137,7 +137,7 @@ def test_what_does_not_fit_names_tensor_and_knob():
 
 
 def test_what_never_fits_says_what_is_too_large():
-    assert "beside teacher 3.00 GiB: spread them with compute.fsdp" in remedy(too_large())
+    assert "beside teacher 3.00 GiB: shard them with compute.fsdp" in remedy(too_large())
     assert "choose chips with more memory" in remedy(too_large(program="label: decode"))
 
 

@@ -39,14 +39,14 @@ def test_a_mesh_on_slices_of_several_hosts():
     with pytest.raises(InputError, match=r"2 × 1 × 8: the tensor axis crosses hosts, .*"):
         make_mesh(2, 1, 8, topology.devices(tpu_slice("v4-32")))
     two = [SimpleNamespace(platform="tpu", process_index=n, slice_index=n) for n in range(2)]
-    with pytest.raises(InputError, match="2 TPU slices are here and a mesh is of one"):
+    with pytest.raises(InputError, match="a mesh is for one TPU slice and 2 are available"):
         make_mesh(devices=two)
 
 
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("v3-8", "v3-8 is no TPU slice that can be planned: name one of v4, v5e, v5p, v6e"),
+        ("v3-8", "v3-8 is not a TPU slice that can be planned: name one of v4, v5e, v5p, v6e"),
         ("v4", "such as v4-8 or v5e-256"),
         ("v4-4", "v4-4 would have 2 chips: planned are 4, 8, 16, … 2048, so v4-8 to v4-4096"),
         ("v5e-12", "v5e-12 would have 12 chips"),

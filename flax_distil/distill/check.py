@@ -1,0 +1,341 @@
+"""Everything that must hold before a training run begins: nothing is checked later.
+
+`check_config` needs the configuration alone, `check` the models as well, and opens the datasets;
+`check_fit` needs the sizes of the models and a mesh, and is the planner's too.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from flax_distil.config import DistillConfig, OptimizerConfig
+from flax_distil.data.augment import uses_spec_augment
+from flax_distil.data.mixing import TrainingSource, training_sources
+from flax_distil.data.utterances import Concatenated, Utterances
+from flax_distil.distill.checkpoints import has_checkpoints
+from flax_distil.errors import InputError, check_writable
+from flax_distil.model.checkpoint import Checkpoint
+from flax_distil.model.dims import WhisperDims
+from flax_distil.model.student import same_arrays
+from flax_distil.parallel.mesh import check_batch
+from flax_distil.parallel.sharding import check_heads
+from flax_distil.pseudo_label.identity import fingerprint
+from flax_distil.pseudo_label.store import SETTINGS, read_settings
+from flax_distil.text.languages import to_language_code
+from flax_distil.text.tokens import WhisperTokens
+
+log = logging.getLogger(__name__)
+
+# Numbers that must be 1 or more, by the part of the configuration.
+COUNTS = {
+    "": ("batch_size", "lanes", "max_skipped"),
+    "compute": ("accumulation", "fsdp", "tensor"),
+    "run": ("save_every", "keep", "log_every", "workers"),
+    "validation": ("every", "batch_size", "max_tokens"),
+}
+
+
+def check_config(config: DistillConfig) -> None:
+    """Raises InputError for a configuration that cannot be trained by, whatever the models are."""
+    check_numbers(config)
+    check_folder(config)
+    if config.run.wandb and not find_spec("wandb"):
+        raise InputError(
+            f"--run.wandb {config.run.wandb} needs wandb, which is not installed: pip install "
+            "flax-distil[wandb]"
+        )
+    check_tasks(config)
+
+
+def check(
+    config: DistillConfig, teacher: Checkpoint, student: Checkpoint
+) -> tuple[DistillConfig, tuple[TrainingSource, ...]]:
+    """The configuration with its epochs as steps, and the opened datasets.
+
+    Logs a warning where labels are another teacher's, or no clip has a text before it.
+
+    Raises:
+        InputError: a dataset cannot be read, labels are of another vocabulary or teacher than they
+            have to be, audio states cannot be used, or a stream is to last for epochs.
+    """
+    tokens = student.tokens()
+    check_vocabulary(config, tokens)
+    check_stored_teacher(config, teacher)
+    warn_of_teacher(config, teacher)
+    sources = training_sources(config, tokens)
+    check_audio_states(config, teacher, student, sources)
+    check_ids(sources, tokens)
+    warn_of_prompts(config, sources)
+    config = with_steps(config, sources)
+    check_warmup(config.optimizer)
+    return config, sources
+
+
+def check_fit(
+    config: DistillConfig, teacher: WhisperDims, student: WhisperDims, mesh: Mesh
+) -> None:
+    """Raises InputError unless both models fit each other, and they and the batch fit the mesh."""
+    for name in ("vocab", "width", "mels", "audio_positions", "text_positions"):
+        theirs, ours = getattr(teacher, name), getattr(student, name)
+        if theirs != ours:
+            raise InputError(
+                f"the teacher has {name} {theirs} and the student {ours}: make the student of "
+                "this teacher with init-student"
+            )
+    check_batch(config.batch_size, mesh, config.compute.accumulation)
+    check_heads({"encoder": teacher.encoder_heads, "decoder": teacher.decoder_heads}, mesh)
+
+
+def check_numbers(config: DistillConfig) -> None:
+    """Raises InputError for numbers that nothing could be trained with."""
+    loss, optimizer = config.loss, config.optimizer
+    if config.language is not None:
+        to_language_code(config.language)
+    if min(loss.kl, loss.ce, loss.mse) < 0 or loss.kl + loss.ce + loss.mse == 0:
+        raise InputError(
+            f"loss weights kl {loss.kl}, ce {loss.ce}, mse {loss.mse}: none may be negative and "
+            "one must be positive"
+        )
+    if loss.kl_end is not None and (loss.kl_end < 0 or not loss.kl):
+        raise InputError(
+            f"loss.kl goes from {loss.kl} to kl_end {loss.kl_end}: the first must be positive and "
+            "the second not negative"
+        )
+    if optimizer.epochs is not None and optimizer.epochs <= 0:
+        raise InputError(f"epochs {optimizer.epochs:g} must be positive")
+    if loss.temperature <= 0:
+        raise InputError(f"temperature {loss.temperature} must be positive: the paper has 2")
+    if not 0 <= loss.label_smoothing < 1:
+        raise InputError(f"label smoothing {loss.label_smoothing} must be at least 0 and below 1")
+    if not 0 <= config.dropout < 1:
+        raise InputError(f"dropout {config.dropout:g} must be at least 0 and below 1")
+    check_warmup(optimizer)
+    for name in ("timestamp_probability", "prompt_probability", "max_skipped_share"):
+        if not 0 <= (value := getattr(config, name)) <= 1:
+            raise InputError(f"{name} {value:g} must be between 0 and 1")
+    for part, names in COUNTS.items():
+        of = getattr(config, part, config)
+        for name in names:
+            if (value := getattr(of, name)) < 1:
+                raise InputError(f"{name} {value} must be 1 or more")
+    for name in ("learning_rate", "max_gradient_norm"):
+        if (value := getattr(optimizer, name)) <= 0:
+            raise InputError(f"{name} {value:g} must be positive")
+    if not config.label_buckets or not all(1 <= one <= 448 for one in config.label_buckets):
+        raise InputError(f"label_buckets {config.label_buckets}: name lengths from 1 to 448 tokens")
+
+
+def check_warmup(optimizer: OptimizerConfig) -> None:
+    """Raises InputError if the warm-up is longer than the run."""
+    warmup = 0 if optimizer.schedule == "constant" else optimizer.warmup_steps
+    if optimizer.steps < 1 or not 0 <= warmup <= optimizer.steps:
+        raise InputError(
+            f"{optimizer.warmup_steps} warm-up steps do not fit into {optimizer.steps} steps: "
+            "choose fewer"
+        )
+
+
+def check_folder(config: DistillConfig) -> None:
+    """Raises InputError if the folder cannot be written to, or `run.resume` contradicts it."""
+    check_writable(config.output_dir)
+    exists = has_checkpoints(config.output_dir)
+    if exists and config.run.resume == "no":
+        raise InputError(
+            f"{config.output_dir} has checkpoints of a run: continue it with --run.resume must, or "
+            "choose another --output-dir"
+        )
+    if not exists and config.run.resume == "must":
+        raise InputError(
+            f"{config.output_dir} has no checkpoint to resume from: is it the right folder?"
+        )
+
+
+def label_stores(config: DistillConfig) -> Iterator[tuple[Path, str, dict[str, Any]]]:
+    """Each label store to train on, the task that prompts will name, and the store's settings."""
+    named = [(path, "transcribe") for path in config.labels]
+    named += [(Path(one.source), one.task) for one in config.data if one.target != "text"]
+    for path, task in named:
+        if (path / SETTINGS).is_file():
+            yield path, task, read_settings(path)
+
+
+def check_tasks(config: DistillConfig) -> None:
+    """Raises InputError if labels are of another task than prompts will name."""
+    for path, task, settings in label_stores(config):
+        if settings["task"] != task:
+            raise InputError(
+                f"{path} was labelled to {settings['task']} and would be taught to {task}: name it "
+                f'in a [[distill.data]] table that says task = "{settings["task"]}"'
+            )
+
+
+def check_vocabulary(config: DistillConfig, tokens: WhisperTokens) -> None:
+    """Raises InputError if a label store has token ids of another vocabulary than the student's."""
+    for path, _, settings in label_stores(config):
+        theirs, model = settings.get("vocabulary"), settings.get("model", "another model")
+        if theirs is not None and theirs != tokens.vocabulary:
+            raise InputError(
+                f"{path} holds token ids of {model}, whose vocabulary has {theirs:,} tokens, and "
+                f"the student {config.student} has {tokens.vocabulary:,}: label with a teacher of "
+                "the student's vocabulary"
+            )
+
+
+def check_ids(sources: Sequence[TrainingSource], tokens: WhisperTokens) -> None:
+    """Raises InputError if labels have ids that the student's vocabulary lacks.
+
+    So is its `<|notimestamps|>`, which no label holds: it is another vocabulary's first timestamp.
+    Only labels whose vocabulary is not recorded are searched.
+    """
+    for utterances in datasets_of(sources):
+        if not isinstance(utterances, Utterances) or not utterances.columns.labelled:
+            continue
+        source = Path(utterances.config.source)
+        if (source / SETTINGS).is_file() and "vocabulary" in read_settings(source):
+            continue
+        ids = set(chain.from_iterable(row or () for row in utterances.column("token_ids")))
+        unknown = [id for id in ids if not 0 <= id < tokens.vocabulary]
+        if unknown:
+            raise InputError(
+                f"{source} has the token id {max(unknown)}, and the student's vocabulary has "
+                f"{tokens.vocabulary:,} tokens: label with a teacher of that vocabulary"
+            )
+        if tokens.no_timestamps in ids:
+            raise InputError(
+                f"{source} has the token id {tokens.no_timestamps} in labels, "
+                "which is <|notimestamps|> in the student's vocabulary of "
+                f"{tokens.vocabulary:,} tokens: its timestamps are of another vocabulary. "
+                "Label with a teacher of the student's"
+            )
+
+
+def check_stored_teacher(config: DistillConfig, teacher: Checkpoint) -> None:
+    """Raises InputError if stored states are not those of this teacher for these tokens.
+
+    A stored state belongs to one prompt and one sequence of tokens. Whatever changes the tokens
+    before a place (timestamps dropped, a previous text as prompt, packed clips, another task) would
+    compare the student with a teacher that was given other tokens.
+    """
+    if not config.stored_teacher:
+        return
+    if config.loss.mse:
+        raise InputError("stored_teacher has no hidden states of layers to match: set --loss.mse 0")
+    if config.data or not config.labels:
+        raise InputError(
+            "stored_teacher needs label stores as pseudo-label writes them: name them with "
+            "--labels, and leave out --data"
+        )
+    weights = fingerprint(teacher.params)
+    for path in config.labels:
+        check_store(path, read_settings(path), weights, config)
+
+
+def check_store(path: Path, settings: dict[str, Any], weights: str, config: DistillConfig) -> None:
+    """Raises InputError if a store has no states, or those of another teacher or prompt."""
+    if not settings.get("teacher_states"):
+        raise InputError(
+            f"{path} has no final states of its teacher: label with --teacher-states, or leave out "
+            "stored_teacher"
+        )
+    if settings["weights"] != weights:
+        raise InputError(
+            f"{path} was written by {settings['model']} (weights {settings['weights']}) and the "
+            f"teacher is {config.teacher} ({weights}): name that teacher"
+        )
+    if settings["timestamps"] and config.timestamp_probability != 1:
+        raise InputError(
+            f"{path} was written with timestamps, and timestamp_probability "
+            f"{config.timestamp_probability} would drop some: set it to 1, or label without"
+        )
+
+
+def check_audio_states(
+    config: DistillConfig,
+    teacher: Checkpoint,
+    student: Checkpoint,
+    sources: Sequence[TrainingSource],
+) -> None:
+    """Raises InputError if the encoder's output differs by model, or from pass to pass."""
+    if config.audio_states is None:
+        return
+    if config.train_encoder or not same_arrays(
+        teacher.params["encoder"], student.params["encoder"]
+    ):
+        raise InputError(
+            "audio_states hold the output of the teacher's frozen encoder, and this student has an "
+            "encoder of its own: leave audio_states out"
+        )
+    changing = config.augment.noise or uses_spec_augment(config.augment)
+    if changing or any(source.size is None for source in sources):
+        raise InputError(
+            "audio_states hold one output for each clip of a dataset: leave them out with streams, "
+            "noise or SpecAugment"
+        )
+
+
+def warn_of_teacher(config: DistillConfig, teacher: Checkpoint) -> None:
+    """Logs one warning for all labels of another model than the teacher."""
+    weights = fingerprint(teacher.params)
+    others = [
+        f"{path} by {settings['model']} ({settings['weights']})"
+        for path, _, settings in label_stores(config)
+        if settings.get("weights", weights) != weights
+    ]
+    if others:
+        log.warning(
+            "labels were written by another model than the teacher %s (%s), whose distributions "
+            "the KL divergence compares with: %s",
+            *(config.teacher, weights, ", ".join(others)),
+        )
+
+
+def warn_of_prompts(config: DistillConfig, sources: Sequence[TrainingSource]) -> None:
+    """Logs a warning if no dataset says which utterance was spoken before another."""
+    if config.prompt_probability and not any(map(knows_previous, sources)):
+        log.warning(
+            "prompt_probability is %g, and no dataset names the speaker or recording of "
+            "consecutive utterances: none is trained with the text before it. Name "
+            "speaker_column or recording_column, or set prompt_probability to 0",
+            config.prompt_probability,
+        )
+
+
+def knows_previous(source: TrainingSource) -> bool:
+    """Whether some utterance of a source may have the text before it as prompt."""
+    if source.size is not None:
+        return source.own_prompts or bool(source.follows.any())
+    columns = source.utterances.columns  # type: ignore[union-attr]
+    return (columns.speaker, columns.recording) != (None, None)
+
+
+def with_steps(config: DistillConfig, sources: Sequence[TrainingSource]) -> DistillConfig:
+    """The configuration with its epochs as steps, rounded up to whole batches.
+
+    Raises InputError for a stream, whose clips are not counted.
+    """
+    epochs, sizes = config.optimizer.epochs, [source.size for source in sources]
+    if epochs is None:
+        return config
+    if None in sizes:
+        raise InputError(
+            f"epochs is {epochs:g} and the length of a stream is not known: give steps instead"
+        )
+    clips = sum(size or 0 for size in sizes)
+    steps = math.ceil(round(epochs * clips, 6) / config.batch_size)
+    log.info("%g epochs of %d clips: %d steps", epochs, clips, steps)
+    return replace(config, optimizer=replace(config.optimizer, steps=steps))
+
+
+def datasets_of(sources: Sequence[TrainingSource]) -> Iterator[Any]:
+    """The datasets that sources are made of, windows opened."""
+    for source in sources:
+        found = source.utterances
+        for one in found.parts if isinstance(found, Concatenated) else (found,):
+            yield getattr(one, "utterances", one)
