@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol, runtime_checkable
 
 import av
 import av.error
@@ -21,7 +21,25 @@ from flax_distil.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-AudioSource = str | Path | bytes | BinaryIO
+
+@runtime_checkable
+class BinaryFile(Protocol):
+    """An open file that is read as bytes."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Up to `size` bytes."""
+        ...
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Go to a position."""
+        ...
+
+    def tell(self) -> int:
+        """The position."""
+        ...
+
+
+AudioSource = str | Path | bytes | BinaryFile
 Opened = tuple[InputContainer, AudioStream]
 
 # FFmpeg's demuxers that read audio from the file itself. Excluded are playlists and lists of files

@@ -19,7 +19,9 @@ def white_noise(seed: int | Sequence[int], length: int) -> Float32[np.ndarray, "
 
 
 def noise_excerpt(
-    seed: int | Sequence[int], recording: Float32[np.ndarray, "m"], length: int
+    seed: int | Sequence[int] | np.random.Generator,
+    recording: Float32[np.ndarray, "m"],
+    length: int,
 ) -> Float32[np.ndarray, "n"]:
     """`length` samples of a noise recording from a random start, looped if it is too short.
 

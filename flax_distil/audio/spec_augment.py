@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped, UInt32
 
 from flax_distil.audio import SAMPLE_RATE
@@ -13,9 +14,9 @@ from flax_distil.config import AugmentConfig
 
 
 def spec_augment(
-    keys_B: UInt32[Array, "B 2"],
-    mel_BTM: Float[Array, "B T M"],
-    seconds_B: Float[Array, "B"],
+    keys_B: UInt32[Array | np.ndarray, "B 2"],
+    mel_BTM: Float[Array | np.ndarray, "B T M"],
+    seconds_B: Float[Array | np.ndarray, "B"],
     options: AugmentConfig,
 ) -> Float[Array, "B T M"]:
     """The log-mel with masks of each clip's mean; jit-able, `options` static.
@@ -30,7 +31,7 @@ def spec_augment(
     return jax.vmap(partial(_augmented, options=options))(keys_B, mel_BTM, frames_B)
 
 
-def _augmented(key: Any, mel_TM: Array, frames: Array, options: AugmentConfig) -> Array:
+def _augmented(key: Any, mel_TM: Any, frames: Array, options: AugmentConfig) -> Array:
     in_time, in_frequency = jax.random.split(jax.random.wrap_key_data(key))
     longest = jnp.minimum(options.time_mask_frames, options.time_mask_share * frames)
     hidden_T = masks(in_time, mel_TM.shape[0], frames, longest, options.time_masks)

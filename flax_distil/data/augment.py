@@ -76,7 +76,7 @@ class Noise:
         except AudioError as error:
             logger.warning("a clip is left without noise: %s", error)
             return samples
-        noise = noise_excerpt(random, recording, len(samples))  # type: ignore[arg-type]
+        noise = noise_excerpt(random, recording, len(samples))
         if not mean_power(noise):
             return samples  # silence has no level
         mixed = mix_at_snr(samples.astype(np.float32) / 32768, noise, snr_db)

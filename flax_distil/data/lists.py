@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from flax_distil.config import DataConfig
 from flax_distil.data.table import (
@@ -110,7 +110,7 @@ def names_audio(path: Path, config: DataConfig) -> bool:
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
+def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
     """A text file, decompressed and decoded; bytes that are not UTF-8 become surrogates.
 
     Raises:
@@ -165,7 +165,7 @@ def _checked(path: Path, line: int, row: Row) -> Row:
 # --- JSON ---------------------------------------------------------------------------------------
 
 
-def _json_rows(path: Path, file: TextIO) -> Iterator[Row]:
+def _json_rows(path: Path, file: io.TextIOWrapper) -> Iterator[Row]:
     """The objects of JSON lines, of an array, or of an array in an object (`{"data": [...]}`)."""
     start = 1
     while (head := file.read(1)).isspace():
