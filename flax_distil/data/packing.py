@@ -31,7 +31,7 @@ HEADERS_CACHED = 1000  # number from which durations are cached; fewer take less
 
 
 @dataclass(frozen=True)
-class Packed(Sequence[Utterance]):
+class Packed(Sequence):
     """Windows over a dataset. groups: rows of each window. pause: seconds between them."""
 
     utterances: Utterances

@@ -1,9 +1,9 @@
 """A table of rows, which every source is read as, and the meaning of its columns."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from flax_distil.config import DataConfig
 from flax_distil.errors import InputError
@@ -35,12 +35,23 @@ TRANSCRIPT = ("whisper_transcript",)  # in distil-whisper's label sets and ours
 UTTERANCE_NUMBER = "utterance_number"
 
 
+@runtime_checkable
+class Rows(Protocol):
+    """Rows with a length: a list, those of Parquet files, or a `datasets.Dataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 @dataclass(frozen=True)
 class Table:
-    """Rows of one dataset; a stream has an Iterable where the others have a Sequence."""
+    """Rows of one dataset; those of a stream have no length."""
 
     columns: tuple[str, ...]
-    rows: Sequence[Row] | Iterable[Row]
+    rows: Rows | Iterable[Row]
     notes: tuple[str, ...] = ()
     """What its reader left out, added or corrected, with counts."""
     folder: Path | None = None

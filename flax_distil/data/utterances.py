@@ -29,7 +29,7 @@ from flax_distil.data.cells import (
 )
 from flax_distil.data.parquet import ParquetRows
 from flax_distil.data.sources import read_table
-from flax_distil.data.table import UTTERANCE_NUMBER, Columns, Counts, Row, find_columns
+from flax_distil.data.table import UTTERANCE_NUMBER, Columns, Counts, Row, Rows, find_columns
 from flax_distil.errors import InputError
 from flax_distil.text.languages import to_language_code
 
@@ -92,10 +92,10 @@ class Skipped:
 
 
 @dataclass(frozen=True, eq=False)
-class Utterances(Sequence[Utterance]):
+class Utterances(Sequence):
     """The utterances of a table with a length; a row is read when it is needed."""
 
-    rows: Sequence[Row]
+    rows: Rows
     columns: Columns
     config: DataConfig
     taken: Int[np.ndarray, "n"] | None = None
@@ -246,7 +246,7 @@ def read_dataset(source: DataConfig | str | Path) -> Utterances | UtteranceStrea
     columns = find_columns(table, config)
     if not hasattr(table.rows, "__len__"):
         return UtteranceStream(table.rows, columns, config)
-    rows: Sequence[Row] = table.rows  # type: ignore[assignment]
+    rows: Any = table.rows
     counts = Counts(len(rows), _count_texts(rows, columns.text), table.notes)
     if not counts.rows:
         raise InputError(f"{config.source} is a dataset without rows")

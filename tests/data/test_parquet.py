@@ -24,6 +24,10 @@ class NoObjects:
     def __init__(self, values: pa.Array):
         self.values = values
 
+    @property
+    def __class__(self):
+        return type(self.values)
+
     def __getattr__(self, name):
         assert name not in ("to_pylist", "as_py", "tolist")
         found = getattr(self.values, name)

@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def manifest(tmp_path, flac):
 
 def configured(*tables, **fields) -> DistillConfig:
     data = tuple(TrainingDataConfig(**table) for table in tables)
-    return DistillConfig("teacher", "student", "run", data=data, **fields)
+    return DistillConfig("teacher", "student", Path("run"), data=data, **fields)
 
 
 def test_one_row_never_ends_a_run(manifest, caplog):
