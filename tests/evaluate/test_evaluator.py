@@ -225,7 +225,7 @@ def test_times_are_paired_medians_without_compilation(monkeypatch):
 
     models = {name: object.__new__(Recognizer) for name in "ab"}
 
-    def recognize(model, waveforms_BN, options):
+    def recognize(model, waveforms_BN, options, **_):
         name = next(name for name in models if models[name] is model)
         calls.append(name)
         slow = (name, len(waveforms_BN)) not in seen
