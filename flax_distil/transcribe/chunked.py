@@ -125,7 +125,7 @@ class ChunkState:
 
 def transcribe_in_chunks(
     recognizer: Recognizer,
-    waveforms: Iterable[Float32[np.ndarray, "n"]],
+    waveforms: Iterable[Float32[np.ndarray, "_"]],
     options: DecodeOptions,
     chunked: ChunkedOptions,
     start: Window,
@@ -185,7 +185,7 @@ def decode_chunks(
 
 def cut_all(
     recognizer: Recognizer,
-    waveforms: Iterable[Float32[np.ndarray, "n"]],
+    waveforms: Iterable[Float32[np.ndarray, "_"]],
     start: Window,
     chunked: ChunkedOptions,
 ) -> Iterator[Chunk]:

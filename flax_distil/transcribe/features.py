@@ -21,7 +21,7 @@ def recording_mel(waveform: Float32[np.ndarray, "n"], mels: int) -> Float32[np.n
     starts = range(0, max(frames, 1) * HOP, CLIP_SAMPLES)
     parts = [_piece(waveform, start, mels) for start in starts]
     log_TM = np.concatenate(parts)[:frames]
-    return scale_log_powers(log_TM, log_TM.max()) if frames else log_TM
+    return scale_log_powers(log_TM, np.asarray(log_TM.max())) if frames else log_TM
 
 
 def clip_mel(waveform: Float32[np.ndarray, "n"], mels: int) -> Float32[np.ndarray, "T M"]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -136,7 +135,7 @@ class Sources:
             yield waveform
 
 
-def standard_input() -> BinaryIO:
+def standard_input() -> io.BytesIO:
     """All of standard input.
 
     Raises:

@@ -87,7 +87,7 @@ def transcribe(
 
 def transcribe_all(
     recognizer: Recognizer,
-    waveforms: Iterable[Float32[np.ndarray, "n"]],
+    waveforms: Iterable[Float32[np.ndarray, "_"]],
     options: DecodeOptions = GREEDY,
     long_form: LongForm = WHISPER,
     *,
@@ -127,7 +127,7 @@ def transcribe_all(
 
 def _voiced_only(
     read: Callable[[Iterable[np.ndarray]], Iterator[tuple[int, float, Transcript | None]]],
-    waveforms: Iterable[Float32[np.ndarray, "n"]],
+    waveforms: Iterable[Float32[np.ndarray, "_"]],
     voice: VoiceOptions,
 ) -> Iterator[tuple[int, float, Transcript | None]]:
     """What `read` yields for the speech of the recordings, in the recordings' times."""

@@ -116,7 +116,7 @@ class RecordingState:
 
 def transcribe_sequentially(
     recognizer: Recognizer,
-    waveforms: Iterable[Float32[np.ndarray, "n"]],
+    waveforms: Iterable[Float32[np.ndarray, "_"]],
     options: DecodeOptions,
     sequential: SequentialOptions,
     start: Window,

@@ -10,6 +10,7 @@ from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.dims import PUBLISHED
 from flax_distil.model.spec import Spec
 from flax_distil.options import DecodeOptions
+from flax_distil.text.tokens import load_tokens
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +82,10 @@ def test_real_speech_is_searched_as_openai_does(tiny_en, openai_tiny_en, windows
     assert [list(one.tokens) for one in ours] == [one.tokens for one in theirs]
 
 
-def test_a_search_that_no_memory_holds_is_refused(monkeypatch):
+def test_a_search_that_no_memory_holds_is_refused(monkeypatch, tiny_en_folder):
+    tokens = load_tokens(tiny_en_folder)
     monkeypatch.setattr("flax_distil.decode.recognizer.device_memory", lambda: 16 * 2**30)
-    large = Recognizer(Spec(PUBLISHED["large-v2"]), {"any": np.zeros(1)}, None)
+    large = Recognizer(Spec(PUBLISHED["large-v2"]), {"any": np.zeros(1)}, tokens)
     check_memory(large, 8, DecodeOptions(beams=5))
     with pytest.raises(
         InputError, match=r"100 texts for each of 32 .* have 16: follow at most \d+"

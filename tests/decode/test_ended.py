@@ -19,19 +19,13 @@ from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.spec import Spec
 from flax_distil.options import DecodeOptions
+from flax_distil.text.tokens import load_tokens
 
 DIMS = WhisperDims(8, 97, 32, 1, 4, 2, 2, 48, 64, audio_positions=20, text_positions=40)
 SPEC = Spec(DIMS)
 RULES = RuleSet(50, 51, (3, 4), (5, 50), no_timestamps=52, max_initial=10)
 PROMPT = Prompt(jnp.array([[7, 8, 9]] * 4), jnp.int32(3), jnp.int32(1))
 COLD, WARM = jnp.zeros(4), jnp.full(4, 0.1)
-
-
-class Tokens:
-    """Of a vocabulary whose texts do not matter here."""
-
-    def decode(self, ids) -> str:
-        return ""
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +45,19 @@ def searches():
 
 
 @pytest.mark.parametrize(("name", "search"), searches(), ids=lambda value: str(value)[:12])
-def test_cut_texts_are_those_that_more_room_would_not_have_kept(clips, name, search):
+def test_cut_texts_are_those_that_more_room_would_not_have_kept(
+    clips, name, search, tiny_en_folder
+):
     """With room for 14 tokens, a text of fewer has ended and is found in the whole context too;
     one that takes all the room was cut."""
-    params, audio = clips
+    (params, audio), tokens = clips, load_tokens(tiny_en_folder)
     active, windows = jnp.ones(4, bool), [Window("en")] * 4
     found = {}
     for room in (14, 38):
         sampling = Sampling(WARM, jnp.arange(4)) if name == "drawn" else None
         batch = SearchInput(audio, PROMPT, active, sampling)
         result = search(DecoderModel(SPEC, params), batch, rules=RULES, max_tokens=room)
-        found[room] = read_hypotheses(jax.device_get(result), windows, Tokens(), [room] * 4)
+        found[room] = read_hypotheses(jax.device_get(result), windows, tokens, [room] * 4)
     short, whole = found[14], found[38]
     assert {one.ended for one in (*short, *whole)} == {True, False}
     for one, other in zip(short, whole, strict=True):

@@ -120,7 +120,7 @@ def ours(monkeypatch, tokens, scene: int, previous_text: bool = True, **options)
     spec = Spec(WhisperDims(80, 51_864, 16, 1, 2, 2, 2, 64, 64), "float32")
     recognizer = Recognizer(spec, {"encoder": None}, tokens, previous_text=previous_text)
     *_, (_, _, found) = sequential.transcribe_sequentially(
-        recognizer, [mel], DecodeOptions(), SequentialOptions((0.0,), **options), Window("en")
+        recognizer, [mel[:, 0]], DecodeOptions(), SequentialOptions((0.0,), **options), Window("en")
     )
     return found, told
 
