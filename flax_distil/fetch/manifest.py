@@ -1,4 +1,4 @@
-"""Clips on disk as people exchange them: FLAC files and a NeMo-style JSONL manifest."""
+"""Clips as FLAC files and a NeMo-style JSONL manifest."""
 
 import json
 import os
@@ -20,7 +20,7 @@ class ManifestClip:
 
 
 def write_manifest(path: Path, clips: Iterable[ManifestClip]) -> Path:
-    """Write one JSON object a line; the file appears complete or not at all."""
+    """Write one JSON object per line, atomically."""
     half_written = path.with_name(path.name + ".part")
     lines = (json.dumps(asdict(clip), ensure_ascii=False) + "\n" for clip in clips)
     half_written.write_text("".join(lines), encoding="utf-8")

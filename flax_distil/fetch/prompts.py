@@ -1,4 +1,4 @@
-"""Real human speech with exact texts, out of Debian packages, where apt is; needs no root."""
+"""Human speech with exact texts from Debian packages, where apt is available; without root."""
 
 import gzip
 import logging
@@ -36,9 +36,9 @@ domain, as in the test data of PocketSphinx.
 
 
 def human_prompts(folder: str | Path) -> Path | None:
-    """Some 450 clips of two human speakers as FLAC and a manifest, or None where apt has none.
+    """The manifest of about 450 FLAC clips of two human speakers; None where apt has none.
 
-    The telephone prompts are CC BY-SA 3.0; `LICENCE` beside the manifest says whose they are.
+    The telephone prompts are CC BY-SA 3.0; `LICENCE` beside the manifest names the author.
     """
     folder = Path(folder)
     manifest = folder / "manifest.jsonl"

@@ -1,4 +1,4 @@
-"""The demo's speech: synthetic for everyone, human in addition where apt is there."""
+"""The demo's speech: synthetic, and human where apt is available."""
 
 import logging
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ HUMAN = (
 
 @dataclass(frozen=True)
 class DemoSpeech:
-    """Manifests of the demo's clips. No text of a held-out clip is ever trained on."""
+    """Manifests of the demo's clips. No text of a held-out clip is in the training set."""
 
     train: Path
     heldout_synthetic: Path
     heldout_human: Path | None
-    """None where apt is missing."""
+    """None without apt."""
     sources: str
-    """What the speech is and whose, for the report."""
+    """Description and origin of the speech, for the report."""
 
 
 def demo_speech(
@@ -42,15 +42,15 @@ def demo_speech(
     heldout_spoken: int = 60,
     heldout_prompts: int = 120,
 ) -> DemoSpeech:
-    """Make or find the demo's clips under `folder` (default: the cache) and split them.
+    """The demo's clips under `folder` (default: the cache), made if needed, and split.
 
-    Human prompts are a download, and stay in the cache.
+    Human prompts are downloaded to the cache.
 
-    `spoken` sentences are synthesised, all where None; the numbers held out are clips. The split
-    follows from `seed` alone.
+    spoken: number of sentences to synthesise; None for all. heldout_spoken, heldout_prompts: clips.
+    The split depends on `seed` only.
 
     Raises:
-        InputError: fewer sentences than are held out, or no synthesiser.
+        InputError: too few sentences, or the synthesiser is not installed.
     """
     folder = Path(folder or cache_folder() / "demo-speech")
     texts = shuffled(sentences(), seed)[:spoken]
@@ -79,14 +79,14 @@ def demo_speech(
 
 
 def split(clips: list[ManifestClip], heldout: int) -> tuple[list[ManifestClip], list[ManifestClip]]:
-    """(train, held out): the first `heldout` clips, and all others that say the same words."""
+    """(train, held out): the first `heldout` clips are held out, and their words from training."""
     words = {_words(clip) for clip in clips[:heldout]}
     train = [clip for clip in clips if _words(clip) not in words]
     return train, clips[:heldout]
 
 
 def shuffled(items: list[T], seed: int) -> list[T]:
-    """The items in an order that `seed` decides."""
+    """The items in an order determined by `seed`."""
     return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 
 

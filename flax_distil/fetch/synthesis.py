@@ -1,4 +1,4 @@
-"""Synthetic speech for the demo, on any machine: hibari-tts, whose voice is in its wheel."""
+"""Synthetic speech for the demo, by hibari-tts, whose voice is in its wheel."""
 
 import hashlib
 import logging
@@ -17,22 +17,22 @@ from flax_distil.fetch.manifest import ManifestClip, write_manifest
 
 log = logging.getLogger(__name__)
 
-# There is one voice. Played faster, it becomes higher and its vocal tract shorter: another speaker.
+# One voice at several playback speeds: a higher pitch and shorter vocal tract is another speaker.
 PITCHES = (0.82, 0.88, 0.94, 1.0, 1.06, 1.12, 1.18)
-TEMPOS = (0.9, 1.15)  # slowest and fastest, of the voice's own pace
+TEMPOS = (0.9, 1.15)  # slowest and fastest, relative to the voice's own
 
 
 def sentences() -> list[str]:
-    """The demo's English sentences, public domain; one a line in `sentences.txt`."""
+    """The demo's English sentences, public domain, from `sentences.txt`."""
     text = (files("flax_distil.fetch") / "sentences.txt").read_text(encoding="utf-8")
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
 def synthesise(texts: Sequence[str], folder: str | Path, seed: int = 0) -> Path:
-    """Speak every text into `folder/audio`, 16 kHz FLAC; returns the manifest's path.
+    """Synthesise every text to `folder/audio` as 16 kHz FLAC; returns the manifest's path.
 
-    Speaker (one of seven pitches) and tempo are drawn from `seed` and the text alone, so a text
-    sounds the same whatever stands around it. Clips that are there already are kept.
+    Speaker (one of seven pitches) and tempo depend on `seed` and the text only. Existing clips are
+    kept.
 
     Raises:
         InputError: hibari-tts is not installed.
@@ -54,7 +54,7 @@ def synthesise(texts: Sequence[str], folder: str | Path, seed: int = 0) -> Path:
         pitch, tempo = float(draw.choice(PITCHES)), float(draw.uniform(*TEMPOS))
         if not path.is_file():
             spoken = voice(text, speed=tempo / pitch, seed=int(draw.integers(2**31)))
-            # Its samples taken for those of another rate: pitch and tempo times `pitch`.
+            # Samples interpreted at another rate: pitch and tempo times `pitch`.
             replayed = load_audio(encode_flac(spoken, round(voice.sample_rate * pitch)))
             half_written = path.with_suffix(".part")
             half_written.write_bytes(encode_flac(replayed))

