@@ -6,6 +6,7 @@ By default, GPUs round float32 factors to TF32 (10 bits) and TPUs to bfloat16 (7
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
@@ -16,7 +17,7 @@ def precision(dtype: Any) -> Precision | None:
 
 
 def product(
-    subscripts: str, left: Float[Array, "..."], right: Float[Array, "..."]
+    subscripts: str, left: Float[Array | np.ndarray, "..."], right: Float[Array | np.ndarray, "..."]
 ) -> Float[Array, "..."]:
     """`einsum` of two arrays of one type, summed and returned in float32 or wider."""
     wide = jnp.promote_types(left.dtype, jnp.float32)
