@@ -1,6 +1,8 @@
-"""Law 1 of docs/design.md: imports run one way."""
+"""The laws of docs/design.md that can be checked by reading the code."""
 
 import ast
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "flax_distil"
@@ -9,10 +11,16 @@ transcribe, data, pseudo_label, distill, evaluate, export, plan, fetch, demo, cl
 ROOMS = ORDER.split(", ")
 
 
-def imported(path: Path) -> set[str]:
-    """The rooms of flax_distil that a file imports, inside functions too."""
+def sources() -> Iterator[tuple[Path, ast.Module]]:
+    """Every module of the package, parsed."""
+    for path in sorted(ROOT.rglob("*.py")):
+        yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """The rooms of flax_distil that a module imports, inside functions too."""
     modules = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -20,9 +28,50 @@ def imported(path: Path) -> set[str]:
     return {name.split(".")[1] for name in modules if name.startswith("flax_distil.")}
 
 
+def lines(node: ast.FunctionDef) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
 def test_imports_run_one_way():
-    for path in ROOT.rglob("*.py"):
+    for path, tree in sources():
         room = path.relative_to(ROOT).with_suffix("").parts[0]
         if room != "__init__":
             later = ROOMS[ROOMS.index(room) + 1 :]
-            assert not imported(path).intersection(later), f"{path} imports from a later room"
+            assert not imported(tree).intersection(later), f"{path} imports from a later room"
+
+
+def test_the_model_file_is_pure_maths():
+    text = (ROOT / "model" / "whisper.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 350
+    assert imported(ast.parse(text)) == {"model"}
+    for name in ("platform_dependent", "local_devices", "default_backend", "get_abstract_mesh"):
+        assert name not in text, f"the model depends on the device it runs on: {name}"
+
+
+def test_the_train_step_is_at_most_40_lines():
+    tree = ast.parse((ROOT / "distill" / "step.py").read_text(encoding="utf-8"))
+    (step,) = (node for node in tree.body if getattr(node, "name", "") == "train_step")
+    assert lines(step) <= 40
+
+
+def test_a_class_name_has_one_meaning():
+    places = defaultdict(list)
+    for path, tree in sources():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(str(path.relative_to(ROOT)))
+    assert not {name: files for name, files in places.items() if len(files) > 1}
+
+
+def test_sizes_are_printed(capsys):
+    """Files over 400 lines and functions over 60 ask to be split: a table, not a failure."""
+    rows = []
+    for path, tree in sources():
+        place = path.relative_to(ROOT)
+        if (length := len(path.read_text(encoding="utf-8").splitlines())) > 400:
+            rows.append(f"{length:5} lines  {place}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and lines(node) > 60:
+                rows.append(f"{lines(node):5} lines  {place}:{node.lineno} {node.name}")
+    with capsys.disabled():
+        print("", *sorted(rows, reverse=True), sep="\n")
