@@ -93,9 +93,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update on a whole batch, in `spec.accumulation` micro-batches.
 
-    A token's weight is its share of the whole batch's label tokens, so that micro-batches change
-    memory and nothing else. A loss or gradient that is not finite leaves parameters and moments as
-    they are and is counted.
+    Weights are shares of the batch's label tokens, so that micro-batches change memory alone. A
+    loss or gradient that is not finite leaves parameters and moments unchanged and is counted.
     """
     tokens = jnp.maximum(jnp.sum(batch.weights), 1)
     shares = replace(batch, weights=batch.weights / tokens)
