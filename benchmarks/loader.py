@@ -38,7 +38,7 @@ from flax_distil.config import (
     TrainingDataConfig,
 )
 from flax_distil.data.audio_states import (
-    AudioStates,
+    StoredAudioStates,
     StateFolder,
     clip_names,
     load_or_encode,
@@ -96,7 +96,7 @@ def synthetic_store(folder: Path, clips: int, seconds: float) -> Path:
     return folder
 
 
-def random_states(folder: Path, utterances, width: int) -> AudioStates:
+def random_states(folder: Path, utterances, width: int) -> StoredAudioStates:
     """Audio states of every clip, as training keeps them."""
     clips = len(utterances)
     names = clip_names(range(clips), [""] * clips)

@@ -26,7 +26,7 @@ from flax_distil.audio.container import (
     source_name,
 )
 from flax_distil.audio.samples import (
-    Chunk,
+    SampleBlock,
     TrackClock,
     mix_to_mono,
     place_frames,
@@ -149,7 +149,7 @@ def decode_range(
     samples = bytearray()  # one growing buffer: hours of audio need little more than their own size
     cancelled, loudest, last = 0.0, 0.0, 0
 
-    def one_channel() -> Iterator[Chunk]:
+    def one_channel() -> Iterator[SampleBlock]:
         nonlocal cancelled
         for chunk in split_seconds(track, seeked):
             mono, cancels = mix_to_mono(chunk)

@@ -27,7 +27,7 @@ STEP_POWER = 2.0**-30  # of the smallest 16-bit sample; below it is silence
 FULL_SCALE = {"s16": 2**15, "s16p": 2**15, "s32": 2**31, "s32p": 2**31, "flt": 1, "fltp": 1}
 
 
-class Chunk(NamedTuple):
+class SampleBlock(NamedTuple):
     """Samples [channels, n] from sample `index` of a recording at `rate` Hz on."""
 
     rate: int
@@ -39,16 +39,16 @@ class Chunk(NamedTuple):
         """The index after the last sample."""
         return self.index + self.samples.shape[1]
 
-    def alike(self, other: "Chunk") -> bool:
+    def alike(self, other: "SampleBlock") -> bool:
         """Whether both have the same rate and number of channels."""
         return self.rate == other.rate and len(self.samples) == len(other.samples)
 
-    def within(self, start: int, end: int | None) -> "Chunk":
+    def within(self, start: int, end: int | None) -> "SampleBlock":
         """The samples in [`start`, `end`)."""
         first = min(max(start, self.index), self.end)
         last = self.end if end is None else max(min(end, self.end), first)
         kept = self.samples[:, first - self.index : last - self.index]
-        return Chunk(self.rate, first, kept)
+        return SampleBlock(self.rate, first, kept)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class TrackClock:
 
 def place_frames(
     frames: Iterable[AudioFrame], clock: TrackClock, name: str, longest: float, seeked: bool = False
-) -> Iterator[Chunk]:
+) -> Iterator[SampleBlock]:
     """The frames at their places in the recording, with silence in the gaps.
 
     longest: seconds of the longest valid gap. seeked: the frames start in the middle of the
@@ -115,15 +115,15 @@ def place_frames(
                 for chunk in silence(rate, place, round(gap * rate), len(samples)):
                     yield chunk
                     place = chunk.end
-        yield Chunk(rate, place, samples)
+        yield SampleBlock(rate, place, samples)
         place += samples.shape[1]
 
 
-def silence(rate: int, index: int, count: int, channels: int) -> Iterator[Chunk]:
+def silence(rate: int, index: int, count: int, channels: int) -> Iterator[SampleBlock]:
     """`count` samples of silence, a second at a time."""
     for start in range(index, index + count, rate):
         length = min(rate, index + count - start)
-        yield Chunk(rate, start, np.zeros((channels, length), np.float32))
+        yield SampleBlock(rate, start, np.zeros((channels, length), np.float32))
 
 
 def convert_frames(
@@ -150,13 +150,13 @@ def frame_samples(frame: AudioFrame) -> Float32[np.ndarray, "channels n"]:
     return samples.astype(np.float32) * np.float32(1 / FULL_SCALE[frame.format.name])
 
 
-def split_seconds(chunks: Iterable[Chunk], whole: bool = False) -> Iterator[Chunk]:
+def split_seconds(chunks: Iterable[SampleBlock], whole: bool = False) -> Iterator[SampleBlock]:
     """The same samples, cut at whole seconds of the recording; `whole`: starting at such a cut.
 
     A part of a file is cut as the whole file is, so that decisions per second and the resampler's
     phase are the same.
     """
-    waiting: list[Chunk] = []
+    waiting: list[SampleBlock] = []
     for chunk in chunks:
         if whole:
             begin = -(-chunk.index // chunk.rate) * chunk.rate
@@ -176,7 +176,7 @@ def split_seconds(chunks: Iterable[Chunk], whole: bool = False) -> Iterator[Chun
         yield concatenate(waiting)
 
 
-def concatenate(chunks: list[Chunk]) -> Chunk:
+def concatenate(chunks: list[SampleBlock]) -> SampleBlock:
     """Consecutive chunks as one, with each channel contiguous in memory."""
     first, last = chunks[0], chunks[-1]
     samples = np.empty((len(first.samples), last.end - first.index), np.float32)
@@ -185,7 +185,7 @@ def concatenate(chunks: list[Chunk]) -> Chunk:
     )
 
 
-def mix_to_mono(chunk: Chunk) -> tuple[Chunk, bool]:
+def mix_to_mono(chunk: SampleBlock) -> tuple[SampleBlock, bool]:
     """The mean of the channels and False, or the louder one and True where they cancel each other.
 
     FFmpeg would sum stereo with factors of 1/√2 in float: √2 louder than the mean, which
@@ -210,7 +210,7 @@ def mean_square(samples: Float32[np.ndarray, "n"]) -> float:
     return float(samples @ samples) / max(len(samples), 1)
 
 
-def resample(chunks: Iterable[Chunk], rate: int) -> Iterator[Chunk]:
+def resample(chunks: Iterable[SampleBlock], rate: int) -> Iterator[SampleBlock]:
     """One channel at `rate` Hz, at its index there."""
     resampler, place, end = None, 0, (0, 0)
     for chunk in chunks:
@@ -228,13 +228,13 @@ def resample(chunks: Iterable[Chunk], rate: int) -> Iterator[Chunk]:
         frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
         frame.sample_rate, end = chunk.rate, (chunk.rate, chunk.end)
         for block in resampler.resample(frame):
-            yield Chunk(rate, place, block.to_ndarray())
+            yield SampleBlock(rate, place, block.to_ndarray())
             place += block.samples
     yield from flush(resampler, rate, place)
 
 
-def flush(resampler: av.AudioResampler | None, rate: int, place: int) -> Iterator[Chunk]:
+def flush(resampler: av.AudioResampler | None, rate: int, place: int) -> Iterator[SampleBlock]:
     """The samples left in a resampler."""
     for block in resampler.resample(None) if resampler else ():
-        yield Chunk(rate, place, block.to_ndarray())
+        yield SampleBlock(rate, place, block.to_ndarray())
         place += block.samples

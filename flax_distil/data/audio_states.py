@@ -79,7 +79,7 @@ class ClipStates(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AudioStates:
+class StoredAudioStates:
     """States of all clips of a run's datasets."""
 
     clips: tuple[ClipStates, ...]
@@ -160,7 +160,7 @@ def load_or_encode(
     batch_size: int = 16,
     workers: int = 4,
     dtype: StateDtype = "bfloat16",
-) -> AudioStates:
+) -> StoredAudioStates:
     """The states of all datasets; those missing are encoded, so that a killed run can be resumed.
 
     utterances: those of the folders, in order. Several hosts encode a part each, and all read all.
@@ -197,7 +197,7 @@ def load_or_encode(
                 f"{folder.path} lacks {missing} of {len(clips)} clips that another host encoded: "
                 "name a folder on a disk that all hosts share"
             )
-    return AudioStates(tuple(clip for clips in found for clip in clips if clip is not None))
+    return StoredAudioStates(tuple(clip for clips in found for clip in clips if clip is not None))
 
 
 def split_files(rows: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "_"]]:

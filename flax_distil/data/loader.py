@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int16
 
 from flax_distil.audio import CLIP_SAMPLES
-from flax_distil.data.audio_states import AudioStates
+from flax_distil.data.audio_states import StoredAudioStates
 from flax_distil.data.augment import AddNoise
 from flax_distil.data.batches import (
     PREVIOUS_TOKENS,
@@ -105,7 +105,7 @@ class Loader:
     """Parts that streams are read in, each by one host."""
     rank: int = 0
     hosts: int = 1
-    states: AudioStates | None = None
+    states: StoredAudioStates | None = None
     """The encoder's output of every utterance, read instead of the audio."""
     add_noise: AddNoise | None = None
     masks: bool = False

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from flax_distil.config import DistillConfig
-from flax_distil.data.audio_states import AudioStates, StateFolder, clip_names, load_or_encode
+from flax_distil.data.audio_states import StoredAudioStates, StateFolder, clip_names, load_or_encode
 from flax_distil.data.mixing import TrainingSource
 from flax_distil.data.packing import identity
 from flax_distil.data.utterances import UTTERANCE_NUMBER, Concatenated, Utterances
@@ -23,7 +23,7 @@ from flax_distil.pseudo_label.store import SETTINGS, read_settings
 
 def kept_states(
     config: DistillConfig, teacher: Checkpoint, sources: Sequence[TrainingSource]
-) -> AudioStates | None:
+) -> StoredAudioStates | None:
     """The encoder's output of all clips, on disk; what is missing is encoded first."""
     if config.audio_states is None:
         return None

@@ -30,7 +30,7 @@ HEARTBEAT_SECONDS = 30  # a killed host ends the others within a minute
 CONNECT_SECONDS = 300  # hosts of a pod are set up and launched one after the other
 
 
-class Place(NamedTuple):
+class HostPlace(NamedTuple):
     """The coordinator, the number of processes, and the number of this one."""
 
     coordinator: str
@@ -96,7 +96,7 @@ def start(
 
 def find_place(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
-) -> Place | None:
+) -> HostPlace | None:
     """This process's place by arguments, else by environment variables; None without either.
 
     Raises:
@@ -123,7 +123,7 @@ def find_place(
     index = _whole("JAX_PROCESS_ID", found["JAX_PROCESS_ID"])
     if not 0 <= index < count:
         raise InputError(f"process {index} of {count}: processes count from 0 to {count - 1}")
-    return Place(address, count, index)
+    return HostPlace(address, count, index)
 
 
 def _whole(name: str, value: Any) -> int:

@@ -12,7 +12,7 @@ import pytest
 
 from flax_distil.errors import InputError
 from flax_distil.parallel import multihost
-from flax_distil.parallel.multihost import Place, find_place, host_slice
+from flax_distil.parallel.multihost import HostPlace, find_place, host_slice
 
 WORKER = Path(__file__).with_name("multihost_worker.py")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -124,11 +124,11 @@ def test_slices_cover_everything_once(count, hosts):
 
 def test_place_from_arguments_and_environment(monkeypatch):
     assert find_place() is None
-    assert find_place("a:1", 2, 1) == Place("a:1", 2, 1)
+    assert find_place("a:1", 2, 1) == HostPlace("a:1", 2, 1)
     for name, value in zip(VARIABLES, ("b:2", "4", "3"), strict=True):
         monkeypatch.setenv(name, value)
-    assert find_place() == Place("b:2", 4, 3)
-    assert find_place(process=0) == Place("b:2", 4, 0)
+    assert find_place() == HostPlace("b:2", 4, 3)
+    assert find_place(process=0) == HostPlace("b:2", 4, 0)
 
 
 @pytest.mark.parametrize(
