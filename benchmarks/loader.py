@@ -38,8 +38,8 @@ from flax_distil.config import (
     TrainingDataConfig,
 )
 from flax_distil.data.audio_states import (
-    StoredAudioStates,
     StateFolder,
+    StoredAudioStates,
     clip_names,
     load_or_encode,
     split_files,

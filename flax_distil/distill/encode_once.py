@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from flax_distil.config import DistillConfig
-from flax_distil.data.audio_states import StoredAudioStates, StateFolder, clip_names, load_or_encode
+from flax_distil.data.audio_states import StateFolder, StoredAudioStates, clip_names, load_or_encode
 from flax_distil.data.mixing import TrainingSource
 from flax_distil.data.packing import identity
 from flax_distil.data.utterances import UTTERANCE_NUMBER, Concatenated, Utterances
