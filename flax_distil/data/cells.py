@@ -12,7 +12,7 @@ from jaxtyping import Float32
 
 from flax_distil.audio.container import RATES
 from flax_distil.audio.load import SAMPLE_RATE, AudioError, full_scale
-from flax_distil.audio.samples import Chunk, mix_to_mono, resample, split_seconds
+from flax_distil.audio.samples import SampleBlock, mix_to_mono, resample, split_seconds
 from flax_distil.data.table import Row
 from flax_distil.errors import InputError
 from flax_distil.text.languages import to_language_code
@@ -150,7 +150,7 @@ def array_to_waveform(samples: np.ndarray, rate: float, name: str) -> Float32[np
         channels = channels / scale
     if not channels.size or not np.isfinite(channels).all():
         raise AudioError(f"{name}: there are no samples, or they hold NaN or infinity")
-    whole = Chunk(int(rate), 0, np.ascontiguousarray(channels, np.float32))
+    whole = SampleBlock(int(rate), 0, np.ascontiguousarray(channels, np.float32))
     mono = (mix_to_mono(chunk)[0] for chunk in split_seconds([whole]))
     waveform = np.concatenate([chunk.samples[0] for chunk in resample(mono, SAMPLE_RATE)])
     return full_scale(waveform, float(np.abs(waveform).max(initial=0)), name)
