@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
-# Types and shapes are checked in every call, unless a debugger is wanted without them.
-if os.environ.get("FLAX_DISTIL_CHECK_TYPES", "1") == "1":
+# Types and shapes of every call, checked by beartype where asked for.
+if os.environ.get("FLAX_DISTIL_CHECK_TYPES") == "1":
     install_import_hook("flax_distil", "type_checker.check")
 
 from flax_distil.cache import cache_folder

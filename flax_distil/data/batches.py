@@ -74,26 +74,29 @@ else:  # a batch is on the host, on devices, traced, or shapes alone
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """One training batch; B and L are static, everything is an array."""
+    """One training batch; B and L are static, everything is an array.
 
-    waveforms: Int16[Leaf, "B N"]
-    tokens: Int[Leaf, "B L"]
+    A: micro-batches, where a step has cut the batch into some.
+    """
+
+    waveforms: Int16[Leaf, "*A B N"]
+    tokens: Int[Leaf, "*A B L"]
     """Decoder inputs: prompt and label, padded with eot."""
-    targets: Int[Leaf, "B L"]
+    targets: Int[Leaf, "*A B L"]
     """The next token of each position."""
-    weights: Float[Leaf, "B L"]
+    weights: Float[Leaf, "*A B L"]
     """1 from the start of transcript to the padding, else 0."""
-    seconds: Float[Leaf, " B"]
+    seconds: Float[Leaf, "*A B"]
     """Length of the clip before padding."""
-    rows: Int[Leaf, " B"]
+    rows: Int[Leaf, "*A B"]
     """Row numbers of the utterances in their dataset."""
-    audio: Shaped[Leaf, "B S D"] | None = None
+    audio: Shaped[Leaf, "*A B S D"] | None = None
     """The encoder's output where it is kept on disk; waveforms are then empty (N = 0)."""
-    teacher_states: Float16[Leaf, "B L D"] | None = None
+    teacher_states: Float16[Leaf, "*A B L D"] | None = None
     """The teacher's final states at the targets, where labels hold them."""
-    keys: UInt32[Leaf, "B 2"] | None = None
+    keys: UInt32[Leaf, "*A B 2"] | None = None
     """Key data of each example for SpecAugment, if it is on."""
-    loss_weights: Float[Leaf, "B L 2"] | None = None
+    loss_weights: Float[Leaf, "*A B L 2"] | None = None
     """Factors of KL and cross-entropy at each target; None stands for 1."""
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_distil.errors import InputError
 
@@ -66,7 +66,7 @@ def along_torus(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
         return create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def data_shards(mesh: Mesh) -> int:
+def data_shards(mesh: Mesh | AbstractMesh) -> int:
     """The number of shards of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

@@ -112,7 +112,7 @@ def test_other_files(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="'dims' lacks"):
             load_checkpoint(path)
     torch.save({"dims": SIZES, "model_state_dict": {"a": "b"}}, path)
-    with pytest.raises(InputError, match="no state dict"):
+    with pytest.raises(InputError, match="not a state dict"):
         load_checkpoint(path)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InputError, match=r"flax-distil\[torch\]"):

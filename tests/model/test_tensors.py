@@ -79,7 +79,7 @@ def test_code_in_a_pickle_is_not_run(folder, capsys):
         load_checkpoint(folder)
     assert "harm done" not in capsys.readouterr().out
     torch.save({EMBEDDING: "text"}, folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match="no state dict"):
+    with pytest.raises(InputError, match="not a state dict"):
         load_checkpoint(folder)
 
 

@@ -45,7 +45,7 @@ def test_dims_and_config():
 @pytest.mark.parametrize("value", ["384", None, [384], math.nan, math.inf, 384.5, True, {}])
 def test_sizes_are_whole_numbers(value):
     config = dims_to_hf(PUBLISHED["tiny"]) | {"d_model": value, "encoder_layers": value}
-    with pytest.raises(InputError, match=r"has d_model.*has encoder_layers.*no whole number"):
+    with pytest.raises(InputError, match=r"has d_model.*has encoder_layers.*not a whole number"):
         dims_from_hf(config)
 
 

@@ -19,6 +19,13 @@ from flax_distil.pseudo_label.labeller import label
 from flax_distil.pseudo_label.ray_engine import placement, start_engines
 from flax_distil.pseudo_label.store import LabelStore, shard_files
 
+# Ray starts its processes by fork; other tests of this process may have started JAX's threads. A
+# labelling command does not: Ray's driver uses no accelerator.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:os.fork"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 
 def label_with_ray(config, load, utterances=None):
     job = fake_labeller(config, utterances=utterances).job
