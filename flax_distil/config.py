@@ -608,6 +608,10 @@ class DemoConfig:
     """Maximum number of clips to train on, labelled in windows of up to 25 s."""
     single: int = 300
     """Number of clips that are also labelled one by one."""
+    non_speech: int = 24
+    """Number of clips of silence and noise to train on."""
+    non_speech_share: float = 0.08
+    """Their share of the training examples."""
     steps: int = 720
     """Updates of the student."""
     share: float | None = None

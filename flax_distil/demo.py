@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -72,10 +73,11 @@ def run(config: DemoConfig) -> Report:
         config.sentences,
         heldout_spoken=config.heldout,
         heldout_prompts=config.heldout,
+        non_speech=config.non_speech,
     )
     log.info("speech: %s", speech.sources)
     step("2. Label")
-    stores = [label(config, speech, teacher, packed) for packed in (True, False)]
+    stores = [label(config, speech, teacher, kind) for kind in ("packed", "single", "non-speech")]
     step("3. Filter")
     filtered = tuple(filter_labels(store) for store in stores)
     step("4. Initialise the student: the teacher's encoder and two of its decoder layers")
@@ -119,20 +121,28 @@ def scaled(config: DemoConfig) -> DemoConfig:
         whole,
         **{
             name: max(1, round(share * getattr(config, name)))
-            for name in ("sentences", "clips", "single", "steps")
+            for name in ("sentences", "clips", "single", "non_speech", "steps")
         },
     )
 
 
-def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -> Path:
-    """A label store of packed windows with timestamps, as in long recordings, or of single clips
-    without: students learn both."""
-    folder = config.output_dir / "labels" / ("packed" if packed else "single")
+def label(
+    config: DemoConfig,
+    speech: DemoSpeech,
+    teacher: Path,
+    kind: Literal["packed", "single", "non-speech"],
+) -> Path:
+    """A label store of packed windows with timestamps, as in long recordings, of single clips
+    without, or of silence and noise: students learn all three."""
+    folder, packed = config.output_dir / "labels" / kind, kind == "packed"
+    data = DataConfig(
+        str(speech.train), limit=config.clips if packed else config.single, language="en"
+    )
+    if kind == "non-speech":
+        data = DataConfig(str(speech.non_speech), language="en", speech=False)
     labeller.run(
         PseudoLabelConfig(
-            DataConfig(
-                str(speech.train), limit=config.clips if packed else config.single, language="en"
-            ),
+            data,
             model=str(teacher),
             output_dir=folder,
             timestamps=packed,
@@ -148,9 +158,9 @@ def label(config: DemoConfig, speech: DemoSpeech, teacher: Path, packed: bool) -
 
 
 def filter_labels(store: Path) -> Path:
-    """The label store with the labels below the paper's threshold."""
+    """The label store with the labels below the paper's threshold, and all clips without speech."""
     folder = store.parent.parent / "filtered" / store.name
-    filtering.run(FilterConfig(store, folder, overwrite=True))
+    filtering.run(FilterConfig(store, folder, overwrite=True, keep_non_speech=True))
     return folder
 
 
@@ -169,6 +179,7 @@ def train(
             language="en",
             prompt_probability=0.0,  # clips are evaluated without a prompt
             timestamp_probability=1.0,  # stored states are those of whole labels
+            non_speech_share=config.non_speech_share,
             label_buckets=(96, config.max_tokens + 2),
             audio_states=config.output_dir / "audio-states",
             stored_teacher=True,

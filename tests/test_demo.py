@@ -13,11 +13,12 @@ import pytest
 
 from flax_distil import cli, demo
 from flax_distil.config import DemoConfig
+from flax_distil.data.utterances import read_dataset
 from flax_distil.distill.trainer import TrainSummary
 from flax_distil.model.checkpoint import load_checkpoint
 
 SIZES = "--sentences 12 --heldout 2 --single 4 --clips 8 --steps 3 --batch-size 2 --max-tokens 94"
-SIZES += " --share 1"
+SIZES += " --non-speech 3 --share 1"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_the_student_is_read_by_both_methods(folder):
     """Its packed labels have timestamps and its single ones none; the report has both figures."""
-    for name, timestamps in (("packed", True), ("single", False)):
+    for name, timestamps in (("packed", True), ("single", False), ("non-speech", False)):
         settings = json.loads((folder / "labels" / name / "labels.json").read_text())
         assert settings["timestamps"] is timestamps
     settings = json.loads((folder / "report.json").read_text())["settings"]
@@ -53,6 +54,12 @@ def test_the_student_is_read_by_both_methods(folder):
         assert found, line
         assert float(found[1]) < 25
     assert re.search(r"speech 0\.\d+, silence 0\.\d+, noise", settings["student and teacher"])
+
+
+def test_silence_and_noise_are_among_the_labels(folder):
+    rows = list(read_dataset(folder / "filtered" / "non-speech").iter_from(0))
+    assert [row.speaker for row in rows] == ["silence", "white", "brown"]
+    assert not any(row.speech or row.text for row in rows)
 
 
 def test_the_report_has_the_three_models(folder):

@@ -7,6 +7,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from flax_distil.audio import SAMPLE_RATE
+from flax_distil.audio.load import encode_flac
+from flax_distil.audio.noise import white_noise
 from flax_distil.cache import cache_folder
 from flax_distil.errors import InputError
 from flax_distil.fetch.manifest import ManifestClip, rebase_paths, write_manifest
@@ -31,6 +34,8 @@ class DemoSpeech:
     heldout_synthetic: Path
     heldout_human: Path | None
     """None without apt."""
+    non_speech: Path
+    """Silence and noise to train on, with empty texts."""
     sources: str
     """Description and origin of the speech, for the report."""
 
@@ -41,12 +46,14 @@ def demo_speech(
     spoken: int | None = None,
     heldout_spoken: int = 60,
     heldout_prompts: int = 120,
+    non_speech: int = 24,
 ) -> DemoSpeech:
     """The demo's clips under `folder` (default: the cache), made if needed, and split.
 
     Human prompts are downloaded to the cache.
 
-    spoken: number of sentences to synthesise; None for all. heldout_spoken, heldout_prompts: clips.
+    spoken: number of sentences to synthesise; None for all. heldout_spoken, heldout_prompts,
+    non_speech: clips.
     The split depends on `seed` only.
 
     Raises:
@@ -74,8 +81,28 @@ def demo_speech(
         heldout_human=write_manifest(folder / "heldout-human.jsonl", human_heldout)
         if human
         else None,
+        non_speech=write_non_speech(folder / "non-speech", non_speech, seed),
         sources=f"{SYNTHETIC}; {HUMAN}" if human else f"{SYNTHETIC}; no human speech: no apt here",
     )
+
+
+def write_non_speech(folder: Path, count: int, seed: int) -> Path:
+    """Write `count` clips of silence, white and brown noise, 2 to 30 s at -70 to -20 dB relative to
+    full scale; returns the manifest's path."""
+    (folder / "audio").mkdir(parents=True, exist_ok=True)
+    clips = []
+    for number in range(count):
+        draw = np.random.default_rng((seed, number))
+        length = round(draw.uniform(2, 30) * SAMPLE_RATE)
+        noise = white_noise((seed, number), length)
+        kind = ("silence", "white", "brown")[number % 3]
+        if kind == "brown":
+            noise = np.cumsum(noise - noise.mean())
+        level = 0 if kind == "silence" else 10 ** (draw.uniform(-70, -20) / 20)
+        name = f"audio/{number:03d}-{kind}.flac"
+        (folder / name).write_bytes(encode_flac((level * noise / noise.std()).astype(np.float32)))
+        clips.append(ManifestClip(name, "", round(length / SAMPLE_RATE, 3), kind))
+    return write_manifest(folder / "manifest.jsonl", clips)
 
 
 def split(clips: list[ManifestClip], heldout: int) -> tuple[list[ManifestClip], list[ManifestClip]]:
