@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object: fetch it again")
+        raise InputError(f"{path} is not JSON with one object: fetch it again")
     return content
 
 

@@ -28,7 +28,7 @@ class TeacherStates(NamedTuple):
     embedding: Float[Array, "V D"]
 
 
-class Rows(NamedTuple):
+class LossRows(NamedTuple):
     """What the losses need of each token; leaves are [B, L, …], then [G, N, …].
 
     teacher: its final hidden states; None without KL. factors: of each token's KL and
@@ -82,17 +82,17 @@ def vocabulary_losses(
         return jnp.pad(x_GN, [(0, 0), (0, -count % chunk)] + [(0, 0)] * (x_GN.ndim - 2))
 
     states, teacher_embedding = (None, None) if teacher is None else teacher
-    rows: Rows = jax.tree.map(by_shard, Rows(targets_BL, weights_BL, states, factors_BL2))
+    rows: LossRows = jax.tree.map(by_shard, LossRows(targets_BL, weights_BL, states, factors_BL2))
     sums: Any = _fused(by_shard(hidden_BLD), embedding_GVD, rows, teacher_embedding, config, chunk)
     return sums
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _fused(hidden_GND, embedding_GVD, rows: Rows, teacher_VD, config: LossConfig, chunk: int):
+def _fused(hidden_GND, embedding_GVD, rows: LossRows, teacher_VD, config: LossConfig, chunk: int):
     return _sweep(hidden_GND, embedding_GVD, rows, teacher_VD, config, chunk)[0]
 
 
-def _forward(hidden_GND, embedding_GVD, rows: Rows, teacher_VD, config: LossConfig, chunk: int):
+def _forward(hidden_GND, embedding_GVD, rows: LossRows, teacher_VD, config: LossConfig, chunk: int):
     sums, gradients = _sweep(hidden_GND, embedding_GVD, rows, teacher_VD, config, chunk)
     return sums, (gradients, jnp.zeros((), hidden_GND.dtype), jnp.zeros((), embedding_GVD.dtype))
 
@@ -106,7 +106,7 @@ def _backward(_config: LossConfig, _chunk: int, kept: Any, cotangents: LossSums)
 _fused.defvjp(_forward, _backward)
 
 
-def _sweep(hidden_GND, embedding_GVD, rows: Rows, teacher_VD, config: LossConfig, chunk: int):
+def _sweep(hidden_GND, embedding_GVD, rows: LossRows, teacher_VD, config: LossConfig, chunk: int):
     """The sums, and the gradients of the total, chunk by chunk of the tokens that count."""
     narrow, wide = hidden_GND.dtype, jnp.promote_types(hidden_GND.dtype, jnp.float32)
     ours_GVD, teacher_VD = jax.tree.map(lambda x: x.astype(narrow), (embedding_GVD, teacher_VD))

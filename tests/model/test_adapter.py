@@ -79,5 +79,5 @@ def test_matrices_that_do_not_fit(adapter):
         load_checkpoint(adapter(width=8))
     with pytest.raises(InputError, match="not one lora_A to each lora_B"):
         load_checkpoint(adapter(tensors={"lora_A.weight": np.zeros((2, 16), np.float32)}))
-    with pytest.raises(InputError, match="no LoRA matrix"):
+    with pytest.raises(InputError, match="not a LoRA matrix"):
         load_checkpoint(adapter(tensors={"magnitude": np.zeros(16, np.float32)}))

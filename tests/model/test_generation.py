@@ -96,7 +96,7 @@ def test_the_language_of_a_student_is_kept_and_used(multilingual, tmp_path, gene
     recognizer, options = make_recognizer(found), DecodeOptions(max_tokens=4)
     assert recognizer.language == "de"
     assert recognize(recognizer, noise, options)[0].language == "de"
-    assert recognize(recognizer, noise, replace(options, language="fr"))[0].language == "fr"
+    assert recognize(recognizer, noise, options, language="fr")[0].language == "fr"
     assert make_recognizer(multilingual).language is None
     for odd in ("<|xx|>", "yue"):
         with pytest.raises(InputError):

@@ -2,6 +2,7 @@
 
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_logits_equal_openai(theirs, file):
     whisper = Spec(checkpoint.dims)
     encoder = whisper.encoder(checkpoint.params["encoder"])
     decoder = whisper.decoder(checkpoint.params["decoder"])
-    ours = decoder.logits(decoder(tokens_BL, encoder(mel_BTM)))
+    ours = decoder.logits(decoder(jnp.asarray(tokens_BL), encoder(jnp.asarray(mel_BTM))))
     with torch.no_grad():
         mel_BMT = torch.from_numpy(mel_BTM).transpose(1, 2)
         wanted = theirs(mel_BMT, torch.from_numpy(tokens_BL)).numpy()
@@ -56,7 +57,8 @@ def test_logits_equal_openai(theirs, file):
 
 def test_there_and_back(theirs, file):
     config, tensors, _ = read_openai(file)
-    sizes, state = to_openai(dims_from_hf(config), tensors)
+    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    sizes, state = to_openai(dims_from_hf(config), arrays)
     assert sizes == SIZES
     assert state.keys() == theirs.state_dict().keys()
     for name, tensor in theirs.state_dict().items():

@@ -140,6 +140,10 @@ def test_place_from_arguments_and_environment(monkeypatch):
         (("a:1", "two", 0), "JAX_NUM_PROCESSES = two"),
     ],
 )
-def test_contradictions_are_explained(arguments, complaint):
+def test_contradictions_are_explained(arguments, complaint, monkeypatch):
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    for name, value in zip(names, arguments, strict=True):
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
     with pytest.raises(InputError, match=complaint):
-        find_place(*arguments)
+        find_place()

@@ -69,7 +69,7 @@ def student_text(chosen) -> str:
     from flax_distil.plan.programs import train_program
     from flax_distil.plan.topology import devices
 
-    config = replace(chosen.config, batch_size=16, stored_teacher=True, audio_states="states")
+    config = replace(chosen.config, batch_size=16, stored_teacher=True, audio_states=Path("states"))
     sizes = {"width": 768, "encoder_ffn": 3072, "encoder_heads": 12}
     sizes |= {"decoder_ffn": 3072, "decoder_heads": 12}
     teacher, student = (replace(dims, **sizes) for dims in (chosen.teacher, chosen.student))

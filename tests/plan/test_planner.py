@@ -8,6 +8,7 @@ import pytest
 from flax_distil.config import PlanConfig
 from flax_distil.errors import InputError
 from flax_distil.plan import planner, run, topology
+from flax_distil.plan.estimate import TooLarge
 from flax_distil.plan.report import TABLE
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "smoke.toml"
@@ -20,9 +21,12 @@ def asked(monkeypatch) -> list[tuple[int, int]]:
     if not topology.libtpu_version():
         pytest.skip("libtpu has wheels for x86-64 Linux alone")
     found = []
-    monkeypatch.setattr(
-        planner, "judged", lambda _, rows, __, chips, *___: found.append((rows, chips))
-    )
+
+    def judged(_program, rows, _slice, chips, *_):
+        found.append((rows, chips))
+        return TooLarge("train", rows, rows, 0, chips, 2.0, 1.0, {}, None)
+
+    monkeypatch.setattr(planner, "judged", judged)
     return found
 
 

@@ -5,6 +5,7 @@ Nothing here runs on a TPU.
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -122,7 +123,7 @@ def test_what_is_kept_is_not_computed(chosen):
     states there are no waveforms."""
     whole = train_program(*chosen, 128)
     states = train_program(replace(chosen.config, stored_teacher=True), *chosen[1:], 128)
-    kept = train_program(replace(chosen.config, audio_states="states"), *chosen[1:], 128)
+    kept = train_program(replace(chosen.config, audio_states=Path("states")), *chosen[1:], 128)
     embedding = 2 * chosen.teacher.vocab * chosen.teacher.width
     encoder = states.arguments["teacher"] - embedding
     assert 0 < encoder < 0.6 * whole.arguments["teacher"]
