@@ -260,7 +260,7 @@ def test_wrong_requests_are_sentences(tokens, tmp_path):
     with pytest.raises(InputError, match=r"no token <\|endoftext\|>: it is not a Whisper"):
         load_tokens(tmp_path)
     assert tokens["en"].encode("caf\udce9") == tokens["en"].encode("caf")
-    damaged = {"{": "not JSON", "[]": "no JSON object", "{}": "not a tokenizer"}
+    damaged = {"{": "not JSON", "[]": "not JSON with one object", "{}": "not a tokenizer"}
     damaged |= {"[" * 100_000: "nested too deeply"}
     names = ("endoftext", "startoftranscript", "translate", "transcribe", "startofprev")
     names += ("nospeech", "notimestamps", "startoflm")
