@@ -6,9 +6,19 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
-# Types and shapes of every call, checked by beartype where asked for.
+# Types and shapes of every call into these packages are checked by beartype; in the whole package
+# (data, distill, evaluate and config too) with FLAX_DISTIL_CHECK_TYPES=1.
 if os.environ.get("FLAX_DISTIL_CHECK_TYPES") == "1":
     install_import_hook("flax_distil", "type_checker.check")
+else:
+    install_import_hook(
+        [
+            f"flax_distil.{name}"
+            for name in ("audio", "text", "parallel", "model", "decode")
+            + ("transcribe", "pseudo_label", "export", "plan")
+        ],
+        "type_checker.check",
+    )
 
 from flax_distil.cache import cache_folder
 

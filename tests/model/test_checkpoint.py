@@ -159,7 +159,7 @@ def test_damage_and_pickles(teacher, tmp_path, monkeypatch):
         (folder / "config.json").write_text(text)
         with pytest.raises(InputError, match="not JSON"):
             load_checkpoint(folder)
-    with pytest.raises(InputError, match="not there"):
+    with pytest.raises(InputError, match="is missing"):
         load_checkpoint(tmp_path)
 
 
