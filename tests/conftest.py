@@ -13,9 +13,15 @@ if os.environ.get("FLAX_DISTIL_CHECK_TYPES") == "1":
 else:
     install_import_hook(
         [
-            f"flax_distil.{name}"
-            for name in ("audio", "text", "parallel", "model", "decode")
-            + ("transcribe", "pseudo_label", "export", "plan")
+            "flax_distil.audio",
+            "flax_distil.text",
+            "flax_distil.parallel",
+            "flax_distil.model",
+            "flax_distil.decode",
+            "flax_distil.transcribe",
+            "flax_distil.pseudo_label",
+            "flax_distil.export",
+            "flax_distil.plan",
         ],
         "type_checker.check",
     )
