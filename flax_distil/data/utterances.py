@@ -189,13 +189,21 @@ class UtteranceStream:
         return self.iter_from(0)
 
     def iter_from(self, start: int) -> Iterator[Utterance]:
-        """The utterances from `start` on; those before are skipped, not decoded."""
+        """The utterances from `start` on; those before are skipped, not decoded.
+
+        The rows are counted, and logged when the stream ends.
+        """
         skip = getattr(self.rows, "skip", None)
         rows = skip(start) if skip else islice(self.rows, start, None)
         limit = self.config.limit
         stop = None if limit is None else max(limit - start, 0)
+        rows_read = with_text = 0
         for number, row in enumerate(islice(rows, stop), start):
-            yield to_utterance(row, number, self.columns, self.config)
+            utterance = to_utterance(row, number, self.columns, self.config)
+            rows_read, with_text = rows_read + 1, with_text + bool(utterance.text)
+            yield utterance
+        notes = (f"read from row {start:,} on",) if start else ()
+        logger.info("%s: %s", self.config.source, Counts(rows_read, with_text, notes))
 
     @property
     def shards(self) -> int:

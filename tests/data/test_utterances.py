@@ -154,8 +154,10 @@ def test_split_is_a_folder(clips):
         read_dataset(DataConfig(str(clips), split="test"))
 
 
-def test_saved_dataset_and_its_stream(tmp_path, flac):
+def test_saved_dataset_and_its_stream(tmp_path, flac, caplog):
     import datasets
+
+    caplog.set_level("INFO")
 
     table = pq.read_table(parquet(tmp_path / "a.parquet", flac))
     # As the hub has it: a column of type Audio, which would decode through torchcodec.
@@ -168,10 +170,13 @@ def test_saved_dataset_and_its_stream(tmp_path, flac):
     stream = saved.to_iterable_dataset(num_shards=2).cast_column(
         "audio", datasets.Audio(decode=False)
     )
-    heard = UtteranceStream(stream, found.columns, DataConfig("stream", limit=3))
-    assert [utterance.text for utterance in heard] == TEXTS
+    streamed = UtteranceStream(stream, found.columns, DataConfig("stream", limit=3))
+    assert [utterance.text for utterance in streamed] == TEXTS
     for _ in range(2):  # a second resume must not start the stream again
-        assert [utterance.text for utterance in heard.iter_from(2)] == ["three"]
+        assert [utterance.text for utterance in streamed.iter_from(2)] == ["three"]
+    counts = [record.message for record in caplog.records if record.message.startswith("stream: ")]
+    after = "stream: 1 row, 1 with text; read from row 2 on"
+    assert counts == ["stream: 3 rows, 3 with text", after, after]
 
 
 def test_named_columns(tmp_path, flac):
