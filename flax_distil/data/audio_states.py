@@ -2,7 +2,8 @@
 
 A folder holds one dataset's states, in files of any number of clips that are written atomically:
 
-    *.safetensors    clips     uint64 [n]             names of the clips (`clip_names`)
+    *.safetensors    clips     uint64 [n]             names of the clips (`clip_names`); several
+                                                      rows for a packed window that needs several
                      seconds   float32 [n]            length of each; 0 if it was not decoded
                      states    bfloat16 [n, S, D]; or int8 with
                      steps     float32 [n, 1, D]      the scale of each clip's channels
@@ -18,7 +19,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +32,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from flax_distil.data.utterances import Skipped, Utterance
-from flax_distil.data.windows import DecodedClip, decode_clip, map_in_order, pad_clips
+from flax_distil.data.windows import DecodedClip, decode_clips, map_in_order, pad_clips
 from flax_distil.errors import InputError
 from flax_distil.files import remove_partial, write_whole
 from flax_distil.parallel.multihost import barrier
@@ -77,30 +78,33 @@ class ClipStates(NamedTuple):
             return states_SD
         return (states_SD * self.file.steps[self.row]).astype(ml_dtypes.bfloat16)
 
+    def parts(self) -> list[float] | None:
+        """Seconds of each part of a packed window, NaN for a part not in the clip; None for a clip
+        that is not a window or was not decoded."""
+        parts = self.file.parts
+        return (
+            None if parts is None or np.isnan(parts[self.row]).all() else parts[self.row].tolist()
+        )
+
 
 @dataclass(frozen=True)
 class StoredAudioStates:
-    """States of all clips of a run's datasets."""
+    """States of all utterances of a run's datasets."""
 
-    clips: tuple[ClipStates, ...]
+    clips: tuple[tuple[ClipStates, ...], ...]
+    """Of each utterance: one clip, or the several that a packed window was split to."""
 
-    def read(self, clips: Sequence[int]) -> BFloat16[np.ndarray, "B S D"]:
-        """The states of these clips."""
-        return np.stack([self.clips[clip].read() for clip in clips])
+    def clip(self, utterance: int, turn: int = 0) -> ClipStates:
+        """The utterance's clip, of several another one each turn (see `windows.decode_clip`)."""
+        clips = self.clips[utterance]
+        return clips[turn % len(clips)]
 
-    def seconds(self, clip: int) -> float:
-        """Length of a clip; 0 if it was not decoded."""
-        return self.clips[clip].seconds
-
-    def parts(self, clip: int) -> list[float] | None:
-        """Seconds of each part of a packed window, NaN for a part not in the clip; None for a clip
-        that is not a window or was not decoded."""
-        file, row, _ = self.clips[clip]
-        return (
-            None
-            if file.parts is None or np.isnan(file.parts[row]).all()
-            else file.parts[row].tolist()
-        )
+    def read(
+        self, utterances: Iterable[int], turns: Iterable[int] | None = None
+    ) -> BFloat16[np.ndarray, "B S D"]:
+        """The states of one clip of each utterance."""
+        clips = map(self.clip, utterances, repeat(0) if turns is None else turns)
+        return np.stack([clip.read() for clip in clips])
 
 
 def clip_names(*columns: Iterable[Any]) -> UInt64[np.ndarray, "n"]:
@@ -163,41 +167,65 @@ def load_or_encode(
 ) -> StoredAudioStates:
     """The states of all datasets; those missing are encoded, so that a killed run can be resumed.
 
-    utterances: those of the folders, in order. Several hosts encode a part each, and all read all.
+    utterances: those of the folders, in order; a packed window whose audio needs several clips has
+    states of each. Several hosts encode a part each, and all read all.
 
     Raises:
         InputError: a file is damaged, the disk is full, or the hosts do not share it.
     """
     starts = np.cumsum([0, *(len(folder.names) for folder in folders)])
-    found = [index_files(folder) for folder in folders]
+    indexed = [index_files(folder) for folder in folders]
     for folder in folders:
         remove_partial(folder.path)
     barrier(f"{folders[0].path} looked through")  # before anyone writes
     work = [
         (folder, start, rows)
-        for folder, start, clips in zip(folders, starts, found, strict=False)
-        for rows in split_files(np.flatnonzero([clip is None for clip in clips]))
+        for folder, start, clips in zip(folders, starts, indexed, strict=False)
+        for rows in split_files(np.flatnonzero([not some for some in clips]))
     ]
     mine = work[jax.process_index() :: jax.process_count()]
     total = sum(len(rows) for _, _, rows in mine)
     with tqdm(total=total, desc="encoding", unit="clip", disable=not total) as bar:
         for folder, start, rows in mine:
-            clips = (utterances[start + row] for row in rows)
-            encoded = _encode_clips(clips, encode, batch_size, workers, bar)
-            names = folder.names[rows]
-            digest = hashlib.blake2b(names.tobytes(), digest_size=8).hexdigest()
+            decoded = map_in_order(
+                lambda number: [(number, clip) for clip in _clips(utterances[number])],
+                start + rows,
+                workers,
+                ahead=2 * batch_size,
+            )
+            numbers, clips, states = [], [], []
+            pieces = chain.from_iterable(decoded)
+            while batch := list(islice(pieces, batch_size)):
+                some = [clip for _, clip in batch]
+                states_BSD = np.asarray(encode(pad_clips(some, batch_size).waveforms))
+                states.extend(states_BSD.astype(ml_dtypes.bfloat16)[: len(some)])
+                bar.update(len({number for number, _ in batch} - set(numbers)))
+                numbers += [number for number, _ in batch]
+                clips += some
+            names = folder.names[np.array(numbers) - start]
+            digest = hashlib.blake2b(folder.names[rows].tobytes(), digest_size=8).hexdigest()
             path = folder.path / f"{digest}.safetensors"
-            write_states(path, names, encoded.seconds, encoded.states, dtype, encoded.parts)
+            seconds, parts = [one.duration for one in clips], [one.parts for one in clips]
+            write_states(path, names, seconds, states, dtype, parts)
     barrier(f"{folders[0].path} written", ENCODING_SECONDS)
     if work:
-        found = [index_files(folder) for folder in folders]
-    for folder, clips in zip(folders, found, strict=True):
-        if missing := clips.count(None):
+        indexed = [index_files(folder) for folder in folders]
+    for folder, clips in zip(folders, indexed, strict=True):
+        if missing := clips.count(()):
             raise InputError(
                 f"{folder.path} lacks {missing} of {len(clips)} clips that another host encoded: "
                 "name a folder on a disk that all hosts share"
             )
-    return StoredAudioStates(tuple(clip for clips in found for clip in clips if clip is not None))
+    return StoredAudioStates(tuple(clip for clips in indexed for clip in clips))
+
+
+def _clips(utterance: Utterance) -> list[DecodedClip]:
+    """An utterance's clips; one that cannot be decoded is silence of 0 seconds."""
+    clips = decode_clips(utterance)
+    if isinstance(clips, Skipped):
+        log.warning("%s is left out: %s", clips.id, clips.reason)
+        return [DecodedClip(Utterance(clips.id, b""), np.zeros(0, np.int16))]
+    return clips
 
 
 def split_files(rows: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "_"]]:
@@ -205,13 +233,13 @@ def split_files(rows: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "_"]]:
     return [rows[first : first + FILE_CLIPS] for first in range(0, len(rows), FILE_CLIPS)]
 
 
-def index_files(folder: StateFolder) -> list[ClipStates | None]:
-    """Where the states of each clip of a dataset are; None for those not encoded yet.
+def index_files(folder: StateFolder) -> list[tuple[ClipStates, ...]]:
+    """Where the states of each utterance's clips are; () for one not encoded yet.
 
     Raises:
         InputError: a file is damaged.
     """
-    known: dict[int, ClipStates] = {}
+    known: dict[int, tuple[ClipStates, ...]] = {}
     for path in sorted(folder.path.glob("[!.]*.safetensors")):
         try:
             opened = safe_open(path, framework="numpy")
@@ -226,44 +254,8 @@ def index_files(folder: StateFolder) -> list[ClipStates | None]:
             raise InputError(
                 f"{path} is damaged ({error}): delete it, and its clips are encoded again"
             ) from None
+        here: dict[int, tuple[ClipStates, ...]] = {}
         for row, (name, length) in enumerate(zip(names.tolist(), seconds.tolist(), strict=True)):
-            known[name] = ClipStates(file, row, length)
-    return [known.get(name) for name in folder.names.tolist()]
-
-
-class EncodedClips(NamedTuple):
-    """What is written of some clips."""
-
-    seconds: list[float]
-    states: list[np.ndarray]
-    parts: list[Sequence[float | None]]
-
-
-def _encode_clips(
-    utterances: Iterable[Utterance], encode: Encode, batch_size: int, workers: int, bar: tqdm
-) -> EncodedClips:
-    """Seconds, states and parts of clips; one that cannot be decoded is silence of 0 seconds."""
-    result = EncodedClips([], [], [])
-    decoded = map_in_order(decode_clip, utterances, workers, ahead=2 * batch_size)
-    while some := list(islice(decoded, batch_size)):
-        clips = [_or_silence(one) for one in some]
-        for clip in clips:
-            if missing := clip.parts.count(None):
-                log.warning(
-                    "%s: %d of %d parts are not in its audio states: they are damaged, or longer "
-                    "than a window together",
-                    *(clip.utterance.id, missing, len(clip.parts)),
-                )
-            result.parts.append(clip.parts)
-            result.seconds.append(clip.duration)
-        waveforms = pad_clips(clips, batch_size).waveforms
-        result.states.extend(np.asarray(encode(waveforms)).astype(ml_dtypes.bfloat16)[: len(clips)])
-        bar.update(len(clips))
-    return result
-
-
-def _or_silence(clip: DecodedClip | Skipped) -> DecodedClip:
-    if isinstance(clip, DecodedClip):
-        return clip
-    log.warning("%s is left out: %s", clip.id, clip.reason)
-    return DecodedClip(Utterance(clip.id, b""), np.zeros(0, np.int16))
+            here[name] = (*here.get(name, ()), ClipStates(file, row, length))
+        known |= here
+    return [known.get(name, ()) for name in folder.names.tolist()]

@@ -305,11 +305,11 @@ class Loader:
     ) -> tuple[Utterance, np.ndarray, float]:
         """The same where the audio states are on disk: a window gets the durations of its parts."""
         assert self.states is not None
-        number = self._number(row.key)
-        if seconds := self.states.parts(number):
+        clip = self.states.clip(self._number(row.key), row.key.passes)
+        if seconds := clip.parts():
             durations = [None if isnan(one) else one for one in seconds]
             utterance = with_durations(utterance, durations)
-        return utterance, NO_SAMPLES, self.states.seconds(number)
+        return utterance, NO_SAMPLES, clip.seconds
 
     def _left_out(self, utterance: Utterance, reason: str) -> Prepared:
         logger.warning("%s has weight 0: %s", utterance.id, reason)
@@ -320,7 +320,9 @@ class Loader:
         examples, samples, seconds = zip(*(one.result() for one in pending.prepared), strict=True)
         numbers = [self._number(row.key) for row in pending.rows]
         inputs = max(pending.inputs, *(len(one.tokens) for one in examples))
-        keys = None
+        states, keys = None, None
+        if self.states:
+            states = self.states.read(numbers, [row.key.passes for row in pending.rows])
         if self.masks:
             random = [
                 generator(Purpose.MASKS, pending.state.seed, *row.key) for row in pending.rows
@@ -333,7 +335,7 @@ class Loader:
             numbers,
             length=bucket_for(inputs, self.sources[0].options.buckets),
             eot=self.tokens.eot,
-            audio=self.states.read(numbers) if self.states else None,
+            audio=states,
             keys=keys,
             weighted=any(source.weighs for source in self.sources),
         )

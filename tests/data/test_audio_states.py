@@ -8,6 +8,7 @@ import pytest
 
 from flax_distil.data import audio_states as module
 from flax_distil.data.audio_states import StateFolder, clip_names, load_or_encode, write_states
+from flax_distil.data.packing import join_parts
 from flax_distil.data.utterances import Utterance
 from flax_distil.errors import InputError
 
@@ -47,7 +48,7 @@ def test_every_clip_once_and_again_from_disk(folder):
         found = kept.read([4, 0, 1])
         assert found.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(found[:, 2, 3].astype(np.float32), VALUES[[4, 0, 1]])
-        np.testing.assert_allclose([clip.seconds for clip in kept.clips], 0.1)
+        np.testing.assert_allclose([clip.seconds for (clip,) in kept.clips], 0.1)
 
 
 def test_goes_on_after_a_kill(folder, monkeypatch):
@@ -76,7 +77,7 @@ def test_clips_that_were_dropped_change_nothing_and_new_ones_are_added(folder):
     assert encoder.calls == 1
     expected = VALUES[[2, 4, 0, 1]]
     np.testing.assert_array_equal(kept.read(range(4))[:, 0, 0].astype(np.float32), expected)
-    np.testing.assert_allclose([clip.seconds for clip in kept.clips], [2, 3, 0.1, 0.1])
+    np.testing.assert_allclose([clip.seconds for (clip,) in kept.clips], [2, 3, 0.1, 0.1])
 
 
 def test_int8_is_half_as_large_and_near_in_every_channel(folder):
@@ -104,7 +105,24 @@ def test_a_damaged_file_is_named(folder):
         load_or_encode([folder], clips(5), Encoder())
 
 
+def test_a_window_that_grows_keeps_the_states_of_all_its_parts(folder):
+    """Three parts of 12 s, whose durations in the dataset are 9 s, need two clips of 30 s."""
+    parts = [
+        Utterance(str(n), np.full(192_000, VALUES[n], np.float32), duration=9) for n in (1, 2, 3)
+    ]
+    utterances = [clips(1)[0], join_parts(tuple(parts), pause=0.5), *clips(5)[2:]]
+    for encoder in (Encoder(), Encoder(breaks_after=0)):
+        kept = load_or_encode([folder], utterances, encoder, batch_size=4)
+        turns = [kept.clip(1, turn) for turn in range(3)]
+        assert [clip.seconds for clip in turns] == [24.5, 12, 24.5]
+        np.testing.assert_array_equal(
+            [clip.parts() for clip in turns[:2]], [[12, 12, np.nan], [np.nan, np.nan, 12]]
+        )
+        read = kept.read([0, 1, 1, 1, 2], [5, 0, 1, 2, 7])[:, 0, 0].astype(np.float32)
+        np.testing.assert_array_equal(read, VALUES[[0, 1, 3, 1, 2]])
+
+
 def test_a_clip_that_cannot_be_heard_has_no_seconds(tmp_path):
     utterances = [*clips(1), Utterance("bad", b"nothing")]
     kept = load_or_encode([StateFolder(tmp_path, names(2))], utterances, Encoder())
-    np.testing.assert_allclose([clip.seconds for clip in kept.clips], [0.1, 0])
+    np.testing.assert_allclose([clip.seconds for (clip,) in kept.clips], [0.1, 0])

@@ -10,10 +10,12 @@ import pytest
 from test_batches import BEGIN, MULTILINGUAL
 
 from flax_distil.config import AugmentConfig
+from flax_distil.data.audio_states import StateFolder, clip_names, load_or_encode
 from flax_distil.data.augment import open_noise
 from flax_distil.data.batches import TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import TrainingSource
+from flax_distil.data.packing import join_parts
 from flax_distil.data.utterances import Utterance, read_dataset
 from flax_distil.errors import InputError
 
@@ -159,6 +161,28 @@ def test_what_cannot_be_taught_is_left_out_as_in_labelling(utterances, caplog, c
     heard = batch.weights.any(axis=1)
     assert sorted(batch.rows[heard].tolist()) == [0, 1, 2]
     assert f"3 has weight 0: {why}" in caplog.text
+
+
+def test_states_of_a_split_window_are_read_as_its_audio_is(tone, tmp_path):
+    """A window of 3 × 12 s that the dataset gives as 3 × 9 s: every part is trained on in turn."""
+    parts = [
+        Utterance(f"p{n}", tone(12), duration=9, token_ids=(n, n), language="en") for n in (1, 2, 3)
+    ]
+    rows = [Utterance("a", tone(1), token_ids=(7,), language="en"), join_parts(tuple(parts), 0.5)]
+    options = TargetOptions(buckets=(32,))
+    source = TrainingSource(rows, options, np.array([1, 6]), np.zeros(2, bool))
+    folder = StateFolder(tmp_path, clip_names("ab"))
+    states = load_or_encode([folder], rows, lambda waveforms_BN: waveforms_BN[:, :2, None] / 4096)
+    pairs = zip(
+        Loader((source,), MULTILINGUAL, 2).batches(START),
+        Loader((source,), MULTILINGUAL, 2, states=states).batches(START),
+        strict=False,
+    )
+    taught = set()
+    for (audio, _), (stored, _) in islice(pairs, 4):
+        assert facts(stored)[:4] == facts(audio)[:4]
+        taught |= set(stored.targets[stored.weights > 0].tolist())
+    assert {1, 2, 3, 7} <= taught
 
 
 def test_errors_before_the_first_batch(utterances):
