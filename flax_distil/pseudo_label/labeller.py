@@ -9,17 +9,17 @@ not the run was killed in between.
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 
 import jax
 from rich.console import Console
 
 from flax_distil.config import PseudoLabelConfig
-from flax_distil.data.packing import Packed
-from flax_distil.data.utterances import Skipped, Utterances, UtteranceStream
+from flax_distil.data.utterances import Skipped, UtteranceStream
 from flax_distil.data.windows import map_in_order
 from flax_distil.errors import InputError
 from flax_distil.files import remove_partial
@@ -35,6 +35,8 @@ from flax_distil.pseudo_label.progress import (
 from flax_distil.pseudo_label.ray_engine import start_engines
 from flax_distil.pseudo_label.shards import Work, load_labellers
 from flax_distil.pseudo_label.store import Shard
+
+log = logging.getLogger(__name__)
 
 # Labels the given shards, writes them to the store, and returns them in any order.
 Engine = Callable[[Iterable[Work], LabelProgress], Iterator[Shard]]
@@ -91,11 +93,11 @@ def label(job: LabelJob, engine: Engine, host: int = 0, hosts: int = 1) -> Label
     done = store.finished(checking, verify=config.verify)
     made: dict[int, Shard] = {}
     complete = store.complete() and bool(done)
-    if complete and not isinstance(job.utterances, UtteranceStream):
-        mine = [shard for number, shard in done.items() if ours(number)]
-        again = retryable(job, job.utterances, mine)
+    again: set[int] = set()
+    if complete:
+        again = retryable(job, [shard for number, shard in done.items() if ours(number)])
         done = {number: shard for number, shard in done.items() if number not in again}
-    if not (complete and job.count is None):  # a complete stream is not read again
+    if again or not (complete and job.count is None):  # else a complete stream is not read again
         earlier = [shard for number, shard in done.items() if ours(number)]
         total = job.count
         if total is not None and hosts > 1:
@@ -141,11 +143,24 @@ def pending(
                 yield number, (utterance for _, utterance in rows)
 
 
-def retryable(job: LabelJob, utterances: Utterances | Packed, shards: Iterable[Shard]) -> set[int]:
-    """Numbers of the shards with a skipped clip that can be decoded now."""
-    numbered = [(shard.number, position) for shard in shards for position in shard.skipped_numbers]
+def retryable(job: LabelJob, shards: Iterable[Shard]) -> set[int]:
+    """Numbers of the shards with a skipped clip that can be decoded now.
+
+    A stream is read from the first to the last skipped clip for it.
+    """
+    skipped = {position: shard.number for shard in shards for position in shard.skipped_numbers}
+    if not skipped:
+        return set()
+    rows = job.utterances
+    if isinstance(rows, UtteranceStream):
+        log.info("%s is read again for %d skipped clips", job.config.data.source, len(skipped))
+        first = min(skipped)
+        some = islice(enumerate(rows.iter_from(first), first), max(skipped) - first + 1)
+        numbered = ((skipped[position], row) for position, row in some if position in skipped)
+    else:
+        numbered = ((number, rows[position]) for position, number in skipped.items())
     decoded = map_in_order(
-        lambda one: (one[0], job.decode(utterances[one[1]])),
+        lambda one: (one[0], job.decode(one[1])),
         numbered,
         job.config.workers,
         ahead=2 * job.config.workers,

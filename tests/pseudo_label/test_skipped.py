@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 
 import pytest
 from fake_teacher import clip, fake_labeller, fake_teacher, idle_teacher, label_with
 from test_labeller import contents, json_lines, rows
 
+from flax_distil.data.utterances import UtteranceStream, read_dataset
 from flax_distil.errors import InputError
+from flax_distil.pseudo_label.labeller import label
 from flax_distil.text.languages import LANGUAGES, to_language_code
 
 
@@ -68,9 +71,6 @@ def test_where_nothing_was_asked_for_the_first_hundred_may_be_skipped(config, sp
 
 
 def test_a_stream_is_limited_by_what_was_read(config, speech):
-    from flax_distil.data.utterances import UtteranceStream, read_dataset
-    from flax_distil.pseudo_label.labeller import label
-
     languages(speech, "en", "tlh", "tlh", "en", *["en"] * 8)
     listed = read_dataset(config.data)
     stream = UtteranceStream(list(listed.rows), listed.columns, config.data)
@@ -98,6 +98,39 @@ def test_what_can_be_read_now_is_labelled_by_the_next_run(config, speech, tmp_pa
     label_with(dataclasses.replace(config, output_dir=tmp_path / "whole"))
     assert contents(config.output_dir) == contents(tmp_path / "whole")
     assert label_with(config, idle_teacher).labelled_now == 0
+
+
+def test_a_complete_streams_skipped_clips_are_tried_again(config, speech, tmp_path):
+    """Read up to the last of them alone; a complete stream without any is not read."""
+    listed = read_dataset(config.data)
+    read: list[int] = []
+
+    def rows_read(start: int = 0) -> Iterator[dict]:
+        for number in range(start, len(listed.rows)):
+            read.append(number)
+            yield listed.rows[number]
+
+    class Rows:
+        skip = staticmethod(rows_read)
+
+    def label_stream(teacher=fake_teacher):
+        stream = UtteranceStream(Rows(), listed.columns, config.data)  # type: ignore[arg-type]
+        labeller = fake_labeller(config, teacher, utterances=stream)
+        return label(labeller.job, labeller.shards)
+
+    assert [one.id for one in label_stream().skipped] == ["5.flac", "13.flac"]
+    read.clear()
+    assert label_stream(idle_teacher).labelled_now == 0
+    assert read == [*range(5, 14)]
+    (speech / "13.flac").write_bytes(clip(13))
+    assert [one.id for one in label_stream().skipped] == ["5.flac"]
+    (speech / "5.flac").write_bytes(clip(5))
+    assert label_stream().labels == 24 - 1
+    label_with(dataclasses.replace(config, output_dir=tmp_path / "whole"))
+    assert rows(config.output_dir) == rows(tmp_path / "whole")
+    read.clear()
+    label_stream(idle_teacher)
+    assert not read
 
 
 def test_what_killed_processes_left_is_removed(config):
