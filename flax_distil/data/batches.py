@@ -27,8 +27,7 @@ from flax_distil.data.rng import Purpose, generator
 from flax_distil.data.utterances import Utterance
 from flax_distil.errors import InputError
 from flax_distil.text.languages import WITHOUT_SPACES, to_language_code
-from flax_distil.text.special import split_timestamps, strip_special
-from flax_distil.text.tokens import WhisperTokens
+from flax_distil.text.tokens import WhisperTokens, split_timestamps, strip_special
 
 NonSpeech = Literal["teacher", "no_speech", "end"]
 

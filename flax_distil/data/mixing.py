@@ -26,8 +26,7 @@ from flax_distil.data.utterances import (
     read_dataset,
 )
 from flax_distil.errors import InputError
-from flax_distil.text.special import strip_special
-from flax_distil.text.tokens import WhisperTokens
+from flax_distil.text.tokens import WhisperTokens, strip_special
 
 DRAWS_PER_BLOCK = 1 << 16  # draws of one generator
 CLIPS_FOR_HOURS = 200  # headers that are read of a dataset without durations

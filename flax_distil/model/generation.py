@@ -7,8 +7,7 @@ from typing import Any
 from flax_distil.errors import InputError, read_json
 from flax_distil.model.dims import WhisperDims
 from flax_distil.text.languages import LANGUAGES
-from flax_distil.text.suppressed import BLANK, ENGLISH_END, suppressed_ids
-from flax_distil.text.tokens import added_tokens
+from flax_distil.text.tokens import BLANK, ENGLISH_END, added_tokens, suppressed_ids
 
 VOCABULARIES = range(51_864, 51_867)  # sizes of vocabularies: English-only, multilingual, large-v3
 TASKS = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")

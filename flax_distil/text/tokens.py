@@ -6,6 +6,7 @@ even where the file leaves them out, as that of tiny.en does.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -16,10 +17,30 @@ from tokenizers import AddedToken, Tokenizer
 
 from flax_distil.errors import InputError, read_json
 from flax_distil.text.languages import LANGUAGES, to_language_code
-from flax_distil.text.suppressed import BLANK, CONTROLS, ENGLISH_END, suppressed_ids
 
 TIMESTAMPS = 1501  # <|0.00|> … <|30.00|>
 TIMESTAMP_STEP = 0.02  # seconds between two of them
+ENGLISH_END = 50_256  # <|endoftext|> of English-only checkpoints, which keep GPT-2's vocabulary
+BLANK = 220  # the token of one space, in both vocabularies
+
+# Tokens that Whisper must not generate: brackets, music signs, speaker tags; control tokens.
+SYMBOLS_ENGLISH = """
+1 2 7 8 9 10 14 25 26 27 28 29 31 58 59 60 61 62 63 90 91 92 93 357 366 438 532 685 705 796 930 1058
+1220 1267 1279 1303 1343 1377 1391 1635 1782 1875 2162 2361 2488 3467 4008 4211 4600 4808 5299 5855
+6329 7203 9609 9959 10563 10786 11420 11709 11907 13163 13697 13700 14808 15306 16410 16791 17992
+19203 19510 20724 22305 22935 27007 30109 30420 33409 34949 40283 40493 40549 47282 49146
+"""
+SYMBOLS_MULTILINGUAL = """
+1 2 7 8 9 10 14 25 26 27 28 29 31 58 59 60 61 62 63 90 91 92 93 359 503 522 542 873 893 902 918 922
+931 1350 1853 1982 2460 2627 3246 3253 3268 3536 3846 3961 4183 4667 6585 6647 7273 9061 9383 10428
+10929 11938 12033 12331 12562 13793 14157 14635 15265 15618 16553 16604 18362 18956 20075 21675
+22520 26130 26161 26435 28279 29464 31650 32302 32470 36865 42863 47425 49870 50254
+"""
+CONTROLS = ("startoftranscript", "translate", "transcribe", "startoflm", "startofprev", "nospeech")
+
+# Special tokens that are written out in texts, such as <|0.00|> or <|endoftext|>.
+WRITTEN = re.compile(r"<\|([^<>|\s]{1,40})\|>")
+SECONDS = re.compile(r"\d{1,2}\.\d{1,2}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,12 +144,21 @@ class WhisperTokens:
 
     def decode(self, ids: Iterable[SupportsIndex], timestamps: bool = False) -> str:
         """Text of ids without special tokens; `timestamps` writes these as `<|1.08|>`."""
+
+        def written(token: int) -> str | None:
+            """The text of an id that is not of the byte-pair encoding."""
+            if (seconds := self.seconds(token)) is not None:
+                return f"<|{seconds:.2f}|>" if timestamps else ""
+            return self.words.get(token, None if token < self.eot else "")
+
         parts = []
-        for moment, run in groupby(map(int, ids), self.seconds):
-            if moment is None:
-                parts.append(self._text(run))
-            elif timestamps:
-                parts.append(f"<|{moment:.2f}|>" * len(list(run)))
+        for text, run in groupby(map(int, ids), written):
+            same = list(run)
+            parts.append(
+                self.bpe.decode(same, skip_special_tokens=False)
+                if text is None
+                else text * len(same)
+            )
         return "".join(parts)
 
     def seconds(self, token: int) -> float | None:
@@ -142,15 +172,35 @@ class WhisperTokens:
         step = round(seconds / TIMESTAMP_STEP)
         return self.timestamp_begin + min(max(step, 0), TIMESTAMPS - 1)
 
-    def _text(self, ids: Iterable[int]) -> str:
-        parts = []
-        for word, run in groupby(ids, self.words.get):
-            if word is None:
-                text = [token for token in run if token < self.eot]
-                parts.append(self.bpe.decode(text, skip_special_tokens=False))
-            else:
-                parts.append(word * len(list(run)))
-        return "".join(parts)
+
+def suppressed_ids(ids: Mapping[str, int]) -> list[int]:
+    """The ids that openai-whisper suppresses everywhere. ids: special tokens by name."""
+    symbols = SYMBOLS_ENGLISH if ids["endoftext"] == ENGLISH_END else SYMBOLS_MULTILINGUAL
+    return [*map(int, symbols.split()), *(ids[name] for name in CONTROLS)]
+
+
+def strip_special(text: str) -> str:
+    """The text without special tokens that are written out in it, and without surrounding space.
+
+    References of published sets may contain them. Whisper's normalisers drop them before words are
+    counted, so they are dropped from training targets too.
+    """
+    return WRITTEN.sub("", text).strip()
+
+
+def split_timestamps(text: str) -> list[str | float]:
+    """Pieces of a published label and the seconds of the timestamps between them, in order.
+
+    Other special tokens are dropped.
+    """
+    pieces = [""]
+    for number, part in enumerate(WRITTEN.split(text)):  # text and names of tokens in turn
+        if number % 2 == 0:
+            pieces[-1] += part
+        elif SECONDS.fullmatch(part):
+            pieces += [part, ""]
+    found = [float(one) if number % 2 else one for number, one in enumerate(pieces)]
+    return [one for one in found if not isinstance(one, str) or one.strip()]
 
 
 def load_tokens(
@@ -165,17 +215,55 @@ def load_tokens(
         InputError: a file is missing or damaged, the tokenizer is not Whisper's, or the two files
             belong to different checkpoints.
     """
-    folder = Path(folder)
-    path = folder / "tokenizer.json"
+    path, generation_path = (Path(folder) / f"{n}.json" for n in ("tokenizer", "generation_config"))
     if not path.is_file():
         raise InputError(
             f"{folder} has no tokenizer.json: save it there with Transformers' "
             "WhisperTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    generation_path = folder / "generation_config.json"
     if generation is None:
         generation = read_json(generation_path) if generation_path.is_file() else {}
-    return read_tokens(read_json(path), generation, str(path), vocab)
+    tokenizer = read_json(path)
+    special = added_tokens(tokenizer, path)
+    plain = tokenizer | {"added_tokens": [], "post_processor": None, "truncation": None}
+    try:
+        bpe = Tokenizer.from_str(json.dumps(plain))
+    except Exception as error:  # tokenizers has no exception class of its own
+        raise InputError(f"{path} is not a tokenizer ({error!r}): fetch it again") from None
+    ids = {}
+    for name in ("endoftext", *CONTROLS, "notimestamps"):
+        old = "nocaptions" if name == "nospeech" else name  # of older checkpoints
+        found = special.get(f"<|{name}|>", special.get(f"<|{old}|>"))
+        if found is None:
+            raise InputError(f"{path} has no token <|{name}|>: it is not a Whisper tokenizer")
+        ids[name] = found
+    if not bpe.encode(" ", add_special_tokens=False).ids:
+        raise InputError(f"{path} has no token for a space: fetch it again")
+    eot, sot, no_timestamps = ids["endoftext"], ids["startoftranscript"], ids["notimestamps"]
+    expected = generation.get("no_timestamps_token_id", no_timestamps)
+    if expected != no_timestamps:
+        raise InputError(
+            f"{path} has <|notimestamps|> at {no_timestamps}, the generation config at {expected}: "
+            "the two files belong to different checkpoints"
+        )
+    multilingual = generation.get("is_multilingual", eot != ENGLISH_END)
+    after_sot = range(sot + 1, ids["translate"]) if multilingual else ()
+    suppressed = generation.get("suppress_tokens", sorted(suppressed_ids(ids)))
+    tokens = WhisperTokens(
+        bpe=bpe,
+        eot=eot,
+        sot=sot,
+        transcribe=ids["transcribe"],
+        translate=ids["translate"],
+        previous=ids["startofprev"],
+        no_speech=ids["nospeech"],
+        no_timestamps=no_timestamps,
+        multilingual=multilingual,
+        languages={token.strip("<|>"): id for token, id in special.items() if id in after_sot},
+        suppressed=tuple(suppressed or ()),
+        suppressed_first=tuple(generation.get("begin_suppress_tokens", [BLANK, eot]) or ()),
+    )
+    return _with_words(tokens, tokenizer["added_tokens"], path, vocab)
 
 
 def added_tokens(tokenizer: Mapping[str, Any], name: str | Path) -> dict[str, int]:
@@ -193,93 +281,35 @@ def added_tokens(tokenizer: Mapping[str, Any], name: str | Path) -> dict[str, in
     return special
 
 
-def read_tokens(
-    tokenizer: dict, generation: Mapping[str, Any], name: str, vocab: int | None = None
-) -> WhisperTokens:
-    """`load_tokens` from the two parsed files; `name` is for error messages."""
-    special = added_tokens(tokenizer, name)
-    try:
-        bpe = Tokenizer.from_str(
-            json.dumps(tokenizer | {"added_tokens": [], "post_processor": None, "truncation": None})
-        )
-    except Exception as error:  # tokenizers has no exception class of its own
-        raise InputError(f"{name} is not a tokenizer ({error!r}): fetch it again") from None
-
-    def find(*names: str) -> int:
-        for token in names:
-            if f"<|{token}|>" in special:
-                return special[f"<|{token}|>"]
-        raise InputError(f"{name} has no token <|{names[0]}|>: it is not a Whisper tokenizer")
-
-    eot, sot, translate = find("endoftext"), find("startoftranscript"), find("translate")
-    transcribe, previous = find("transcribe"), find("startofprev")
-    # Older checkpoints call the same token <|nocaptions|>.
-    no_speech, no_timestamps = find("nospeech", "nocaptions"), find("notimestamps")
-    expected = generation.get("no_timestamps_token_id", no_timestamps)
-    if expected != no_timestamps:
-        raise InputError(
-            f"{name} has <|notimestamps|> at {no_timestamps}, the generation config at {expected}: "
-            "the two files belong to different checkpoints"
-        )
-
-    multilingual = generation.get("is_multilingual", eot != ENGLISH_END)
-    languages = {token.strip("<|>"): id for token, id in special.items() if sot < id < translate}
-    ids = {control: find(control) for control in ("endoftext", *CONTROLS[:-1])}
-    suppressed = generation.get(
-        "suppress_tokens", sorted(suppressed_ids(ids | {"nospeech": no_speech}))
-    )
-    if not bpe.encode(" ", add_special_tokens=False).ids:
-        raise InputError(f"{name} has no token for a space: fetch it again")
-    suppressed_first = generation.get("begin_suppress_tokens", [BLANK, eot])
-    tokens = WhisperTokens(
-        bpe=bpe,
-        eot=eot,
-        sot=sot,
-        transcribe=transcribe,
-        translate=translate,
-        previous=previous,
-        no_speech=no_speech,
-        no_timestamps=no_timestamps,
-        multilingual=multilingual,
-        languages=languages if multilingual else {},
-        suppressed=tuple(suppressed or ()),
-        suppressed_first=tuple(suppressed_first or ()),
-    )
-    return with_words(tokens, tokenizer["added_tokens"], name, vocab)
-
-
-def with_words(
-    tokens: WhisperTokens, added: Sequence[Mapping[str, Any]], name: str, vocab: int | None
+def _with_words(
+    tokens: WhisperTokens, added: Sequence[Mapping[str, Any]], path: Path, vocab: int | None
 ) -> WhisperTokens:
     """The tokens with the words that a fine-tuned checkpoint has after its timestamps.
 
     Raises:
         InputError: a word has the id of a timestamp, or the tokenizer has more ids than the model.
     """
-    times = tokens.times
+    words, texts = {}, []
     for token in added:
-        second = tokens.seconds(token["id"])
-        if second is not None and token["content"] != f"<|{second:.2f}|>":
+        id, text = token["id"], token["content"]
+        second = tokens.seconds(id)
+        if second is not None and text != f"<|{second:.2f}|>":
             raise InputError(
-                f"{name} has {token['content']!r} at {token['id']:,}, the id of <|{second:.2f}|>: "
+                f"{path} has {text!r} at {id:,}, the id of <|{second:.2f}|>: "
                 "add the timestamps to the tokenizer before the words, and train again"
             )
-    behind = [token for token in added if token["id"] >= times.stop]
-    words = {token["id"]: "" if token.get("special") else token["content"] for token in behind}
-    flags = ("single_word", "lstrip", "rstrip", "normalized")
-    tokens.bpe.add_tokens(
-        [
-            AddedToken(token["content"], **{flag: bool(token.get(flag)) for flag in flags})
-            for token in behind
-            if words[token["id"]]
-        ]
-    )
+        if id >= tokens.times.stop:
+            words[id] = "" if token.get("special") else text
+        if words.get(id):
+            flags = ("single_word", "lstrip", "rstrip", "normalized")
+            texts.append(AddedToken(text, **{flag: bool(token.get(flag)) for flag in flags}))
+    tokens.bpe.add_tokens(texts)
     word_ids = {tokens.bpe.token_to_id(word): id for id, word in words.items() if word}
-    tokens = replace(tokens, words=words, word_ids=word_ids)
+    padding = tuple(id for id in range(tokens.times.stop, vocab or 0) if id not in words)
+    tokens = replace(tokens, words=words, word_ids=word_ids, padding=padding)
     if vocab is not None and tokens.vocabulary > vocab:
         raise InputError(
-            f"{name} has {tokens.vocabulary:,} tokens and the model {vocab:,}: it belongs to "
+            f"{path} has {tokens.vocabulary:,} tokens and the model {vocab:,}: it belongs to "
             "another model, or the model was saved before its embedding was resized"
         )
-    unknown = (id for id in range(times.stop, vocab or 0) if id not in words)
-    return replace(tokens, padding=tuple(unknown))
+    return tokens

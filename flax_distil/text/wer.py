@@ -3,7 +3,7 @@
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from itertools import accumulate
 from typing import Any, Literal
@@ -28,22 +28,12 @@ class ErrorCounts:
         return self.substitutions + self.deletions + self.insertions
 
     @property
-    def hits(self) -> int:
-        """Reference words that the hypothesis contains."""
-        return self.reference_words - self.substitutions - self.deletions
-
-    @property
     def rate(self) -> float:
         """Errors per reference word: 0.1 is 10 %. For an empty reference, the number of errors."""
         return self.errors / max(self.reference_words, 1)
 
     def __add__(self, other: "ErrorCounts") -> "ErrorCounts":
-        return ErrorCounts(
-            self.substitutions + other.substitutions,
-            self.deletions + other.deletions,
-            self.insertions + other.insertions,
-            self.reference_words + other.reference_words,
-        )
+        return ErrorCounts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -119,16 +109,7 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCo
     return _count(process_words, references, hypotheses)
 
 
-def character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
-    """As `word_errors`, in characters with spaces."""
-    from jiwer import process_characters
-
-    return _count(process_characters, references, hypotheses)
-
-
 def _count(process, references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
-    if isinstance(references, str) or isinstance(hypotheses, str):
-        raise TypeError("references and hypotheses are lists of texts, not one text")
     if len(references) != len(hypotheses):
         raise InputError(
             f"{len(references)} references against {len(hypotheses)} hypotheses: give one of each "
