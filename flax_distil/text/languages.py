@@ -27,13 +27,13 @@ Burmese my, Valencian ca, Flemish nl, Haitian ht, Letzeburgesch lb, Pushto ps, P
 Moldavian ro, Moldovan ro, Sinhalese si, Castilian es, Mandarin zh
 """
 
-LANGUAGES = dict(entry.split(maxsplit=1) for entry in NAMES.strip().split(","))
+LANGUAGES: dict[str, str] = dict(re.findall(r"(\w+) ([\w ]+)", NAMES))
 
 # Scripts without spaces between words. Error rates count their characters (text/wer.py).
 WITHOUT_SPACES = ("zh", "ja", "th", "lo", "my", "yue", "km", "bo")
 
 CODES = {name.lower(): code for code, name in LANGUAGES.items()}
-CODES |= dict(entry.lower().split() for entry in ALIASES.split(","))
+CODES |= dict(re.findall(r"(\w+) (\w+)", ALIASES.lower()))
 
 
 def to_language_code(language: str) -> str:

@@ -199,7 +199,9 @@ def split_timestamps(text: str) -> list[str | float]:
             pieces[-1] += part
         elif SECONDS.fullmatch(part):
             pieces += [part, ""]
-    found = [float(one) if number % 2 else one for number, one in enumerate(pieces)]
+    found: list[str | float] = [
+        float(one) if number % 2 else one for number, one in enumerate(pieces)
+    ]
     return [one for one in found if not isinstance(one, str) or one.strip()]
 
 
@@ -230,13 +232,12 @@ def load_tokens(
         bpe = Tokenizer.from_str(json.dumps(plain))
     except Exception as error:  # tokenizers has no exception class of its own
         raise InputError(f"{path} is not a tokenizer ({error!r}): fetch it again") from None
-    ids = {}
-    for name in ("endoftext", *CONTROLS, "notimestamps"):
-        old = "nocaptions" if name == "nospeech" else name  # of older checkpoints
-        found = special.get(f"<|{name}|>", special.get(f"<|{old}|>"))
-        if found is None:
-            raise InputError(f"{path} has no token <|{name}|>: it is not a Whisper tokenizer")
-        ids[name] = found
+    if "<|nocaptions|>" in special:  # of older checkpoints
+        special.setdefault("<|nospeech|>", special["<|nocaptions|>"])
+    names = ("endoftext", *CONTROLS, "notimestamps")
+    if missing := [f"<|{name}|>" for name in names if f"<|{name}|>" not in special]:
+        raise InputError(f"{path} has no token {missing[0]}: it is not a Whisper tokenizer")
+    ids = {name: special[f"<|{name}|>"] for name in names}
     if not bpe.encode(" ", add_special_tokens=False).ids:
         raise InputError(f"{path} has no token for a space: fetch it again")
     eot, sot, no_timestamps = ids["endoftext"], ids["startoftranscript"], ids["notimestamps"]
