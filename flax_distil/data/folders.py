@@ -8,38 +8,32 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from flax_distil.config import DataConfig
-from flax_distil.data.cells import cell_seconds
 from flax_distil.data.lists import (
-    PROBED,
     SURROGATE,
-    ListRows,
     audio_base,
     audio_names,
     is_audio,
     list_kind,
     names_audio,
-    open_text,
     read_list,
+    read_text,
 )
-from flax_distil.data.parquet import ParquetRows, parquet_footer, read_parquet
-from flax_distil.data.table import LANGUAGE, RECORDING, SPEAKER, TEXT, Row, Table, usual_columns
+from flax_distil.data.parquet import ParquetRows, parquet_footer
+from flax_distil.data.table import USUAL, Row, Table, cell_path, cell_seconds
 from flax_distil.errors import InputError
 
 SHARD_NAME = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*\.parquet")
-# fmt: off
 SPLITS = {
-    "train": "train", "training": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-# fmt: on
 LIBRISPEECH_NAME = re.compile(r"(?P<chapter>(?P<speaker>\d+)-\d+)-\d+")
 SPANS = (("start", "end"), ("start_time", "end_time"), ("begin", "end"))  # seconds
 TEXT_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".lab", ".srt", ".vtt", ".stm")
@@ -69,66 +63,108 @@ def read_files(files: Sequence[Path], root: Path, config: DataConfig) -> Table:
             holds a clip.
     """
     audio = [path for path in files if is_audio(path)]
-    parquet = _parquet_files(files, bool(audio), config)
-    if parquet and not (audio and all(map(is_text, _audio_types(parquet[0], config)))):
-        splits = {path: _split(path, root, config) for path in parquet}
-        wanted = _wanted(splits.values(), config)
-        table = read_parquet([path for path in parquet if wanted(splits[path])], config.source)
-        embedded = not any(map(_path, _audio_cells(next(iter(table.rows), {}), config)))
-        return _noted(table, len(audio) * embedded, "audio files beside the Parquet files not read")
+    parquet = [path for path in files if path.suffix == ".parquet"]
+    parquet = [path for path in parquet if path.name != "metadata.parquet"] or parquet
+    if audio:  # beside it, Parquet may be of something else
+        parquet = [path for path in parquet if _audio_types(path, config)]
+    if not parquet or (audio and all(map(_is_text, _audio_types(parquet[0], config)))):
+        lists = [path for path in files if list_kind(path) and path.is_file()]
+        lists = parquet + [path for path in lists if names_audio(path, config)]
+        return _read_lists(lists, audio, files, root, config)
+    splits = {path: _split(path, root, config) for path in parquet}
+    wanted = _wanted(splits.values(), config)
+    rows = ParquetRows([path for path in parquet if wanted(splits[path])])
+    first = next(iter(rows), {})
+    embedded = not any(cell_path(first.get(name)) for name in audio_names(config))
+    notes = _notes({"audio files beside the Parquet files not read": len(audio) * embedded})
+    return Table(rows.columns, rows, notes)
 
-    texts = [path for path in files if list_kind(path) and path.is_file()]
-    lists = parquet + [path for path in texts if names_audio(path, config)]
+
+def _read_lists(
+    lists: Sequence[Path],
+    audio: Sequence[Path],
+    files: Sequence[Path],
+    root: Path,
+    config: DataConfig,
+) -> Table:
+    """The clips of lists, the audio that they do not name, and the texts beside both."""
+    column, text = config.audio_column or "audio", config.text_column or "text"
     splits = {path: _split(path, root, config) for path in (*lists, *audio)}
     wanted = _wanted(splits.values(), config)
     tables, of_list = [], False
-    column = config.audio_column or "audio"
     for path in lists:
         split = splits[path]
-        if split is not None and not wanted(split):
-            continue
-        table = list_table(path, config, root)
-        if split is not None:
-            of_list |= split.of_list
-        elif config.split:
-            in_split = lambda row: wanted(_split(Path(_path(row.get(column))), root, config))
-            table = replace(table, rows=list(filter(in_split, table.rows)))
-        tables.append(table)
-    table, beside = _merged(tables, column), _TextsBeside(files)
-    if config.text_column is None:
-        table = _table([beside.added(row, column) for row in table.rows], table.notes)
-    listed = {os.path.abspath(_path(row.get(column))) for row in table.rows}
+        if split is None or wanted(split):
+            of_list |= split is not None and split.of_list
+            table = list_table(path, config, root)
+            if split is None and config.split:  # its files are of several splits
+                in_split = lambda row: wanted(
+                    _split(Path(cell_path(row.get(column))), root, config)
+                )
+                table = replace(table, rows=list(filter(in_split, table.rows)))
+            tables.append(table)
+    rows, duplicates = _merged(tables, column)
+    listed = {os.path.abspath(cell_path(row.get(column))) for row in rows}
     unlisted = [path for path in audio if wanted(splits[path])]
     unlisted = [path for path in unlisted if os.path.abspath(path) not in listed]
+    counts = {"clips listed twice": duplicates}
     if of_list:
-        return _noted(table, len(unlisted), "audio files that the list of this split does not name")
-    if unlisted:
-        table = _with_audio(table, unlisted, beside, root, config)
-    if not table.rows:
+        counts["audio files that the list of this split does not name"] = len(unlisted)
+    else:
+        counts["audio files that no list names"] = len(unlisted) * bool(rows)
+        for path in unlisted:
+            rows.append({"id": path.relative_to(root).as_posix(), column: str(path)})
+    if not rows:
         raise InputError(
             f"{config.source} has no Parquet file, no list of audio files (.csv, .tsv, .jsonl, "
             ".json) and no audio: nothing to read"
         )
-    if any(row.get(config.text_column or "text") is None for row in table.rows):
-        return _with_unread(table, files, {*map(os.path.abspath, lists), *beside.read}, root)
-    return table
+    read = {*map(os.path.abspath, lists), *_add_texts(rows, files, column, text)}
+    if any(row.get(text) is None for row in rows):
+        others = [path for path in files if path.suffix in TEXT_SUFFIXES and path.is_file()]
+        others = [path for path in others if os.path.abspath(path) not in read]
+        others = [path for path in others if path.stem.lower() not in ("readme", "license")]
+        if others:
+            counts[f"text files not read, such as {others[0].relative_to(root)}"] = len(others)
+    notes = tuple(note for table in tables for note in table.notes)
+    return _table(rows, notes + _notes(counts))
 
 
-def _parquet_files(files: Sequence[Path], audio: bool, config: DataConfig) -> list[Path]:
-    """The Parquet files that hold clips or, beside audio files, name them."""
-    parquet = [path for path in files if path.suffix == ".parquet"]
-    parquet = [path for path in parquet if path.name != "metadata.parquet"] or parquet
-    return [path for path in parquet if not audio or _audio_types(path, config)]
+def _walk(folder: Path) -> Iterator[str]:
+    """All files below a folder, through links too, without those that systems hide there."""
+    entered = {os.path.realpath(folder)}
+
+    def failed(error: OSError) -> None:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
+
+    for path, folders, files in os.walk(folder, followlinks=True, onerror=failed):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith((".", "__MACOSX"))
+            and (real := os.path.realpath(os.path.join(path, name))) not in entered
+            and not entered.add(real)
+        ]
+        yield from (os.path.join(path, name) for name in files if not name.startswith("._"))
 
 
-def _with_unread(table: Table, files: Sequence[Path], read: set[str], root: Path) -> Table:
-    """A table that lacks texts, with a note of the text files that were not read."""
-    others = [path for path in files if path.suffix in TEXT_SUFFIXES and path.is_file()]
-    others = [path for path in others if os.path.abspath(path) not in read]
-    others = [path for path in others if path.stem.lower() not in ("readme", "license")]
-    if not others:
-        return table
-    return _noted(table, len(others), f"text files not read, such as {others[0].relative_to(root)}")
+def _audio_types(path: Path, config: DataConfig) -> list[pa.DataType]:
+    """The types of a Parquet file's columns that hold or name audio."""
+    _, schema = parquet_footer(path)
+    return [schema.field(name).type for name in audio_names(config) if name in schema.names]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type can only name audio."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _table(rows: list[Row], notes: tuple[str, ...]) -> Table:
+    return Table(tuple(dict.fromkeys(("id", *(name for row in rows for name in row)))), rows, notes)
+
+
+def _notes(counts: dict[str, int]) -> tuple[str, ...]:
+    return tuple(f"{count:,} {what}" for what, count in counts.items() if count)
 
 
 # --- splits -------------------------------------------------------------------------------------
@@ -191,34 +227,37 @@ def list_table(path: Path, config: DataConfig, root: Path | None = None) -> Tabl
     as they are written, below `root` with the list's folder, so that they are the same everywhere.
     """
     if path.suffix == ".parquet":
-        found = ListRows(list(ParquetRows([path])))
+        rows, notes = list(ParquetRows([path])), ()
     else:
-        found = read_list(path, config)
-    if not found.rows and root is None:
+        rows, notes = read_list(path, config)
+    if not rows and root is None:
         raise InputError(f"{path} has no rows")
-    column, usual = config.audio_column or "audio", usual_columns(config)
-    rows = _clips_of_spans([_usual_names(row, usual) for row in found.rows], column)
-    names = [_path(row.get(column)) for row in rows]
-    base, suffix = audio_base(path.parent, list(islice(filter(_is_relative, names), PROBED)))
-    prefix = path.parent.relative_to(root).as_posix() + "/" if root else "./"
-    prefix = "" if prefix == "./" else prefix
+    column = config.audio_column or "audio"
+    rows = _clips_of_spans([_usual_names(row, config) for row in rows], column)
+    is_relative = lambda name: name and "://" not in name and not os.path.isabs(name)
+    names = [cell_path(row.get(column)) for row in rows]
+    base, suffix = audio_base(path.parent, list(filter(is_relative, names)))
+    prefix = "" if root in (None, path.parent) else f"{path.parent.relative_to(root).as_posix()}/"
     for row, name in zip(rows, names, strict=True):
         if name and row.get("id") is None:
-            id = prefix + name if _is_relative(name) else name
+            id = prefix + name if is_relative(name) else name
             row["id"] = id if row.get("offset") is None else f"{id}@{row['offset']}"
-        if _is_relative(name):
+        if is_relative(name):
             absolute, cell = os.path.join(base, name + suffix), row[column]
             row[column] = {**cell, "path": absolute} if isinstance(cell, dict) else absolute
-    return _table(rows, found.notes())
+    return _table(rows, notes)
 
 
-def _usual_names(row: Row, usual: dict[str, tuple[str, ...]]) -> Row:
-    """A row whose columns have the usual names, of several columns the first with a value."""
+def _usual_names(row: Row, config: DataConfig) -> Row:
+    """A row under the usual names of columns, where `config` names no other; of several columns the
+    first with a value."""
     renamed = dict(row)
-    for column, names in usual.items():
-        name = next((name for name in names if row.get(name) is not None), column)
-        if name != column:
-            renamed[column] = renamed.pop(name)
+    for kind in ("audio", "text", "speaker", "language", "recording"):
+        if getattr(config, f"{kind}_column") is None:
+            known = (name for name in USUAL[kind] if name != config.transcript_column)
+            name = next((name for name in known if row.get(name) is not None), kind)
+            if name != kind:
+                renamed[kind] = renamed.pop(name)
     return renamed
 
 
@@ -227,150 +266,75 @@ def _clips_of_spans(rows: list[Row], column: str) -> list[Row]:
     if any("offset" in row for row in rows):
         return rows
     for start, end in SPANS:
-        files = [_path(row.get(column)) for row in rows if start in row and end in row]
-        if len(set(files)) < len(files):
-            return [_clip_of_span(row, row.get(start), row.get(end)) for row in rows]
+        files = [cell_path(row.get(column)) for row in rows if start in row and end in row]
+        if len(set(files)) == len(files):
+            continue
+        for row in rows:
+            first, last = cell_seconds(row.get(start)), cell_seconds(row.get(end))
+            if first is not None and last is not None and first < last:
+                row |= {"offset": first, "duration": last - first}
+        break
     return rows
 
 
-def _clip_of_span(row: Row, start: Any, end: Any) -> Row:
-    first, last = cell_seconds(start), cell_seconds(end)
-    if first is None or last is None or first >= last:
-        return row
-    return {**row, "offset": first, "duration": last - first}
-
-
-def _path(cell: Any) -> str:
-    """The file that an audio cell names and does not contain, or ""."""
-    if isinstance(cell, dict):
-        cell = None if cell.get("bytes") else cell.get("path")
-    return cell if isinstance(cell, str) else ""
-
-
-def _is_relative(name: str) -> TypeGuard[str]:
-    return name != "" and "://" not in name and not os.path.isabs(name)
-
-
-def _merged(tables: Sequence[Table], column: str) -> Table:
-    """Lists one after the other; a clip that several of them name becomes one row."""
+def _merged(tables: Sequence[Table], column: str) -> tuple[list[Row], int]:
+    """The rows of lists, one for each clip, and the number of clips that several lists name."""
     rows: dict[Any, Row] = {}
     duplicates = 0
     for number, table in enumerate(tables):
         before = set(rows)
         for place, row in enumerate(table.rows):
-            clip = (os.path.abspath(_path(row.get(column))), row.get("offset"))
+            clip = (os.path.abspath(cell_path(row.get(column))), row.get("offset"))
             if clip in before:
                 duplicates += 1
                 rows[clip] |= {k: v for k, v in row.items() if rows[clip].get(k) is None}
             else:
                 rows[clip if clip not in rows else (clip, number, place)] = row
-    table = _table(list(rows.values()), tuple(note for table in tables for note in table.notes))
-    return _noted(table, duplicates, "clips listed twice")
+    return list(rows.values()), duplicates
 
 
-def _table(rows: list[Row], notes: tuple[str, ...]) -> Table:
-    return Table(tuple(dict.fromkeys(("id", *(name for row in rows for name in row)))), rows, notes)
+# --- texts beside audio -------------------------------------------------------------------------
 
 
-def _noted(table: Table, count: int, words: str) -> Table:
-    return replace(table, notes=(*table.notes, f"{count:,} {words}")) if count else table
+def _add_texts(rows: list[Row], files: Sequence[Path], column: str, text: str) -> set[str]:
+    """Add to rows without text what files beside the audio tell; returns the files that were read.
 
+    One file for each clip, or LibriSpeech's for a chapter.
+    """
+    beside, chapters, read = set(map(os.path.abspath, files)), {}, set()
+    for path in files:
+        if path.name.endswith(".trans.txt"):
+            read.add(os.path.abspath(path))
+            for line in _text(path).splitlines():
+                name, _, words = line.strip().partition(" ")
+                chapters[os.path.abspath(path.parent / name)] = words.strip()
 
-# --- audio --------------------------------------------------------------------------------------
-
-
-def _with_audio(
-    table: Table, audio: Sequence[Path], texts: "_TextsBeside", root: Path, config: DataConfig
-) -> Table:
-    """A table and audio files that it does not name, with the texts beside them."""
-    rows = []
-    for path in audio:
-        known = texts.of(path)
-        if config.text_column is not None and "text" in known:
-            known = {config.text_column: known["text"], **known}
-        id = path.relative_to(root).as_posix()
-        rows.append({"id": id, config.audio_column or "audio": str(path), **known})
-    found = _table([*table.rows, *rows], table.notes)
-    return _noted(found, len(rows) if table.rows else 0, "audio files that no list names")
-
-
-class _TextsBeside:
-    """Texts in files beside the audio: one for each clip, or LibriSpeech's for a chapter."""
-
-    def __init__(self, files: Sequence[Path]):
-        self.files = set(map(os.path.abspath, files))
-        self.read: set[str] = set()
-        self.chapters: dict[str, str] = {}
-        for path in files:
-            if path.name.endswith(".trans.txt"):
-                self.read.add(os.path.abspath(path))
-                for line in _text(path).splitlines():
-                    name, _, text = line.strip().partition(" ")
-                    self.chapters[os.path.abspath(path.parent / name)] = text.strip()
-
-    def added(self, row: Row, column: str) -> Row:
-        """A row with what is known of its clip, where it has no text itself."""
-        if row.get("text") is not None:
-            return row
-        known = self.of(Path(_path(row.get(column))))
-        return row | {name: value for name, value in known.items() if row.get(name) is None}
-
-    def of(self, audio: Path) -> Row:
-        """What is known of a clip: columns of a row."""
-        stem = os.path.abspath(audio.with_suffix("")) if audio.name else ""
-        if stem in self.chapters:
+    def known(audio: Path) -> Row:
+        stem = os.path.abspath(audio.with_suffix(""))
+        if stem in chapters:
             match = LIBRISPEECH_NAME.fullmatch(audio.stem)
-            known = {"speaker": match["speaker"], "recording": match["chapter"]} if match else {}
-            return {"text": self.chapters[stem], **known}
+            names = {"speaker": match["speaker"], "recording": match["chapter"]} if match else {}
+            return {text: chapters[stem], **names}
         for suffix in TEXT_BESIDE:
-            if stem + suffix in self.files:
-                self.read.add(stem + suffix)
-                return {"text": _text(Path(stem + suffix)).strip()}
-        if stem + ".json" in self.files:
-            config = DataConfig("")
-            row = next(iter(read_list(Path(stem + ".json"), config).rows), {})
-            usual = usual_columns(config)
-            known = {*TEXT, *SPEAKER, *LANGUAGE, *RECORDING, "duration"}
-            return _usual_names({name: row[name] for name in row if name in known}, usual)
+            if stem + suffix in beside:
+                read.add(stem + suffix)
+                return {text: _text(Path(stem + suffix)).strip()}
+        if stem + ".json" in beside:
+            row = next(iter(read_list(Path(stem + ".json"), DataConfig(""))[0]), {})
+            row = _usual_names(row, DataConfig(""))
+            names = ("text", "speaker", "language", "recording", "duration")
+            named = {"text": text}
+            return {named.get(name, name): row[name] for name in names if name in row}
         return {}
+
+    for row in rows:
+        if row.get(text) is None and (path := cell_path(row.get(column))):
+            row |= {k: v for k, v in known(Path(path)).items() if row.get(k) is None}
+    return read
 
 
 def _text(path: Path) -> str:
-    with open_text(path) as file:
-        text = file.read()
+    text = read_text(path)
     if SURROGATE.search(text):
         raise InputError(f"{path} is not UTF-8 text: save it as UTF-8")
     return text
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """All files below a folder, through links too, without those that systems hide there."""
-    entered = {os.path.realpath(folder)}
-
-    def failed(error: OSError) -> None:
-        raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
-
-    for path, folders, files in os.walk(folder, followlinks=True, onerror=failed):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith((".", "__MACOSX"))
-            and (real := os.path.realpath(os.path.join(path, name))) not in entered
-            and not entered.add(real)
-        ]
-        yield from (os.path.join(path, name) for name in files if not name.startswith("._"))
-
-
-def _audio_cells(row: Row, config: DataConfig) -> Iterator[Any]:
-    return (row.get(name) for name in audio_names(config))
-
-
-def _audio_types(path: Path, config: DataConfig) -> list[pa.DataType]:
-    """The types of a Parquet file's columns that hold or name audio."""
-    _, schema = parquet_footer(path)
-    return [schema.field(name).type for name in audio_names(config) if name in schema.names]
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type can only name audio."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)

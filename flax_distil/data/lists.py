@@ -6,6 +6,7 @@ unquoted text it takes the file name for an index, and an unclosed quote swallow
 
 import bz2
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -14,23 +15,12 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, takewhile, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_distil.config import DataConfig
-from flax_distil.data.table import (
-    AUDIO,
-    AUDIO_SUFFIXES,
-    ID,
-    LANGUAGE,
-    RECORDING,
-    SPEAKER,
-    TEXT,
-    Row,
-)
+from flax_distil.data.table import AUDIO_SUFFIXES, USUAL, Row
 from flax_distil.errors import InputError
 
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -52,26 +42,8 @@ USUAL_SUFFIXES = ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")  # that 
 PROBED = 20  # names of a list that are tried
 SURROGATE = re.compile("[\ud800-\udfff]")
 
-
-@dataclass
-class ListRows:
-    """The rows of a list as they are written, and what was guessed in reading them."""
-
-    rows: list[Row]
-    guesses: dict[str, list[int]] = field(default_factory=dict)
-    """What was guessed, and in which lines."""
-
-    def guess(self, what: str, line: int) -> None:
-        """Note a guess."""
-        self.guesses.setdefault(what, []).append(line)
-
-    def notes(self) -> tuple[str, ...]:
-        """A sentence for each kind of guess."""
-        return tuple(
-            f"{what}: {len(lines):,} (line {', '.join(map(str, lines[:3]))}"
-            f"{', …' if len(lines) > 3 else ''})"
-            for what, lines in self.guesses.items()
-        )
+PlacedRow = tuple[str, Row]
+"""A row and its place in the file, such as "line 2"."""
 
 
 def list_kind(path: Path) -> str | None:
@@ -82,36 +54,52 @@ def list_kind(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in (*JSON_SUFFIXES, *DELIMITERS) else None
 
 
-def read_list(path: Path, config: DataConfig) -> ListRows:
-    """The rows of a list as they are written.
+def read_list(path: Path, config: DataConfig) -> tuple[list[Row], tuple[str, ...]]:
+    """The rows of a list as they are written, and notes of what was guessed in reading them.
 
     Raises:
         InputError: it cannot be read; the message names the line, the reason and the remedy.
     """
-    delimiter = DELIMITERS.get(list_kind(path) or "")
-    with open_text(path) as file:
-        if delimiter:
-            return _delimited(path, list(file), delimiter, config)
-        return ListRows(list(_json_rows(path, file)))
+    text, guesses = read_text(path), {}
+    if list_kind(path) in DELIMITERS:
+        placed = _delimited_rows(path, text, config, guesses)
+    else:
+        placed = _json_rows(path, text)
+    rows, not_utf8 = [], SURROGATE.search(text) is not None
+    for place, row in placed:
+        for name, value in row.items() if not_utf8 else ():
+            # File names may be any bytes.
+            if (
+                name not in (*USUAL["audio"], *USUAL["id"])
+                and isinstance(value, str)
+                and SURROGATE.search(value)
+            ):
+                raise InputError(
+                    f"{path} is not UTF-8 text ({place}, column {name}): save it as UTF-8"
+                )
+        rows.append(row)
+    notes = [
+        f"{what}: {len(lines):,} (line {', '.join(map(str, lines[:3]))}{', …' * (len(lines) > 3)})"
+        for what, lines in guesses.items()
+    ]
+    return rows, tuple(notes)
 
 
 def names_audio(path: Path, config: DataConfig) -> bool:
     """Whether a file is a list of audio files, judged by its first row."""
-    delimiter = DELIMITERS.get(list_kind(path) or "")
     try:
-        with open_text(path) as file:
-            if delimiter:
-                columns = _header(path, file.readline(), delimiter, config).columns
-            else:
-                columns = tuple(next(_json_rows(path, file), {}))
+        text = read_text(path)
+        if list_kind(path) in DELIMITERS:
+            names = _header(path, text.partition("\n")[0], config).columns
+        else:
+            _, names = next(_json_rows(path, text), ("", ()))
     except InputError:
         return False
-    return any(name in columns for name in audio_names(config))
+    return any(name in names for name in audio_names(config))
 
 
-@contextmanager
-def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
-    """A text file, decompressed and decoded; bytes that are not UTF-8 become surrogates.
+def read_text(path: Path) -> str:
+    """The text of a file, decompressed and decoded; bytes that are not UTF-8 become surrogates.
 
     Raises:
         InputError: compression or encoding is damaged.
@@ -119,11 +107,11 @@ def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
     opener: Any = COMPRESSED.get(path.suffix.lower(), open)
     try:
         with opener(path, "rb") as file:
-            head = file.peek(4)[:4]
-            encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
-            if encoding is None and 0 in head[:2]:  # UTF-16 without a mark
-                encoding = "utf-16-be" if head[0] == 0 else "utf-16-le"
-            yield io.TextIOWrapper(file, encoding or "utf-8", errors="surrogateescape", newline="")
+            data = file.read()
+        encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
+        if encoding == "utf-8" and 0 in data[:2]:  # UTF-16 without a mark
+            encoding = "utf-16-be" if data[0] == 0 else "utf-16-le"
+        return data.decode(encoding, "surrogateescape")
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, UnicodeError) as error:
         raise InputError(f"{path} is damaged ({error}): write it again") from None
 
@@ -149,53 +137,37 @@ def is_audio(name: str | Path) -> bool:
 
 def audio_names(config: DataConfig) -> tuple[str, ...]:
     """The columns that can hold audio: the one that the user named, or the usual ones."""
-    return AUDIO if config.audio_column is None else (config.audio_column,)
-
-
-def _checked(path: Path, line: int, row: Row) -> Row:
-    """A row whose texts are checked to be UTF-8. File names may be any bytes."""
-    for name, value in row.items():
-        if name not in (*AUDIO, *ID) and isinstance(value, str) and SURROGATE.search(value):
-            raise InputError(
-                f"{path} is not UTF-8 text (line {line}, column {name}): save it as UTF-8"
-            )
-    return row
+    return USUAL["audio"] if config.audio_column is None else (config.audio_column,)
 
 
 # --- JSON ---------------------------------------------------------------------------------------
 
 
-def _json_rows(path: Path, file: io.TextIOWrapper) -> Iterator[Row]:
+def _json_rows(path: Path, text: str) -> Iterator[PlacedRow]:
     """The objects of JSON lines, of an array, or of an array in an object (`{"data": [...]}`)."""
-    start = 1
-    while (head := file.read(1)).isspace():
-        start += head == "\n"
-    lines: Any = chain([head + file.readline()], file)
-    if head == "[" or list_kind(path) == ".json":
-        text = "".join(lines)
-        try:
-            whole = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            if head == "[":
-                raise InputError(f"{path} is not JSON: {error}") from None
-            lines = io.StringIO(text)
-        else:
-            bad = SURROGATE.search(text)
-            for number, row in enumerate(_objects(whole), 1):
-                if not isinstance(row, dict):
-                    raise InputError(f"{path} row {number} must be an object such as {{...}}")
-                yield _checked(path, number, row) if bad else row
-            return
-    for number, line in enumerate(lines, start):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} line {number} is not JSON: {error}") from None
+    for place, row in _json_values(path, text):
         if not isinstance(row, dict):
-            raise InputError(f"{path} line {number} must be an object such as {{...}}")
-        yield _checked(path, number, row) if SURROGATE.search(line) else row
+            raise InputError(f"{path} {place} must be an object such as {{...}}")
+        yield place, row
+
+
+def _json_values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    is_array = text.lstrip().startswith("[")
+    if is_array or list_kind(path) == ".json":
+        try:
+            rows = _objects(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            if is_array:
+                raise InputError(f"{path} is not JSON: {error}") from None
+        else:
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+            return
+    for number, line in enumerate(io.StringIO(text, newline=""), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path} line {number} is not JSON: {error}") from None
 
 
 def _objects(whole: Any) -> list[Any]:
@@ -205,7 +177,7 @@ def _objects(whole: Any) -> list[Any]:
     values = list(whole.values())
     lists = [value for value in values if isinstance(value, list) and value]
     objects = [value for value in lists if all(isinstance(one, dict) for one in value)]
-    if len(objects) == 1 and not set(AUDIO) & set(whole):
+    if len(objects) == 1 and not set(USUAL["audio"]) & set(whole):
         return objects[0]
     if values and all(isinstance(value, dict) and "0" in value for value in values):  # of pandas
         lists = values = [list(value.values()) for value in values]
@@ -222,132 +194,94 @@ class Header(NamedTuple):
 
     columns: tuple[str, ...]
     delimiter: str
-    quoted: bool = True
-    """Whether quotes can surround a field."""
     written: bool = True
     """Whether the file begins with the names of its columns."""
-
-    def place(self, names: Sequence[str]) -> int | None:
-        """The position of the first of these columns."""
-        return next((self.columns.index(name) for name in names if name in self.columns), None)
+    file: int | None = None
+    """Position of the column with the names of audio files."""
 
 
-def _header(path: Path, line: str, default: str, config: DataConfig) -> Header:
+def _header(path: Path, line: str, config: DataConfig) -> Header:
     """The header in the first line; a line that begins with a file is a row, without a header."""
     line = line.rstrip("\r\n")
-    for delimiter in (default, *OTHER_DELIMITERS):
-        columns = _names(_fields(line, delimiter).values, config)
-        if any(name in columns for name in audio_names(config)):
-            return Header(columns, delimiter)
-    for delimiter in (default, *OTHER_DELIMITERS):
-        first, *others = line.split(delimiter)
-        if others and (is_audio(first) or audio_base(path.parent, [first])[1]):
+    named = {value for name, value in vars(config).items() if name.endswith("_column")}
+    usual = {"duration", "offset"}.union(*USUAL.values())
+    delimiters = (DELIMITERS[str(list_kind(path))], *OTHER_DELIMITERS)
+    first = Header((), delimiters[0])
+    for delimiter in delimiters:
+        names = [name.strip(' "') for name in line.split(delimiter)]
+        columns = tuple(
+            name.lower() if name.lower() in usual and name not in named else name for name in names
+        )
+        file = next((columns.index(one) for one in audio_names(config) if one in columns), None)
+        header = Header(columns, delimiter, file=file)
+        if file is not None:
+            return header
+        first = first if first.columns else header
+    for delimiter in delimiters:
+        name, *others = line.split(delimiter)
+        if others and (is_audio(name) or audio_base(path.parent, [name])[1]):
             if len(others) >= len(WITHOUT_HEADER):
                 raise InputError(
                     f"{path} has {len(others) + 1} columns without names: add a first line such as "
                     "file_name,text"
                 )
-            columns = WITHOUT_HEADER[: len(others) + 1]
-            return Header(columns, delimiter, quoted=delimiter != "|", written=False)
-    return Header(_names(_fields(line, default).values, config), default)
+            return Header(WITHOUT_HEADER[: len(others) + 1], delimiter, written=False, file=0)
+    return first
 
 
-def _names(written: Sequence[str], config: DataConfig) -> tuple[str, ...]:
-    """Names of columns; those that are usual names in other case (`File_Name`) become these."""
-    named = {value for name, value in vars(config).items() if name.endswith("_column")}
-    usual = {*AUDIO, *TEXT, *ID, *SPEAKER, *LANGUAGE, *RECORDING, "duration", "offset"}
-    names = (name.strip() for name in written)
-    return tuple(
-        name.lower() if name.lower() in usual and name not in named else name for name in names
-    )
-
-
-def _delimited(path: Path, lines: list[str], default: str, config: DataConfig) -> ListRows:
+def _delimited_rows(
+    path: Path, text: str, config: DataConfig, guesses: dict[str, list[int]]
+) -> Iterator[PlacedRow]:
+    """The rows of a CSV or TSV file. guesses: receives what was guessed, and in which lines."""
+    lines = list(io.StringIO(text, newline=""))
     at = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
     if at == len(lines):
-        return ListRows([])
-    header = _header(path, lines[at], default, config)
-    file = header.place(audio_names(config))
+        return
+    header = _header(path, lines[at], config)
     at += header.written
-    found = ListRows([])
     while at < len(lines):
-        number, (fields, used, stray) = at + 1, _record(lines, at, header, file)
+        number, (fields, used, unpaired) = at + 1, _record(lines, at, header)
         at += used
         if not any(fields):
             continue
-        if stray:
-            found.guess("unpaired quotes read as text", number)
+        if unpaired:
+            guesses.setdefault("unpaired quotes read as text", []).append(number)
         if len(fields) > len(header.columns):
             fields = _rejoined(path, number, fields, header, config)
-            found.guess("delimiters outside quotes read as text", number)
-        row = dict.fromkeys(header.columns)
-        row.update(zip(header.columns, (value or None for value in fields), strict=False))
-        whole = any(SURROGATE.search(line) for line in lines[number - 1 : at])
-        found.rows.append(_checked(path, number, row) if whole else row)
-    return found
+            guesses.setdefault("delimiters outside quotes read as text", []).append(number)
+        pairs = zip_longest(header.columns, fields, fillvalue="")
+        yield f"line {number}", {name: value or None for name, value in pairs}
 
 
-class Fields(NamedTuple):
-    """The fields of a record."""
-
-    values: list[str]
-    stray: bool = False
-    """Whether a field begins with a quote and does not end with one."""
-    open: bool = False
-    """Whether a field is in quotes to the end, so that it may continue in the next line."""
-
-
-def _fields(record: str, delimiter: str) -> Fields:
-    if '"' not in record:
-        return Fields(record.split(delimiter))
-    quoted = re.compile(rf'"((?:[^"]|"")*+)(?:"(?={re.escape(delimiter)}|\Z)|(\Z))')
-    values, at, stray, open_ = [], 0, False, False
-    while True:
-        match = quoted.match(record, at)
-        if match and match[2] is None:
-            values.append(match[1].replace('""', '"'))
-            end = match.end()
-        else:
-            open_ |= match is not None and not stray  # only its end is missing
-            stray |= record.startswith('"', at)
-            end = record.find(delimiter, at)
-            end = len(record) if end < 0 else end
-            values.append(record[at:end])
-        if end == len(record):
-            return Fields(values, stray, open_)
-        at = end + 1
-
-
-def _record(
-    lines: Sequence[str], at: int, header: Header, file: int | None
-) -> tuple[list[str], int, bool]:
+def _record(lines: Sequence[str], at: int, header: Header) -> tuple[list[str], int, bool]:
     """The fields of the record that begins at a line, its lines, and whether a quote is unpaired.
 
     A field in quotes may contain line breaks. A quote that is not closed before the next line that
     is a row by itself is text, as in `a.flac,"Well said the guide`.
     """
-    line, delimiter = lines[at].rstrip("\r\n"), header.delimiter
-    if not header.quoted:
-        return line.split(delimiter), 1, False
-    found = alone = _fields(line, delimiter)
-    for end in range(at + 1, min(at + LONGEST_FIELD, len(lines))):
-        if not found.open or _is_row(lines[end].rstrip("\r\n"), header, alone.values, file):
-            break
-        if '"' in lines[end]:
-            found = _fields("".join(lines[at : end + 1]).rstrip("\r\n"), delimiter)
-            if not found.stray and len(found.values) == len(header.columns):
-                return found.values, end + 1 - at, False
-    return alone.values, 1, alone.stray
+    delimiter = header.delimiter
+    fields = lines[at].rstrip("\r\n").split(delimiter)
+    if '"' not in lines[at] or (delimiter == "|" and not header.written):
+        return fields, 1, False
 
+    def is_row(line: str) -> bool:
+        others = line.rstrip("\r\n").split(delimiter)
+        if header.file is None or header.file >= min(len(others), len(fields)):
+            return False
+        if is_audio(fields[header.file]):
+            return is_audio(others[header.file].strip('"'))
+        return '"' not in line and len(others) == len(header.columns)
 
-def _is_row(line: str, header: Header, before: Sequence[str], file: int | None) -> bool:
-    """Whether a line is a row, not the rest of a field of the previous line."""
-    fields = line.split(header.delimiter)
-    if file is None or file >= min(len(fields), len(before)):
-        return False
-    if is_audio(before[file]):
-        return is_audio(fields[file].strip('"'))
-    return '"' not in line and len(fields) == len(header.columns)
+    later = (lines[number] for number in range(at + 1, min(at + LONGEST_FIELD, len(lines))))
+    rest = takewhile(lambda line: not is_row(line), later)
+    reader = csv.reader(chain([lines[at]], rest), delimiter=delimiter, strict=True)
+    try:
+        quoted = next(reader)
+    except csv.Error:  # a quote is not closed, or text follows the closing one
+        return fields, 1, True
+    if reader.line_num > 1 and len(quoted) != len(header.columns):
+        return fields, 1, True
+    return quoted, reader.line_num, False
 
 
 def _rejoined(
@@ -366,10 +300,10 @@ def _rejoined(
         end = place + surplus + 1
         return [*fields[:place], header.delimiter.join(fields[place:end]), *fields[end:]]
 
-    file = header.place(audio_names(config))
-    names = TEXT if config.text_column is None else (config.text_column,)
+    names = USUAL["text"] if config.text_column is None else (config.text_column,)
     texts = [place for place, name in enumerate(header.columns) if name in names]
     ways = [joined(texts[0])] if len(texts) == 1 else []
+    file = header.file
     if file is not None and not is_audio(fields[file]) and is_audio(joined(file)[file]):
         ways = [way for way in ways if is_audio(way[file])] or [joined(file)]
     if ways:

@@ -1,8 +1,6 @@
 """Random access to rows of Parquet files, with lists of numbers as arrays over Arrow's memory."""
 
-import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -13,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flax_distil.data.table import TEXT, Row, Table
+from flax_distil.data.table import USUAL, Row
 from flax_distil.errors import InputError
 
 
@@ -28,20 +26,20 @@ class ParquetRows(Sequence[Row]):
 
     def __init__(self, files: Sequence[Path]):
         self.files = tuple(files)
-        groups, self.columns = [], ()
+        self.columns = ()
+        self._groups: list[tuple[Path, int]] = []  # file and its row group
         self._nulls: list[dict[str, int]] = []  # of each file's text columns
-        for number, path in enumerate(self.files):
+        sizes = []
+        for path in self.files:
             metadata, schema = parquet_footer(path)
             self.columns = tuple(dict.fromkeys((*self.columns, *schema.names)))
             self._nulls.append(_null_counts(metadata))
-            groups += [
-                (number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)
-            ]
-        self._groups = [(number, group) for number, group, _ in groups]
-        self._starts = [0, *accumulate(rows for _, _, rows in groups)]
-        self._lock = threading.Lock()
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+            groups = range(metadata.num_row_groups)
+            self._groups += [(path, group) for group in groups]
+            sizes += [metadata.row_group(group).num_rows for group in groups]
+        self._starts = [0, *accumulate(sizes)]
         self._footer = lru_cache(self.FOOTERS)(pq.read_metadata)
+        self._read = lru_cache(self.KEPT)(self._read_group)
 
     def __reduce__(self):
         """Another process opens the files again."""
@@ -62,7 +60,7 @@ class ParquetRows(Sequence[Row]):
 
     def folder(self, index: int) -> Path:
         """The folder of the file that a row lies in."""
-        return self.files[self._groups[self._place(index)[0]][0]].parent
+        return self._groups[self._place(index)[0]][0].parent
 
     def column(self, name: str) -> Iterator[pa.Array]:
         """One column, read without the others; nulls where a file lacks it."""
@@ -74,14 +72,11 @@ class ParquetRows(Sequence[Row]):
 
     def list_lengths(self, column: str) -> np.ndarray:
         """Lengths of a list column, -1 where it is null, read without the others."""
-        found = [np.zeros(0, np.int32)]
+        lengths = [np.zeros(0, np.int32)]
         for values in self.column(column):
-            if pa.types.is_null(values.type):
-                found.append(np.full(len(values), -1, np.int32))
-                continue
-            lengths = values.value_lengths().fill_null(-1)
-            found.append(lengths.to_numpy(zero_copy_only=False).astype(np.int32))
-        return np.concatenate(found)
+            lists = values.cast(pa.list_(pa.int32())) if pa.types.is_null(values.type) else values
+            lengths.append(lists.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False))
+        return np.concatenate(lengths).astype(np.int32)
 
     def null_count(self, column: str) -> int:
         """Rows without a value, from the files' statistics where they exist."""
@@ -95,26 +90,15 @@ class ParquetRows(Sequence[Row]):
         group = bisect_right(self._starts, index) - 1
         return group, index - self._starts[group]
 
-    def _read(self, group: int) -> pa.Table:
-        with self._lock:
-            if group in self._cache:
-                self._cache.move_to_end(group)
-                return self._cache[group]
-        number, within = self._groups[group]
-        path = self.files[number]
+    def _read_group(self, number: int) -> pa.Table:
+        path, group = self._groups[number]
         # Opened each time: thousands of shards must not keep thousands of files open.
         try:
-            with pq.ParquetFile(
-                path, metadata=self._footer(path), page_checksum_verification=True
-            ) as file:
-                table = file.read_row_group(within)
+            footer = self._footer(path)
+            with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
+                return file.read_row_group(group)
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path} is damaged ({error}): write it again") from None
-        with self._lock:
-            self._cache[group] = table
-            if len(self._cache) > self.KEPT:
-                self._cache.popitem(last=False)
-        return table
 
 
 def parquet_footer(path: Path) -> tuple[pq.FileMetaData, pa.Schema]:
@@ -130,10 +114,9 @@ def parquet_footer(path: Path) -> tuple[pq.FileMetaData, pa.Schema]:
 
 def _null_counts(metadata: pq.FileMetaData) -> dict[str, int]:
     """Nulls of the usual text columns, without columns whose statistics are incomplete."""
-    groups = range(metadata.num_row_groups)
-    counts = {}
+    groups, counts = range(metadata.num_row_groups), {}
     for place in range(metadata.num_columns):
-        if (name := metadata.schema.column(place).path) in TEXT:
+        if (name := metadata.schema.column(place).path) in USUAL["text"]:
             statistics = [metadata.row_group(group).column(place).statistics for group in groups]
             if all(one is not None and one.has_null_count for one in statistics):
                 counts[name] = sum(one.null_count for one in statistics)
@@ -161,11 +144,3 @@ def cell(values: pa.Array) -> Any:
         if not numbers.null_count and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
             return numbers.to_numpy().reshape(shape)
     return values.to_pylist()[0]
-
-
-def read_parquet(files: Sequence[Path], source: str) -> Table:
-    """The rows of files in order. Raises InputError where there is none or one is damaged."""
-    if not files:
-        raise InputError(f"{source}: no Parquet file matches")
-    rows = ParquetRows(files)
-    return Table(rows.columns, rows)

@@ -13,7 +13,7 @@ from typing import Any
 from flax_distil.config import DataConfig
 from flax_distil.data.folders import check_split, list_table, read_files, read_folder
 from flax_distil.data.lists import COMPRESSED, list_kind
-from flax_distil.data.parquet import read_parquet
+from flax_distil.data.parquet import ParquetRows
 from flax_distil.data.table import Table
 from flax_distil.errors import InputError
 
@@ -32,7 +32,8 @@ def read_table(config: DataConfig) -> Table:
     if path.is_file():
         check_split(path, config)
         if path.suffix == ".parquet":
-            return read_parquet([path], source)
+            rows = ParquetRows([path])
+            return Table(rows.columns, rows)
         if list_kind(path):
             return list_table(path, config)
         raise InputError(

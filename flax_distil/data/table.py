@@ -1,12 +1,26 @@
-"""A table of rows, which every source is read as, and the meaning of its columns."""
+"""A table of rows, which every source is read as, and the meaning of its columns and cells.
 
-from collections.abc import Iterable, Iterator, Sequence
+None stands for a missing value.
+"""
+
+import base64
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Float32
+
+from flax_distil.audio.container import RATES
+from flax_distil.audio.load import SAMPLE_RATE, AudioError, full_scale
+from flax_distil.audio.samples import SampleBlock, mix_to_mono, resample, split_seconds
 from flax_distil.config import DataConfig
 from flax_distil.errors import InputError
+from flax_distil.text.languages import to_language_code
 
 Row = dict[str, Any]
 
@@ -21,18 +35,22 @@ AUDIO_SUFFIXES = frozenset((
 ))
 # fmt: on
 
-# The usual names of columns, in the order they are looked for.
-FILE_COLUMNS = ("file_name", "audio", "audio_filepath", "audio_path", "path", "file")
-AUDIO = ("audio", *FILE_COLUMNS)
-TEXT = ("text", "sentence", "transcription", "transcript", "normalized_text", "reference")
-ID = ("id", "utterance_id", "segment_id", "file_name")
-SPEAKER = ("speaker", "speaker_id", "client_id")
-LANGUAGE = ("language", "lang", "locale")
-RECORDING = ("recording", "recording_id", "chapter_id", "session_id", "meeting_id")
-TRANSCRIPT = ("whisper_transcript",)  # in distil-whisper's label sets and ours
+# The usual names of columns by their meaning, in the order they are looked for.
+USUAL = {
+    "audio": ("audio", "file_name", "audio_filepath", "audio_path", "path", "file"),
+    "text": ("text", "sentence", "transcription", "transcript", "normalized_text", "reference"),
+    "id": ("id", "utterance_id", "segment_id", "file_name"),
+    "speaker": ("speaker", "speaker_id", "client_id"),
+    "language": ("language", "lang", "locale"),
+    "recording": ("recording", "recording_id", "chapter_id", "session_id", "meeting_id"),
+    "transcript": ("whisper_transcript",),  # in distil-whisper's label sets and ours
+}
 
 # In a label store: the utterance's number in the dataset that was labelled.
 UTTERANCE_NUMBER = "utterance_number"
+
+UNWRITABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 
 
 @runtime_checkable
@@ -74,31 +92,6 @@ class Columns:
     """Pseudo-labels as text."""
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Counts of a dataset's rows."""
-
-    rows: int
-    with_text: int
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        rows = f"{self.rows:,} row" + "s" * (self.rows != 1)
-        counts = f"{rows}, {self.with_text:,} with text"
-        if without := self.rows - self.with_text:
-            counts += f", {without:,} without"
-        return "; ".join((counts, *self.notes))
-
-
-def usual_columns(config: DataConfig) -> dict[str, tuple[str, ...]]:
-    """The column of each meaning for which `config` names none → its usual names."""
-    texts = tuple(name for name in TEXT if name != config.transcript_column)
-    kinds = ((config.audio_column, AUDIO), (config.text_column, texts))
-    kinds += ((config.speaker_column, SPEAKER), (config.language_column, LANGUAGE))
-    kinds += ((config.recording_column, RECORDING),)
-    return {usual[0]: usual for named, usual in kinds if named is None}
-
-
 def find_columns(table: Table, config: DataConfig) -> Columns:
     """The columns that `config` names, else those with the usual names.
 
@@ -106,8 +99,10 @@ def find_columns(table: Table, config: DataConfig) -> Columns:
         InputError: a column that is named is missing, or no column holds audio.
     """
 
-    def find(named: str | None, usual: Sequence[str], kind: str) -> str | None:
+    def find(kind: str, other: str | None = None) -> str | None:
+        named = getattr(config, f"{kind}_column")
         if named is None:
+            usual = (name for name in USUAL[kind] if name != other)
             return next((name for name in usual if name in table.columns), None)
         if named not in table.columns:
             raise InputError(
@@ -115,26 +110,148 @@ def find_columns(table: Table, config: DataConfig) -> Columns:
             )
         return named
 
-    audio = find(config.audio_column, AUDIO, "audio")
+    audio = find("audio")
     if audio is None:
         raise InputError(
-            f"{config.source} has no column that looks like audio ({', '.join(FILE_COLUMNS)}); it "
-            f"has {', '.join(table.columns)}: name one as audio_column"
+            f"{config.source} has no column that looks like audio ({', '.join(USUAL['audio'])}); "
+            f"it has {', '.join(table.columns)}: name one as audio_column"
         )
-    transcript = find(config.transcript_column, TRANSCRIPT, "transcript")
-    text = find(config.text_column, [name for name in TEXT if name != transcript], "text")
+    transcript = find("transcript")
+    text = find("text", other=transcript)
     if text is not None and text == transcript:
         raise InputError(
             f"{config.source}: {text} holds a teacher's labels, it is the transcript_column; name "
             "the references as text_column, or leave it out"
         )
+    names = {kind: find(kind) for kind in ("id", "speaker", "language", "recording")}
     return Columns(
-        audio=audio,
-        text=text,
-        id=find(config.id_column, ID, "id"),
-        speaker=find(config.speaker_column, SPEAKER, "speaker"),
-        language=find(config.language_column, LANGUAGE, "language"),
-        recording=find(config.recording_column, RECORDING, "recording"),
-        labelled="token_ids" in table.columns,
-        transcript=transcript,
+        audio, text, **names, labelled="token_ids" in table.columns, transcript=transcript
     )
+
+
+# --- cells --------------------------------------------------------------------------------------
+
+
+def escape(name: str) -> str:
+    r"""A name that can be written to any file: `\udce9` for a byte that is not UTF-8, `\n` for a
+    line break. Files are opened by the original name."""
+    return UNWRITABLE.sub(lambda found: ascii(found[0])[1:-1], name)
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell is empty: None or NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def cell_text(value: Any) -> str | None:
+    """A text, with U+FFFD for characters that are not text."""
+    if is_missing(value) or isinstance(value, list | tuple | dict | np.ndarray):
+        return None
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return NO_TEXT.sub("\ufffd", text)
+
+
+def cell_name(value: Any) -> str | None:
+    """An id, speaker or recording as a string that can be written."""
+    text = value if isinstance(value, str) else cell_text(value)
+    return None if text is None else escape(text)
+
+
+def cell_language(value: Any) -> str | None:
+    """Whisper's code of a language; the text itself where Whisper does not have the language."""
+    text = cell_name(value)
+    try:
+        return text and to_language_code(text)
+    except InputError:
+        return text
+
+
+def cell_seconds(value: Any) -> float | None:
+    """A time in seconds; None for any other value."""
+    try:
+        seconds = math.nan if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    return seconds if 0 <= seconds < math.inf else None
+
+
+def cell_tokens(value: Any) -> tuple[int, ...] | None:
+    """Token ids as Python integers; None for any other value."""
+    try:
+        return None if value is None else tuple(np.asarray(value, np.int64).tolist())
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def cell_bool(value: Any) -> bool:
+    """False for false, no and 0; True for any other value and for an empty cell."""
+    if isinstance(value, str):
+        return value.strip().lower() not in ("false", "no", "0")
+    return not (isinstance(value, bool | int | float | np.bool_) and value == 0)
+
+
+def cell_audio(value: Any, row: Row) -> tuple[str | bytes | np.ndarray, str | None, float | None]:
+    """The contents of an audio cell, the path it names, and the sampling rate of an array."""
+    path, rate = None, None
+    if isinstance(value, dict):  # Hugging Face's {bytes, path}, or {array, sampling_rate, path}
+        path, rate = value.get("path"), value.get("sampling_rate")
+        path = path if isinstance(path, str) else None
+        samples, contents = value.get("array"), value.get("bytes")
+        value = contents or (path if samples is None else samples)
+        if isinstance(contents, str):  # in JSON
+            try:
+                value = base64.b64decode(contents, validate=True)
+            except ValueError:
+                value = b""
+    if isinstance(value, list | np.ndarray):
+        known = (rate, row.get("sampling_rate"), row.get("sample_rate"))
+        try:
+            samples = np.asarray(value)
+        except ValueError:  # lists of different lengths
+            samples = np.zeros(0, object)
+        return samples, path, next((one for one in known if one is not None), None)
+    if isinstance(value, str | Path):
+        return str(value), str(value), None
+    return (value if isinstance(value, bytes) else b""), path, None
+
+
+def cell_path(value: Any) -> str:
+    """The file that an audio cell names and does not contain, or ""."""
+    if isinstance(value, dict):
+        value = None if value.get("bytes") else value.get("path")
+    return value if isinstance(value, str) else ""
+
+
+def resolve_path(path: str, folder: Path | None) -> str:
+    """The path of a file that a row names, relative to the table's folder or its parent."""
+    if folder is None or "://" in path or os.path.isabs(path):
+        return path
+    bases = (folder, folder.parent, Path())
+    return str(next((base for base in bases if os.path.isfile(base / path)), folder) / path)
+
+
+def array_to_waveform(samples: np.ndarray, rate: float, name: str) -> Float32[np.ndarray, "n"]:
+    """A dataset's array of samples as a mono waveform at 16 kHz in [-1, 1].
+
+    samples: [n], [channels, n] or [n, channels]; integers have 16 bits where all fit, else 32.
+    rate: Hz.
+
+    Raises:
+        AudioError: the array is not audio.
+    """
+    channels = np.atleast_2d(samples)
+    if channels.ndim != 2 or channels.dtype.kind not in "iuf" or rate not in RATES:
+        raise AudioError(
+            f"{name}: an array of {channels.dtype} {samples.shape} at {rate} Hz is not audio: "
+            f"store [n] floats in [-1, 1] with a sampling_rate of {RATES.start} to {RATES.stop - 1}"
+        )
+    channels = channels if len(channels) <= channels.shape[1] else channels.T
+    if channels.dtype.kind in "iu":
+        scale = 2.0**15 if np.abs(channels).max(initial=0) <= 2**15 else 2.0**31
+        channels = channels / scale
+    if not channels.size or not np.isfinite(channels).all():
+        raise AudioError(f"{name}: there are no samples, or they hold NaN or infinity")
+    whole = SampleBlock(int(rate), 0, np.ascontiguousarray(channels, np.float32))
+    mono = (mix_to_mono(chunk)[0] for chunk in split_seconds([whole]))
+    waveform = np.concatenate([chunk.samples[0] for chunk in resample(mono, SAMPLE_RATE)])
+    return full_scale(waveform, float(np.abs(waveform).max(initial=0)), name)

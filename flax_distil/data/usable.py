@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from flax_distil.data.batches import TargetOptions, has_speech, longest_prompt
-from flax_distil.data.cells import cell_bool
+from flax_distil.data.table import cell_bool
 from flax_distil.data.utterances import Utterance, Utterances
 from flax_distil.errors import InputError
 from flax_distil.text.tokens import WhisperTokens

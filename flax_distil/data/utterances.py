@@ -2,9 +2,10 @@
 
 import logging
 import reprlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,26 @@ from jaxtyping import Float16, Float32, Int
 
 from flax_distil.audio.load import SAMPLE_RATE, AudioError, load_audio
 from flax_distil.config import DataConfig
-from flax_distil.data.cells import (
+from flax_distil.data.parquet import ParquetRows
+from flax_distil.data.sources import read_table
+from flax_distil.data.table import (
+    UTTERANCE_NUMBER,
+    Columns,
+    Row,
+    Rows,
     array_to_waveform,
     cell_audio,
     cell_bool,
     cell_language,
     cell_name,
-    cell_number,
     cell_seconds,
     cell_text,
     cell_tokens,
     escape,
+    find_columns,
     is_missing,
     resolve_path,
 )
-from flax_distil.data.parquet import ParquetRows
-from flax_distil.data.sources import read_table
-from flax_distil.data.table import UTTERANCE_NUMBER, Columns, Counts, Row, Rows, find_columns
 from flax_distil.errors import InputError
 from flax_distil.text.languages import to_language_code
 
@@ -102,8 +106,6 @@ class Utterances(Sequence):
     """Numbers of the selected rows; None for all."""
     folder: Path | None = None
     """The folder that relative paths in the rows start at."""
-    counts: Counts | None = None
-    """Of the whole table."""
 
     def take(self, numbers: Int[np.ndarray, "m"]) -> "Utterances":
         """The utterances of these numbers, as a dataset."""
@@ -118,8 +120,6 @@ class Utterances(Sequence):
         return self._rows if self.taken is None else len(self.taken)
 
     def __getitem__(self, index) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]
         number = number if self.taken is None else int(self.taken[number])
         row: Row = self.rows[number]
@@ -130,8 +130,10 @@ class Utterances(Sequence):
         """The utterances from `start` on."""
         return (self[number] for number in range(start, len(self)))
 
-    def column(self, name: str) -> list[Any]:
+    def column(self, name: str | None) -> list[Any]:
         """One column, read without the others and as `to_utterance` reads it; None where absent."""
+        if name is None:
+            return [None] * len(self)
         columns = self.columns
         read = {
             columns.text: cell_text,
@@ -141,7 +143,6 @@ class Utterances(Sequence):
             columns.language: cell_language,
             "duration": cell_seconds,
             "offset": cell_seconds,
-            UTTERANCE_NUMBER: cell_number,
         }.get(name, lambda cell: cell)
         values = list(map(read, islice(_cells(self.rows, name), self._rows)))
         return values if self.taken is None else [values[number] for number in self.taken]
@@ -160,20 +161,18 @@ class Utterances(Sequence):
         A label store numbers its utterances, which reveals gaps left by filtering; clips of a
         window that was split share a number.
         """
-        known = [name for name in (self.columns.speaker, self.columns.recording) if name]
-        offsets = self.column("offset")
-        if any(offset is not None for offset in offsets):  # several clips of one file
+        known = [self.columns.speaker, self.columns.recording]
+        if any(offset is not None for offset in self.column("offset")):  # several clips of one file
             known.append(self.columns.audio)
-        if not known:
-            return np.zeros(len(self), bool)
-        whose = list(zip(*(self.column(name) for name in known), strict=True))
+        whose = list(zip(*map(self.column, known), strict=True))
         numbers = self.column(UTTERANCE_NUMBER)
-        if None in numbers and self.taken is not None:  # rows that were not taken leave gaps
-            numbers = self.taken.tolist()
+        if not all(isinstance(number, int) for number in numbers):
+            # Rows that were not taken leave gaps.
+            numbers = list(range(len(self))) if self.taken is None else self.taken.tolist()
         same = [False]
         for (one, two), (first, second) in zip(pairwise(whose), pairwise(numbers), strict=True):
-            adjacent = None in (first, second) or second in (first, first + 1)
-            same.append(adjacent and one == two and any(name is not None for name in two))
+            known_pair = one == two and any(name is not None for name in two)
+            same.append(known_pair and second in (first, first + 1))
         return np.array(same)
 
 
@@ -203,7 +202,7 @@ class UtteranceStream:
             rows_read, with_text = rows_read + 1, with_text + bool(utterance.text)
             yield utterance
         notes = (f"read from row {start:,} on",) if start else ()
-        logger.info("%s: %s", self.config.source, Counts(rows_read, with_text, notes))
+        logger.info("%s: %s", self.config.source, describe_counts(rows_read, with_text, notes))
 
     @property
     def shards(self) -> int:
@@ -223,17 +222,15 @@ class Concatenated(Sequence[Utterance]):
 
     def __init__(self, parts: Sequence[Sequence[Utterance]]):
         self.parts = tuple(parts)
-        self._places = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
+        self._ends = list(accumulate(map(len, self.parts)))
 
     def __len__(self) -> int:
-        return int(self._places[-1])
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]
-        part = int(np.searchsorted(self._places, number, side="right")) - 1
-        return self.parts[part][number - int(self._places[part])]
+        part = bisect_right(self._ends, number)
+        return self.parts[part][number - self._ends[part]]  # counted from the part's end
 
 
 def read_dataset(source: DataConfig | str | Path) -> Utterances | UtteranceStream:
@@ -252,14 +249,21 @@ def read_dataset(source: DataConfig | str | Path) -> Utterances | UtteranceStrea
         raise InputError(f"limit {config.limit} leaves no utterance: use 1 or more")
     table = read_table(config)
     columns = find_columns(table, config)
-    if not hasattr(table.rows, "__len__"):
+    if not isinstance(table.rows, Rows):
         return UtteranceStream(table.rows, columns, config)
-    rows: Any = table.rows
-    counts = Counts(len(rows), _count_texts(rows, columns.text), table.notes)
-    if not counts.rows:
+    if not len(table.rows):
         raise InputError(f"{config.source} is a dataset without rows")
-    logger.log(logging.WARNING if counts.notes else logging.INFO, "%s: %s", config.source, counts)
-    return Utterances(rows, columns, config, folder=table.folder, counts=counts)
+    counts = describe_counts(len(table.rows), _count_texts(table.rows, columns.text), table.notes)
+    logger.log(logging.WARNING if table.notes else logging.INFO, "%s: %s", config.source, counts)
+    return Utterances(table.rows, columns, config, folder=table.folder)
+
+
+def describe_counts(rows: int, with_text: int, notes: Sequence[str]) -> str:
+    """What was read of a dataset: counts of rows and texts, and notes."""
+    counts = f"{rows:,} row{'s' * (rows != 1)}, {with_text:,} with text"
+    if without := rows - with_text:
+        counts += f", {without:,} without"
+    return "; ".join((counts, *notes))
 
 
 def _cells(rows: Any, name: str) -> Iterable[Any]:
@@ -267,20 +271,18 @@ def _cells(rows: Any, name: str) -> Iterable[Any]:
     if isinstance(rows, ParquetRows):
         return (value for part in rows.column(name) for value in part.to_pylist())
     if hasattr(rows, "select_columns") and name in rows.column_names:  # of `datasets`
-        rows = rows.select_columns([name])
+        parts = rows.select_columns([name]).with_format("arrow").iter(1_000)
+        return (value for part in parts for value in part[name].to_pylist())
     return (row.get(name) for row in rows)
 
 
 def _count_texts(rows: Any, column: str | None) -> int:
-    """Number of rows with a text, by the statistics of Parquet and Arrow."""
+    """Number of rows with a text, of Parquet by its statistics."""
     if column is None:
         return 0
     if isinstance(rows, ParquetRows):
         return len(rows) - rows.null_count(column)
-    if hasattr(rows, "select_columns"):
-        texts = rows.select_columns([column]).with_format("arrow")
-        return sum(len(part) - part[column].null_count for part in texts.iter(10_000))
-    return sum(cell_text(row.get(column)) is not None for row in rows)
+    return sum(cell_text(value) is not None for value in _cells(rows, column))
 
 
 def to_utterance(
@@ -361,11 +363,11 @@ def load_waveform(utterance: Utterance, longest: float | None = None) -> Float32
             piece for part in utterance.parts for piece in (silence, load_waveform(part, longest))
         ]
         return np.concatenate(pieces[1:])
+    if utterance.fault:
+        raise AudioError(utterance.fault)
     source, offset = utterance.audio, utterance.offset
     limits = (longest, None if offset is None else utterance.duration or None)
     duration = min((seconds for seconds in limits if seconds is not None), default=None)
-    if utterance.fault:
-        raise AudioError(utterance.fault)
     if isinstance(source, np.ndarray):
         source = array_to_waveform(source, utterance.rate or SAMPLE_RATE, utterance.id)
         start = round((offset or 0) * SAMPLE_RATE)
@@ -377,17 +379,13 @@ def load_waveform(utterance: Utterance, longest: float | None = None) -> Float32
             )
         return source[start:end]
     if isinstance(source, str) and "://" in source:
-        source = _download(source)
+        import fsspec
+
+        try:
+            with fsspec.open(source) as file:
+                source = file.read()  # type: ignore[union-attr]
+        except OSError as error:
+            raise AudioError(f"cannot read {utterance.audio}: {error}") from None
     if not source:
         raise AudioError(f"{utterance.id}: the row holds no audio")
     return load_audio(source, format=utterance.format, offset=offset, duration=duration)
-
-
-def _download(address: str) -> bytes:
-    import fsspec
-
-    try:
-        with fsspec.open(address) as file:
-            return file.read()  # type: ignore[union-attr]
-    except OSError as error:
-        raise AudioError(f"cannot read {address}: {error}") from None

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flax_distil.audio.load import encode_flac
-from flax_distil.data.cells import escape
+from flax_distil.data.table import escape
 from flax_distil.data.utterances import Skipped, Utterance
 from flax_distil.data.windows import DecodedClip
 from flax_distil.decode.hypothesis import Hypothesis

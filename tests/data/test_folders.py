@@ -246,15 +246,16 @@ def test_relative_paths_start_at_the_file(folder, monkeypatch, tmp_path):
     assert texts("set/list.jsonl") == {"audio/a.flac": "a", "audio/b.flac": "b"}
 
 
-def test_saved_datasets_have_relative_paths_too(folder, tmp_path):
+def test_saved_datasets_have_relative_paths_too(folder, tmp_path, caplog):
     import datasets
 
     clips = folder({"a.flac": None})
     saved = datasets.Dataset.from_dict({"audio": ["a.flac", "a.flac"], "text": ["1", None]})
     saved.save_to_disk(clips)
-    found = read_dataset(clips)
+    with caplog.at_level(logging.INFO):
+        found = read_dataset(clips)
     assert [len(load_waveform(one)) for one in found] == [1600] * 2
-    assert str(found.counts) == "2 rows, 1 with text, 1 without"
+    assert "2 rows, 1 with text, 1 without" in caplog.text
 
 
 # --- corpora ------------------------------------------------------------------------------------

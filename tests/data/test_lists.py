@@ -23,7 +23,7 @@ def written(path, content: str | bytes):
 
 
 def read(path, **config) -> list[tuple]:
-    return [tuple(row.values()) for row in read_list(path, DataConfig("", **config)).rows]
+    return [tuple(row.values()) for row in read_list(path, DataConfig("", **config))[0]]
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_quotes_and_commas_lose_no_row(tmp_path, line, text, quoted):
 
 def test_what_was_guessed_is_told(tmp_path):
     lines = ["file_name,text", 'a.flac,"open', "b.flac,one, two", 'c.flac,"open', "d.flac,fine"]
-    found = read_list(written(tmp_path / "m.csv", "\n".join(lines)), DataConfig(""))
-    assert found.notes() == (
+    _, notes = read_list(written(tmp_path / "m.csv", "\n".join(lines)), DataConfig(""))
+    assert notes == (
         "unpaired quotes read as text: 2 (line 2, 4)",
         "delimiters outside quotes read as text: 1 (line 3)",
     )
@@ -156,10 +156,8 @@ def test_delimiters(tmp_path, delimiter):
 
 def test_usual_names_in_other_letters(tmp_path):
     path = written(tmp_path / "m.csv", "File_Name, TEXT,Mine\na.flac,b,c\n")
-    assert read_list(path, DataConfig("")).rows == [
-        {"file_name": "a.flac", "text": "b", "Mine": "c"}
-    ]
-    named = read_list(path, DataConfig("", text_column="TEXT")).rows
+    assert read_list(path, DataConfig(""))[0] == [{"file_name": "a.flac", "text": "b", "Mine": "c"}]
+    named = read_list(path, DataConfig("", text_column="TEXT"))[0]
     assert named == [{"file_name": "a.flac", "TEXT": "b", "Mine": "c"}]
 
 

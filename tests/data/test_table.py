@@ -10,8 +10,15 @@ import pytest
 
 from flax_distil.audio.load import AudioError
 from flax_distil.config import DataConfig
-from flax_distil.data.cells import array_to_waveform, cell_name, cell_seconds, cell_text, escape
-from flax_distil.data.table import Table, find_columns
+from flax_distil.data.table import (
+    Table,
+    array_to_waveform,
+    cell_name,
+    cell_seconds,
+    cell_text,
+    escape,
+    find_columns,
+)
 from flax_distil.data.utterances import Skipped, Utterances, load_waveform, read_dataset
 
 
