@@ -42,7 +42,7 @@ from flax_distil.export.formats import write_faster_whisper
 from flax_distil.fetch.speech import human_prompts, read_manifest, sentences, synthesise
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
-from flax_distil.model.openai import to_openai
+from flax_distil.model.tensors import to_openai
 from flax_distil.model.weights import to_hf
 from flax_distil.options import DecodeOptions
 from flax_distil.parallel.platform import name_platform

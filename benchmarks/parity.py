@@ -40,8 +40,8 @@ from flax_distil.fetch.speech import human_prompts, read_manifest
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.dims import CHUNK_SAMPLES
-from flax_distil.model.openai import to_openai
 from flax_distil.model.student import init_student
+from flax_distil.model.tensors import to_openai
 from flax_distil.model.weights import to_hf
 from flax_distil.options import DecodeOptions
 from flax_distil.parallel.platform import name_platform

@@ -94,13 +94,13 @@ def random_folders(tiny_en_folder, tmp_path_factory) -> tuple[Path, Path]:
 
     from flax_distil.model.checkpoint import Checkpoint, save_checkpoint
     from flax_distil.model.dims import dims_to_hf
-    from flax_distil.model.generation import generation_config, token_ids
+    from flax_distil.model.generation import generation_config
     from flax_distil.model.spec import Spec
     from flax_distil.model.student import init_student
 
     dims = WhisperDims(80, 51_864, 16, 1, 2, 2, 2, 64, 64)
     params = jax.device_get(Spec(dims).init(jax.random.key(0)))
-    config = dims_to_hf(dims) | token_ids(dims)
+    config = dims_to_hf(dims)
     teacher = Checkpoint(dims, params, config, generation_config(dims), tiny_en_folder)
     folder = tmp_path_factory.mktemp("random")
     save_checkpoint(teacher, folder / "teacher")
@@ -136,12 +136,12 @@ def openai_tiny_en(tiny_en_folder):
     """openai-whisper's model with whisper-tiny.en's weights."""
     import torch
     import whisper
+    from safetensors.numpy import load_file
 
-    from flax_distil.model.checkpoint import read_safetensors
     from flax_distil.model.dims import PUBLISHED
-    from flax_distil.model.openai import to_openai
+    from flax_distil.model.tensors import to_openai
 
-    sizes, state = to_openai(PUBLISHED["tiny.en"], read_safetensors(tiny_en_folder))
+    sizes, state = to_openai(PUBLISHED["tiny.en"], load_file(tiny_en_folder / "model.safetensors"))
     model = whisper.model.Whisper(whisper.model.ModelDimensions(**sizes))
     model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
     return model.eval()

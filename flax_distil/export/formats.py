@@ -15,11 +15,16 @@ from flax_distil.errors import InputError, check_writable
 from flax_distil.export.card import model_card
 from flax_distil.export.heads import with_heads_of
 from flax_distil.export.verify import import_torch, largest_difference
-from flax_distil.model.checkpoint import STALE, Checkpoint, load_checkpoint, write_transformers
+from flax_distil.model.checkpoint import (
+    STALE,
+    Checkpoint,
+    load_checkpoint,
+    replacing,
+    write_transformers,
+)
 from flax_distil.model.ctranslate2 import write_ctranslate2
-from flax_distil.model.folder import replacing
-from flax_distil.model.openai import to_openai
 from flax_distil.model.processor import copy_processor
+from flax_distil.model.tensors import to_openai
 from flax_distil.model.weights import to_hf
 from flax_distil.text.tokens import load_tokens
 

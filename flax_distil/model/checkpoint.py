@@ -3,38 +3,36 @@
 import json
 import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from flax_distil.cache import model_folder
 from flax_distil.errors import InputError, read_json
-from flax_distil.model.adapter import ADAPTER, merged, read_adapter
+from flax_distil.model.adapter import ADAPTER, merge_adapter, read_adapter
 from flax_distil.model.ctranslate2 import read_ctranslate2
-from flax_distil.model.dims import WhisperDims, check_architecture, dims_from_hf, dims_to_hf
-from flax_distil.model.folder import replacing
+from flax_distil.model.dims import WhisperDims, dims_to_hf
 from flax_distil.model.generation import completed
-from flax_distil.model.openai import read_openai
 from flax_distil.model.processor import copy_processor
 from flax_distil.model.spec import Params
-from flax_distil.model.tensors import INDEX, WEIGHTS, open_tensors, read_safetensors, whisper_names
+from flax_distil.model.tensors import SHARDS, WEIGHTS, open_transformers, read_openai, whisper_names
 from flax_distil.model.weights import dims_of, from_hf, to_hf
 from flax_distil.text.tokens import WhisperTokens, load_tokens
-
-__all__ = ["Checkpoint", "load_checkpoint", "read_safetensors", "save_checkpoint"]
 
 log = logging.getLogger(__name__)
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-# Not model*.safetensors: large-v3 has a second copy in float32, model.fp32-*.safetensors, of 6 GB.
-SHARDS = "model-*-of-*.safetensors"
 HUB_FILES = ["*.json", "*.txt", WEIGHTS, SHARDS, "adapter_model.safetensors"]
-STALE = (INDEX, SHARDS, "pytorch_model*.bin*")  # would be read in place of the new weights
+# They would be read in place of the new weights.
+STALE = (f"{WEIGHTS}.index.json", SHARDS, "pytorch_model*.bin*")
 SAVE_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -46,7 +44,7 @@ class Checkpoint:
     params: Params
     """Nested dict of float32 numpy arrays, layers by index."""
     config: dict[str, Any]
-    """`config.json`."""
+    """`config.json`; keys that the sizes or the generation config decide may be missing."""
     generation: dict[str, Any]
     """`generation_config.json`, completed. A model of one language has `language` and `task`."""
     source: Path
@@ -68,72 +66,22 @@ def load_checkpoint(name_or_folder: str | Path) -> Checkpoint:
     Raises:
         InputError: it does not exist, cannot be read, or the tensors do not fit.
     """
-    path = Path(name_or_folder).expanduser()
-    if not path.exists():
-        path = _by_name(str(name_or_folder))
-    if (path / "model.bin").is_file():
-        return _build(*read_ctranslate2(path), path)
-    if (path / ADAPTER).is_file() and not (path / WEIGHTS).is_file():
-        return _with_adapter(path)
-    if path.is_dir() and not (path / CONFIG).is_file():
-        alone = sorted(path.glob("*.pt"))
-        path = alone[0] if len(alone) == 1 else path
-    if path.is_file():
-        return _build(*read_openai(path), path.parent)
-    config = read_json(path / CONFIG)
-    check_architecture(config)
-    tensors = whisper_names(open_tensors(path))
+    config, tensors, generation, source = _read(_find(name_or_folder))
+    tensors = whisper_names(tensors)
+    dims = dims_of(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if config.get("tie_word_embeddings") is False and "proj_out.weight" not in tensors:
         raise InputError(
-            f"{path} has tie_word_embeddings false, and its proj_out.weight is missing"
+            f"{source} has tie_word_embeddings false, and its proj_out.weight is missing"
         )
-    written = read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
-    dims = dims_of(config, {name: tensor.shape for name, tensor in tensors.items()})
-    generation = completed(written, config, dims, path)
-    return Checkpoint(dims, from_hf(dims, tensors), config, generation, path)
-
-
-def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, dtype: str = "float32") -> None:
-    """Write a folder that Transformers loads as it is: weights, configurations, tokenizer.
-
-    The folder is replaced whole (`replacing`): a full disk or a kill never leaves old and new files
-    mixed. Files in it that are not a model's stay. `dtype` is float32, float16 or bfloat16.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    with replacing(Path(folder), CONFIG, STALE) as complete:
-        write_transformers(checkpoint, complete, dtype)
-
-
-def _build(
-    config: dict[str, Any],
-    tensors: Mapping[str, Any],
-    generation: dict[str, Any],
-    source: Path,
-) -> Checkpoint:
-    dims = dims_from_hf(config)
+    generation = completed(generation, config, dims, source)
     return Checkpoint(dims, from_hf(dims, tensors), config, generation, source)
 
 
-def _with_adapter(path: Path) -> Checkpoint:
-    """The base model of an adapter, with its changes; the tokenizer is the adapter's, if any."""
-    adapter = read_adapter(path)
-    if (Path(adapter.base) / ADAPTER).is_file():
-        raise InputError(
-            f"{path} is an adapter of {adapter.base}, an adapter too: merge that first"
-        )
-    try:
-        base = load_checkpoint(adapter.base)
-    except InputError as error:
-        raise InputError(f"{path} is a LoRA adapter of {adapter.base}: {error}") from None
-    tensors = merged(to_hf(base.dims, base.params), adapter)
-    source = path if (path / "tokenizer.json").is_file() else base.source
-    return replace(base, params=from_hf(base.dims, tensors), source=source)
-
-
-def _by_name(name: str) -> Path:
-    """The folder of a fetched model, or of one of the hub's, downloaded where needed."""
+def _find(name_or_folder: str | Path) -> Path:
+    """A file or folder as it is, else that of a fetched model, else one of the hub, downloaded."""
+    name, path = str(name_or_folder), Path(name_or_folder).expanduser()
+    if path.exists():
+        return path
     if model_folder(name).is_dir():
         return model_folder(name)
     name, _, revision = name.partition("@")
@@ -159,6 +107,43 @@ def _by_name(name: str) -> Path:
         ) from error
 
 
+def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Any], dict[str, Any], Path]:
+    """`config.json`, tensors, generation config and the folder of the tokenizer, in any format."""
+    if (path / "model.bin").is_file():
+        return *read_ctranslate2(path), path
+    if (path / ADAPTER).is_file() and not (path / WEIGHTS).is_file():
+        name, scale, matrices = read_adapter(path)
+        if (Path(name) / ADAPTER).is_file():
+            raise InputError(f"{path} is an adapter of {name}, an adapter too: merge that first")
+        try:
+            config, tensors, generation, source = _read(_find(name))
+        except InputError as error:
+            raise InputError(f"{path} is a LoRA adapter of {name}: {error}") from None
+        tensors = merge_adapter(whisper_names(tensors), matrices, scale)
+        source = path if (path / "tokenizer.json").is_file() else source
+        return config, tensors, generation, source
+    if path.is_dir() and not (path / CONFIG).is_file():
+        alone = sorted(path.glob("*.pt"))
+        path = alone[0] if len(alone) == 1 else path
+    if path.is_file():
+        return *read_openai(path), {}, path.parent
+    generation = read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
+    return read_json(path / CONFIG), open_transformers(path), generation, path
+
+
+def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, dtype: str = "float32") -> None:
+    """Write a folder that Transformers loads as it is: weights, configurations, tokenizer.
+
+    The folder is replaced whole (`replacing`): a full disk or a kill never leaves old and new files
+    mixed. Files in it that are not a model's stay. `dtype` is float32, float16 or bfloat16.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    with replacing(Path(folder), CONFIG, STALE) as complete:
+        write_transformers(checkpoint, complete, dtype)
+
+
 def write_transformers(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     """Write every file of the checkpoint into an empty folder."""
     if dtype not in SAVE_DTYPES:
@@ -168,11 +153,43 @@ def write_transformers(checkpoint: Checkpoint, folder: Path, dtype: str) -> None
         for name, tensor in to_hf(checkpoint.dims, checkpoint.params).items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    outdated = ("torch_dtype", "forced_decoder_ids")
-    config = {key: value for key, value in checkpoint.config.items() if key not in outdated}
-    config |= dims_to_hf(checkpoint.dims) | {"dtype": dtype}
     generation = checkpoint.generation
+    config = {key: value for key, value in generation.items() if key.endswith("_token_id")}
+    config |= checkpoint.config | dims_to_hf(checkpoint.dims) | {"dtype": dtype}
+    for key in ("torch_dtype", "forced_decoder_ids"):
+        config.pop(key, None)
     for name, content in ((CONFIG, config), (GENERATION, generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors makes it private
     copy_processor(checkpoint.source, folder, checkpoint.dims)
+
+
+@contextmanager
+def replacing(folder: Path, key: str, stale: Sequence[str] = ()) -> Iterator[Path]:
+    """An empty folder to write a model into, whose files then replace those in `folder`.
+
+    It lies beside `folder` until it is complete. Then `key`, the file without which no program
+    takes the folder for a model, is removed first and comes last: whoever reads in between, or
+    after a kill, finds no model, never new weights beside an old configuration. Other files in
+    `folder` stay, but for those that match `stale`.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    folder = folder.resolve()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+            complete = Path(beside) / "new"
+            complete.mkdir()
+            yield complete
+            if not folder.exists():
+                complete.rename(folder)
+                return
+            (folder / key).unlink(missing_ok=True)
+            for file in [file for glob in stale for file in folder.glob(glob)]:
+                file.unlink()
+            for file in sorted(complete.iterdir(), key=lambda file: file.name == key):
+                file.replace(folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder} could not be written: {error}") from error

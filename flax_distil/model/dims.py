@@ -65,8 +65,7 @@ PUBLISHED: dict[str, WhisperDims] = {
     "large-v3-turbo": published((32, 4), 1280, 51_866, mels=128),
 }
 
-
-_HF_FIELDS = {
+HF_FIELDS = {
     "mels": "num_mel_bins",
     "vocab": "vocab_size",
     "width": "d_model",
@@ -79,7 +78,6 @@ _HF_FIELDS = {
     "audio_positions": "max_source_positions",
     "text_positions": "max_target_positions",
 }
-
 
 # What would change the numbers, and is not implemented.
 _ARCHITECTURE = {
@@ -100,7 +98,7 @@ def dims_from_hf(config: Mapping[str, Any], sizes: Mapping[str, int] | None = No
     check_architecture(config)
     known = dict(sizes or {})
     faults = []
-    for field, key in _HF_FIELDS.items():
+    for field, key in HF_FIELDS.items():
         value = config.get(key, known.get(field))
         if key not in config and field not in known:
             faults.append(f"lacks {key}")
@@ -109,7 +107,7 @@ def dims_from_hf(config: Mapping[str, Any], sizes: Mapping[str, int] | None = No
         elif value != known.setdefault(field, value):
             faults.append(f"has {key} {value:,} and the weights have {known[field]:,}")
     if faults:
-        raise InputError(f"config.json {', '.join(faults)}: is it this Whisper model's?")
+        raise InputError(f"the configuration {', '.join(faults)}: is it this model's?")
     return WhisperDims(**known)
 
 
@@ -132,7 +130,7 @@ def check_architecture(config: Mapping[str, Any]) -> None:
 
 def dims_to_hf(dims: WhisperDims) -> dict[str, Any]:
     """The keys of a Transformers `config.json` that `dims` decides."""
-    return {key: getattr(dims, field) for field, key in _HF_FIELDS.items()} | {
+    return {key: getattr(dims, field) for field, key in HF_FIELDS.items()} | {
         "model_type": "whisper",
         "architectures": ["WhisperForConditionalGeneration"],
         "num_hidden_layers": dims.encoder_layers,

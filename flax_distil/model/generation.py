@@ -11,6 +11,16 @@ from flax_distil.text.tokens import BLANK, ENGLISH_END, added_tokens, suppressed
 
 VOCABULARIES = range(51_864, 51_867)  # sizes of vocabularies: English-only, multilingual, large-v3
 TASKS = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")
+SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
+TYPES = {
+    "alignment_heads": list,
+    "lang_to_id": dict,
+    "task_to_id": dict,
+    "language": str,
+    "task": str,
+}
+# With _from_model_config Transformers would make it anew out of config.json, tables lost.
+OUTDATED = ("forced_decoder_ids", "_from_model_config")
 
 
 def special_ids(dims: WhisperDims, folder: Path | None = None) -> dict[str, int]:
@@ -19,10 +29,16 @@ def special_ids(dims: WhisperDims, folder: Path | None = None) -> dict[str, int]
     Without one they follow the text tokens in a fixed order, which the vocabulary's size decides.
 
     Raises:
-        InputError: there is no tokenizer, and the vocabulary is not one of Whisper's three.
+        InputError: the tokenizer is not Whisper's, or there is none and the vocabulary is not one
+            of Whisper's three.
     """
-    if folder is not None and (folder / "tokenizer.json").is_file():
-        return _named_ids(folder / "tokenizer.json")
+    if folder is not None and (path := folder / "tokenizer.json").is_file():
+        ids = {token.strip("<|>"): id for token, id in added_tokens(read_json(path), path).items()}
+        ids.setdefault("nospeech", ids.get("nocaptions", -1))  # what older checkpoints call it
+        for name in ("endoftext", "startoftranscript", *TASKS):
+            if ids.get(name, -1) < 0:
+                raise InputError(f"{path} has no token <|{name}|>: it is not a Whisper tokenizer")
+        return ids
     if dims.vocab not in VOCABULARIES:
         raise InputError(
             f"a vocabulary of {dims.vocab:,} tokens is none of Whisper's (51,864 to 51,866) and "
@@ -34,63 +50,32 @@ def special_ids(dims: WhisperDims, folder: Path | None = None) -> dict[str, int]
     return {name: end + i for i, name in enumerate(names)}
 
 
-def _named_ids(path: Path) -> dict[str, int]:
-    ids = {token.strip("<|>"): id for token, id in added_tokens(read_json(path), path).items()}
-    ids.setdefault("nospeech", ids.get("nocaptions", -1))  # what older checkpoints call it
-    missing = [name for name in ("endoftext", "startoftranscript", *TASKS) if ids.get(name, -1) < 0]
-    if missing:
-        raise InputError(f"{path} has no token <|{missing[0]}|>: it is not a Whisper tokenizer")
-    return ids
+def generation_config(dims: WhisperDims, ids: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """A complete `generation_config.json` of Whisper. ids: those of `special_ids`.
 
-
-def token_ids(dims: WhisperDims, ids: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """The token ids that `config.json` has beside the sizes. ids: those of `special_ids`."""
-    ids = ids or special_ids(dims)
-    return {
-        "bos_token_id": ids["endoftext"],
-        "eos_token_id": ids["endoftext"],
-        "pad_token_id": ids["endoftext"],
-        "decoder_start_token_id": ids["startoftranscript"],
-    }
-
-
-def generation_config(
-    dims: WhisperDims,
-    suppress: Sequence[int] | None = None,
-    suppress_first: Sequence[int] | None = None,
-    alignment_heads: Sequence[Sequence[int]] | None = None,
-    ids: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
-    """A complete `generation_config.json` of Whisper; what is None is Whisper's own.
-
-    Alignment heads that are not known are all heads of the upper half of the decoder, as
-    openai-whisper takes them for a model that it does not know. ids: those of `special_ids`.
+    Alignment heads are all heads of the upper half of the decoder, as openai-whisper takes them for
+    a model that it does not know.
     """
     ids = ids or special_ids(dims)
-    multilingual = ids["endoftext"] != ENGLISH_END
-    if suppress is None:
-        suppress = suppressed_ids(ids)
-    if suppress_first is None:
-        suppress_first = (BLANK, ids["endoftext"])
-    if alignment_heads is None:
-        alignment_heads = upper_half(dims)
-    config = token_ids(dims, ids) | {
-        "alignment_heads": [list(pair) for pair in alignment_heads],
-        "begin_suppress_tokens": list(suppress_first),
-        "is_multilingual": multilingual,
+    config: dict[str, Any] = {
+        "alignment_heads": upper_half(dims),
+        "begin_suppress_tokens": [BLANK, ids["endoftext"]],
+        "bos_token_id": ids["endoftext"],
+        "decoder_start_token_id": ids["startoftranscript"],
+        "eos_token_id": ids["endoftext"],
+        "is_multilingual": ids["endoftext"] != ENGLISH_END,
         "max_initial_timestamp_index": 50,  # one second
         "max_length": dims.text_positions,
         "no_timestamps_token_id": ids["notimestamps"],
+        "pad_token_id": ids["endoftext"],
         "prev_sot_token_id": ids["startofprev"],
         "return_timestamps": False,
-        "suppress_tokens": list(suppress),
+        "suppress_tokens": suppressed_ids(ids),
     }
-    if not multilingual:
-        return config
-    return config | {
-        "lang_to_id": {f"<|{code}|>": ids[code] for code in LANGUAGES if code in ids},
-        "task_to_id": {task: ids[task] for task in ("transcribe", "translate")},
-    }
+    if config["is_multilingual"]:
+        config["lang_to_id"] = {f"<|{code}|>": ids[code] for code in LANGUAGES if code in ids}
+        config["task_to_id"] = {task: ids[task] for task in ("transcribe", "translate")}
+    return config
 
 
 def completed(
@@ -106,67 +91,44 @@ def completed(
     keep the suppressed tokens.
 
     Raises:
-        InputError: a list does not hold whole numbers, or pairs of them.
+        InputError: a value has another type than in Whisper's.
     """
-    suppressed = {}
-    for key in ("suppress_tokens", "begin_suppress_tokens"):
-        source = generation if key in generation else config
-        suppressed[key] = _numbers(source.get(key), key)
-    heads = kept_heads(generation.get("alignment_heads"), dims)
-    if generation and not (dims.vocab in VOCABULARIES or (folder / "tokenizer.json").is_file()):
-        whole = {"alignment_heads": upper_half(dims) if heads is None else heads}  # ids unknown
-    else:
-        ids = special_ids(dims, folder)
-        whole = generation_config(
-            dims, suppressed["suppress_tokens"], suppressed["begin_suppress_tokens"], heads, ids
-        )
-    own = {key: value for key, value in generation.items() if value is not None}
-    own |= {key: [] for key in suppressed if key in generation and generation[key] is None}
-    for key, kind in (("lang_to_id", dict), ("task_to_id", dict), ("language", str), ("task", str)):
-        if key in own and not isinstance(own[key], kind):
-            raise InputError(
-                f"generation_config.json has {key} {str(own[key])[:40]!r}: a {kind.__name__} is "
-                "needed, fetch it again"
-            )
-    # With _from_model_config Transformers would make it anew out of config.json, tables lost.
-    for key in ("forced_decoder_ids", "alignment_heads", "_from_model_config"):
-        own.pop(key, None)
-    return whole | own
-
-
-def kept_heads(heads: Any, dims: WhisperDims) -> list[list[int]] | None:
-    """Those [layer, head] that the model has; None where none are known.
-
-    Raises:
-        InputError: they are not pairs of whole numbers.
-    """
-    if heads is None:
-        return None
-    if not isinstance(heads, list) or not all(
-        isinstance(pair, list | tuple) and len(_numbers(pair, "alignment_heads") or ()) == 2
-        for pair in heads
-    ):
+    own = {key: config.get(key) for key in SUPPRESSED} | {
+        key: [] if value is None and key in SUPPRESSED else value
+        for key, value in generation.items()
+        if key not in OUTDATED
+    }
+    own = {key: value for key, value in own.items() if value is not None}
+    wrong = [key for key in SUPPRESSED if not _are_numbers(own.get(key, []))]
+    wrong += [key for key, kind in TYPES.items() if not isinstance(own.get(key, kind()), kind)]
+    if not wrong and not all(_are_numbers(pair, 2) for pair in own.get("alignment_heads", [])):
+        wrong = ["alignment_heads"]
+    if wrong:
         raise InputError(
-            f"alignment_heads {str(heads)[:40]} are not [layer, head] pairs: remove them from the "
-            "configuration, or choose them with `flax-distil export --heads-of`"
+            f"the generation config has {wrong[0]} {str(own[wrong[0]])[:40]!r}, which is of "
+            "another type than Whisper's: fetch it again"
         )
+    heads = kept_heads(own.pop("alignment_heads", None), dims)
+    if heads is not None:
+        own["alignment_heads"] = heads
+    if generation and not (dims.vocab in VOCABULARIES or (folder / "tokenizer.json").is_file()):
+        return {"alignment_heads": upper_half(dims)} | own  # ids unknown
+    return generation_config(dims, special_ids(dims, folder)) | own
+
+
+def _are_numbers(value: Any, count: int | None = None) -> bool:
+    numbers = isinstance(value, list | tuple) and all(type(one) is int for one in value)
+    return numbers and count in (None, len(value))
+
+
+def kept_heads(heads: Sequence[Sequence[int]] | None, dims: WhisperDims) -> list[list[int]] | None:
+    """Those [layer, head] that the model has; None where none are known."""
     kept = [
         [layer, head]
-        for layer, head in heads
+        for layer, head in heads or ()
         if 0 <= layer < dims.decoder_layers and 0 <= head < dims.decoder_heads
     ]
-    return kept if kept or not heads else None
-
-
-def _numbers(value: Any, key: str) -> list[int] | None:
-    """A list of whole numbers, or None. Raises InputError for anything else."""
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple) or any(type(one) is not int for one in value):
-        raise InputError(
-            f"{key} {str(value)[:40]!r} is not a list of whole numbers: fetch it again"
-        )
-    return list(value)
+    return kept if kept or heads == [] else None
 
 
 def upper_half(dims: WhisperDims) -> list[list[int]]:

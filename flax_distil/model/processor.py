@@ -5,19 +5,13 @@ import logging
 import shutil
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+
+from tokenizers import Tokenizer
 
 from flax_distil.errors import InputError, read_json
-from flax_distil.model.dims import (
-    CHUNK_FRAMES,
-    CHUNK_SAMPLES,
-    CHUNK_SECONDS,
-    HOP_LENGTH,
-    SAMPLE_RATE,
-    WhisperDims,
-)
+from flax_distil.model.dims import WhisperDims
 from flax_distil.model.generation import special_ids
-from flax_distil.text.tokens import TIMESTAMP_STEP, TIMESTAMPS
+from flax_distil.text.tokens import TIMESTAMP_STEP, TIMESTAMPS, added_tokens
 
 log = logging.getLogger(__name__)
 
@@ -45,25 +39,23 @@ def copy_processor(source: Path, folder: Path, dims: WhisperDims) -> None:
     """
     found = [source / name for name in FILES if (source / name).is_file()]
     names = {path.name for path in found}
-    for path in found if source.resolve() != folder.resolve() else ():
+    for path in found:
         shutil.copyfile(path, folder / path.name)
-    made = {}
     if not names & {"tokenizer.json", "vocab.json"}:
         log.warning(
             "%s has no tokenizer.json: add the one of a Whisper with %d tokens to use %s",
             *(source, dims.vocab, folder.name),
         )
     elif "tokenizer_config.json" not in names:
-        made |= tokenizer_files(read_json(source / "tokenizer.json"), dims)
+        write_tokenizer(source / "tokenizer.json", folder, dims)
     if not names & {"preprocessor_config.json", "processor_config.json"}:
-        made["preprocessor_config.json"] = feature_extractor_config(dims)
-    for name, content in made.items():
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-        (folder / name).write_text(text, encoding="utf-8")
+        from transformers import WhisperFeatureExtractor
+
+        WhisperFeatureExtractor(feature_size=dims.mels).save_pretrained(folder)
 
 
-def tokenizer_files(tokenizer: dict[str, Any], dims: WhisperDims) -> dict[str, Any]:
-    """All tokenizer files of Transformers, from a bare `tokenizer.json`: file name -> content.
+def write_tokenizer(path: Path, folder: Path, dims: WhisperDims) -> None:
+    """All tokenizer files that Transformers 4 and 5 read, from a bare `tokenizer.json`.
 
     The 1,501 timestamp tokens, which older files lack, are added. Spaces before punctuation stay
     (`clean_up_tokenization_spaces` false): Whisper writes them where it means them.
@@ -71,73 +63,42 @@ def tokenizer_files(tokenizer: dict[str, Any], dims: WhisperDims) -> dict[str, A
     Raises:
         InputError: the tokenizer's special tokens are not those of a model of these sizes.
     """
-    tokens = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    ids = special_ids(dims)
+    tokenizer = read_json(path)
+    tokens, ids = added_tokens(tokenizer, path), special_ids(dims)
     for name in ("endoftext", "startoftranscript", "notimestamps"):
         if tokens.get(f"<|{name}|>") != ids[name]:
             raise InputError(
                 f"tokenizer.json has <|{name}|> at {tokens.get(f'<|{name}|>')}, a vocabulary of "
                 f"{dims.vocab:,} needs it at {ids[name]}: it belongs to another model"
             )
-    shape = {"single_word": False, "lstrip": False, "rstrip": False}
     # Not special: Transformers takes the last special token + 1 for the first timestamp.
-    missing = [
-        {"id": ids["notimestamps"] + 1 + step, "content": token, **shape}
-        | {"normalized": True, "special": False}
-        for step, token in enumerate(TIMES)
-        if token not in tokens
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    times = [f"<|{step * TIMESTAMP_STEP:.2f}|>" for step in range(TIMESTAMPS)]
+    added = tokenizer["added_tokens"] + [
+        {"id": id, "content": time, "normalized": True, **plain}
+        for id, time in enumerate(times, ids["notimestamps"] + 1)
+        if time not in tokens
     ]
-    added = sorted(tokenizer["added_tokens"] + missing, key=lambda token: token["id"])
-    special = [token["content"] for token in added if token["special"]]
-    end = "<|endoftext|>"
-    roles = {"bos_token": end, "eos_token": end, "pad_token": end, "unk_token": end}
-    merges = [
-        pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]
-    ]
-    return {
-        "tokenizer.json": tokenizer | {"added_tokens": added},
-        "vocab.json": tokenizer["model"]["vocab"],
-        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-        "added_tokens.json": {token["content"]: token["id"] for token in added},
-        "special_tokens_map.json": roles | {"additional_special_tokens": special},
-        "normalizer.json": spelling_map(),
-        "tokenizer_config.json": roles
-        | {
-            "add_prefix_space": False,
-            "added_tokens_decoder": {
-                str(token["id"]): {key: value for key, value in token.items() if key != "id"}
-                for token in added
-            },
-            "additional_special_tokens": special,
-            "clean_up_tokenization_spaces": False,
-            "errors": "replace",
-            "model_max_length": 1024,
-            "processor_class": "WhisperProcessor",
-            "return_attention_mask": False,
-            "tokenizer_class": "WhisperTokenizer",
+    added.sort(key=lambda token: token["id"])
+    config = dict.fromkeys(
+        ("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>"
+    ) | {
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            token["id"]: {key: value for key, value in token.items() if key != "id"}
+            for token in added
         },
-    }
-
-
-def feature_extractor_config(dims: WhisperDims) -> dict[str, Any]:
-    """The `preprocessor_config.json` of a Whisper with these sizes."""
-    return {
-        "chunk_length": CHUNK_SECONDS,
-        "feature_extractor_type": "WhisperFeatureExtractor",
-        "feature_size": dims.mels,
-        "hop_length": HOP_LENGTH,
-        "n_fft": 400,
-        "n_samples": CHUNK_SAMPLES,
-        "nb_max_frames": CHUNK_FRAMES,
-        "padding_side": "right",
-        "padding_value": 0.0,
+        "additional_special_tokens": [token["content"] for token in added if token["special"]],
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+        "model_max_length": 1024,
         "processor_class": "WhisperProcessor",
         "return_attention_mask": False,
-        "sampling_rate": SAMPLE_RATE,
+        "tokenizer_class": "WhisperTokenizer",
     }
-
-
-def spelling_map() -> dict[str, str]:
-    """British to American spellings, of Whisper's English normaliser."""
-    path = files("whisper_normalizer") / "normalizers" / "english.json"
-    return json.loads(path.read_text(encoding="utf-8"))
+    whole = tokenizer | {"added_tokens": added}
+    for name, content in (("tokenizer.json", whole), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    Tokenizer.from_file(str(path)).model.save(str(folder))  # vocab.json, merges.txt
+    spellings = files("whisper_normalizer") / "normalizers" / "english.json"
+    (folder / "normalizer.json").write_bytes(spellings.read_bytes())

@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint by Transformers' names: shapes and types first, numbers when needed."""
+"""Tensors of checkpoints by name, in safetensors and PyTorch's pickles: read when needed."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,28 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from flax_distil.errors import InputError, read_json
+from flax_distil.errors import InputError
+from flax_distil.model.dims import HF_FIELDS, WhisperDims
+from flax_distil.model.weights import names, names_in
 
 WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-PICKLE = "pytorch_model.bin"
-FLOATS = ("F64", "F32", "F16", "BF16")
+# Not model*.safetensors: large-v3 has a second copy in float32, model.fp32-*.safetensors, of 6 GB.
+SHARDS = "model-*-of-*.safetensors"
 LFS = b"version https://git-lfs"
 # Wrappers (torch.compile, DataParallel, PEFT) put their own name before Whisper's.
 NAME = re.compile(r"(?:^|\.)((?:encoder|decoder)\.(?:layers|conv[12]|embed_\w+|layer_norm)\.\S+)$")
+OPENAI = {  # OpenAI's name of a size → ours
+    "n_mels": "mels",
+    "n_vocab": "vocab",
+    "n_audio_ctx": "audio_positions",
+    "n_audio_state": "width",
+    "n_audio_head": "encoder_heads",
+    "n_audio_layer": "encoder_layers",
+    "n_text_ctx": "text_positions",
+    "n_text_state": "width",
+    "n_text_head": "decoder_heads",
+    "n_text_layer": "decoder_layers",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,79 +38,35 @@ class Stored:
     """A tensor that is still on disk; `np.asarray` reads it."""
 
     shape: tuple[int, ...]
+    dtype: str
     read: Callable[[], np.ndarray]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.read(), dtype)
 
 
-def open_tensors(folder: Path) -> dict[str, Stored]:
+def open_transformers(folder: Path) -> dict[str, Stored]:
     """The tensors of a Transformers folder: safetensors, whole or in shards, else PyTorch's pickle.
 
     Raises:
-        InputError: there is none, a shard is missing, or one is damaged or not of a float type.
+        InputError: there is none, a shard is missing, or one is damaged.
     """
-    for weights, opened in ((WEIGHTS, open_safetensors), (PICKLE, _open_pickle)):
-        if files := _files(folder, weights):
-            tensors: dict[str, Stored] = {}
-            for file in files:
-                tensors |= opened(file)
+    for whole, shards in ((WEIGHTS, SHARDS), ("pytorch_model.bin", "pytorch_model-*-of-*.bin")):
+        files = [folder / whole] if (folder / whole).is_file() else sorted(folder.glob(shards))
+        total = files[0].stem.rpartition("-of-")[2] if files else ""
+        if total.isdigit() and len(files) != int(total):
+            raise InputError(f"{folder} has {len(files)} of {int(total)} shards: fetch it again")
+        tensors: dict[str, Stored] = {}
+        for file in files:
+            safe = file.suffix == ".safetensors"
+            tensors |= open_safetensors(file) if safe else _stored(file, _load_torch(file))
+        if tensors:
             return tensors
     raise InputError(f"{folder} has no {WEIGHTS}: it is not a Transformers checkpoint")
 
 
-def read_safetensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of a Transformers folder under Transformers' names, in memory."""
-    return {name: tensor.read() for name, tensor in whisper_names(open_tensors(folder)).items()}
-
-
-def whisper_names(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The same tensors without what wrappers put before their names, and with `model.`.
-
-    `_orig_mod.` (torch.compile), `module.` (data parallel) and other prefixes go; a bare
-    `WhisperModel` has no `model.`. Names that are not Whisper's stay, to be reported.
-
-    Raises:
-        InputError: two tensors have one name then.
-    """
-    renamed: dict[str, Stored] = {}
-    for name, tensor in tensors.items():
-        plain = name.replace("_orig_mod.", "")
-        if found := NAME.search(plain):
-            plain = f"model.{found[1]}"
-        elif plain.endswith("proj_out.weight"):
-            plain = "proj_out.weight"
-        if plain in renamed:
-            raise InputError(f"the weights hold {plain} twice, once as {name}: save one model only")
-        renamed[plain] = tensor
-    return renamed
-
-
-def _files(folder: Path, weights: str) -> list[Path]:
-    """The one file, or the shards that its index names."""
-    if (folder / weights).is_file():
-        return [folder / weights]
-    index = folder / f"{weights}.index.json"
-    if not index.is_file():
-        return []
-    shards = read_json(index).get("weight_map")
-    named = set(map(str, shards.values())) if isinstance(shards, dict) else set()
-    # A name with a separator would read files of other folders.
-    outside = sorted(name for name in named if Path(name).name != name or "\0" in name)
-    if outside or not named:
-        what = f"the shard {outside[0]!r} outside its folder" if outside else "no shards"
-        raise InputError(f"{index} names {what}: fetch it again")
-    files = [folder / name for name in sorted(named)]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise InputError(
-            f"{folder} lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:4])}"
-        )
-    return files
-
-
 def open_safetensors(file: Path) -> dict[str, Stored]:
-    """The tensors of one file. Raises InputError where it is damaged or holds no floats."""
+    """The tensors of one file. Raises InputError where it is damaged."""
     with file.open("rb") as start:
         if start.read(len(LFS)) == LFS:
             raise InputError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`")
@@ -106,19 +75,16 @@ def open_safetensors(file: Path) -> dict[str, Stored]:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is damaged ({error}): fetch it again") from None
-    check_types(file, ((name, part.get_dtype(), FLOATS) for name, part in slices.items()))
     # `name=name`: each reads its own.
     return {
-        name: Stored(tuple(part.get_shape()), lambda name=name: opened.get_tensor(name))
+        name: Stored(
+            tuple(part.get_shape()), part.get_dtype(), lambda name=name: opened.get_tensor(name)
+        )
         for name, part in slices.items()
     }
 
 
-def _open_pickle(file: Path) -> dict[str, Stored]:
-    return stored_torch(file, load_torch(file, "PyTorch weights"))
-
-
-def load_torch(path: Path, what: str) -> Any:
+def _load_torch(path: Path) -> Any:
     """The content of a PyTorch file, read with `weights_only`: it cannot run code.
 
     Raises:
@@ -135,32 +101,77 @@ def load_torch(path: Path, what: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged or unsafe file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} cannot be read as {what}: {reason[:200]}") from error
+        raise InputError(f"{path} cannot be read as PyTorch weights: {reason[:200]}") from error
 
 
-def stored_torch(path: Path, state: Any) -> dict[str, Stored]:
-    """A state dict's tensors, to become float32 when they are read.
-
-    Raises:
-        InputError: it is not a state dict of float tensors.
-    """
+def _stored(path: Path, state: Any) -> dict[str, Stored]:
+    """A state dict's tensors, to become float32 when they are read."""
     import torch
 
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise InputError(f"{path} does not hold named tensors alone: it is not a state dict")
-    known = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    check_types(path, ((str(name), tensor.dtype, known) for name, tensor in state.items()))
     return {
-        str(name): Stored(tuple(tensor.shape), lambda tensor=tensor: tensor.float().numpy())
+        str(name): Stored(
+            tuple(tensor.shape), str(tensor.dtype), lambda tensor=tensor: tensor.float().numpy()
+        )
         for name, tensor in state.items()
     }
 
 
-def check_types(path: Path, types: Iterable[tuple[str, Any, tuple]]) -> None:
-    """Raises InputError for the first (name, type, known types) of another type."""
-    for name, kind, known in types:
-        if kind not in known:
-            raise InputError(
-                f"{path}: {name} is of type {kind}, this reads {', '.join(map(str, known))}: "
-                "save the model in one of these"
-            )
+def whisper_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tensors without what wrappers put before their names, and with `model.`.
+
+    `_orig_mod.` (torch.compile), `module.` (data parallel) and other prefixes go; a bare
+    `WhisperModel` has no `model.`. Names that are not Whisper's stay, to be reported.
+
+    Raises:
+        InputError: two tensors have one name then.
+    """
+    renamed: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        plain = name.replace("_orig_mod.", "")
+        if found := NAME.search(plain):
+            plain = f"model.{found[1]}"
+        elif plain.endswith("proj_out.weight"):
+            plain = "proj_out.weight"
+        if plain in renamed:
+            raise InputError(f"the weights hold {plain} twice, once as {name}: save one model only")
+        renamed[plain] = tensor
+    return renamed
+
+
+def read_openai(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """The sizes in an OpenAI `.pt` by their names in `config.json`, and its tensors.
+
+    Tensors are under Transformers' names; a name that is not in the table keeps its own, to be
+    reported.
+
+    Raises:
+        InputError: PyTorch is missing, or the file is not an OpenAI Whisper's.
+    """
+    saved = _load_torch(path)
+    if not isinstance(saved, dict) or not {"dims", "model_state_dict"} <= saved.keys():
+        raise InputError(f"{path} lacks 'dims' or 'model_state_dict': it is not an OpenAI Whisper")
+    sizes = saved["dims"] if isinstance(saved["dims"], dict) else {}
+    stored = _stored(path, saved["model_state_dict"])
+    theirs = {name.openai: name.hf for name in names_in(stored)}
+    config = {HF_FIELDS[ours]: sizes[size] for size, ours in OPENAI.items() if size in sizes}
+    return config, {theirs.get(name, name): tensor for name, tensor in stored.items()}
+
+
+def to_openai(
+    dims: WhisperDims, tensors: Mapping[str, np.ndarray]
+) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """OpenAI's (dims, state dict) of tensors under Transformers' names; `.pt` holds these two.
+
+    Raises:
+        InputError: the feed-forward layers are not four times as wide, which the format assumes.
+    """
+    if {dims.encoder_ffn, dims.decoder_ffn} != {4 * dims.width}:
+        raise InputError(
+            f"feed-forward sizes {dims.encoder_ffn} and {dims.decoder_ffn}: OpenAI's format needs "
+            f"4 x width = {4 * dims.width}"
+        )
+    sizes = {size: getattr(dims, ours) for size, ours in OPENAI.items()}
+    table = names(dims.encoder_layers, dims.decoder_layers)
+    return sizes, {name.openai: tensors[name.hf] for name in table}

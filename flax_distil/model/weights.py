@@ -1,127 +1,177 @@
-"""Parameter names: one table between our tree and the published Transformers checkpoints.
+"""Parameter names: one table between our tree and the published formats, used in both directions.
 
-Other formats (OpenAI, CTranslate2) are translated to Transformers names first, so this table and
-its three layouts are all there is to know: a dense kernel is [in, out] here and [out, in] there, a
-convolution kernel [time, in, out] here and [out, in, time] there, all else is as it is.
+All formats are translated to Transformers' names first. A dense kernel is [in, out] here and
+[out, in] there, a convolution kernel [time, in, out] here and [out, in, time] there; all other
+parameters have the same layout.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_distil.errors import InputError
-from flax_distil.model.dims import WhisperDims, dims_from_hf
-from flax_distil.model.spec import Params, Spec
+from flax_distil.model.dims import WhisperDims, check_architecture, dims_from_hf
+from flax_distil.model.spec import HALVES, Params, Spec
+
+# Columns: ours, Transformers', OpenAI's, CTranslate2's. First whole parameters, then modules.
+EMBEDDINGS = """
+encoder.positions           encoder.embed_positions.weight encoder.positional_embedding   encoder/position_encodings/encodings
+decoder.positions.embedding decoder.embed_positions.weight decoder.positional_embedding   decoder/position_encodings/encodings
+decoder.tokens.embedding    decoder.embed_tokens.weight    decoder.token_embedding.weight decoder/embeddings/weight
+"""  # noqa: E501
+TOP = """
+encoder.conv1 encoder.conv1      encoder.conv1   encoder/conv1
+encoder.conv2 encoder.conv2      encoder.conv2   encoder/conv2
+encoder.norm  encoder.layer_norm encoder.ln_post encoder/layer_norm
+decoder.norm  decoder.layer_norm decoder.ln      decoder/layer_norm
+"""
+# Modules of a layer. CTranslate2 stacks the rows of modules that have one name there.
+LAYER = """
+self_attention.query self_attn.q_proj     attn.query self_attention/linear_0
+self_attention.key   self_attn.k_proj     attn.key   self_attention/linear_0
+self_attention.value self_attn.v_proj     attn.value self_attention/linear_0
+self_attention.out   self_attn.out_proj   attn.out   self_attention/linear_1
+self_norm            self_attn_layer_norm attn_ln    self_attention/layer_norm
+feed_forward.up      fc1                  mlp.0      ffn/linear_0
+feed_forward.down    fc2                  mlp.2      ffn/linear_1
+feed_norm            final_layer_norm     mlp_ln     ffn/layer_norm
+"""
+CROSS_ATTENTION = """
+cross_attention.query encoder_attn.q_proj     cross_attn.query attention/linear_0
+cross_attention.key   encoder_attn.k_proj     cross_attn.key   attention/linear_1
+cross_attention.value encoder_attn.v_proj     cross_attn.value attention/linear_1
+cross_attention.out   encoder_attn.out_proj   cross_attn.out   attention/linear_2
+cross_norm            encoder_attn_layer_norm cross_attn_ln    attention/layer_norm
+"""
+NORM = ((".scale", ".weight", ".weight", "/gamma"), (".bias", ".bias", ".bias", "/beta"))
+LINEAR = ((".kernel", ".weight", ".weight", "/weight"), (".bias", ".bias", ".bias", "/bias"))
+
+# Where the shapes of tensors show a size: tensor, axis.
+SIZES = {
+    "mels": ("encoder.conv1.weight", 1),
+    "vocab": ("decoder.embed_tokens.weight", 0),
+    "width": ("decoder.embed_tokens.weight", 1),
+    "encoder_ffn": ("encoder.layers.0.fc1.weight", 0),
+    "decoder_ffn": ("decoder.layers.0.fc1.weight", 0),
+    "audio_positions": ("encoder.embed_positions.weight", 0),
+    "text_positions": ("decoder.embed_positions.weight", 0),
+}
+FLOAT = re.compile(r"(torch\.)?(b?float|B?F)(16|32|64)")  # of numpy, PyTorch and safetensors
 
 Path = tuple[str | int, ...]
 
-_LINEAR = {"kernel": "weight", "bias": "bias"}
-_NORM = {"scale": "weight", "bias": "bias"}
-_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+
+class Name(NamedTuple):
+    """The names of one parameter; `ours` is the path in our tree."""
+
+    ours: Path
+    hf: str
+    openai: str
+    ctranslate2: str
 
 
-def _layer(cross: bool) -> Iterator[tuple[Path, str]]:
-    attentions = {"self_attention": "self_attn"} | (
-        {"cross_attention": "encoder_attn"} if cross else {}
-    )
-    for ours, theirs in attentions.items():
-        for ours_projection, their_projection in _ATTENTION.items():
-            for leaf, their_leaf in _LINEAR.items():
-                if (ours_projection, leaf) != ("key", "bias"):
-                    yield (ours, ours_projection, leaf), f"{theirs}.{their_projection}.{their_leaf}"
-    norms = {"self_norm": "self_attn_layer_norm", "feed_norm": "final_layer_norm"}
-    norms |= {"cross_norm": "encoder_attn_layer_norm"} if cross else {}
-    for ours, theirs in norms.items():
-        for leaf, their_leaf in _NORM.items():
-            yield (ours, leaf), f"{theirs}.{their_leaf}"
-    for ours, theirs in {"up": "fc1", "down": "fc2"}.items():
-        for leaf, their_leaf in _LINEAR.items():
-            yield ("feed_forward", ours, leaf), f"{theirs}.{their_leaf}"
+def names(encoder_layers: int, decoder_layers: int, key_bias: bool = False) -> list[Name]:
+    """Every parameter of a Whisper. key_bias: with the biases of keys, which Whisper lacks."""
+    modules, rows = _rows(TOP), _rows(EMBEDDINGS)
+    for half, layers in (("encoder", encoder_layers), ("decoder", decoder_layers)):
+        layer = _rows(LAYER) + (_rows(CROSS_ATTENTION) if half == "decoder" else [])
+        for n in range(layers):
+            ours, theirs = f"{half}.layers.{n}.", (f"{half}.blocks.{n}.", f"{half}/layer_{n}/")
+            modules += [_joined((ours, ours, *theirs), module) for module in layer]
+    for module in modules:
+        weight, bias = NORM if module[0].endswith("norm") else LINEAR
+        rows.append(_joined(module, weight))
+        if key_bias or not module[0].endswith("key"):
+            rows.append(_joined(module, bias))
+    return [
+        Name(
+            tuple(int(key) if key.isdigit() else key for key in ours.split(".")),
+            f"model.{hf}",
+            *more,
+        )
+        for ours, hf, *more in rows
+    ]
 
 
-def names(dims: WhisperDims) -> dict[Path, str]:
-    """Every parameter: path in our tree → Transformers name."""
-    table: dict[Path, str] = {
-        ("encoder", "positions"): "model.encoder.embed_positions.weight",
-        ("decoder", "positions", "embedding"): "model.decoder.embed_positions.weight",
-        ("decoder", "tokens", "embedding"): "model.decoder.embed_tokens.weight",
-    }
-    for conv in ("conv1", "conv2"):
-        for leaf, their_leaf in _LINEAR.items():
-            table["encoder", conv, leaf] = f"model.encoder.{conv}.{their_leaf}"
-    layers = {"encoder": dims.encoder_layers, "decoder": dims.decoder_layers}
-    for half, count in layers.items():
-        for leaf, their_leaf in _NORM.items():
-            table[half, "norm", leaf] = f"model.{half}.layer_norm.{their_leaf}"
-        for index in range(count):
-            for path, name in _layer(cross=half == "decoder"):
-                table[half, "layers", index, *path] = f"model.{half}.layers.{index}.{name}"
-    return table
+def _rows(table: str) -> list[tuple[str, ...]]:
+    return [tuple(line.split()) for line in table.strip().splitlines()]
+
+
+def _joined(left: Sequence[str], right: Sequence[str]) -> tuple[str, ...]:
+    return tuple(map("".join, zip(left, right, strict=True)))
+
+
+def names_in(tensors: Iterable[str], key_bias: bool = False) -> list[Name]:
+    """`names` for as many layers as OpenAI's or CTranslate2's names have."""
+    layers = len(set(re.findall(r"/layer_(\d+)/|\.blocks\.(\d+)\.", "\n".join(tensors))))
+    return names(layers, layers, key_bias)
 
 
 def from_hf(dims: WhisperDims, tensors: Mapping[str, Any]) -> Params:
-    """Our parameters (float32 numpy, unstacked) from tensors under Transformers names.
+    """Our parameters (float32 numpy, unstacked) from tensors under Transformers' names.
 
-    A tensor is an array, or a `Stored` one, which is read once all names and shapes are right. The
-    projection `proj_out.weight` is left out where it equals the token embedding, and a bias of the
-    keys, which Whisper has not, where it is zero.
+    A tensor is an array or a `Stored` one, which is read once all names, shapes and types are
+    right. `proj_out.weight` is left out where it equals the token embedding, and a bias of keys,
+    which Whisper lacks, where it is zero.
 
     Raises:
         InputError: naming the missing, unknown and mis-shaped tensors together, or an untied
             projection.
     """
     tensors = _without_extras(tensors)
-    table, shapes = names(dims), _shapes(dims)
-    wanted = {name: _swapped(path, shapes[path]) for path, name in table.items()}
+    table = _paths(dims)
+    flat: dict[Path, Any] = flatten_dict(Spec(dims).abstract())
+    wanted = {
+        table[path]: leaf.shape[::-1] if path[-1] == "kernel" else leaf.shape
+        for path, leaf in flat.items()
+    }
     faults = [f"missing {name}" for name in wanted if name not in tensors]
-    faults += [f"unknown {name}" for name in tensors if name not in wanted]
-    faults += [
-        f"{name} has shape {tuple(tensors[name].shape)}, not {shape}"
-        for name, shape in wanted.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
+    for name, tensor in tensors.items():
+        if name not in wanted:
+            faults.append(f"unknown {name}")
+        elif not FLOAT.fullmatch(str(tensor.dtype)):
+            faults.append(f"{name} is of type {tensor.dtype}, not float32, float16 or bfloat16")
+        elif tuple(tensor.shape) != wanted[name]:
+            faults.append(f"{name} has shape {tuple(tensor.shape)}, not {wanted[name]}")
     if faults:
         raise InputError(f"the weights do not fit {dims}: {few(faults)}")
-    params: Params = {}
     for path, name in table.items():
-        leaf = np.asarray(tensors[name], np.float32)
-        _put(params, path, np.ascontiguousarray(_swap(path, leaf)))
-    return params
+        tensor = np.asarray(tensors[name], np.float32)
+        flat[path] = np.ascontiguousarray(_transposed(path, tensor))
+    return unflatten_dict(flat)
+
+
+def to_hf(dims: WhisperDims, params: Params) -> dict[str, np.ndarray]:
+    """Tensors under Transformers' names, the inverse of `from_hf`."""
+    flat: dict[Path, Any] = flatten_dict(params)
+    return {
+        name: np.ascontiguousarray(_transposed(path, np.asarray(flat[path])))
+        for path, name in _paths(dims).items()
+    }
 
 
 def dims_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> WhisperDims:
-    """The sizes that tensors under Transformers names have; heads are those of the config.
+    """The sizes that tensors under Transformers' names have; heads are those of the config.
 
     Raises:
-        InputError: the tensors are not a Whisper's, or `config.json` says other sizes.
+        InputError: the tensors are not a Whisper's, or the configuration has other sizes.
     """
-
-    def size(name: str, axis: int, rank: int) -> int:
+    check_architecture(config)
+    sizes = {}
+    for size, (name, axis) in SIZES.items():
         shape = shapes.get(f"model.{name}", ())
-        if len(shape) != rank:
+        if axis >= len(shape):
             raise InputError(
-                f"the weights are not a Whisper's: they lack model.{name} of {rank} dimensions and "
-                f"hold {few(sorted(shapes), 3) or 'nothing'}"
+                f"the weights are not a Whisper's: they lack model.{name} and hold "
+                f"{few(sorted(shapes), 3) or 'nothing'}"
             )
-        return shape[axis]
-
-    def layers(half: str) -> int:
-        found = (re.match(rf"model\.{half}\.layers\.(\d+)\.", name) for name in shapes)
-        return len({layer[1] for layer in found if layer})
-
-    sizes = {
-        "mels": size("encoder.conv1.weight", 1, 3),
-        "vocab": size("decoder.embed_tokens.weight", 0, 2),
-        "width": size("decoder.embed_tokens.weight", 1, 2),
-        "encoder_layers": layers("encoder"),
-        "decoder_layers": layers("decoder"),
-        "encoder_ffn": size("encoder.layers.0.fc1.weight", 0, 2),
-        "decoder_ffn": size("decoder.layers.0.fc1.weight", 0, 2),
-        "audio_positions": size("encoder.embed_positions.weight", 0, 2),
-        "text_positions": size("decoder.embed_positions.weight", 0, 2),
-    }
+        sizes[size] = shape[axis]
+    for half in HALVES:
+        layers = re.findall(rf"model\.{half}\.layers\.(\d+)\.", "\n".join(shapes))
+        sizes[f"{half}_layers"] = len(set(layers))
     return dims_from_hf(config, sizes)
 
 
@@ -131,22 +181,13 @@ def few(parts: Sequence[str], most: int = 6) -> str:
     return "; ".join(parts[:most]) + (f"; and {more} more" if more > 0 else "")
 
 
-def to_hf(dims: WhisperDims, params: Params) -> dict[str, np.ndarray]:
-    """Tensors under Transformers names, the inverse of `from_hf`."""
-    return {
-        name: np.ascontiguousarray(_swap(path, np.asarray(_get(params, path))))
-        for path, name in names(dims).items()
-    }
-
-
-def _swap(path: Path, leaf: np.ndarray) -> np.ndarray:
+def _transposed(path: Path, leaf: np.ndarray) -> np.ndarray:
     """Reverses the axes of kernels: [in, out] ↔ [out, in], [time, in, out] ↔ [out, in, time]."""
     return leaf.T if path[-1] == "kernel" else leaf
 
 
-def _swapped(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """`_swap` of a shape."""
-    return shape[::-1] if path[-1] == "kernel" else shape
+def _paths(dims: WhisperDims) -> dict[Path, str]:
+    return {name.ours: name.hf for name in names(dims.encoder_layers, dims.decoder_layers)}
 
 
 def _without_extras(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,24 +200,8 @@ def _without_extras(tensors: Mapping[str, Any]) -> dict[str, Any]:
                 "proj_out.weight differs from the token embedding: Whisper's projection is tied to "
                 "it, and this one would be lost; tie them (tie_word_embeddings) and train again"
             )
-    for name in [name for name in kept if name.endswith("k_proj.bias")]:
-        if not np.any(np.asarray(kept[name])):
-            del kept[name]
-    return kept
-
-
-def _shapes(dims: WhisperDims) -> dict[Path, tuple[int, ...]]:
-    abstract = Spec(dims).abstract()
-    return {path: _get(abstract, path).shape for path in names(dims)}
-
-
-def _get(tree: Params, path: Path) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _put(tree: Params, path: Path, leaf: np.ndarray) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf
+    return {
+        name: tensor
+        for name, tensor in kept.items()
+        if not name.endswith("k_proj.bias") or np.any(np.asarray(tensor))
+    }

@@ -21,12 +21,13 @@ def random(random_folders):
 @pytest.fixture(scope="module")
 def openai_random(random_folders):
     import torch
+    from safetensors.numpy import load_file
 
-    from flax_distil.model.checkpoint import read_safetensors
-    from flax_distil.model.openai import to_openai
+    from flax_distil.model.tensors import to_openai
 
     dims = load_checkpoint(random_folders[0]).dims
-    sizes, state = to_openai(dims, read_safetensors(random_folders[0]))
+    tensors = load_file(random_folders[0] / "model.safetensors")
+    sizes, state = to_openai(dims, tensors)
     model = whisper.model.Whisper(whisper.model.ModelDimensions(**sizes))
     model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
     return model.eval()

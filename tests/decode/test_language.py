@@ -9,8 +9,8 @@ from flax_distil.audio.load import load_audio, pad_or_trim
 from flax_distil.cache import cache_folder
 from flax_distil.decode.language import detect_language
 from flax_distil.decode.recognizer import encode, make_recognizer, recognize
-from flax_distil.model.checkpoint import load_checkpoint, read_safetensors
-from flax_distil.model.openai import to_openai
+from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.model.tensors import to_openai
 from flax_distil.options import DecodeOptions
 
 
@@ -23,8 +23,10 @@ def base(base_folder):
 def theirs(base, base_folder):
     import torch
     import whisper
+    from safetensors.numpy import load_file
 
-    sizes, state = to_openai(base.spec.dims, read_safetensors(base_folder))
+    tensors = load_file(base_folder / "model.safetensors")
+    sizes, state = to_openai(base.spec.dims, tensors)
     model = whisper.model.Whisper(whisper.model.ModelDimensions(**sizes))
     model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
     return model.eval()

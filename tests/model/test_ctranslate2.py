@@ -4,15 +4,17 @@ import json
 import struct
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
-from flax_distil.model.ctranslate2 import DTYPES, read_ctranslate2, write_ctranslate2
-from flax_distil.model.dims import WhisperDims, dims_from_hf
-from flax_distil.model.weights import names, to_hf
+from flax_distil.model.ctranslate2 import read_variables, write_ctranslate2, write_variables
+from flax_distil.model.dims import WhisperDims
+from flax_distil.model.spec import Spec
+from flax_distil.model.weights import to_hf
 
 DIMS = WhisperDims(
     mels=80,
@@ -32,18 +34,9 @@ HEADS = {"alignment_heads": [[1, 0]], "suppress_tokens": [1, 2], "begin_suppress
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, np.ndarray]:
     """Random tensors of DIMS that float16 holds exactly."""
-    from flax_distil.model.spec import Spec
-
     random = np.random.default_rng(0)
-    abstract = Spec(DIMS).abstract()
-    made = {}
-    for path, name in names(DIMS).items():
-        leaf = abstract
-        for key in path:
-            leaf = leaf[key]
-        shape = leaf.shape[::-1] if path[-1] == "kernel" else leaf.shape
-        made[name] = random.normal(0, 0.1, shape).astype(np.float16).astype(np.float32)
-    return made
+    make = lambda leaf: random.normal(0, 0.1, leaf.shape).astype(np.float16).astype(np.float32)
+    return to_hf(DIMS, jax.tree.map(make, Spec(DIMS).abstract()))
 
 
 @pytest.fixture
@@ -53,20 +46,24 @@ def folder(tensors, tmp_path) -> Path:
 
 
 def test_what_is_written_is_read_again(folder, tensors):
-    config, found, generation = read_ctranslate2(folder)
-    assert dims_from_hf(config) == DIMS
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint.dims == DIMS
+    assert_same(checkpoint, tensors)
+    assert {key: checkpoint.generation[key] for key in HEADS} == HEADS
+    assert checkpoint.generation["no_timestamps_token_id"] == 50_362
+
+
+def assert_same(checkpoint, tensors):
+    found = to_hf(checkpoint.dims, checkpoint.params)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(found[name], tensor, err_msg=name)
-    assert {key: generation[key] for key in HEADS} == HEADS
-    assert generation["no_timestamps_token_id"] == 50_362
 
 
 def test_bfloat16(tensors, tmp_path):
     write_ctranslate2(tmp_path, DIMS, tensors, {}, dtype="bfloat16")
-    found = read_ctranslate2(tmp_path)[1]
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(found[name], tensor.astype(ml_dtypes.bfloat16), name)
+    rounded = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    assert_same(load_checkpoint(tmp_path), rounded)
 
 
 def test_ctranslate2_hears_the_same_with_our_file(tiny_en_folder, human_clips, tmp_path):
@@ -124,14 +121,13 @@ def test_their_converter(random_folders, convert, tmp_path):
     checkpoint = load_checkpoint(random_folders[0])
     tensors = to_hf(checkpoint.dims, checkpoint.params)
     theirs = convert(None)
-    config, found, generation = read_ctranslate2(theirs)
-    assert dims_from_hf(config) == checkpoint.dims
-    assert generation == checkpoint.generation
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+    found = load_checkpoint(theirs)
+    assert found.dims == checkpoint.dims
+    assert found.generation == checkpoint.generation
+    assert_same(found, tensors)
 
-    write_ctranslate2(tmp_path, checkpoint.dims, tensors, generation, dtype="float32")
-    ours, wanted = (_variables(folder / "model.bin") for folder in (tmp_path, theirs))
+    write_ctranslate2(tmp_path, checkpoint.dims, tensors, found.generation, dtype="float32")
+    ours, wanted = (read_variables(folder / "model.bin") for folder in (tmp_path, theirs))
     # Two switches of other architectures, zero here, which older files lack as well.
     assert wanted.keys() - ours.keys() <= ABSENT
     assert ours.keys() <= wanted.keys()
@@ -143,7 +139,8 @@ def test_their_converter(random_folders, convert, tmp_path):
 @pytest.mark.parametrize("quantization", ["int8", "int16"])
 def test_their_integers_are_multiplied_out(random_folders, convert, quantization):
     checkpoint = load_checkpoint(random_folders[0])
-    found = read_ctranslate2(convert(quantization))[1]
+    converted = load_checkpoint(convert(quantization))
+    found = to_hf(converted.dims, converted.params)
     tensors = to_hf(checkpoint.dims, checkpoint.params)
     # Half a level; q, k and v are fused and share a scale, so the loudest tensor decides.
     level = max(np.abs(tensor).max() for tensor in tensors.values())
@@ -156,14 +153,14 @@ def test_integers_without_scale(folder):
     name = "encoder/layer_0/ffn/linear_0/weight"
     _replace(folder / "model.bin", {name: np.ones((32, 64), np.int8)})
     with pytest.raises(InputError, match=f"{name}_scale"):
-        read_ctranslate2(folder)
+        load_checkpoint(folder)
 
 
 def test_biased_keys_are_refused(folder):
     name = "decoder/layer_1/self_attention/linear_0/bias"
     _replace(folder / "model.bin", {name: np.ones(3 * 64, np.float32)})
-    with pytest.raises(InputError, match="bias for the keys"):
-        read_ctranslate2(folder)
+    with pytest.raises(InputError, match=r"unknown model\.decoder\..*k_proj\.bias"):
+        load_checkpoint(folder)
 
 
 @pytest.mark.parametrize("length", [0, 3, 11, 40, 5_000, -1])
@@ -171,19 +168,19 @@ def test_cut_off(folder, length):
     path = folder / "model.bin"
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(InputError, match="cut off"):
-        read_ctranslate2(folder)
+        load_checkpoint(folder)
 
 
 def test_empty_lists_stay_empty_and_heads_are_pairs(folder):
     path = folder / "config.json"
     facts = {"suppress_ids": [], "suppress_ids_begin": [], "alignment_heads": []}
     path.write_text(json.dumps(facts))
-    generation = read_ctranslate2(folder)[2]
+    generation = load_checkpoint(folder).generation
     assert all(generation[key] == [] for key in HEADS)
     for odd in ([[1]], [1], "x", [[1, "0"]]):
         path.write_text(json.dumps(facts | {"alignment_heads": odd}))
         with pytest.raises(InputError, match="alignment_heads"):
-            read_ctranslate2(folder)
+            load_checkpoint(folder)
 
 
 def test_a_damaged_rank_is_called_so(folder):
@@ -194,8 +191,8 @@ def test_a_damaged_rank_is_called_so(folder):
     assert data[at] == 0
     ones = struct.pack("<65I", *[1] * 65)
     path.write_bytes(data[:at] + b"\x41" + ones + data[at + 1 :])
-    with pytest.raises(InputError, match=r"damaged at 'encoder/num_heads': it has 65 dimensions"):
-        read_ctranslate2(folder)
+    with pytest.raises(InputError, match=r"damaged at 'encoder/num_heads': type 2, sizes"):
+        load_checkpoint(folder)
 
 
 def test_other_files(folder):
@@ -203,35 +200,16 @@ def test_other_files(folder):
     data = path.read_bytes()
     path.write_bytes(data.replace(b"WhisperSpec\0", b"WhisperSpoc\0"))
     with pytest.raises(InputError, match="'WhisperSpoc'"):
-        read_ctranslate2(folder)
+        load_checkpoint(folder)
     path.write_bytes(struct.pack("<I", 7) + data[4:])
     with pytest.raises(InputError, match="version 7"):
-        read_ctranslate2(folder)
+        load_checkpoint(folder)
     (folder / "config.json").write_text("{")
     path.write_bytes(data)
     with pytest.raises(InputError, match="not JSON"):
-        read_ctranslate2(folder)
-    path.unlink()
-    with pytest.raises(InputError, match="does not exist"):
-        read_ctranslate2(folder)
+        load_checkpoint(folder)
 
 
-def _variables(path: Path) -> dict[str, np.ndarray]:
-    from flax_distil.model.ctranslate2 import _read_variables
-
-    return _read_variables(path)
-
-
-def _replace(path: Path, changed: dict[str, np.ndarray | np.generic]) -> None:
+def _replace(path: Path, changed: dict[str, np.ndarray]) -> None:
     """Rewrite the file with some variables changed or added."""
-    variables = _variables(path) | changed
-
-    def string(text: str) -> bytes:
-        return struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
-
-    data = [struct.pack("<I", 6), string("WhisperSpec"), struct.pack("<II", 3, len(variables))]
-    for name, value in variables.items():
-        value = np.asarray(value)
-        data.append(string(name) + struct.pack(f"<B{value.ndim}I", value.ndim, *value.shape))
-        data.append(struct.pack("<BI", DTYPES.index(value.dtype), value.nbytes) + value.tobytes())
-    path.write_bytes(b"".join([*data, struct.pack("<I", 0)]))
+    write_variables(path, read_variables(path) | changed)
