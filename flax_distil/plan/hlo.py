@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from operator import add
 from typing import NamedTuple
 
 BYTES = {
@@ -18,7 +18,9 @@ BYTES = {
     "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
     "c64": 8,
 }  # fmt: skip
-COUNTING = 3  # raised when programs are counted otherwise: answers that are kept are asked for anew
+COUNTING = (
+    3  # to be raised when programs are counted otherwise: cached answers are then computed anew
+)
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
     "collective-broadcast",
@@ -33,6 +35,11 @@ FREE = {
     "conditional", "call", "partition-id", "replica-id", "opt-barrier", "iota",
 }  # fmt: skip
 
+CALLING = {"call", "conditional", "async-start"}
+
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|(?:true|false)_computation|branch_computations)=(\{[^}]*\}|[^\s,]+)"
+)
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -60,28 +67,24 @@ class Instruction:
     attributes: str
     root: bool
 
-    def called(self, role: str) -> str | None:
-        """The computation it names as `calls`, `body`, `condition`, …"""
-        found = re.search(rf"\b{role}=%?([\w.\-]+)", self.attributes)
-        return found[1] if found else None
-
-    @property
-    def channel(self) -> str | None:
-        """What tells one collective from the others."""
-        found = re.search(r"\bchannel_id=(\d+)", self.attributes)
-        return found[1] if found else None
-
-    @property
-    def where(self) -> str:
-        """The line of the traced program it came from, as JAX names it."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
+    def find(self, pattern: str) -> str:
+        """The first group of a pattern in its attributes, or an empty string."""
+        found = re.search(pattern, self.attributes)
         return found[1] if found else ""
 
+    def called(self, role: str) -> str:
+        """The computation it names as `calls`, `body`, `condition`, …"""
+        return self.find(rf"\b{role}=%?([\w.\-]+)")
+
     @property
-    def cycles(self) -> int:
-        """That the TPU compiler expects of it; 0 for kernels and transfers."""
-        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
-        return int(found[1]) if found else 0
+    def number(self) -> int:
+        """That of a parameter, or an integer constant's."""
+        return int(self.find(r"^(\d+)\)"))
+
+    @property
+    def channel(self) -> str:
+        """The number that a collective has in all of its parts."""
+        return self.find(r"\bchannel_id=(\d+)")
 
     @property
     def in_hbm(self) -> float | int:
@@ -123,12 +126,13 @@ class Module:
         for computation in self.computations.values():
             yield from computation.values()
 
-    def runs(self, unknown: int = 1) -> dict[str, int]:
-        """How often each computation that is not part of a fusion runs.
+    def runs(self, unknown: int = 1, fused: bool = False) -> dict[str, int]:
+        """How often each computation runs that is not part of a fusion. fused: those too.
 
         unknown: rounds of a loop whose end depends on data, such as that of a decoder.
         """
         times: dict[str, int] = defaultdict(int)
+        calling = CALLING | {"fusion"} if fused else CALLING
 
         def visit(name: str, factor: int) -> None:
             times[name] += factor
@@ -136,45 +140,36 @@ class Module:
                 if one.opcode == "while":
                     rounds = self.rounds(one)
                     for role in ("body", "condition"):
-                        if (inner := one.called(role)) is not None:
-                            visit(inner, factor * (unknown if rounds is None else rounds))
-                elif one.opcode in ("call", "conditional", "async-start"):
-                    branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
-                    names = branches[1].replace("%", "").split(", ") if branches else []
-                    roles = ("calls", "to_apply", "true_computation", "false_computation")
-                    names += [inner for role in roles if (inner := one.called(role))]
-                    for inner in names:
-                        visit(inner, factor)
+                        visit(one.called(role), factor * (unknown if rounds is None else rounds))
+                elif one.opcode in calling:
+                    for names in _CALLED.findall(one.attributes):
+                        for inner in re.findall(r"[\w.\-]+", names):
+                            visit(inner, factor)
 
         visit(self.entry, 1)
         return dict(times)
 
     def rounds(self, loop: Instruction) -> int | None:
         """Rounds of a loop that counts up from 0 to a constant; None where it ends otherwise."""
-        condition = self.computations[loop.called("condition") or ""]
+        condition = self.computations[loop.called("condition")]
         root = next(one for one in condition.values() if one.root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes:
             return None
         limit = condition.get(root.operands[1])
-        if limit is None or limit.opcode != "constant":
-            return None
-        return int(limit.attributes.split(")")[0])
+        return limit.number if limit and limit.opcode == "constant" else None
 
     def traffic(self, unknown: int = 1) -> float | int:
         """Bytes read from and written to HBM in one run."""
-        return sum(bytes for _, bytes in self.traffic_by_instruction(unknown))
-
-    def traffic_by_instruction(self, unknown: int = 1) -> Iterator[tuple[Instruction, float]]:
-        """Each instruction that is not part of a fusion, and the bytes it moves in one run."""
-        for name, times in self.runs(unknown).items():
-            computation = self.computations[name]
-            for one in computation.values():
-                yield one, times * self._moved(one, computation)
+        return sum(
+            times * self._moved(one, self.computations[name])
+            for name, times in self.runs(unknown).items()
+            for one in self.computations[name].values()
+        )
 
     def cycles(self, unknown: int = 1) -> float | int:
         """That the compiler expects one run to take on a chip, kernels and transfers left out."""
         return sum(
-            times * one.cycles
+            times * int(one.find(r'"estimated_cycles":"(\d+)"') or 0)
             for name, times in self.runs(unknown).items()
             for one in self.computations[name].values()
         )
@@ -182,10 +177,17 @@ class Module:
     def collectives(self, unknown: int = 1) -> list[Collective]:
         """Collectives by kind and type, most bytes first.
 
-        One that crosses during other work is written in several fusions, from its start to its end,
+        One that overlaps with other work is written in several fusions, from its start to its end,
         with the same channel.
         """
-        times, nested, hidden = self.runs(unknown), self._callers, self._overlapped
+        times, alone = self.runs(unknown, fused=True), self.runs(unknown)
+        overlapped = {
+            one.channel
+            for name, computation in self.computations.items()
+            if name not in alone and any(one.opcode in PRODUCTS for one in computation.values())
+            for one in computation.values()
+            if one.opcode in COLLECTIVES
+        }
         found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0])
         counted = set()
         for name, computation in self.computations.items():
@@ -194,15 +196,14 @@ class Module:
                 if kind not in COLLECTIVES or channel in counted:
                     continue
                 counted.add(channel or one.name)
-                runs = times.get(name) or sum(times.get(who, 0) for who in nested[name])
                 # A started collective's result holds its operand as well: the last part counts.
                 arrays = one.result if kind == one.opcode else one.result[-1:]
                 for dtype in {array.dtype for array in arrays}:
-                    entry = found[kind, dtype]
-                    entry[0] += runs
+                    runs = times.get(name, 0)
                     moved = runs * sum(a.bytes for a in arrays if a.dtype == dtype)
-                    entry[1] += moved
-                    entry[2] += moved if channel in hidden else 0
+                    hidden = moved if channel in overlapped else 0
+                    entry = found[kind, dtype]
+                    entry[:] = map(add, entry, (runs, moved, hidden))
         listed = [Collective(*key, *entry) for key, entry in found.items()]
         return sorted(listed, key=lambda one: -one.bytes)
 
@@ -211,7 +212,7 @@ class Module:
         return [
             one
             for one in self.instructions()
-            if one.opcode.removesuffix("-done").removesuffix("-start") in HOST
+            if re.sub("-(start|done)$", "", one.opcode) in HOST
             or (one.opcode == "custom-call" and "callback" in one.attributes)
         ]
 
@@ -219,8 +220,7 @@ class Module:
         """Every array that an instruction makes outside of fusions: what exists in memory."""
         for name in self.runs():
             for one in self.computations[name].values():
-                for array in one.result:
-                    yield one, array
+                yield from ((one, array) for array in one.result)
 
     def largest(self, count: int) -> tuple[Held, ...]:
         """The largest arrays in HBM, one of each type and shape."""
@@ -229,45 +229,16 @@ class Module:
             key = (array.dtype, array.shape)
             if array.on_chip or one.opcode in ("while", "tuple", "conditional") or key in found:
                 continue
-            found[key] = Held(array.bytes, *key, one.where)
+            found[key] = Held(array.bytes, *key, one.find(r'op_name="([^"]*)"'))
         return tuple(sorted(found.values(), key=lambda held: -held.bytes)[:count])
-
-    @cached_property
-    def _overlapped(self) -> set[str | None]:
-        """Channels of the collectives that are in a fusion with a matrix product."""
-        fused = (self.computations[name] for name in self.computations.keys() - self.runs().keys())
-        return {
-            one.channel
-            for inner in fused
-            if any(one.opcode in PRODUCTS for one in inner.values())
-            for one in inner.values()
-            if one.opcode in COLLECTIVES
-        }
-
-    @cached_property
-    def _callers(self) -> dict[str, list[str]]:
-        """Computations that reach into each one, directly or through fusions."""
-        direct: dict[str, list[str]] = defaultdict(list)
-        for name, computation in self.computations.items():
-            for one in computation.values():
-                if (inner := one.called("calls")) is not None:
-                    direct[inner].append(name)
-        reached: dict[str, list[str]] = defaultdict(list)
-        for name in self.computations:
-            waiting = list(direct[name])
-            while waiting:
-                reached[name].append(caller := waiting.pop())
-                waiting += direct[caller]
-        return reached
 
     def _moved(self, one: Instruction, computation: Mapping[str, Instruction]) -> float | int:
         if one.opcode in FREE or one.opcode.endswith("-done") or one.opcode == "async-start":
             return 0
         operands = [computation[name] for name in one.operands if name in computation]
         if one.opcode == "fusion":
-            inner = self.computations[one.called("calls") or ""]
-            parameters = {int(i.attributes.split(")")[0]): i for i in inner.values()
-                          if i.opcode == "parameter"}  # fmt: skip
+            inner = self.computations[one.called("calls")]
+            parameters = {i.number: i for i in inner.values() if i.opcode == "parameter"}
             read = sum(self._read(parameters[i], inner, held) for i, held in enumerate(operands))
             return read + self._written(next(i for i in inner.values() if i.root), inner, one)
         if one.opcode in ("dynamic-slice", "slice", "gather"):
@@ -300,12 +271,12 @@ class Module:
             elif user.opcode == "bitcast" and not user.root:
                 total += self._read(user, inner, held)
             elif user.opcode == "fusion":
-                nested = self.computations[user.called("calls") or ""]
-                for one in nested.values():
-                    if one.opcode == "parameter":
-                        index = int(one.attributes.split(")")[0])
-                        if user.operands[index] == parameter.name:
-                            total += self._read(one, nested, held)
+                nested = self.computations[user.called("calls")]
+                total += sum(
+                    self._read(one, nested, held)
+                    for one in nested.values()
+                    if one.opcode == "parameter" and user.operands[one.number] == parameter.name
+                )
             else:
                 return whole
         return min(total, whole)
@@ -321,7 +292,7 @@ class Module:
         if root.opcode == "dynamic-update-slice":
             return inner[root.operands[1]].result[0].bytes
         if root.opcode == "fusion":
-            nested = self.computations[root.called("calls") or ""]
+            nested = self.computations[root.called("calls")]
             return self._written(next(i for i in nested.values() if i.root), nested, fusion)
         if root.opcode == "tuple" and len(root.operands) == len(fusion.result):
             total = 0.0
