@@ -52,7 +52,7 @@ from flax_distil.model.student import init_student
 from flax_distil.parallel.mesh import make_mesh
 from flax_distil.parallel.platform import name_platform
 from flax_distil.parallel.sharding import shardings
-from flax_distil.pseudo_label.distributions import final_states
+from flax_distil.pseudo_label.teacher import final_states
 
 PYTORCH = "Transformers"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")

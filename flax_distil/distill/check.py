@@ -26,7 +26,7 @@ from flax_distil.model.dims import WhisperDims
 from flax_distil.model.student import same_arrays
 from flax_distil.parallel.mesh import check_batch
 from flax_distil.parallel.sharding import check_heads
-from flax_distil.pseudo_label.identity import fingerprint
+from flax_distil.pseudo_label.jobs import fingerprint
 from flax_distil.pseudo_label.store import SETTINGS, read_settings
 from flax_distil.text.languages import to_language_code
 from flax_distil.text.tokens import WhisperTokens

@@ -17,7 +17,7 @@ from flax_distil.decode.recognizer import encode
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.spec import Spec
 from flax_distil.parallel.clips import replicate
-from flax_distil.pseudo_label.identity import fingerprint, states_folder
+from flax_distil.pseudo_label.jobs import fingerprint, states_folder
 from flax_distil.pseudo_label.store import SETTINGS, read_settings
 
 

@@ -1,34 +1,32 @@
 """What is to be labelled: datasets, their windows, and the store that receives the labels."""
 
 import dataclasses
+import hashlib
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
 
 from flax_distil.config import PseudoLabelConfig
 from flax_distil.data.packing import Packed, pack
-from flax_distil.data.utterances import (
-    Skipped,
-    Utterance,
-    Utterances,
-    UtteranceStream,
-    read_dataset,
-)
-from flax_distil.data.windows import DecodedClip, decode_clips
+from flax_distil.data.utterances import Utterance, Utterances, UtteranceStream, read_dataset
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
-from flax_distil.pseudo_label.identity import fingerprint, settings, states_folder
-from flax_distil.pseudo_label.rows import AudioCell, audio_cells
 from flax_distil.pseudo_label.store import LabelStore, open_store
 
 Dataset = Utterances | UtteranceStream | Packed
 
-DecodedUtterance = list[tuple[DecodedClip, AudioCell]]
-"""The clips of an utterance with the audio cells of their rows: several of a window that was
-split."""
+# Fields that do not change the labels.
+PLACE_AND_PACE = ["batch_size", "workers", "output_dir", "engine", "ray_address", "ray_workers"]
+PLACE_AND_PACE += ["audio_states", "audio_states_dtype", "assistant", "draft_tokens"]
+PLACE_AND_PACE += ["max_skipped_share", "verify", "datasets"]
 
 
 @dataclass(frozen=True)
@@ -53,16 +51,6 @@ class LabelJob:
         size = self.config.shard_size
         return islice(self.utterances.iter_from(number * size), size)
 
-    def decode(self, utterance: Utterance) -> Skipped | DecodedUtterance:
-        """The clips of an utterance, or why it has no label."""
-        clips = decode_clips(utterance)
-        if isinstance(clips, Skipped):
-            return clips
-        if reason := self.lacks(utterance.language):
-            return Skipped(utterance.id, reason)
-        cells = audio_cells(utterance, clips, self.config.store_audio)
-        return cells if isinstance(cells, Skipped) else list(zip(clips, cells, strict=True))
-
 
 def prepare(config: PseudoLabelConfig) -> tuple[list[LabelJob], Checkpoint]:
     """A job for each dataset of `config`, with its store opened, and the teacher.
@@ -84,9 +72,8 @@ def prepare(config: PseudoLabelConfig) -> tuple[list[LabelJob], Checkpoint]:
         store = open_store(one.output_dir, chosen)
         encoder = checkpoint.params["encoder"]
         states = one.audio_states and states_folder(one.audio_states, encoder, store.settings)
-        jobs.append(
-            LabelJob(one, utterances, store, states, partial(tokens.unsupported, task=one.task))
-        )
+        lacks = partial(tokens.unsupported, task=one.task)
+        jobs.append(LabelJob(one, utterances, store, states, lacks))
     return jobs, checkpoint
 
 
@@ -126,3 +113,34 @@ def windows(config: PseudoLabelConfig) -> Dataset:
     if isinstance(utterances, UtteranceStream):
         raise InputError("a stream cannot be packed: leave out --streaming or --pack-seconds")
     return pack(utterances, seconds, config.pack_pause)
+
+
+def settings(
+    config: PseudoLabelConfig, utterances: Dataset, weights: str, vocabulary: int, width: int = 0
+) -> dict[str, Any]:
+    """Everything that determines the labels of a store.
+
+    weights: fingerprint of the teacher. vocabulary: number of its tokens. width: of its decoder.
+    """
+    fields = dataclasses.asdict(config) | {"teacher_states": config.teacher_states and width}
+    without = PLACE_AND_PACE if config.teacher_states else [*PLACE_AND_PACE, "teacher_states"]
+    size = None if isinstance(utterances, UtteranceStream) else len(utterances)
+    kept = {name: value for name, value in fields.items() if name not in without}
+    return {"weights": weights, "vocabulary": vocabulary, "utterances": size, **kept}
+
+
+def fingerprint(params: Any) -> str:
+    """A hash of names, shapes and the first 256 numbers of every array."""
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
+        head = np.asarray(leaf.reshape(-1)[:256], np.float32)
+        digest.update(f"{path}{leaf.shape}".encode() + head.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def states_folder(folder: Path, encoder: Any, settings: Mapping[str, Any]) -> Path:
+    """Where the outputs of this encoder are for the clips of a label store, filtered or not."""
+    unfiltered = {name: value for name, value in settings.items() if name != "filter"}
+    contents = json.dumps(unfiltered, sort_keys=True).encode()
+    return folder / fingerprint(encoder) / hashlib.sha256(contents).hexdigest()[:16]

@@ -7,16 +7,18 @@ its own utterances alone and is the same, byte for byte, whichever process made 
 not the run was killed in between.
 """
 
-import dataclasses
 import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 
 import jax
 from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
 
 from flax_distil.config import PseudoLabelConfig
 from flax_distil.data.utterances import Skipped, UtteranceStream
@@ -25,16 +27,10 @@ from flax_distil.errors import InputError
 from flax_distil.files import remove_partial
 from flax_distil.parallel.multihost import barrier, start
 from flax_distil.pseudo_label.jobs import LabelJob, prepare
-from flax_distil.pseudo_label.progress import (
-    LabelProgress,
-    LabelSummary,
-    checking,
-    reasons,
-    summary_table,
-)
 from flax_distil.pseudo_label.ray_engine import start_engines
-from flax_distil.pseudo_label.shards import Work, load_labellers
+from flax_distil.pseudo_label.shards import LabelProgress, Work, decode, label_shards
 from flax_distil.pseudo_label.store import Shard
+from flax_distil.pseudo_label.teacher import Teacher, load_teacher
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +38,37 @@ log = logging.getLogger(__name__)
 Engine = Callable[[Iterable[Work], LabelProgress], Iterator[Shard]]
 
 A_WEEK = 7 * 24 * 3600.0  # hosts wait so long for the slowest; a dead one ends them within minutes
+# The limit of skipped clips where none was given: a tenth, but never fewer than 100.
+SKIPPED_SHARE, SKIPPED_AT_LEAST = 0.1, 100
+REASONS_SHOWN = 3
+SKIPPED_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class LabelSummary:
+    """The contents of label stores, those of earlier runs included, and the speed of this run."""
+
+    shards: tuple[Shard, ...]
+    labels: int
+    seconds: float
+    """Seconds of labelled audio."""
+    skipped: tuple[Skipped, ...]
+    """Clips without a label."""
+    reference_words: int
+    """Words or characters of the references, by `rate`."""
+    wer: float | None
+    """Error rate of all labels that have a reference, as a fraction."""
+    rate: str
+    """WER, CER or WER/CER: what `wer` is."""
+    labelled_now: float
+    """Seconds of audio labelled in this run."""
+    wall: float
+    """Seconds this run took."""
+
+    @property
+    def rtf(self) -> float | None:
+        """Real-time factor: seconds of work per second of audio; None if nothing was labelled."""
+        return self.wall / self.labelled_now if self.labelled_now else None
 
 
 def run(config: PseudoLabelConfig) -> LabelSummary:
@@ -61,64 +88,74 @@ def run(config: PseudoLabelConfig) -> LabelSummary:
     else:
         start()
         host, hosts = jax.process_index(), jax.process_count()
-        labellers = load_labellers(config)
-        jobs, engines = [one.job for one in labellers], [one.shards for one in labellers]
+        jobs, teacher = load_labellers(config)
+        engines = [partial(label_shards, job, teacher) for job in jobs]
     summaries = []
     for job, engine in zip(jobs, engines, strict=True):
         summaries.append(label(job, engine, host, hosts))
         if host == 0:
             Console().print(summary_table(summaries[-1], job.store.address))
-    total = sum(summaries[1:], summaries[0])
+    total = summarise(
+        [shard for one in summaries for shard in one.shards],
+        sum(one.labelled_now for one in summaries),
+        sum(one.wall for one in summaries),
+    )
     if host == 0 and len(jobs) > 1:
         Console().print(summary_table(total, f"{len(jobs)} datasets"))
     return total
 
 
+def load_labellers(config: PseudoLabelConfig) -> tuple[list[LabelJob], Teacher]:
+    """A job for each dataset, and the teacher for all. Raises what `prepare` raises."""
+    jobs, checkpoint = prepare(config)
+    return jobs, load_teacher(config, checkpoint)
+
+
 def label(job: LabelJob, engine: Engine, host: int = 0, hosts: int = 1) -> LabelSummary:
     """Make the shards of the job's store that are missing; of several hosts, each its own.
 
-    A complete store is searched for clips that were skipped and can be decoded now; their shards
-    are made again.
+    Shards with a clip that was skipped and can be decoded now are made again.
 
     Raises InputError where too many clips are skipped, or all.
     """
     begun, config, store = time.monotonic(), job.config, job.store
-    store.remove_partial()
-    if job.states:
-        remove_partial(job.states)
 
     def ours(number: int) -> bool:
         return number % hosts == host
 
+    store.remove_partial()
+    if job.states:
+        remove_partial(job.states)
     done = store.finished(checking, verify=config.verify)
-    made: dict[int, Shard] = {}
     complete = store.complete() and bool(done)
+    made: dict[int, Shard] = {}
     again: set[int] = set()
-    if complete:
+    if complete or job.count is not None:
         again = retryable(job, [shard for number, shard in done.items() if ours(number)])
         done = {number: shard for number, shard in done.items() if number not in again}
     if again or not (complete and job.count is None):  # else a complete stream is not read again
         earlier = [shard for number, shard in done.items() if ours(number)]
-        total = job.count
-        if total is not None and hosts > 1:
-            total = sum(ours(position // config.shard_size) for position in range(total))
-        with LabelProgress(total, config.max_skipped_share, earlier) as progress:
+        total = left = job.count
+        if total is not None:
+            total = sum(ours(number // config.shard_size) for number in range(total))
+            left = max(total - sum(shard.utterances for shard in earlier), 0)
+        if not complete:
+            check_skipped(config, earlier, total)
+        with LabelProgress(desc="labelling", total=left, unit=" clips") as progress:
             for shard in engine(pending(job, done, ours), progress):
                 made[shard.number] = shard
+                check_skipped(config, [*earlier, *made.values()], total)
     if hosts > 1:
         barrier(f"labels in {store.address}", A_WEEK)
         done = store.finished(checking, made)
     shards = [shard for _, shard in sorted((done | made).items())]
-    labelled_now = sum((shard.seconds for shard in made.values()), 0.0)
-    summary = LabelSummary(tuple(shards), labelled_now, time.monotonic() - begun)
+    labelled_now = sum(shard.seconds for shard in made.values())
+    summary = summarise(shards, labelled_now, time.monotonic() - begun)
     if host == 0:
         store.remove_partial()
         store.write_index(shards, complete=True)
-        lines = [
-            json.dumps(dataclasses.asdict(clip), ensure_ascii=False) + "\n"
-            for clip in summary.skipped
-        ]
-        store.write_file("skipped.jsonl", "".join(lines).encode())
+        skipped = [json.dumps(vars(clip), ensure_ascii=False) + "\n" for clip in summary.skipped]
+        store.write_file("skipped.jsonl", "".join(skipped).encode())
     if not summary.labels:
         raise InputError(
             f"none of {len(summary.skipped)} clips could be labelled; the first: "
@@ -156,13 +193,70 @@ def retryable(job: LabelJob, shards: Iterable[Shard]) -> set[int]:
         log.info("%s is read again for %d skipped clips", job.config.data.source, len(skipped))
         first = min(skipped)
         some = islice(enumerate(rows.iter_from(first), first), max(skipped) - first + 1)
-        numbered = ((skipped[position], row) for position, row in some if position in skipped)
+        numbered = ((position, row) for position, row in some if position in skipped)
     else:
-        numbered = ((number, rows[position]) for position, number in skipped.items())
+        numbered = ((position, rows[position]) for position in skipped)
+    workers = job.config.workers
     decoded = map_in_order(
-        lambda one: (one[0], job.decode(one[1])),
-        numbered,
-        job.config.workers,
-        ahead=2 * job.config.workers,
+        lambda one: (skipped[one[0]], decode(job, *one)), numbered, workers, ahead=2 * workers
     )
     return {number for number, clips in decoded if not isinstance(clips, Skipped)}
+
+
+def check_skipped(config: PseudoLabelConfig, shards: Sequence[Shard], total: int | None) -> None:
+    """Raises InputError where too many of `total` clips, or of those in `shards`, were skipped."""
+    skipped = sum(len(shard.skipped) for shard in shards)
+    total = sum(shard.utterances for shard in shards) if total is None else total
+    share, least = config.max_skipped_share, 0
+    if share is None:
+        share, least = SKIPPED_SHARE, SKIPPED_AT_LEAST
+    if skipped > max(share * total, least):
+        first = [clip for shard in shards for clip in shard.skipped]
+        raise InputError(
+            f"{skipped} of {total} clips were skipped, and max_skipped_share is {share:g}: repair "
+            f"the dataset or raise it; the first: {reasons(first)}"
+        )
+
+
+def reasons(skipped: Sequence[Skipped]) -> str:
+    """The first few skipped clips with their reasons."""
+    return "; ".join(f"{clip.id}: {clip.reason}" for clip in skipped[:REASONS_SHOWN])
+
+
+def checking(files: Iterable) -> Iterable:
+    """The files, with a progress bar."""
+    return tqdm(files, desc="checking shards", leave=False)
+
+
+def summarise(shards: Sequence[Shard], labelled_now: float, wall: float) -> LabelSummary:
+    """The totals of shards."""
+    words = sum(shard.reference_words for shard in shards)
+    rates = {rate for shard in shards for rate in shard.rates}
+    return LabelSummary(
+        shards=tuple(shards),
+        labels=sum(shard.rows for shard in shards),
+        seconds=float(sum(shard.seconds for shard in shards)),
+        skipped=tuple(clip for shard in shards for clip in shard.skipped),
+        reference_words=words,
+        wer=sum(shard.word_errors for shard in shards) / words if words else None,
+        rate="/".join(sorted(rates, reverse=True)) or "WER",
+        labelled_now=float(labelled_now),
+        wall=wall,
+    )
+
+
+def summary_table(summary: LabelSummary, title: str) -> Table:
+    """The summary as two columns."""
+    table = Table("", title, show_header=True)
+    table.add_row("labels", f"{summary.labels:,}")
+    table.add_row("audio", f"{summary.seconds / 3600:.2f} h")
+    wer = "no references" if summary.wer is None else f"{100 * summary.wer:.2f} %"
+    table.add_row(f"{summary.rate} against the references", wer)
+    if summary.rtf is not None:
+        table.add_row("real-time factor", f"{summary.rtf:.3f} ({1 / summary.rtf:.1f}x)")
+    table.add_row("skipped", f"{len(summary.skipped):,}")
+    for clip in summary.skipped[:SKIPPED_SHOWN]:
+        table.add_row("", f"{clip.id}: {clip.reason}")
+    if len(summary.skipped) > SKIPPED_SHOWN:
+        table.add_row("", "… the others are in skipped.jsonl")
+    return table

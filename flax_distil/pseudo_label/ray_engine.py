@@ -14,34 +14,34 @@ from flax_distil.config import PseudoLabelConfig
 from flax_distil.data.utterances import Utterance
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label.jobs import LabelJob
-from flax_distil.pseudo_label.progress import LabelProgress
-from flax_distil.pseudo_label.shards import ShardLabeller, Work
+from flax_distil.pseudo_label.shards import LabelProgress, Work, label_shards
 from flax_distil.pseudo_label.store import Shard
+from flax_distil.pseudo_label.teacher import Teacher
 
 RETRIES = 3  # of a shard whose actor died; actors are restarted without limit
 
 
-class LabelActor:
-    """A process with a labeller for each dataset."""
+# Makes the jobs and the teacher in each actor.
+Load = Callable[[], tuple[Sequence[LabelJob], Teacher]]
 
-    def __init__(self, load: Callable[[], Sequence[ShardLabeller]]):
-        self.labellers = load()
+
+class LabelActor:
+    """A process with a teacher."""
+
+    def __init__(self, load: Load):
+        self.jobs, self.teacher = load()
 
     def label(self, dataset: int, number: int, utterances: list[Utterance] | None) -> Shard:
         """Label and write a shard. utterances: of a stream; else they are read here."""
-        labeller = self.labellers[dataset]
-        work = (number, labeller.job.shard(number) if utterances is None else utterances)
-        return next(labeller.shards([work]))
+        job = self.jobs[dataset]
+        work = (number, job.shard(number) if utterances is None else utterances)
+        return next(label_shards(job, self.teacher, [work]))
 
 
 def start_engines(
-    config: PseudoLabelConfig,
-    load: Callable[[], Sequence[ShardLabeller]],
-    jobs: Sequence[LabelJob],
+    config: PseudoLabelConfig, load: Load, jobs: Sequence[LabelJob]
 ) -> list[Callable[[Iterable[Work], LabelProgress], Iterator[Shard]]]:
     """An engine for each job, all on the same actors.
-
-    load: makes the labellers of the jobs, in their order, in each actor.
 
     Raises InputError where Ray is not installed or the cluster cannot be reached.
     """
@@ -59,7 +59,7 @@ def start_engines(
     count, options = placement(ray.cluster_resources(), len(ray.nodes()))
     actor = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **options)(LabelActor)
     pool = ActorPool([actor.remote(load) for _ in range(config.ray_workers or count)])
-    return [partial(label_shards, pool, dataset, job) for dataset, job in enumerate(jobs)]
+    return [partial(label_by_actors, pool, dataset, job) for dataset, job in enumerate(jobs)]
 
 
 def placement(resources: Mapping[str, float], nodes: int) -> tuple[int, dict[str, Any]]:
@@ -72,7 +72,7 @@ def placement(resources: Mapping[str, float], nodes: int) -> tuple[int, dict[str
     return nodes, {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
 
 
-def label_shards(
+def label_by_actors(
     pool: Any, dataset: int, job: LabelJob, work: Iterable[Work], progress: LabelProgress
 ) -> Iterator[Shard]:
     """The shards of a job as the actors of `pool` finish them.
@@ -83,7 +83,6 @@ def label_shards(
 
     try:
         for shard in _results(pool, dataset, job, work):
-            progress.count(shard.rows, shard.skipped)
             progress.advance(shard.seconds, shard.utterances)
             yield shard
     except RayTaskError as error:

@@ -19,17 +19,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from cattrs import Converter
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from flax_distil.data.utterances import UTTERANCE_NUMBER, Skipped
+from flax_distil.data.utterances import Skipped
 from flax_distil.errors import InputError, check_writable
 from flax_distil.files import remove_partial, write_whole
 
@@ -37,39 +36,11 @@ log = logging.getLogger(__name__)
 
 SETTINGS = "labels.json"
 INDEX = "shards.json"
+SHARDS = "data/[0-9]*.parquet"
 # 1 had neither recording nor utterance_number; 2 none of ended, speech, error_rate and parts.
 FORMAT = 3
 ROW_GROUP = 4  # rows; training reads at random, one row group at a time
 METADATA_KEY = b"flax_distil.shard"
-MAGIC = b"PAR1"  # at both ends of a Parquet file
-TAIL = 1 << 16  # bytes read for a footer at first; most footers are smaller
-
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        ("reference", pa.string()),
-        ("whisper_transcript", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("duration", pa.float64()),
-        ("language", pa.string()),
-        ("speaker", pa.string()),
-        ("recording", pa.string()),
-        (UTTERANCE_NUMBER, pa.int64()),
-        ("mean_log_probability", pa.float32()),
-        ("compression_ratio", pa.float32()),
-        ("no_speech_probability", pa.float32()),
-        ("wer", pa.float64()),
-        ("word_errors", pa.int32()),
-        ("reference_words", pa.int32()),
-        ("error_rate", pa.string()),
-        ("ended", pa.bool_()),
-        ("speech", pa.bool_()),
-        ("part_references", pa.list_(pa.string())),
-        ("part_errors", pa.list_(pa.int32())),
-        ("part_words", pa.list_(pa.int32())),
-    ]
-)
 
 CARD = """---
 configs:
@@ -82,49 +53,57 @@ Speech with pseudo-labels; `labels.json` says what made them.
 
 @dataclass(frozen=True)
 class PseudoLabel:
-    """The teacher's label of one clip: one row of a shard."""
+    """The teacher's label of one clip: one row of a shard, each field with its Parquet type."""
 
-    id: str
-    audio: dict[str, Any] = dataclasses.field(repr=False)
+    id: Annotated[str, pa.string()]
+    audio: Annotated[dict[str, Any], pa.struct([("bytes", pa.binary()), ("path", pa.string())])] = (
+        dataclasses.field(repr=False)
+    )
     """{bytes, path}: 16 kHz FLAC, or only the path of the original file."""
-    reference: str | None
+    reference: Annotated[str | None, pa.string()]
     """The dataset's own text, unchanged."""
-    whisper_transcript: str
-    token_ids: tuple[int, ...]
+    whisper_transcript: Annotated[str, pa.string()]
+    token_ids: Annotated[tuple[int, ...], pa.list_(pa.int32())]
     """Text and timestamps, without prompt and end of text."""
-    duration: float
+    duration: Annotated[float, pa.float64()]
     """Seconds."""
-    language: str | None
-    speaker: str | None
-    recording: str | None
+    language: Annotated[str | None, pa.string()]
+    speaker: Annotated[str | None, pa.string()]
+    recording: Annotated[str | None, pa.string()]
     """The recording, chapter or session that the utterance is a part of."""
-    utterance_number: int
+    utterance_number: Annotated[int, pa.int64()]
     """Position of the utterance or window in the dataset; training finds the previous one by it."""
-    mean_log_probability: float
-    compression_ratio: float
-    no_speech_probability: float
-    wer: float | None
+    mean_log_probability: Annotated[float, pa.float32()]
+    compression_ratio: Annotated[float, pa.float32()]
+    no_speech_probability: Annotated[float, pa.float32()]
+    wer: Annotated[float | None, pa.float64()]
     """A fraction, not percent, after Whisper's normaliser; None without a reference word."""
-    word_errors: int | None
+    word_errors: Annotated[int | None, pa.int32()]
     """Substitutions, deletions and insertions; None without a reference."""
-    reference_words: int | None
+    reference_words: Annotated[int | None, pa.int32()]
     """Words of the normalised reference; None without a reference."""
-    error_rate: str | None = None
+    error_rate: Annotated[str | None, pa.string()] = None
     """WER or CER: the unit of the three fields above; None without a reference."""
-    ended: bool = True
-    """Whether the teacher wrote the end of text; False where the label was cut at max_tokens."""
-    speech: bool = True
+    ended: Annotated[bool, pa.bool_()] = True
+    """Whether the teacher produced the end of text; False for a label cut at max_tokens."""
+    speech: Annotated[bool, pa.bool_()] = True
     """Whether the clip contains speech; if not, the transcript is a hallucination."""
-    part_references: tuple[str, ...] | None = None
-    """Texts of the parts of a packed window; None for single clips, or if a part has no text."""
-    part_errors: tuple[int, ...] | None = None
+    part_references: Annotated[tuple[str, ...] | None, pa.list_(pa.string())] = None
+    """Texts of the parts of a packed window; None for single clips, or if there is no reference."""
+    part_errors: Annotated[tuple[int, ...] | None, pa.list_(pa.int32())] = None
     """Errors in each part, by the alignment of the whole window."""
-    part_words: tuple[int, ...] | None = None
+    part_words: Annotated[tuple[int, ...] | None, pa.list_(pa.int32())] = None
     """Words (or characters) of each part's normalised text."""
     teacher_states: np.ndarray | None = dataclasses.field(default=None, repr=False)
     """float16 [n, D]: the decoder's final states at each token of prompt and label, if kept."""
     audio_SD: np.ndarray | None = dataclasses.field(default=None, repr=False)
     """The encoder's output, which is kept beside the store."""
+
+
+_HINTS = get_type_hints(PseudoLabel, include_extras=True)
+SCHEMA = pa.schema(
+    [(name, hint.__metadata__[0]) for name, hint in _HINTS.items() if hasattr(hint, "__metadata__")]
+)
 
 
 @dataclass(frozen=True)
@@ -149,13 +128,20 @@ class Shard:
         """Labelled and skipped utterances."""
         return self.rows + len(self.skipped)
 
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Shard":
+        """From the JSON of a footer or the index."""
+        skipped = tuple(Skipped(**one) for one in facts["skipped"])
+        lists = {name: tuple(facts[name]) for name in ("rates", "skipped_numbers")}
+        return cls(**{**facts, **lists, "skipped": skipped})
+
 
 @dataclass(frozen=True)
 class LabelStore:
     """A folder of shards, made with one combination of settings."""
 
     folder: Path
-    settings: dict[str, Any]
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def files(self) -> DirFileSystem:
@@ -184,35 +170,32 @@ class LabelStore:
         self, number: int, labels: Sequence[PseudoLabel], skipped: Mapping[int, Skipped]
     ) -> Shard:
         """Write a shard of labels. skipped: clips without one, by utterance number."""
-        rows = [{name: getattr(label, name) for name in SCHEMA.names} for label in labels]
-        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        rows, schema = [vars(label) for label in labels], SCHEMA
         if width := self.settings.get("teacher_states"):
-            table = table.append_column("teacher_states", _states_column(labels, width))
-        return self.write_table(number, table, skipped)
+            states = pa.list_(pa.list_(pa.float16(), width))
+            schema = schema.append(pa.field("teacher_states", states))
+            rows = [row | {"teacher_states": list(row["teacher_states"])} for row in rows]
+        return self.write_table(number, pa.Table.from_pylist(rows, schema), skipped)
 
     def write_table(
         self, number: int, table: pa.Table, skipped: Mapping[int, Skipped] | None = None
     ) -> Shard:
         """Write a shard: the whole file or none of it."""
-        skipped = skipped or {}
-
-        def total(column: str) -> Any:
-            return sum(value or 0 for value in table.column(column).to_pylist())
-
+        skipped, counted = skipped or {}, ["duration", "word_errors", "reference_words"]
+        totals = table.select(counted).to_pandas().sum()
         shard = Shard(
             number=number,
             rows=table.num_rows,
-            seconds=float(total("duration")),
-            word_errors=total("word_errors"),
-            reference_words=total("reference_words"),
-            rates=tuple(error_rates(table)),
+            seconds=float(totals["duration"]),
+            word_errors=int(totals["word_errors"]),
+            reference_words=int(totals["reference_words"]),
+            rates=tuple(sorted(set(table["error_rate"].drop_null().to_pylist()))),
             skipped=tuple(skipped.values()),
             skipped_numbers=tuple(skipped),
         )
-        facts = _JSON.unstructure(shard)
+        facts = dataclasses.asdict(shard)
         del facts["bytes"]  # not known until the footer that holds them is written
-        metadata = {METADATA_KEY: json.dumps(facts)}
-        contents = parquet_bytes(table.replace_schema_metadata(metadata))
+        contents = parquet_bytes(table.replace_schema_metadata({METADATA_KEY: json.dumps(facts)}))
         self.write_file(_name(number), contents)
         return dataclasses.replace(shard, bytes=len(contents))
 
@@ -223,10 +206,6 @@ class LabelStore:
             write_whole(self.folder / name, contents)
         else:  # an upload becomes visible when it is complete
             self.files.pipe_file(name, contents)
-
-    def read_file(self, name: str, start: int = 0) -> bytes:
-        """A file's contents from byte `start` on. Raises FileNotFoundError."""
-        return self.files.cat_file(name, start=start)
 
     def finished(
         self, progress: Any = iter, known: Mapping[int, Shard] | None = None, verify: bool = False
@@ -240,12 +219,14 @@ class LabelStore:
         """
         index = {} if verify else {shard.number: shard for shard in self._read_index()[1]}
         shards = dict(known or {})
-        for number, size in progress(sorted(self._shard_sizes().items())):
+        found: Any = self.files.glob(SHARDS, detail=True)
+        for name, file in progress(sorted(found.items())):
+            number = int(Path(name).stem)
             if number in shards:
                 continue
-            if number in index and index[number].bytes == size:
+            if number in index and index[number].bytes == file["size"]:
                 shards[number] = index[number]
-            elif shard := self._read_shard(number, size, verify):
+            elif shard := self._read_shard(number, file["size"], verify):
                 shards[number] = shard
             elif verify:
                 self.files.rm_file(_name(number))
@@ -253,7 +234,7 @@ class LabelStore:
 
     def write_index(self, shards: Iterable[Shard], complete: bool = False) -> None:
         """Write what `finished` would return. complete: whether no utterance is left to label."""
-        entries = [_JSON.unstructure(one) for one in sorted(shards, key=lambda one: one.number)]
+        entries = [dataclasses.asdict(one) for one in sorted(shards, key=lambda one: one.number)]
         self.write_file(INDEX, as_json({"complete": complete, "shards": entries}))
 
     def complete(self) -> bool:
@@ -268,49 +249,28 @@ class LabelStore:
 
     def _read_index(self) -> tuple[bool, list[Shard]]:
         try:
-            index = json.loads(self.read_file(INDEX))
-            return index["complete"], [_JSON.structure(one, Shard) for one in index["shards"]]
+            index = json.loads(self.files.cat_file(INDEX))
+            return index["complete"], [Shard.of(facts) for facts in index["shards"]]
         except (OSError, ValueError, KeyError, TypeError):
             return False, []  # missing or damaged: the shards hold the same facts
-
-    def _shard_sizes(self) -> dict[int, int]:
-        """Bytes of the shards that exist, complete or not, by number."""
-        try:
-            files: Any = self.files.ls("data", detail=True)
-        except FileNotFoundError:
-            return {}
-        named = ((Path(file["name"]), file["size"]) for file in files)
-        return {
-            int(path.stem): size
-            for path, size in named
-            if path.stem.isdigit() and path.suffix == ".parquet"
-        }
 
     def _read_shard(self, number: int, size: int, verify: bool) -> Shard | None:
         """The facts in a shard's footer; None where it is damaged.
 
         verify: check every page, and not the footer alone.
         """
-        name = _name(number)
         try:
-            if verify:
-                pages = pa.BufferReader(self.read_file(name))
-                pq.read_table(pages, page_checksum_verification=True)
-            return _JSON.structure(self._footer(name, size) | {"bytes": size}, Shard)
+            with self.files.open(_name(number)) as file:
+                parquet = pq.ParquetFile(file, page_checksum_verification=verify)
+                if verify:
+                    parquet.read()
+                facts = json.loads((parquet.metadata.metadata or {})[METADATA_KEY])
+            return Shard.of(facts | {"bytes": size})
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            log.warning("%s is damaged: %s", name, error)
+            log.warning("%s is damaged: %s", _name(number), error)
             return None
-
-    def _footer(self, name: str, size: int) -> dict[str, Any]:
-        tail = self.read_file(name, max(size - TAIL, 0))
-        length = int.from_bytes(tail[-8:-4], "little") + 8
-        if length > len(tail):
-            tail = self.read_file(name, max(size - length, 0))
-        # Arrow reads a footer alone as a file without rows.
-        footer = pq.read_metadata(pa.BufferReader(MAGIC + tail[-length:]))
-        return json.loads((footer.metadata or {})[METADATA_KEY])
 
 
 def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
@@ -346,15 +306,6 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
     return store
 
 
-def _states_column(labels: Sequence[PseudoLabel], width: int) -> pa.Array:
-    """The final states: a list of lists of `width` numbers per row."""
-    rows = [label.teacher_states for label in labels if label.teacher_states is not None]
-    starts = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    values = np.concatenate([np.zeros((0, width), np.float16), *rows])
-    inner = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
-    return pa.ListArray.from_arrays(starts, inner)
-
-
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"data": {"split": 1}}` → `{"data.split": 1}`, so that a difference is named exactly."""
     flat = {}
@@ -367,7 +318,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings that made the labels in `folder`. Raises InputError: not a label store."""
     try:
-        return json.loads(LabelStore(folder, {}).read_file(SETTINGS))
+        return json.loads(LabelStore(folder).files.cat_file(SETTINGS))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is not a label store: it has no {SETTINGS}") from None
     except ValueError as error:
@@ -379,13 +330,24 @@ def shard_files(folder: Path) -> dict[int, Path]:
 
     Raises InputError where there are none.
     """
-    if not (store := LabelStore(folder, {})).local:
+    if not (store := LabelStore(folder)).local:
         raise InputError(f"{store.address} is a bucket: name the folder where it is mounted")
     read_settings(folder)
-    files = sorted((folder / "data").glob("[0-9]*.parquet"))
-    if not files:
-        raise InputError(f"{folder} has no shard yet: run pseudo-label")
-    return {int(path.stem): path for path in files}
+    if files := sorted(folder.glob(SHARDS)):
+        return {int(path.stem): path for path in files}
+    raise InputError(f"{folder} has no shard yet: run pseudo-label")
+
+
+def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A shard, or some of its columns; what its format lacks is null. Raises InputError when it is
+    damaged."""
+    try:
+        table = pq.ParquetFile(path, page_checksum_verification=True).read(columns)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}): run pseudo-label --verify to make it again"
+        ) from None
+    return pa.concat_tables([table, SCHEMA.empty_table()], promote_options="default")
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -398,21 +360,10 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def as_json(value: Any) -> bytes:
-    """A JSON file's contents; bytes of a path that are not UTF-8 are escape."""
+    """A JSON file's contents; bytes of a path that are not UTF-8 are escaped."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     return text.encode(errors="backslashreplace")
 
 
-def error_rates(table: pa.Table) -> list[str]:
-    """The units in which the rows' errors are counted: WER, CER, both, or neither."""
-    if "error_rate" not in table.column_names:
-        return ["WER"] if table.column("reference_words").null_count < len(table) else []
-    return sorted({value for value in table.column("error_rate").to_pylist() if value})
-
-
 def _name(number: int) -> str:
     return f"data/{number:05d}.parquet"
-
-
-# Shards as JSON, in footers and the index.
-_JSON = Converter(detailed_validation=False)

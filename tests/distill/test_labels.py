@@ -22,7 +22,7 @@ from flax_distil.distill.trainer import run
 from flax_distil.errors import InputError
 from flax_distil.model import student as student_module
 from flax_distil.model.checkpoint import load_checkpoint
-from flax_distil.pseudo_label.identity import fingerprint
+from flax_distil.pseudo_label.jobs import fingerprint
 from flax_distil.text.tokens import load_tokens
 
 

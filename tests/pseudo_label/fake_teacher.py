@@ -10,7 +10,9 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +21,9 @@ from flax_distil.audio.load import encode_flac
 from flax_distil.config import DataConfig, PseudoLabelConfig
 from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.errors import InputError
-from flax_distil.pseudo_label.identity import settings
-from flax_distil.pseudo_label.jobs import LabelJob, windows
-from flax_distil.pseudo_label.labeller import label
-from flax_distil.pseudo_label.progress import LabelSummary
-from flax_distil.pseudo_label.shards import ShardLabeller
+from flax_distil.pseudo_label.jobs import LabelJob, settings, windows
+from flax_distil.pseudo_label.labeller import Engine, LabelSummary, label
+from flax_distil.pseudo_label.shards import label_shards
 from flax_distil.pseudo_label.store import SCHEMA, open_store
 from flax_distil.text.languages import to_language_code
 from flax_distil.text.normalize import normalizer
@@ -66,6 +66,13 @@ def idle_teacher(waveforms_BN, language):
     raise AssertionError("nothing is left to label")
 
 
+class FakeLabeller(NamedTuple):
+    """A job and the engine that labels its shards."""
+
+    job: LabelJob
+    shards: Engine
+
+
 def label_with(
     config: PseudoLabelConfig, teacher=fake_teacher, states=None, lacks=lacks_unknown
 ) -> LabelSummary:
@@ -80,11 +87,12 @@ def fake_labeller(
     states=None,
     lacks=lacks_unknown,
     utterances=None,
-) -> ShardLabeller:
+) -> FakeLabeller:
     """A labeller for a configuration's dataset, or these utterances in its place."""
     utterances = windows(config) if utterances is None else utterances
     store = open_store(config.output_dir, settings(config, utterances, "fake", 51864))
-    return ShardLabeller(LabelJob(config, utterances, store, states, lacks), teacher)
+    job = LabelJob(config, utterances, store, states, lacks)
+    return FakeLabeller(job, partial(label_shards, job, teacher))
 
 
 def label_telling(manifest: str, output: str, began: int) -> None:

@@ -34,7 +34,7 @@ def label_with_ray(config, load, utterances=None):
 
 
 def load_fake(config, tokens_that_kill=None, utterances=None):
-    """The labellers of an actor, which dies at a clip the first time that it is labelled."""
+    """The job and teacher of an actor, which dies the first time that it labels a clip."""
 
     def teacher(waveforms, language):
         hypotheses = fake_teacher(waveforms, language)
@@ -44,7 +44,7 @@ def load_fake(config, tokens_that_kill=None, utterances=None):
             os.kill(os.getpid(), signal.SIGKILL)
         return hypotheses
 
-    return [fake_labeller(config, teacher, utterances=utterances)]
+    return [fake_labeller(config, utterances=utterances).job], teacher
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_bucket_has_what_a_disk_has(config, tmp_path):
     label_with(dataclasses.replace(config, output_dir=bucket))
     whole, store = contents(tmp_path / "whole"), LabelStore(bucket, {})
     assert len(whole) > 6
-    assert {name: store.read_file(name) for name in whole} == whole
+    assert {name: store.files.cat_file(name) for name in whole} == whole
     assert label_with(dataclasses.replace(config, output_dir=bucket)).labelled_now == 0
     with pytest.raises(InputError, match=r"memory://.* is a bucket: name the folder"):
         shard_files(bucket)

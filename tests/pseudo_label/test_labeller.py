@@ -19,10 +19,9 @@ from flax_distil.config import DataConfig
 from flax_distil.data.audio_states import StateFolder, clip_names, load_or_encode
 from flax_distil.data.utterances import UtteranceStream, load_waveform, read_dataset
 from flax_distil.errors import InputError
-from flax_distil.pseudo_label.distributions import Explained
-from flax_distil.pseudo_label.labeller import label
-from flax_distil.pseudo_label.progress import summary_table
+from flax_distil.pseudo_label.labeller import label, summary_table
 from flax_distil.pseudo_label.store import LabelStore
+from flax_distil.pseudo_label.teacher import Explained
 
 
 def rows(folder: Path) -> list[dict]:

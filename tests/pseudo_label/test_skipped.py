@@ -51,13 +51,15 @@ def test_no_label_at_all_is_an_error(config, speech):
 
 def test_too_many_skips_end_a_run_with_the_first_reasons(config, speech):
     languages(speech, "de", "en", "en", "yue", "tlh", "en")
-    asked = dataclasses.replace(config, max_skipped_share=0.4, shard_size=2)
+    asked = dataclasses.replace(config, max_skipped_share=0.3, shard_size=2)
     with pytest.raises(
-        InputError, match=r"3 of 6 clips .* is 0\.4: .*0\.flac: German .*; 3\.flac: C"
+        InputError, match=r"2 of 6 clips .* is 0\.3: .*0\.flac: German .*; 3\.flac: C"
     ):
         label_with(asked, lacks=lacks)
     # What was labelled until then stays, and the rest is done once more may be skipped.
     assert len(rows(config.output_dir)) == 2
+    with pytest.raises(InputError, match=r"2 of 6 clips"):
+        label_with(asked, idle_teacher, lacks=lacks)
     asked = dataclasses.replace(asked, max_skipped_share=0.5)
     assert label_with(asked, lacks=lacks).labels == 3
 
@@ -78,6 +80,15 @@ def test_a_stream_is_limited_by_what_was_read(config, speech):
     labeller = fake_labeller(asked, utterances=stream)
     with pytest.raises(InputError, match="2 of 4 clips were skipped"):
         label(labeller.job, labeller.shards)
+
+
+def test_a_run_that_was_stopped_for_its_skips_goes_on_once_they_are_repaired(config, speech):
+    asked = dataclasses.replace(config, max_skipped_share=0.05)
+    with pytest.raises(InputError, match=r"2 of 23 clips .*5\.flac: .*; 13\.flac"):
+        label_with(asked)
+    (speech / "5.flac").write_bytes(clip(5))
+    summary = label_with(asked)
+    assert (summary.labels, [one.id for one in summary.skipped]) == (22, ["13.flac"])
 
 
 def test_what_can_be_read_now_is_labelled_by_the_next_run(config, speech, tmp_path):

@@ -1,21 +1,34 @@
-"""The teacher's final states at each token of prompt and label, to distil without a teacher.
+"""What the teacher says of a batch of clips: texts, and the states to distil without a teacher.
 
 Final states are the decoder's output before the embedding makes logits of it, in float16: 11 bits
 of each number, which the decoder's last layer norm keeps far below float16's largest.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Float, Float16, Int, Int16
 
+from flax_distil.config import PseudoLabelConfig
+from flax_distil.decode.assistant import load_assistant
 from flax_distil.decode.hypothesis import Hypothesis
-from flax_distil.decode.recognizer import Recognizer, recognize_with_states
+from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize_with_states
+from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.spec import Params, Spec
 from flax_distil.options import DecodeOptions
 from flax_distil.parallel.clips import by_clip
+
+log = logging.getLogger(__name__)
+
+LENGTHS = (32, 64, 128, 256, 448)  # texts are padded to one of these, so that few programs compile
+
+# (waveforms int16 [B, 480000], language or None to detect it) → one hypothesis per row
+Teacher = Callable[[Int16[np.ndarray, "B N"], str | None], Iterable[Hypothesis]]
 
 
 @dataclass(frozen=True)
@@ -28,17 +41,31 @@ class Explained(Hypothesis):
     """Its encoder's states of the clip."""
 
 
-LENGTHS = (32, 64, 128, 256, 448)  # texts are padded to one of these, so that few programs compile
+def load_teacher(config: PseudoLabelConfig, checkpoint: Checkpoint) -> Teacher:
+    """The function that transcribes batches with `checkpoint` as the configuration asks."""
+    recognizer = make_recognizer(checkpoint, config.dtype)
+    if config.assistant:
+        if config.batch_size > 1 and jax.default_backend() == "cpu":
+            log.warning("on a CPU the assistant works on batches of one only: use --batch-size 1")
+        assistant = load_assistant(recognizer, config.assistant, config.draft_tokens)
+        recognizer = recognizer.with_assistant(assistant)
+    options = DecodeOptions(
+        task=config.task,
+        timestamps=config.timestamps,
+        max_tokens=config.max_tokens,
+        beams=config.beams,
+    )
+    keep_states, keep_audio = config.teacher_states, config.audio_states is not None
+    return partial(explain, recognizer, options, keep_states, keep_audio)
 
 
 def explain(
     recognizer: Recognizer,
-    waveforms_BN: Int16[np.ndarray, "B N"],
     options: DecodeOptions,
-    *,
-    language: str | None = None,
-    keep_states: bool = False,
-    keep_audio: bool = False,
+    keep_states: bool,
+    keep_audio: bool,
+    waveforms_BN: Int16[np.ndarray, "B N"],
+    language: str | None,
 ) -> list[Explained]:
     """`recognize`, with the final states at every token and the audio states where asked for."""
     hypotheses, audio_BSD = recognize_with_states(
