@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 # Types and shapes of every call into these packages are checked by beartype; in the whole package
-# (data, distill, evaluate and config too) with FLAX_DISTIL_CHECK_TYPES=1.
+# (distill, evaluate and config too) with FLAX_DISTIL_CHECK_TYPES=1.
 if os.environ.get("FLAX_DISTIL_CHECK_TYPES") == "1":
     install_import_hook("flax_distil", "type_checker.check")
 else:
@@ -15,6 +15,8 @@ else:
         [
             "flax_distil.audio",
             "flax_distil.text",
+            "flax_distil.data",
+            "flax_distil.fetch",
             "flax_distil.parallel",
             "flax_distil.model",
             "flax_distil.decode",

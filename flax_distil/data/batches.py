@@ -16,7 +16,7 @@ label that was cut at the maximum length has no eot. For clips without speech se
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -67,7 +67,7 @@ class TargetOptions:
 if TYPE_CHECKING:
     Leaf = np.ndarray
 else:  # a batch is on the host, on devices, traced, or shapes alone
-    Leaf = np.ndarray | jax.Array | jax.ShapeDtypeStruct
+    Leaf = Any  # with a shape and a dtype
 
 
 @jax.tree_util.register_dataclass
@@ -247,21 +247,26 @@ def label_ids(
     """The token ids of the pseudo-label or the reference; those of a window have its parts' times.
 
     A pseudo-label that is text is encoded, with timestamps written in it (`<|1.08|>`) as timestamp
-    tokens. Other special tokens written in texts are left out.
+    tokens. Other special tokens written in texts are left out. In a window the label of a part
+    without timestamps is put between the times of its clip.
 
     Raises:
         InputError: the utterance has no label or reference.
     """
     if utterance.parts:
-        starts = part_offsets(utterance)
-        return [
-            token
-            for start, part in zip(starts, utterance.parts, strict=True)
-            if has_speech(part, target)
-            for token in shift_timestamps(
-                part, label_ids(part, tokens, target, language), start, tokens
-            )
-        ]
+        ids = []
+        for start, part in zip(part_offsets(utterance), utterance.parts, strict=True):
+            if has_speech(part, target):
+                label = label_ids(part, tokens, target, language)
+                times = [tokens.seconds(token) for token in label]
+                if not any(time is not None for time in times):
+                    label = [tokens.timestamp_begin, *label, tokens.timestamp_begin]
+                    times = [0.0, *times, clip_seconds(part)]
+                ids += [
+                    token if time is None else tokens.timestamp(start + time)
+                    for token, time in zip(label, times, strict=True)
+                ]
+        return ids
     space = "" if language in WITHOUT_SPACES else " "
     if target == "text":
         if utterance.text is None:
@@ -286,22 +291,6 @@ def encode_transcript(transcript: str, tokens: WhisperTokens, space: str) -> lis
         else:
             ids.append(tokens.timestamp(piece))
     return ids
-
-
-def shift_timestamps(
-    part: Utterance, label: list[int], start: float, tokens: WhisperTokens
-) -> list[int]:
-    """The label of a part that begins `start` seconds into its window.
-
-    Timestamps are shifted; a label without any is put between the times of its clip.
-    """
-    times = [tokens.seconds(token) for token in label]
-    if not any(time is not None for time in times):
-        return [tokens.timestamp(start), *label, tokens.timestamp(start + clip_seconds(part))]
-    return [
-        token if time is None else tokens.timestamp(start + time)
-        for token, time in zip(label, times, strict=True)
-    ]
 
 
 def example_draws(seed: Sequence[int]) -> tuple[float, float]:

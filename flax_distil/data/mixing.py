@@ -6,7 +6,7 @@ of hosts. Streams have positions of their own (`streams.py`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -53,9 +53,9 @@ class TrainingSource:
 
     utterances: Sequence[Utterance] | UtteranceStream
     options: TargetOptions
-    lengths: Int[np.ndarray, "n"]
+    lengths: Int[np.ndarray, "n"] = field(default_factory=lambda: np.zeros(0, int))
     """Upper bound of each label's tokens; empty for a stream."""
-    follows: Bool[np.ndarray, "n"]
+    follows: Bool[np.ndarray, "n"] = field(default_factory=lambda: np.zeros(0, bool))
     """Whether the previous row is the previous utterance of the recording."""
     weight: float | None = 1.0
     """Relative to the others; None until it is known."""
@@ -98,11 +98,8 @@ def training_sources(config: DistillConfig, tokens: WhisperTokens) -> tuple[Trai
         for path in config.labels
         for source in open_source(TrainingDataConfig(str(path), target="label"), options, tokens)
     ]
-    sources = [
-        concatenate_sources(parts)
-        for speech in (True, False)
-        if (parts := [one for one in stores if one.speech is speech])
-    ]
+    kinds = ([one for one in stores if one.speech is speech] for speech in (True, False))
+    sources = [concatenate_sources(parts) for parts in kinds if parts]
     sources += [one for table in config.data for one in open_source(table, options, tokens)]
     if not sources:
         raise InputError("name at least one label store (--labels) or a [[distill.data]] table")
@@ -139,67 +136,46 @@ def open_source(
         )
     options = replace(options, task=config.task, target=target, kl=config.kl, ce=config.ce)
     if isinstance(utterances, UtteranceStream):
-        return (_stream_source(config, utterances, options),)
-    lengths = label_lengths(utterances, tokens, target)
+        if config.limit is not None or config.pack_seconds is not None:
+            raise InputError(
+                f"{config.source} is a stream: leave out limit and pack_seconds, or streaming"
+            )
+        source = TrainingSource(utterances, options, weight=config.weight, speech=config.speech)
+        return (replace(source, buffer=config.shuffle_buffer),)
     packed = config.pack_seconds is not None
-    rows = usable_rows(utterances, lengths, options, tokens, packed)
+    lengths = label_lengths(utterances, tokens, target)
+    kinds = usable_rows(utterances, lengths, options, tokens, packed)
     sources = []
-    for speech, numbers in ((True, rows.speech), (False, rows.non_speech)):
+    for speech, numbers in zip((True, False), kinds, strict=True):
         if not len(numbers):
             continue
-        part = utterances if len(numbers) == len(utterances) else utterances.take(numbers)
-        share = config.weight and config.weight * len(numbers) / (
-            len(rows.speech) + len(rows.non_speech)
+        windows = part = utterances.take(numbers)
+        most = np.maximum(lengths[numbers], 0) * speech
+        if config.pack_seconds is not None:
+            windows = pack(part, config.pack_seconds, config.pack_pause)
+            most = np.array([sum(most[list(rows)]) + 2 * len(rows) for rows in windows.groups])
+        prompts = () if packed else part.column("condition_on_prev")
+        sources.append(
+            TrainingSource(
+                windows,
+                options,
+                most,
+                windows.follows(),
+                config.weight and config.weight * len(numbers) / sum(map(len, kinds)),
+                speech=speech,
+                own_prompts=any(value is not None for value in prompts),
+            )
         )
-        known = np.maximum(lengths[numbers], 0) if speech else np.zeros(len(numbers), int)
-        sources.append(_source(config, part, known, options, share, speech))
     return tuple(sources)
-
-
-def _source(
-    config: TrainingDataConfig,
-    utterances: Utterances,
-    lengths: Int[np.ndarray, "n"],
-    options: TargetOptions,
-    weight: float | None,
-    speech: bool,
-) -> TrainingSource:
-    """A dataset, packed to windows if that is configured."""
-    windows: Utterances | Packed = utterances
-    if config.pack_seconds is not None:
-        windows = pack(utterances, config.pack_seconds, config.pack_pause)
-        lengths = np.array([sum(lengths[list(rows)]) + 2 * len(rows) for rows in windows.groups])
-    own_prompts = windows is utterances and any(
-        value is not None for value in utterances.column("condition_on_prev")
-    )
-    follows = windows.follows()
-    return TrainingSource(
-        windows, options, lengths, follows, weight, speech=speech, own_prompts=own_prompts
-    )
-
-
-def _stream_source(
-    config: TrainingDataConfig, stream: UtteranceStream, options: TargetOptions
-) -> TrainingSource:
-    if config.limit is not None or config.pack_seconds is not None:
-        raise InputError(
-            f"{config.source} is a stream: leave out limit and pack_seconds, or streaming"
-        )
-    none = np.zeros(0, np.int32)
-    return TrainingSource(
-        stream, options, none, none > 0, config.weight, config.shuffle_buffer, config.speech
-    )
 
 
 def concatenate_sources(parts: Sequence[TrainingSource]) -> TrainingSource:
     """Datasets as one source: every utterance once per pass."""
-    return TrainingSource(
-        Concatenated([part.utterances for part in parts]),  # type: ignore[misc]
-        parts[0].options,
-        np.concatenate([part.lengths for part in parts]),
-        np.concatenate([part.follows for part in parts]),
-        weight=None,
-        speech=parts[0].speech,
+    return replace(
+        parts[0],
+        utterances=Concatenated([part.utterances for part in parts]),  # type: ignore[misc]
+        lengths=np.concatenate([part.lengths for part in parts]),
+        follows=np.concatenate([part.follows for part in parts]),
         own_prompts=any(part.own_prompts for part in parts),
     )
 
@@ -215,29 +191,24 @@ def with_weights(
         InputError: a stream has no weight, or no dataset has clips for the share.
     """
     kinds = {source.speech for source in sources}
-    if non_speech_share is not None:
-        if not 0 <= non_speech_share < 1:
-            raise InputError(
-                f"non_speech_share {non_speech_share:g} must be at least 0 and below 1"
-            )
-        if non_speech_share and kinds != {True, False}:
-            missing = "clips without speech" if kinds == {True} else "speech"
-            raise InputError(
-                f"non_speech_share is {non_speech_share:g} and no dataset has {missing}: add one "
-                "(speech = false), or leave the share out"
-            )
-        if not non_speech_share:
-            sources = [source for source in sources if source.speech]
+    if non_speech_share is not None and not 0 <= non_speech_share < 1:
+        raise InputError(f"non_speech_share {non_speech_share:g} must be at least 0 and below 1")
+    if non_speech_share and kinds != {True, False}:
+        missing = "clips without speech" if kinds == {True} else "speech"
+        raise InputError(
+            f"non_speech_share is {non_speech_share:g} and no dataset has {missing}: add one "
+            "(speech = false), or leave the share out"
+        )
+    if non_speech_share == 0:
+        sources = [source for source in sources if source.speech]
     if len(sources) == 1:
         return (replace(sources[0], weight=sources[0].weight or 1.0),)
-    weights = [one.weight or audio_hours(one.utterances) for one in sources]
+    weights = np.array([one.weight or audio_hours(one.utterances) for one in sources])
     if non_speech_share:
-        sums = {True: 0.0, False: 0.0}
-        for one, weight in zip(sources, weights, strict=True):
-            sums[one.speech] += weight
-        scale = non_speech_share / (1 - non_speech_share) * sums[True] / sums[False]
-        weights = [w if one.speech else scale * w for one, w in zip(sources, weights, strict=True)]
-    return tuple(replace(one, weight=w) for one, w in zip(sources, weights, strict=True))
+        speech = np.array([one.speech for one in sources])
+        ratio = weights[speech].sum() / weights[~speech].sum()
+        weights[~speech] *= ratio * non_speech_share / (1 - non_speech_share)
+    return tuple(replace(one, weight=w) for one, w in zip(sources, weights.tolist(), strict=True))
 
 
 def label_lengths(
@@ -247,9 +218,6 @@ def label_lengths(
     columns = utterances.columns
     if target == "label" and columns.labelled:
         return utterances.label_lengths()
-    column = columns.text if target == "text" else columns.transcript
-    if column is None:
-        return np.full(len(utterances), -1, np.int32)
 
     def length_of(text: str | None) -> int:
         if text is None:
@@ -258,7 +226,8 @@ def label_lengths(
         # + 1: without a leading space, as in some languages, a text may have one token more
         return len(label_ids(one, tokens, target)) + 1 if strip_special(str(text)) else 0
 
-    return np.array([length_of(text) for text in utterances.column(column)], np.int32)
+    texts = utterances.column(columns.text if target == "text" else columns.transcript)
+    return np.array([length_of(text) for text in texts], np.int32)
 
 
 def audio_hours(utterances: Any) -> float:

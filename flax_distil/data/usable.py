@@ -5,13 +5,11 @@ that no bucket holds is left out and counted, by the same rules for datasets, st
 """
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from flax_distil.data.batches import TargetOptions, has_speech, longest_prompt
 from flax_distil.data.table import cell_bool
@@ -20,16 +18,6 @@ from flax_distil.errors import InputError
 from flax_distil.text.tokens import WhisperTokens
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LearnableRows:
-    """The rows of a dataset that can be learnt, and the others by reason."""
-
-    speech: Int[np.ndarray, "n"]
-    non_speech: Int[np.ndarray, "m"]
-    """Rows without speech."""
-    left_out: dict[str, list[int]]
 
 
 def language_reason(language: str | None, tokens: WhisperTokens) -> str | None:
@@ -65,8 +53,8 @@ def usable_rows(
     options: TargetOptions,
     tokens: WhisperTokens,
     packed: bool = False,
-) -> LearnableRows:
-    """The rows that can be learnt; the others are logged.
+) -> tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]:
+    """The rows that can be learnt, with speech and without; the others are counted in the log.
 
     lengths: tokens of each row's target; 0 where it is empty, -1 where there is none.
     packed: whether rows become parts of windows, which need complete labels.
@@ -76,46 +64,32 @@ def usable_rows(
     """
     longest = max(options.buckets) - longest_prompt(tokens)
     reason_of = cache(lambda language: language_reason(language, tokens))
-    column = utterances.columns.language
-    languages = utterances.column(column) if column else [None] * len(utterances)
     default = utterances.config.language or options.language
-    speech = speech_rows(utterances) & ~((lengths == 0) & (options.target == "text"))
-    ended = utterances.column("ended") if packed else [True] * len(utterances)
-    usable, left_out = np.ones(len(utterances), bool), {}
-    for row in range(len(utterances)):
+    flags = utterances.column("speech") if utterances.config.speech else [False] * len(lengths)
+    speech = np.array([cell_bool(flag) for flag in flags], bool)
+    speech &= (lengths != 0) | (options.target != "text")
+    ended = [not packed or cell_bool(value) for value in utterances.column("ended")]
+    left_out: dict[str, list[int]] = {}
+    for row, language in enumerate(utterances.column(utterances.columns.language)):
         reason = None
         if speech[row] and lengths[row] < 0:
             reason = f"no {options.target} to learn"
         elif speech[row] and lengths[row] > longest:
             reason = f"over {longest} tokens, which is all that a label bucket holds"
-        elif speech[row] and not cell_bool(ended[row]):
+        elif speech[row] and not ended[row]:
             reason = "a label that was cut, which cannot be packed with others"
         elif speech[row] or options.non_speech == "end":
-            reason = reason_of(languages[row] or default)
+            reason = reason_of(language or default)
         if reason is not None:
-            usable[row] = False
             left_out.setdefault(reason, []).append(row)
-    rows = LearnableRows(
-        np.flatnonzero(usable & speech), np.flatnonzero(usable & ~speech), left_out
-    )
+    usable = np.ones(len(utterances), bool)
+    usable[[row for rows in left_out.values() for row in rows]] = False
     if left_out:
         source, count = utterances.config.source, len(utterances)
-        reasons = describe_left_out(left_out, lambda row: utterances[row].id)
+        reasons = "; ".join(
+            f"{why} ({len(rows)}, first {utterances[rows[0]].id})" for why, rows in left_out.items()
+        )
         if not usable.any():
             raise InputError(f"none of the {count} rows of {source} can be learnt: {reasons}")
         log.warning("%s: %d of %d rows are left out: %s", source, (~usable).sum(), count, reasons)
-    return rows
-
-
-def speech_rows(utterances: Utterances) -> Bool[np.ndarray, "n"]:
-    """Whether each row holds speech."""
-    if not utterances.config.speech:
-        return np.zeros(len(utterances), bool)
-    return np.array([cell_bool(value) for value in utterances.column("speech")], bool)
-
-
-def describe_left_out(left_out: dict[str, list[int]], name: Callable[[int], str]) -> str:
-    """Each reason with its number of rows and the first of them by `name`."""
-    return "; ".join(
-        f"{why} ({len(rows)}, first {name(rows[0])})" for why, rows in left_out.items()
-    )
+    return np.flatnonzero(usable & speech), np.flatnonzero(usable & ~speech)
