@@ -10,7 +10,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -159,19 +160,20 @@ def parse(arguments: Sequence[str]) -> Any:
     Raises:
         InputError: the recipe cannot be used.
     """
-    arguments, recipe = _split_recipe(arguments)
-    named = arguments[0] if arguments else None
+    reader = ArgumentParser(prog="flax-distil", add_help=False, allow_abbrev=False)
+    reader.add_argument("--recipe")
+    given, arguments = reader.parse_known_args(arguments)
     verbs, values = [], {}
     for name, verb in VERBS.items():
-        if recipe is not None and name == named:
-            values = {verb.config: recipe_values(recipe, verb.config)}
+        if given.recipe is not None and arguments[:1] == [name]:
+            values = {verb.config: recipe_values(given.recipe, verb.config)}
         help = f"{verb.config.__doc__}\n\nExample: flax-distil {name} {verb.example}"
         verbs.append(Annotated[verb.config, tyro.conf.subcommand(name, description=help)])
     return tyro.cli(
         Union[tuple(verbs)],  # type: ignore[arg-type]  # noqa: UP007
         prog="flax-distil",
         description=DESCRIPTION,
-        args=list(arguments),
+        args=arguments,
         registry=_registry(values),
     )
 
@@ -183,23 +185,16 @@ def _registry(values: Mapping[type, Mapping[str, Any]]) -> ConstructorRegistry:
 
     @registry.struct_rule
     def _fields(info: StructTypeInfo) -> StructConstructorSpec | None:
-        if not (
-            dataclasses.is_dataclass(info.type) and info.type.__module__.startswith("flax_distil.")
-        ):
+        of_stage = info.type.__module__.startswith("flax_distil.")
+        if not (of_stage and dataclasses.is_dataclass(info.type)):
             return None
         hints, helps = get_type_hints(info.type, include_extras=True), _field_helps(info.type)
-        fields = []
+        given, fields = values.get(info.type, {}), []
         for field in dataclasses.fields(info.type):
-            default = field.default
-            if field.default_factory is not dataclasses.MISSING:
-                default = field.default_factory()
-            elif default is dataclasses.MISSING:
-                default = tyro.MISSING
-            default = getattr(info.default, field.name, default)
-            default = values.get(info.type, {}).get(field.name, default)
-            fields.append(
-                StructFieldSpec(field.name, hints[field.name], default, helps[field.name])
-            )
+            name = field.name
+            default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
+            default = given.get(name, getattr(info.default, name, default))
+            fields.append(StructFieldSpec(name, hints[name], default, helps[name]))
         return StructConstructorSpec(info.type, tuple(fields))
 
     return registry
@@ -212,44 +207,20 @@ def _field_helps(cls: type) -> dict[str, str]:
     return {field.arg_name: " ".join((field.description or "").split()) for field in fields}
 
 
-def check_paths(stage: Any) -> None:
+def check_paths(value: Any) -> None:
     """Raises InputError for a URL where a folder is expected, which would create a folder of that
     name here."""
-    for path in _paths(stage):
-        if re.match("[a-z][a-z0-9+]+:/", str(path)):
-            raise InputError(
-                f"{str(path).replace(':/', '://', 1)} is a URL, and only pseudo-label's "
-                "--output-dir may be one: name the folder where the bucket is mounted"
-            )
-
-
-def _paths(value: Any) -> Iterator[Path]:
-    """The paths in a config that must not be URLs."""
-    if isinstance(value, Path):
-        yield value
-    elif isinstance(value, tuple):
-        for one in value:
-            yield from _paths(one)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            if not (isinstance(value, config.PseudoLabelConfig) and field.name == "output_dir"):
-                yield from _paths(getattr(value, field.name))
-
-
-def _split_recipe(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """The arguments without `--recipe FILE`, and the file."""
-    rest, recipe = [], None
-    words = iter(arguments)
-    for word in words:
-        if word == "--recipe":
-            recipe = next(words, None)
-            if recipe is None:
-                raise InputError("--recipe needs a file: --recipe recipes/smoke.toml")
-        elif word.startswith("--recipe="):
-            recipe = word.removeprefix("--recipe=")
-        else:
-            rest.append(word)
-    return rest, recipe
+    if isinstance(value, Path) and re.match("[a-z][a-z0-9+]+:/", str(value)):
+        raise InputError(
+            f"{str(value).replace(':/', '://', 1)} is a URL, and only pseudo-label's "
+            "--output-dir may be one: name the folder where the bucket is mounted"
+        )
+    inner = value if isinstance(value, tuple) else ()
+    if dataclasses.is_dataclass(value):
+        allowed = {"output_dir"} if isinstance(value, config.PseudoLabelConfig) else set()
+        inner = [one for name, one in vars(value).items() if name not in allowed]
+    for one in inner:
+        check_paths(one)
 
 
 if __name__ == "__main__":
