@@ -3,6 +3,7 @@
 libtpu compiles the programs that the stages run, for absent chips.
 """
 
+import json
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ def run(config: PlanConfig) -> "list[Plan]":
         raise InputError(f"label_length {config.label_length} must be 1 or more")
     without_tpu()
     from flax_distil.plan.planner import plan
-    from flax_distil.plan.report import as_json, print_plan, write_table
+    from flax_distil.plan.report import plan_record, print_plan, write_table
 
     plans = []
     if config.table is not None:
@@ -39,5 +40,5 @@ def run(config: PlanConfig) -> "list[Plan]":
         if config.table is not None:
             write_table(config.table, plans[-1:])
     if config.json:
-        print(as_json(plans, config))
+        print(json.dumps([plan_record(plan, config) for plan in plans], indent=2))
     return plans

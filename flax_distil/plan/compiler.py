@@ -45,7 +45,7 @@ class Compiled:
     kept: of the results, those that do not overwrite an argument. traffic: through HBM.
     cycles: of the chip's, that the compiler expects, without kernels and transfers.
     host_transfers: names of instructions that wait for the host. tensors: the largest in HBM.
-    seconds: that compiling took. source: where the answer comes from, if it was not compiled now.
+    seconds: that compiling took. source: where the answer comes from.
     """
 
     arguments: int
@@ -77,7 +77,7 @@ def compiled(program: Program, target: Slice, answers: Path | None = None) -> Co
     log.info("compiling %s for %s", program.name, target.name)
     answer = ask(program)
     write_answer(answer, name, kept)
-    return answer
+    return replace(answer, source="computed now")
 
 
 def fingerprint(program: Program, target: Slice) -> str:
@@ -144,10 +144,9 @@ def read_answer(kept: dict[str, Any]) -> Compiled | Refusal:
     """The answer that `write_answer` wrote."""
     if "needed" in kept:
         return Refusal(**kept)
-    collectives = tuple(Collective(*one) for one in kept["collectives"])
-    tensors = tuple(Held(size, kind, tuple(shape), where)
-                    for size, kind, shape, where in kept["tensors"])  # fmt: skip
-    waits = tuple(kept["host_transfers"])
-    return Compiled(
-        **kept | {"collectives": collectives, "tensors": tensors, "host_transfers": waits}
-    )
+    rows = {
+        "collectives": tuple(Collective(*row) for row in kept["collectives"]),
+        "tensors": tuple(Held(*row[:2], tuple(row[2]), row[3]) for row in kept["tensors"]),
+        "host_transfers": tuple(kept["host_transfers"]),
+    }
+    return Compiled(**kept | rows)

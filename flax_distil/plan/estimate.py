@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flax_distil.plan.compiler import Compiled
+from flax_distil.plan.compiler import Compiled, Refusal
 from flax_distil.plan.hlo import Collective
 from flax_distil.plan.programs import Program
 from flax_distil.plan.topology import Chip, Slice
@@ -51,100 +51,58 @@ class Tensor(NamedTuple):
 class Estimate:
     """What one program takes on a chip of a slice.
 
-    clips: of one run, over all chips. rows: clips that a chip computes at a time.
-    memory, capacity, temporaries and arguments are bytes, traffic is HBM bytes of one run; cycles
-    are those that the compiler expects, without kernels and transfers.
-    flops: useful ones of one run, over all chips. mfu: the share of the peak that the bound allows.
-    tensors: the largest. source: of the compiler's answer.
+    chips: those that it runs on. vocabulary: of its model. largest_batch: clips of a chip at a time
+    that fit, if they were searched.
     """
 
-    program: str
-    clips: int
-    rows: int
-    length: int
+    program: Program
+    answer: Compiled
+    target: Slice
     chips: int
-    memory: float | int
-    capacity: float | int
-    arguments: dict[str, float]
-    temporaries: float | int
-    flops: float | int
-    traffic: float | int
-    cycles: float | int
-    collectives: tuple[Collective, ...]
-    host_transfers: tuple[str, ...]
-    seconds: Seconds
-    tensors: tuple[Tensor, ...] = ()
-    source: str = ""
+    vocabulary: int
     largest_batch: int | None = None
 
     @property
+    def seconds(self) -> Seconds:
+        flops, answer = self.program.flops / self.chips, self.answer
+        chip = self.target.chip
+        return roofline(flops, answer.traffic, answer.collectives, chip, self.chips)
+
+    @property
     def mfu(self) -> float:
+        """The share of the peak that the bound allows."""
         return self.seconds.compute / self.seconds.bound
 
     @property
     def intensity(self) -> float:
         """Useful FLOPs for a byte of HBM traffic."""
-        return self.flops / self.chips / self.traffic
+        return self.program.flops / self.chips / self.answer.traffic
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The largest arrays that the program makes in HBM, and what makes each of them less."""
+        return tuple(
+            Tensor(*held, knob(held.shape, held.where, self.program, self.vocabulary))
+            for held in self.answer.tensors[:5]
+        )
 
 
 @dataclass(frozen=True)
 class TooLarge:
-    """A program that does not fit: the bytes it needs, those available, and what would fit.
+    """A program that does not fit.
 
-    arguments: bytes a chip of each group. fitting: the same program with the most clips at a time
-    that fit; None where not even one does. source: of the compiler's refusal.
+    fitting: the same program with the most clips at a time that fit; None where not even one does.
     """
 
-    program: str
-    clips: int
-    rows: int
-    length: int
+    program: Program
+    answer: Refusal
     chips: int
-    needed: float
-    available: float
-    arguments: dict[str, float]
     fitting: Estimate | None
-    source: str = ""
 
     @property
     def largest_batch(self) -> int | None:
         """Clips a chip at a time with which it fits."""
-        return self.fitting and self.fitting.rows
-
-
-def estimate(
-    program: Program, answer: Compiled, target: Slice, chips: int, vocabulary: int
-) -> Estimate:
-    """What a program that fits takes. chips: those of the slice that it runs on."""
-    return Estimate(
-        program=program.name,
-        clips=program.clips,
-        rows=program.rows,
-        length=program.length,
-        chips=chips,
-        memory=answer.memory,
-        capacity=target.chip.memory,
-        arguments=program.arguments,
-        temporaries=answer.temporaries,
-        flops=program.flops,
-        traffic=answer.traffic,
-        cycles=answer.cycles,
-        collectives=answer.collectives,
-        host_transfers=answer.host_transfers,
-        seconds=roofline(
-            program.flops / chips, answer.traffic, answer.collectives, target.chip, chips
-        ),
-        tensors=largest_tensors(program, answer, vocabulary),
-        source=answer.source or f"took {answer.seconds:.0f} s",
-    )
-
-
-def largest_tensors(program: Program, answer: Compiled, vocabulary: int) -> tuple[Tensor, ...]:
-    """The largest arrays that a program makes in HBM, and what makes each of them less."""
-    return tuple(
-        Tensor(*held, knob(held.shape, held.where, program, vocabulary))
-        for held in answer.tensors[:5]
-    )
+        return self.fitting and self.fitting.program.rows
 
 
 def roofline(

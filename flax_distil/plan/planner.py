@@ -20,16 +20,12 @@ from flax_distil.data.batches import bucket_for
 from flax_distil.decode.recognizer import batch_bucket
 from flax_distil.errors import InputError, read_json
 from flax_distil.model.dims import PUBLISHED, WhisperDims, dims_from_hf
+from flax_distil.model.spec import HALVES
 from flax_distil.model.student import choose_layers
 from flax_distil.options import DecodeOptions
 from flax_distil.parallel.mesh import check_batch, data_shards, make_mesh
-from flax_distil.plan.compiler import Compiled, compiled
-from flax_distil.plan.estimate import (
-    Estimate,
-    TooLarge,
-    estimate,
-    largest_fitting,
-)
+from flax_distil.plan.compiler import Compiled, Refusal, compiled
+from flax_distil.plan.estimate import Estimate, TooLarge, largest_fitting
 from flax_distil.plan.programs import Program, decode_programs, train_program
 from flax_distil.plan.report import Plan
 from flax_distil.plan.topology import Slice, devices, tpu_slice
@@ -57,18 +53,12 @@ def plan(recipe: Path, topology: str, config: PlanConfig) -> Plan:
     programs: list[Estimate | TooLarge] = []
     if "train" in config.programs:
         programs += train(config, distill, sizes, target, chips)
-    if "label" in config.programs and "pseudo-label" in stages:
-        label = load_recipe(recipe, PseudoLabelConfig)
-        options = DecodeOptions(timestamps=label.timestamps, max_tokens=label.max_tokens)
-        programs += decode(
-            "label", sizes.teacher, label.dtype, label.batch_size, options, config, target, chips
-        )
-    if "evaluate" in config.programs and "evaluate" in stages:
-        judge = load_recipe(recipe, EvaluateConfig)
-        options = DecodeOptions(max_tokens=judge.max_tokens)
-        programs += decode(
-            "evaluate", sizes.student, judge.dtype, judge.batch_size, options, config, target, chips
-        )
+    for stage, table, kind, dims in (
+        ("label", "pseudo-label", PseudoLabelConfig, sizes.teacher),
+        ("evaluate", "evaluate", EvaluateConfig, sizes.student),
+    ):
+        if stage in config.programs and table in stages:
+            programs += decode(stage, dims, load_recipe(recipe, kind), config, target, chips)
     if not programs:
         raise InputError(f"{recipe} has no table to plan {' or '.join(config.programs)} by")
     return Plan(recipe, target, distill.optimizer.steps, tuple(programs))
@@ -107,26 +97,26 @@ def train(
 def decode(
     stage: str,
     dims: WhisperDims,
-    dtype: str,
-    batch: int,
-    options: DecodeOptions,
+    recipe: PseudoLabelConfig | EvaluateConfig,
     config: PlanConfig,
     target: Slice,
     chips: list[Any],
 ) -> list[Estimate | TooLarge]:
     """Encoder and search of a stage that recognises speech, on the chips of one host.
 
-    batch: clips of a process. Each host of a slice has others.
+    The recipe's batch is one process's; each host of a slice has others.
     """
+    timestamps = isinstance(recipe, PseudoLabelConfig) and recipe.timestamps
+    options = DecodeOptions(timestamps=timestamps, max_tokens=recipe.max_tokens)
     # libtpu takes every host for one of four chips: its devices are in order of these.
     ours = sorted(chips, key=attrgetter("process_index"))[: target.host_chips]
     length = config.label_length or options.max_tokens
 
     def one(rows: int, index: int) -> Program:
-        program = decode_programs(dims, dtype, rows, options, ours, length)[index]
+        program = decode_programs(dims, recipe.dtype, rows, options, ours, length)[index]
         return replace(program, name=f"{stage}: {program.name}")
 
-    rows = -(-batch_bucket(batch) // len(ours))
+    rows = -(-batch_bucket(recipe.batch_size) // len(ours))
     return [
         judged(partial(one, index=index), rows, target, len(ours), dims, config) for index in (0, 1)
     ]
@@ -145,43 +135,32 @@ def judged(
     With `config.batch` auto, also the most that a chip holds. Where `rows` are too many, less that
     it holds.
     """
-    asked, auto = program(rows), config.batch == "auto"
-    log.info(
-        "%s on %s: %d clips, %d tokens",
-        *(asked.name, target.name, asked.clips, asked.length),
-    )
-    answer = compiled(asked, target, config.answers)
+    auto = config.batch == "auto"
+
+    def ask(rows: int) -> tuple[Program, Compiled | Refusal]:
+        asked = program(rows)
+        sizes = (asked.name, target.name, rows, asked.length)
+        log.info("%s on %s: %d clips a chip at a time, %d tokens", *sizes)
+        return asked, compiled(asked, target, config.answers)
 
     def fits(rows: int) -> float | int:
-        log.info("does %s fit with %d clips a chip at a time?", asked.name, rows)
-        found = compiled(program(rows), target, config.answers)
-        if not isinstance(found, Compiled):
+        _, found = ask(rows)
+        if isinstance(found, Refusal):
             return 0
         room = 0.95 * target.chip.memory - found.arguments  # the compiler keeps some for itself
         most = rows * room / max(found.temporaries, 1)
         return max(most // 8 * 8, rows)
 
+    asked, answer = ask(rows)
     if isinstance(answer, Compiled):
-        found = estimate(asked, answer, target, chips, dims.vocab)
-        return replace(found, largest_batch=largest_fitting(fits, rows)) if auto else found
-    most = largest_fitting(fits, rows // 2, rows, exact=auto)
-    fitting = None
+        most = largest_fitting(fits, rows) if auto else None
+        return Estimate(asked, answer, target, chips, dims.vocab, most)
+    fitting, most = None, largest_fitting(fits, rows // 2, rows, exact=auto)
     if most:
-        smaller = program(most)
-        answer_there = compiled(smaller, target, config.answers)
-        assert isinstance(answer_there, Compiled)
-        fitting = estimate(smaller, answer_there, target, chips, dims.vocab)
-    return TooLarge(
-        asked.name,
-        asked.clips,
-        rows,
-        asked.length,
-        chips,
-        *(answer.needed, answer.available),
-        asked.arguments,
-        fitting,
-        answer.source or "refused now",
-    )
+        smaller, found = ask(most)
+        assert isinstance(found, Compiled)
+        fitting = Estimate(smaller, found, target, chips, dims.vocab)
+    return TooLarge(asked, answer, chips, fitting)
 
 
 def sizes_of(recipe: Path, distill: DistillConfig) -> Sizes:
@@ -198,12 +177,11 @@ def sizes_of(recipe: Path, distill: DistillConfig) -> Sizes:
             f"the student {distill.student} does not exist and {recipe} has no [init-student] "
             "with its layers: make one of the two"
         )
-    layers = load_recipe(recipe, InitStudentConfig)
-    kept = choose_layers(layers.decoder_layers, teacher.decoder_layers, "decoder")
-    student = replace(teacher, decoder_layers=len(kept))
-    if layers.encoder_layers is not None:
-        kept = choose_layers(layers.encoder_layers, teacher.encoder_layers, "encoder")
-        student = replace(student, encoder_layers=len(kept))
+    layers, student = load_recipe(recipe, InitStudentConfig), teacher
+    for half in HALVES:
+        if (wanted := getattr(layers, f"{half}_layers")) is not None:
+            kept = choose_layers(wanted, getattr(teacher, f"{half}_layers"), half)
+            student = replace(student, **{f"{half}_layers": len(kept)})
     return Sizes(teacher, student)
 
 

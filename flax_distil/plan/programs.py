@@ -17,28 +17,12 @@ from flax_distil.decode.greedy import greedy
 from flax_distil.decode.recognizer import encode
 from flax_distil.decode.rules import RuleSet
 from flax_distil.decode.search import DecoderModel, Prompt, SearchInput
-from flax_distil.distill.flops import (
-    cross_flops,
-    decoder_flops,
-    encoder_flops,
-    step_flops,
-    vocabulary_flops,
-)
-from flax_distil.distill.setup import (
-    compile_step,
-    make_train_spec,
-    place_shapes,
-    split_parameters,
-)
+from flax_distil.distill import flops, setup
 from flax_distil.model.dims import CHUNK_SAMPLES, WhisperDims
 from flax_distil.model.generation import generation_config, special_ids
 from flax_distil.model.spec import Spec
 from flax_distil.options import DecodeOptions
-from flax_distil.parallel.mesh import (
-    batch_sharding,
-    make_mesh,
-    replicated,
-)
+from flax_distil.parallel.mesh import batch_sharding, make_mesh, replicated
 from flax_distil.parallel.overlap import overlap_options
 
 
@@ -79,20 +63,20 @@ def train_program(
     compute = config.compute
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, devices)
     own_encoder = teacher.encoder_layers != student.encoder_layers
-    spec = make_train_spec(config, teacher, student, mesh, own_encoder)
+    spec = setup.make_train_spec(config, teacher, student, mesh, own_encoder)
     models = spec.teacher.abstract(), spec.student.abstract()
-    trainable, frozen = jax.eval_shape(partial(split_parameters, spec), *models)
-    state, frozen = place_shapes(trainable, frozen, config, mesh)
+    trainable, frozen = jax.eval_shape(partial(setup.split_parameters, spec), *models)
+    state, frozen = setup.place_shapes(trainable, frozen, config, mesh)
     batch = abstract_batch(config, teacher, length, batch_sharding(mesh))
     options = overlap_options(mesh) if compute.overlap else {}
-    step = compile_step(spec, mesh, state, options)
+    step = setup.compile_step(spec, mesh, state, options)
     rows = config.batch_size // spec.data_shards // compute.accumulation
     return Program(
         name="train",
         clips=config.batch_size,
         rows=rows,
         length=length,
-        flops=step_flops(spec, config.batch_size, length, encode=config.audio_states is None),
+        flops=flops.step_flops(spec, config.batch_size, length, encode=config.audio_states is None),
         arguments={
             "teacher": bytes_a_chip(frozen.teacher),
             "student": bytes_a_chip((state.params, frozen.student_encoder)),
@@ -131,10 +115,14 @@ def decode_programs(
     prompt = Prompt(shape((batch, prompt_length), jnp.int32), number, number)
     room = min(options.max_tokens, dims.text_positions - prompt_length)
     steps = min(length, room)
-    decoder = decoder_flops(dims, steps) + cross_flops(dims) + vocabulary_flops(dims, steps)
+    decoder = (
+        flops.decoder_flops(dims, steps)
+        + flops.cross_flops(dims)
+        + flops.vocabulary_flops(dims, steps)
+    )
     return [
         Program(
-            "encode", batch, rows, 0, batch * encoder_flops(dims),
+            "encode", batch, rows, 0, batch * flops.encoder_flops(dims),
             {"encoder": bytes_a_chip(params["encoder"]), "batch": bytes_a_chip(waveforms)},
             lower(encode, spec, params["encoder"], waveforms),
         ),
@@ -158,28 +146,23 @@ def abstract_batch(
     sharding: NamedSharding,
 ) -> Batch:
     """Shapes of the loader's batches; what is kept of encoder or teacher instead of running it."""
-    rows = config.batch_size
-    shape = partial(jax.ShapeDtypeStruct, sharding=sharding)
-    tokens, audio = shape((rows, length), jnp.int32), None
-    samples = CHUNK_SAMPLES
-    if config.audio_states is not None:
-        samples = 0
-        states = (rows, dims.audio_positions, dims.width)
-        audio: Any = shape(states, jnp.dtype(config.compute.dtype))
-    fields: dict[str, Any] = {
-        "waveforms": shape((rows, samples), jnp.int16),
-        "tokens": tokens,
-        "targets": tokens,
-        "weights": shape((rows, length), jnp.float32),
-        "seconds": shape((rows,), jnp.float32),
-        "rows": shape((rows,), jnp.int32),
-        "audio": audio,
-    }
-    if config.stored_teacher:
-        fields["teacher_states"] = shape((rows, length, dims.width), jnp.float16)
-    if uses_spec_augment(config.augment):
-        fields["keys"] = shape((rows, 2), jnp.uint32)
-    return Batch(**fields)
+
+    def array(dtype: Any, *sizes: int) -> Any:
+        return jax.ShapeDtypeStruct((config.batch_size, *sizes), dtype, sharding=sharding)
+
+    tokens, encoded = array(jnp.int32, length), config.audio_states is not None
+    states = array(jnp.dtype(config.compute.dtype), dims.audio_positions, dims.width)
+    return Batch(
+        waveforms=array(jnp.int16, 0 if encoded else CHUNK_SAMPLES),
+        tokens=tokens,
+        targets=tokens,
+        weights=array(jnp.float32, length),
+        seconds=array(jnp.float32),
+        rows=array(jnp.int32),
+        audio=states if encoded else None,
+        teacher_states=array(jnp.float16, length, dims.width) if config.stored_teacher else None,
+        keys=array(jnp.uint32, 2) if uses_spec_augment(config.augment) else None,
+    )
 
 
 def published_rules(dims: WhisperDims, options: DecodeOptions) -> RuleSet:

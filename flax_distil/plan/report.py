@@ -1,8 +1,6 @@
 """A plan as tables for people, and as JSON for programs."""
 
 import dataclasses
-import json
-from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
 from operator import attrgetter
@@ -20,13 +18,13 @@ from flax_distil.plan.topology import GIB, Slice, libtpu_version
 
 TABLE = ("<!-- plan table: begin -->", "<!-- plan table: end -->")
 NOTHING = "–"
-COLUMNS = (
+COLUMNS = (  # of the Markdown table
     "recipe", "slice", "program", "clips a chip", "at a time", "HBM, GiB", "most at a time",
     "ms at least", "limit", "MFU at most", "hours at least", "chip-hours",
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What the programs of a recipe take on one slice. steps: updates of the training run."""
 
@@ -35,62 +33,61 @@ class Plan:
     steps: int
     programs: tuple[Estimate | TooLarge, ...]
 
-    @property
-    def fits(self) -> bool:
-        return not any(isinstance(one, TooLarge) for one in self.programs)
-
     def hours(self, mfu: float | None) -> float | None:
         """Of the training run: at a share of the peak, else the roofline's. None: it has no plan.
 
         Where the usual label was asked for, it is the last train program.
         """
-        train = [one for one in self.programs if one.program == "train"]
+        train = [one for one in self.programs if one.program.name == "train"]
         if not train or not isinstance(train[-1], Estimate):
             return None
         seconds = train[-1].seconds
         return self.steps * (seconds.bound if mfu is None else seconds.compute / mfu) / 3600
 
 
-def as_json(plans: list[Plan], config: PlanConfig) -> str:
-    """All of the plans; bytes, seconds, FLOPs."""
-    return json.dumps([plan_record(plan, config) for plan in plans], indent=2)
-
-
 def plan_record(plan: Plan, config: PlanConfig) -> dict[str, Any]:
-    """One plan as plain values."""
-    hours = plan.hours(config.mfu)
+    """One plan as plain values: bytes, seconds, FLOPs, and a price in the user's currency."""
+    hours, price = plan.hours(config.mfu), config.chip_hour_price
+    chip_hours = None if hours is None else hours * plan.target.chips
     return {
         "recipe": str(plan.recipe),
         "slice": plan.target.name,
         "chips": plan.target.chips,
         "versions": {"jax": version("jax"), "libtpu": libtpu_version()},
-        "fits": plan.fits,
+        "fits": all(isinstance(one, Estimate) for one in plan.programs),
         "steps": plan.steps,
         "hours": hours,
-        "chip_hours": None if hours is None else hours * plan.target.chips,
-        "price": price(plan, config),
+        "chip_hours": chip_hours,
+        "price": None if chip_hours is None or price is None else chip_hours * price,
         "programs": [program_record(one) for one in plan.programs],
     }
 
 
 def program_record(one: Estimate | TooLarge) -> dict[str, Any]:
     """One program's figures, with those that follow from them."""
-    record = dataclasses.asdict(one) | {"fits": isinstance(one, Estimate)}
+    program, answer = one.program, one.answer
+    asked = ("clips", "rows", "length", "flops", "arguments")
+    record = {"program": program.name, "chips": one.chips, "source": answer.source}
+    record |= {name: getattr(program, name) for name in asked}
+    record["largest_batch"] = one.largest_batch
     if isinstance(one, TooLarge):
         fitting = one.fitting and program_record(one.fitting)
-        return record | {"largest_batch": one.largest_batch, "fitting": fitting}
-    record["tensors"] = [tensor._asdict() for tensor in one.tensors]
-    record["seconds"] = one.seconds._asdict() | {"bound": one.seconds.bound}
-    record["collectives"] = [collective._asdict() for collective in one.collectives]
-    return record | {"intensity": one.intensity, "mfu": one.mfu}
-
-
-def price(plan: Plan, config: PlanConfig) -> float | None:
-    """Of the training run, in the user's currency."""
-    hours = plan.hours(config.mfu)
-    if hours is None or config.chip_hour_price is None:
-        return None
-    return hours * plan.target.chips * config.chip_hour_price
+        sizes = {"needed": one.answer.needed, "available": one.answer.available}
+        return record | sizes | {"fits": False, "fitting": fitting}
+    measured = ("memory", "temporaries", "traffic", "cycles", "host_transfers")
+    return (
+        record
+        | {name: getattr(answer, name) for name in measured}
+        | {
+            "fits": True,
+            "capacity": one.target.chip.memory,
+            "collectives": [collective._asdict() for collective in one.answer.collectives],
+            "seconds": one.seconds._asdict() | {"bound": one.seconds.bound},
+            "tensors": [tensor._asdict() for tensor in one.tensors],
+            "intensity": one.intensity,
+            "mfu": one.mfu,
+        }
+    )
 
 
 def print_plan(plan: Plan, config: PlanConfig) -> None:
@@ -102,110 +99,109 @@ def print_plan(plan: Plan, config: PlanConfig) -> None:
         f"{chip.memory / GIB:.0f} GiB, {chip.flops / 1e12:.0f} TFLOP/s, "
         f"{chip.bandwidth / 1e9:,.0f} GB/s each"
     )
-    console.print(programs_table(plan))
-    for one in plan.programs:
-        tokens = f", {one.length} tokens" if one.length else ""
-        line = f"{tokens} (compiler's answer: {one.source}): {details(one)}"
-        console.print(f"[bold]{one.program}[/]{escape(line)}")
-    hours = plan.hours(config.mfu)
-    if hours is not None:
-        basis = "at the roofline, at least" if config.mfu is None else f"at {config.mfu:.0%} MFU"
-        line = f"{plan.steps:,} updates, {basis}: {hours:,.1f} h, "
-        line += f"{hours * plan.target.chips:,.0f} chip-hours"
-        cost = price(plan, config)
-        console.print(line + ("" if cost is None else f", {cost:,.0f} at your price"))
-
-
-def programs_table(plan: Plan) -> Table:
-    """A table with a column for each program."""
+    columns = [cells(plan, one) for one in plan.programs]
     table = Table("a chip")
-    for one in plan.programs:
-        tokens = f", {one.length} tokens" if one.length else ""
-        table.add_column(f"{one.program}{tokens}", justify="right")
-    names = (
-        *("clips at once", "fits", "HBM, GiB", "most at once", "TFLOP", "HBM traffic, GB"),
-        *("FLOP/byte", "links, MB", "ms at least", "limit", "MFU at most"),
-    )
-    for name, *cells in zip(names, *map(figures, plan.programs), strict=True):
-        table.add_row(name, *cells)
-    return table
+    for column in columns:
+        table.add_column(column["program"], justify="right")
+    for name in list(dict.fromkeys(name for column in columns for name in column))[3:]:
+        table.add_row(name, *(column.get(name, "") for column in columns))
+    console.print(table)
+    for one, column in zip(plan.programs, columns, strict=True):
+        line = f" (compiler's answer: {one.answer.source}): {details(one)}"
+        console.print(f"[bold]{column['program']}[/]{escape(line)}")
+    record = plan_record(plan, config)
+    if record["hours"] is not None:
+        basis = "at the roofline, at least" if config.mfu is None else f"at {config.mfu:.0%} MFU"
+        line = f"{plan.steps:,} updates, {basis}: {record['hours']:,.1f} h, "
+        line += f"{record['chip_hours']:,.0f} chip-hours"
+        price = record["price"]
+        console.print(line + ("" if price is None else f", {price:,.0f} at your price"))
 
 
-def figures(one: Estimate | TooLarge) -> list[str]:
-    """A program's column: what is not known of one that does not fit is empty."""
-    most = "" if one.largest_batch is None else str(one.largest_batch)
+def cells(plan: Plan, one: Estimate | TooLarge) -> dict[str, str]:
+    """A program's figures by their names in tables; unknown ones are left out."""
+    program = one.program
+    tokens = f", {program.length} tokens" if program.length else ""
+    found = {
+        "recipe": plan.recipe.stem,
+        "slice": plan.target.name,
+        "program": program.name + tokens,
+        "clips a chip": f"{program.clips / one.chips:g}",
+        "at a time": str(program.rows),
+    }
+    if one.largest_batch is not None:
+        found["most at a time"] = str(one.largest_batch)
     if isinstance(one, TooLarge):
-        memory = f"{one.needed / GIB:.1f} of {one.available / GIB:.1f}"
-        return [str(one.rows), "no", memory, most, *[""] * 7]
-    moved = sum(collective.bytes for collective in one.collectives)
-    return [
-        str(one.rows),
-        "yes",
-        f"{one.memory / GIB:.1f} of {one.capacity / GIB:.0f}",
-        most,
-        f"{one.flops / one.chips / 1e12:.2f}",
-        f"{one.traffic / 1e9:.1f}",
-        f"{one.intensity:.0f}",
-        f"{moved / 1e6:.0f}",
-        f"{1e3 * one.seconds.bound:.1f}",
-        one.seconds.limit,
-        f"{one.mfu:.0%}",
-    ]
+        memory = f"{one.answer.needed / GIB:.1f} of {one.answer.available / GIB:.1f}: no"
+        return found | {"HBM, GiB": memory}
+    if program.name == "train":
+        hours = plan.steps * one.seconds.bound / 3600
+        found |= {"hours at least": f"{hours:,.1f}", "chip-hours": f"{hours * one.chips:,.0f}"}
+    moved = sum(collective.bytes for collective in one.answer.collectives)
+    return found | {
+        "HBM, GiB": f"{one.answer.memory / GIB:.1f} of {one.target.chip.memory / GIB:.0f}",
+        "TFLOP": f"{program.flops / one.chips / 1e12:.2f}",
+        "HBM traffic, GB": f"{one.answer.traffic / 1e9:.1f}",
+        "FLOP/byte": f"{one.intensity:.0f}",
+        "links, MB": f"{moved / 1e6:.0f}",
+        "ms at least": f"{1e3 * one.seconds.bound:.0f}",
+        "limit": one.seconds.limit,
+        "MFU at most": f"{one.mfu:.0%}",
+    }
 
 
 def details(one: Estimate | TooLarge) -> str:
     """What fills the memory and crosses the links; of what does not fit, what to turn."""
     if isinstance(one, TooLarge):
         return remedy(one)
+    answer = one.answer
     links = ", ".join(
         f"{collective.times:.0f} {collective.kind} of {collective.bytes / 1e6:,.1f} MB "
         f"{collective.dtype} ({collective.overlapped / collective.bytes:.0%} overlapped)"
-        for collective in one.collectives
+        for collective in answer.collectives
         if collective.bytes >= 1e5
     )
-    host = f"; waits for the host: {', '.join(one.host_transfers)}" if one.host_transfers else ""
-    cycles = f"{one.cycles / 1e6:,.0f} million cycles expected by the compiler, kernels left out"
+    waits = answer.host_transfers
+    host = f"; waits for the host: {', '.join(waits)}" if waits else ""
+    cycles = f"{answer.cycles / 1e6:,.0f} million cycles expected by the compiler, kernels left out"
     return f"{filling(one)}; {links or 'nothing crosses the links'}{host}; {cycles}"
 
 
 def filling(one: Estimate) -> str:
     """What fills a chip's memory, in GiB."""
-    parts = {**one.arguments, "temporaries": one.temporaries}
+    parts = {**one.program.arguments, "temporaries": one.answer.temporaries}
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items()) + " GiB"
 
 
 def remedy(one: TooLarge) -> str:
     """The option that makes a program fit, and what fills the memory then."""
-    train, fitting = one.program == "train", one.fitting
+    program, answer, fitting = one.program, one.answer, one.fitting
+    train = program.name == "train"
     if fitting is None:
-        held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in one.arguments.items())
+        held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in program.arguments.items())
         cure = "shard them with compute.fsdp" if train else "choose chips with more memory"
         return f"does not fit even with one clip a chip, beside {held} GiB: {cure}"
+    rows, fitting_rows = program.rows, fitting.program.rows
     if train:
-        times = next(n for n in divisors(one.rows) if one.rows // n <= fitting.rows)
-        cure = f"compute.accumulation {times} times as large ({one.rows // times} at a time)"
+        times = next(n for n in range(1, rows + 1) if not rows % n and rows // n <= fitting_rows)
+        cure = f"compute.accumulation {times} times as large ({rows // times} at a time)"
     else:  # batches are padded to a power of two
-        most = 1 << (fitting.rows * fitting.chips).bit_length() - 1
+        most = 1 << (fitting_rows * fitting.chips).bit_length() - 1
         cure = f"a batch_size of at most {most}"
     lines = [
-        f"needs {one.needed / GIB:.1f} of {one.available / GIB:.1f} GiB; fits with {fitting.rows} "
-        f"clips a chip at a time: {cure}. That takes {fitting.memory / GIB:.1f} GiB: "
-        f"{filling(fitting)}. Its largest tensors become less",
+        f"needs {answer.needed / GIB:.1f} of {answer.available / GIB:.1f} GiB; fits with "
+        f"{fitting_rows} clips a chip at a time: {cure}. That takes "
+        f"{fitting.answer.memory / GIB:.1f} GiB: {filling(fitting)}. Its largest tensors become "
+        "less"
     ]
-    for knob, tensors in groupby(
-        sorted(fitting.tensors, key=attrgetter("knob")), attrgetter("knob")
-    ):
+    by_knob = attrgetter("knob")
+    for knob, tensors in groupby(sorted(fitting.tensors, key=by_knob), by_knob):
         lines.append(f"  by {knob}:")
         lines += [
             f"    {tensor.bytes / GIB:5.2f} GiB {tensor.dtype}{list(tensor.shape)} {tensor.where}"
             for tensor in tensors
         ]
     return "\n".join(lines)
-
-
-def divisors(number: int) -> list[int]:
-    """From 1 upwards."""
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def write_table(path: Path, plans: list[Plan]) -> None:
@@ -224,31 +220,10 @@ def write_table(path: Path, plans: list[Plan]) -> None:
     old = [line.strip("| ").split(" | ") for line in text[begin:end].splitlines()[3:]]
     rows = {tuple(row[:3]): row for row in old if len(row) == len(COLUMNS)}
     for plan in plans:
-        for row in table_rows(plan):
+        for one in plan.programs:
+            found = cells(plan, one)
+            row = [found.get(name, NOTHING) for name in COLUMNS]
             rows[tuple(row[:3])] = row
     lines = [COLUMNS, ["---"] * len(COLUMNS), *(rows[key] for key in sorted(rows))]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     path.write_text(f"{text[:begin]}\n{table}\n{text[end:]}", encoding="utf-8")
-
-
-def table_rows(plan: Plan) -> list[list[str]]:
-    """A row a program, as `COLUMNS` name its cells; hours stand at the training run."""
-    rows = []
-    for one in plan.programs:
-        tokens = f", {one.length} tokens" if one.length else ""
-        row = [plan.recipe.stem, plan.target.name, one.program + tokens]
-        row += [f"{one.clips / one.chips:g}", str(one.rows)]
-        most = NOTHING if one.largest_batch is None else str(one.largest_batch)
-        if isinstance(one, TooLarge):
-            row += [f"{one.needed / GIB:.1f} of {one.available / GIB:.1f}: no", most]
-            rows.append([*row, *[NOTHING] * 5])
-            continue
-        row += [f"{one.memory / GIB:.1f} of {one.capacity / GIB:.0f}", most]
-        row += [f"{1e3 * one.seconds.bound:.0f}", one.seconds.limit, f"{one.mfu:.0%}"]
-        if one.program == "train":
-            hours = plan.steps * one.seconds.bound / 3600
-            row += [f"{hours:,.1f}", f"{hours * plan.target.chips:,.0f}"]
-        else:
-            row += [NOTHING] * 2
-        rows.append(row)
-    return rows

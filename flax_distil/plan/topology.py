@@ -5,6 +5,7 @@ Compiling needs libtpu (the extra `tpu`) and no TPU.
 
 import os
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from flax_distil.errors import InputError
@@ -136,8 +137,6 @@ def devices(wanted: Slice) -> list[Any]:
 
 def libtpu_version() -> str | None:
     """The installed compiler's version, if any."""
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version("libtpu")
     except PackageNotFoundError:

@@ -8,7 +8,9 @@ import pytest
 from flax_distil.config import PlanConfig
 from flax_distil.errors import InputError
 from flax_distil.plan import planner, run, topology
+from flax_distil.plan.compiler import Refusal
 from flax_distil.plan.estimate import TooLarge
+from flax_distil.plan.programs import Program
 from flax_distil.plan.report import TABLE
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "smoke.toml"
@@ -24,7 +26,8 @@ def asked(monkeypatch) -> list[tuple[int, int]]:
 
     def judged(_program, rows, _slice, chips, *_):
         found.append((rows, chips))
-        return TooLarge("train", rows, rows, 0, chips, 2.0, 1.0, {}, None)
+        program = Program("train", rows, rows, 0, 0, {}, None)
+        return TooLarge(program, Refusal(2.0, 1.0), chips, None)
 
     monkeypatch.setattr(planner, "judged", judged)
     return found
