@@ -3,9 +3,9 @@
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
+from huggingface_hub import ModelCardData
 
 from flax_distil.config import ExportConfig
 from flax_distil.distill.runs import RECIPE
@@ -53,14 +53,17 @@ def model_card(checkpoint: Checkpoint, config: ExportConfig, format: str, folder
     """
     dims = checkpoint.dims
     parameters = sum(leaf.size for leaf in jax.tree.leaves(checkpoint.params))
-    language = "multilingual" if checkpoint.generation.get("is_multilingual") else "en"
-    head = [f"language: {language}"]
-    head += [f"license: {config.license}"] if config.license else []
     library, use = USES[format]
-    head += [f"library_name: {library}", "pipeline_tag: automatic-speech-recognition"]
-    head += ["tags: [whisper, distil-whisper, flax-distil]", "metrics: [wer]"]
+    head = ModelCardData(
+        language="multilingual" if checkpoint.generation.get("is_multilingual") else "en",
+        license=config.license,
+        library_name=library,
+        pipeline_tag="automatic-speech-recognition",
+        tags=["whisper", "distil-whisper", "flax-distil"],
+        metrics=["wer"],
+    )
     parts = [
-        "\n".join(["---", *head, "---", "", f"# {config.output_dir.name}", ""]),
+        f"---\n{head.to_yaml()}\n---\n\n# {config.output_dir.name}\n",
         f"Whisper with {dims.encoder_layers} encoder and {dims.decoder_layers} decoder layers, "
         f"width {dims.width}, {parameters / 1e6:.1f} M parameters, exported from "
         f"`{config.source}` by flax-distil {version('flax-distil')} "
@@ -86,22 +89,17 @@ def figures(report: Path) -> str:
     Raises:
         InputError: `report` is not a report.json of `flax-distil evaluate`.
     """
+    rows = ["| model | parameters | WER % | RTF | speed |", "|---|---:|---:|---:|---:|"]
     try:
         models = json.loads(report.read_text(encoding="utf-8"))["models"]
-        rows = [_row(model) for model in models]
-    except OSError as error:
-        raise InputError(f"the report {report} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+        for model in models:
+            rows.append(
+                f"| {model['name']} | {model['parameters'] / 1e6:.1f} M | {model['wer']:.1f} | "
+                f"{model['rtf']:.3f} | {model['relative_speed']:.2f}× |"
+            )
+        data = dict.fromkeys(one["name"] for model in models for one in model["datasets"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{report} is not a report.json of flax-distil evaluate: {error!r}"
         ) from None
-    heads = ["| model | parameters | WER % | RTF | speed |", "|---|---:|---:|---:|---:|"]
-    data = ", ".join(dict.fromkeys(one["name"] for model in models for one in model["datasets"]))
-    return "\n".join(["## Figures", "", *heads, *rows, "", f"Measured on {data}.", ""])
-
-
-def _row(model: dict[str, Any]) -> str:
-    return (
-        f"| {model['name']} | {model['parameters'] / 1e6:.1f} M | {model['wer']:.1f} | "
-        f"{model['rtf']:.3f} | {model['relative_speed']:.2f}× |"
-    )
+    return "\n".join(["## Figures", "", *rows, "", f"Measured on {', '.join(data)}.", ""])

@@ -4,16 +4,19 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
 from tokenizers import Tokenizer
 
+from flax_distil.audio.load import SAMPLE_RATE, pad_or_trim
 from flax_distil.config import ExportConfig
+from flax_distil.data.utterances import load_waveform, read_dataset
+from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.distill.runs import is_run, trained_student
 from flax_distil.errors import InputError, check_writable
 from flax_distil.export.card import model_card
-from flax_distil.export.heads import with_heads_of
 from flax_distil.export.verify import import_torch, largest_difference
 from flax_distil.model.checkpoint import (
     STALE,
@@ -27,9 +30,11 @@ from flax_distil.model.processor import copy_processor
 from flax_distil.model.tensors import to_openai
 from flax_distil.model.weights import to_hf
 from flax_distil.text.tokens import load_tokens
+from flax_distil.transcribe.heads import heads_like
 
 log = logging.getLogger(__name__)
 
+ALIGNED_CLIPS = 16  # whose attention chooses the alignment heads
 # Files without which a folder is not a model: removed first and written last.
 KEYS = {"transformers": "config.json", "openai": "model.pt", "ctranslate2": "model.bin"}
 WEIGHTS = KEYS | {"transformers": "model.safetensors"}
@@ -52,7 +57,12 @@ def run(config: ExportConfig) -> dict[str, Path]:
         raise InputError("--verify-audio has no effect alone: add --verify")
     if (config.heads_of is None) != (config.heads_on is None):
         raise InputError("heads_of (a teacher) and heads_on (speech) belong together: give both")
-    checkpoint = read_source(Path(config.source), config.checkpoint)
+    source = Path(config.source).expanduser()
+    if is_run(source):
+        step, checkpoint = trained_student(source, config.checkpoint)
+        log.info("%s: the student of step %d", source, step)
+    else:
+        checkpoint = load_checkpoint(config.source)
     if config.heads_of and config.heads_on:
         checkpoint = with_heads_of(checkpoint, config.heads_of, config.heads_on)
     cards = {name: model_card(checkpoint, config, name, folder) for name, folder in folders.items()}
@@ -70,20 +80,6 @@ def run(config: ExportConfig) -> dict[str, Path]:
             )
         log.info("logits in PyTorch differ from ours by at most %.2g", difference)
     return folders
-
-
-def read_source(source: Path, which: Literal["best", "latest"] | int) -> Checkpoint:
-    """The student of the training run in the folder `source`, or the Whisper model of that name.
-
-    Raises:
-        InputError: there is neither, or the run has no such checkpoint.
-    """
-    run = source.expanduser()
-    if not is_run(run):
-        return load_checkpoint(str(source))
-    step, student = trained_student(run, which)
-    log.info("%s: the student of step %d", run, step)
-    return student
 
 
 def folders_of(config: ExportConfig) -> dict[str, Path]:
@@ -110,6 +106,33 @@ def folders_of(config: ExportConfig) -> dict[str, Path]:
     return folders
 
 
+def with_heads_of(checkpoint: Checkpoint, teacher: str, speech: str) -> Checkpoint:
+    """The checkpoint with the heads that align the first clips of a dataset as the teacher's do.
+
+    Raises:
+        InputError: one of the two cannot be read, there is no clip, or the tokenizers differ.
+    """
+    guide = load_checkpoint(teacher)
+    if guide.dims.vocab != checkpoint.dims.vocab:
+        raise InputError(
+            f"{teacher} has {guide.dims.vocab:,} tokens and the student {checkpoint.dims.vocab:,}: "
+            "choose a teacher with the same tokenizer"
+        )
+    clips = islice(read_dataset(speech).iter_from(0), ALIGNED_CLIPS)
+    waveforms = [load_waveform(clip) for clip in clips]
+    if not waveforms:
+        raise InputError(f"{speech} has no clip to choose alignment heads on")
+    heads = heads_like(
+        make_recognizer(checkpoint),
+        make_recognizer(guide),
+        np.stack([pad_or_trim(waveform) for waveform in waveforms]),
+        [waveform.size / SAMPLE_RATE for waveform in waveforms],
+    )
+    log.info("alignment heads (layer, head): %s", ", ".join(map(str, heads)))
+    generation = checkpoint.generation | {"alignment_heads": [list(head) for head in heads]}
+    return replace(checkpoint, generation=generation)
+
+
 def write_openai(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     """`model.pt` for `whisper.load_model`, with the tokenizer for other libraries."""
     torch = import_torch("an OpenAI .pt")
@@ -121,13 +144,22 @@ def write_openai(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
 
 
 def write_faster_whisper(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
-    """CTranslate2's folder with the tokenizer, for `faster_whisper.WhisperModel`."""
+    """CTranslate2's folder with the tokenizer, for `faster_whisper.WhisperModel`.
+
+    Raises:
+        InputError: the checkpoint has no tokenizer.json of Whisper.
+    """
     checkpoint = without_padding(checkpoint)
     tensors = to_hf(checkpoint.dims, checkpoint.params)
     write_ctranslate2(folder, checkpoint.dims, tensors, checkpoint.generation, dtype)
     copy_processor(checkpoint.source, folder, checkpoint.dims)
-    names = json.dumps(token_names(folder, checkpoint.dims.vocab), ensure_ascii=False)
-    (folder / "vocabulary.json").write_text(names, encoding="utf-8")
+    tokens = load_tokens(folder)
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    names = {id: name for name, id in vocabulary.items()}
+    for id in range(tokens.timestamp_begin, checkpoint.dims.vocab):  # that older files lack
+        names.setdefault(id, f"<|{tokens.seconds(id):.2f}|>")
+    text = json.dumps([names[id] for id in range(checkpoint.dims.vocab)], ensure_ascii=False)
+    (folder / "vocabulary.json").write_text(text, encoding="utf-8")
 
 
 def without_padding(checkpoint: Checkpoint) -> Checkpoint:
@@ -152,20 +184,6 @@ def without_padding(checkpoint: Checkpoint) -> Checkpoint:
         dims=replace(checkpoint.dims, vocab=tokens.vocabulary),
         params=checkpoint.params | {"decoder": decoder | {"tokens": embedding}},
     )
-
-
-def token_names(folder: Path, size: int) -> list[str]:
-    """CTranslate2's name of each id; timestamps that a tokenizer.json lacks are added.
-
-    Raises:
-        InputError: the folder has no tokenizer.json of Whisper.
-    """
-    tokens = load_tokens(folder)
-    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    names = {id: name for name, id in vocabulary.items()}
-    for id in range(tokens.timestamp_begin, size):
-        names.setdefault(id, f"<|{tokens.seconds(id):.2f}|>")
-    return [names[id] for id in range(size)]
 
 
 WRITERS: dict[str, Callable[[Checkpoint, Path, str], None]] = {

@@ -143,23 +143,21 @@ class Attention(nnx.Module):
 
 def append(cache: AnyKeyValues, new: AnyKeyValues, at: Int[Array, "..."]) -> AnyKeyValues:
     """A cache with new keys and values behind the `at` known ones; `at` is a scalar or [B]."""
-    return jax.tree.map(partial(_append, at=at), cache, new)
-
-
-def _append(
-    cache: Float[Array, "B ... S C"], new: Float[Array, "B ... L C"], at: Int[Array, "..."]
-) -> Float[Array, "B ... S C"]:
-    new = new.astype(cache.dtype)
     write = partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
-    if at.ndim == 0:
-        return write(cache, new, at)
-    if cache.ndim == 4:
-        return jax.vmap(write)(cache, new, at)
-    # A TPU would write one row after the other, in a loop; all at once takes less time.
-    for index in range(new.shape[1]):
-        here_BS1 = (jnp.arange(cache.shape[1])[None] == at[:, None] + index)[..., None]
-        cache = jnp.where(here_BS1, new[:, index, None], cache)
-    return cache
+
+    def both(cache: Array, new: Array) -> Array:
+        new = new.astype(cache.dtype)
+        if at.ndim == 0:
+            return write(cache, new, at)
+        if cache.ndim == 4:
+            return jax.vmap(write)(cache, new, at)
+        # A TPU would write one row after the other, in a loop; all at once takes less time.
+        for index in range(new.shape[1]):
+            here_BS1 = (jnp.arange(cache.shape[1])[None] == at[:, None] + index)[..., None]
+            cache = jnp.where(here_BS1, new[:, index, None], cache)
+        return cache
+
+    return jax.tree.map(both, cache, new)
 
 
 def attend(

@@ -88,22 +88,18 @@ def _find(name_or_folder: str | Path) -> Path:
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise InputError(
             f"{name!r} is not a folder, a .pt file or a fetched model: "
-            f"`flax-distil fetch whisper-tiny.en` gets one, hub names look like openai/whisper-base"
+            "`flax-distil fetch whisper-tiny.en` gets one, hub names look like openai/whisper-base"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
-    except LocalEntryNotFoundError:
-        raise InputError(
-            f"{name!r} is not a folder here, and the Hugging Face hub cannot be reached: "
-            "download it elsewhere and name the folder, or `flax-distil fetch whisper-tiny.en`"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{name!r} is not a folder here and the Hugging Face hub refused it: {reason}"
+            f"{name!r} is not a folder here and the Hugging Face hub does not give it ({reason}): "
+            "download it elsewhere and name the folder, or `flax-distil fetch whisper-tiny.en`"
         ) from error
 
 

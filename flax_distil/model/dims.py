@@ -65,25 +65,24 @@ PUBLISHED: dict[str, WhisperDims] = {
     "large-v3-turbo": published((32, 4), 1280, 51_866, mels=128),
 }
 
-HF_FIELDS = {
-    "mels": "num_mel_bins",
-    "vocab": "vocab_size",
-    "width": "d_model",
-    "encoder_layers": "encoder_layers",
-    "encoder_heads": "encoder_attention_heads",
-    "decoder_layers": "decoder_layers",
-    "decoder_heads": "decoder_attention_heads",
-    "encoder_ffn": "encoder_ffn_dim",
-    "decoder_ffn": "decoder_ffn_dim",
-    "audio_positions": "max_source_positions",
-    "text_positions": "max_target_positions",
-}
+# Columns: ours, Transformers' in config.json, OpenAI's, and the tensor and axis that have the size.
+_NAMES = """
+mels            num_mel_bins            n_mels        encoder.conv1.weight           1
+vocab           vocab_size              n_vocab       decoder.embed_tokens.weight    0
+width           d_model                 n_audio_state decoder.embed_tokens.weight    1
+encoder_layers  encoder_layers          n_audio_layer -                              -
+encoder_heads   encoder_attention_heads n_audio_head  -                              -
+decoder_layers  decoder_layers          n_text_layer  -                              -
+decoder_heads   decoder_attention_heads n_text_head   -                              -
+encoder_ffn     encoder_ffn_dim         -             encoder.layers.0.fc1.weight    0
+decoder_ffn     decoder_ffn_dim         -             decoder.layers.0.fc1.weight    0
+audio_positions max_source_positions    n_audio_ctx   encoder.embed_positions.weight 0
+text_positions  max_target_positions    n_text_ctx    decoder.embed_positions.weight 0
+"""
+SIZES = [line.split() for line in _NAMES.strip().splitlines()]
 
 # What would change the numbers, and is not implemented.
-_ARCHITECTURE = {
-    "activation_function": ("gelu", "models trained with another activation cannot be used"),
-    "scale_embedding": (False, "models that scale their embeddings cannot be used"),
-}
+_ARCHITECTURE = {"activation_function": "gelu", "scale_embedding": False}
 
 
 def dims_from_hf(config: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> WhisperDims:
@@ -98,7 +97,7 @@ def dims_from_hf(config: Mapping[str, Any], sizes: Mapping[str, int] | None = No
     check_architecture(config)
     known = dict(sizes or {})
     faults = []
-    for field, key in HF_FIELDS.items():
+    for field, key, *_ in SIZES:
         value = config.get(key, known.get(field))
         if key not in config and field not in known:
             faults.append(f"lacks {key}")
@@ -121,16 +120,17 @@ def check_architecture(config: Mapping[str, Any]) -> None:
             "the weights are quantised (quantization_config in config.json): "
             "use the model that they were made from, or save it dequantised"
         )
-    for key, (needed, remedy) in _ARCHITECTURE.items():
+    for key, needed in _ARCHITECTURE.items():
         if config.get(key) not in (None, needed):
             raise InputError(
-                f"config.json has {key} {str(config[key])[:40]!r}, Whisper has {needed!r}: {remedy}"
+                f"config.json has {key} {str(config[key])[:40]!r}, Whisper has {needed!r}: "
+                "models trained with another value cannot be used"
             )
 
 
 def dims_to_hf(dims: WhisperDims) -> dict[str, Any]:
     """The keys of a Transformers `config.json` that `dims` decides."""
-    return {key: getattr(dims, field) for field, key in HF_FIELDS.items()} | {
+    return {key: getattr(dims, field) for field, key, *_ in SIZES} | {
         "model_type": "whisper",
         "architectures": ["WhisperForConditionalGeneration"],
         "num_hidden_layers": dims.encoder_layers,

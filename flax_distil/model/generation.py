@@ -13,12 +13,8 @@ VOCABULARIES = range(51_864, 51_867)  # sizes of vocabularies: English-only, mul
 TASKS = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")
 SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 TYPES = {
-    "alignment_heads": list,
-    "lang_to_id": dict,
-    "task_to_id": dict,
-    "language": str,
-    "task": str,
-}
+    "alignment_heads": list, "lang_to_id": dict, "task_to_id": dict, "language": str, "task": str,
+}  # fmt: skip
 # With _from_model_config Transformers would make it anew out of config.json, tables lost.
 OUTDATED = ("forced_decoder_ids", "_from_model_config")
 

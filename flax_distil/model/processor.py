@@ -16,16 +16,10 @@ from flax_distil.text.tokens import TIMESTAMP_STEP, TIMESTAMPS, added_tokens
 log = logging.getLogger(__name__)
 
 FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "normalizer.json",
-    "preprocessor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "normalizer.json", "preprocessor_config.json",
     "processor_config.json",
-)
+)  # fmt: skip
 TIMES = [f"<|{step * TIMESTAMP_STEP:.2f}|>" for step in range(TIMESTAMPS)]  # 0.00 to 30.00 s
 
 

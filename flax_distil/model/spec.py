@@ -47,12 +47,16 @@ class Spec:
         The program has one layer of each half, however many there are: it compiles in seconds.
         """
         params = {}
-        for half, own_key in zip((Encoder, Decoder), jax.random.split(key), strict=True):
-            params[_name(half)] = whole = _init(self, half, own_key)
-            if _name(half) not in self.scan_layers:
-                stacked, copies = whole["layers"], range(_layers(self, half))
+        for half, own_key in zip(HALVES, jax.random.split(key), strict=True):
+            params[half] = whole = _init(self, half, own_key)
+            if half not in self.scan_layers:
+                stacked, copies = whole["layers"], range(self.layers(half))
                 whole |= {"layers": {index: _layer(stacked, index) for index in copies}}
         return params
+
+    def layers(self, half: str) -> int:
+        """How many the encoder or decoder has."""
+        return getattr(self.dims, f"{half}_layers")
 
     def abstract(self) -> Params:
         """Shapes and dtypes of the parameters, nothing allocated."""
@@ -60,11 +64,11 @@ class Spec:
 
     def encoder(self, params: Params) -> Encoder:
         """The encoder over `params["encoder"]`."""
-        return nnx.merge(_structure(self, Encoder), params)
+        return nnx.merge(_structure(self, "encoder"), params)
 
     def decoder(self, params: Params) -> Decoder:
         """The decoder over `params["decoder"]`."""
-        return nnx.merge(_structure(self, Decoder), params)
+        return nnx.merge(_structure(self, "decoder"), params)
 
 
 def stack_layers(half: Params) -> Params:
@@ -84,11 +88,11 @@ def unstack_layers(half: Params) -> Params:
 
 
 @cache
-def _structure(spec: Spec, half: type[Encoder] | type[Decoder]) -> nnx.GraphDef:
+def _structure(spec: Spec, half: str) -> nnx.GraphDef:
     module: Any = nnx.eval_shape(lambda: _build(spec, half, nnx.Rngs(0)))
     (layer,) = module.layers
-    copies = range(_layers(spec, half))
-    stacked = _name(half) in spec.scan_layers
+    copies = range(spec.layers(half))
+    stacked = half in spec.scan_layers
     module.layers = layer if stacked else nnx.List(nnx.clone(layer) for _ in copies)
     return nnx.split(module)[0]
 
@@ -100,7 +104,7 @@ def _layer(stacked: Params, index: int | Int[Array, ""]) -> Params:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _init(spec: Spec, half: type[Encoder] | type[Decoder], key: PRNGKeyArray) -> Params:
+def _init(spec: Spec, half: str, key: PRNGKeyArray) -> Params:
     """One half's random parameters, its layers stacked."""
 
     def params(key: PRNGKeyArray) -> Params:
@@ -109,19 +113,12 @@ def _init(spec: Spec, half: type[Encoder] | type[Decoder], key: PRNGKeyArray) ->
         return jax.tree.map(lambda leaf: leaf.astype(wide), tree)
 
     layers = jax.vmap(lambda key: params(key)["layers"][0])(
-        jax.random.split(key, _layers(spec, half))
+        jax.random.split(key, spec.layers(half))
     )
     return params(key) | {"layers": layers}
 
 
-def _build(spec: Spec, half: type[Encoder] | type[Decoder], rngs: nnx.Rngs) -> Encoder | Decoder:
+def _build(spec: Spec, half: str, rngs: nnx.Rngs) -> Encoder | Decoder:
     dims = replace(spec.dims, encoder_layers=1, decoder_layers=1)
-    return half(dims, jnp.dtype(spec.dtype), spec.remat, spec.attention, rngs)
-
-
-def _name(half: type[Encoder] | type[Decoder]) -> str:
-    return half.__name__.lower()
-
-
-def _layers(spec: Spec, half: type[Encoder] | type[Decoder]) -> int:
-    return spec.dims.encoder_layers if half is Encoder else spec.dims.decoder_layers
+    build = Encoder if half == "encoder" else Decoder
+    return build(dims, jnp.dtype(spec.dtype), spec.remat, spec.attention, rngs)

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from flax_distil.config import InitStudentConfig
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from flax_distil.model.dims import dims_to_hf
-from flax_distil.model.spec import Params
+from flax_distil.model.generation import upper_half
 
 log = logging.getLogger(__name__)
 
@@ -44,27 +45,28 @@ def init_student(
     Raises:
         InputError: layers that the teacher does not have, negative, repeated or none.
     """
-    dims = teacher.dims
+    whole = teacher.dims.encoder_layers if encoder_layers is None else encoder_layers
     kept = {
-        "decoder": choose_layers(decoder_layers, dims.decoder_layers, "decoder"),
-        "encoder": choose_layers(
-            dims.encoder_layers if encoder_layers is None else encoder_layers,
-            dims.encoder_layers,
-            "encoder",
-        ),
+        half: choose_layers(layers, getattr(teacher.dims, f"{half}_layers"), half)
+        for half, layers in (("decoder", decoder_layers), ("encoder", whole))
     }
-    counts = {f"{half}_layers": len(layers) for half, layers in kept.items()}
-    dims = replace(dims, **counts)
-    params = {half: take_layers(teacher.params[half], layers) for half, layers in kept.items()}
-    heads = alignment_heads(
-        teacher.generation.get("alignment_heads"), kept["decoder"], dims.decoder_heads
-    )
-    return Checkpoint(
+    dims = replace(teacher.dims, **{f"{half}_layers": len(kept[half]) for half in kept})
+    params = {}
+    for half, theirs in teacher.params.items():
+        layers = {new: theirs["layers"][old] for new, old in enumerate(kept[half])}
+        params[half] = theirs | {"layers": layers}
+    # Heads of layers that are not copied would be of layers that the student lacks: word timestamps
+    # would crash. Where none is left, those of a model without known heads serve.
+    heads = teacher.generation.get("alignment_heads")
+    new = {old: index for index, old in enumerate(kept["decoder"])}
+    survivors = sorted([new[layer], head] for layer, head in heads or () if layer in new)
+    heads = [] if heads == [] else survivors or upper_half(dims)
+    return replace(
+        teacher,
         dims=dims,
         params=params,
         config=teacher.config | dims_to_hf(dims),
         generation=teacher.generation | {"alignment_heads": heads},
-        source=teacher.source,
     )
 
 
@@ -98,29 +100,6 @@ def spaced(count: int, available: int) -> tuple[int, ...]:
     return (*places[:-1], available - 1)
 
 
-def take_layers(half: Params, layers: Sequence[int]) -> Params:
-    """Encoder or decoder parameters with only these layers, renumbered."""
-    return half | {"layers": {new: half["layers"][old] for new, old in enumerate(layers)}}
-
-
-def alignment_heads(
-    teacher_heads: Sequence[Sequence[int]] | None, kept: Sequence[int], heads: int
-) -> list[list[int]]:
-    """Cross-attention heads that align words, as [layer, head] of the student.
-
-    A head survives when its layer was copied. Where none does, or the teacher's are not known
-    (None), all heads of the upper half of the student's layers serve, as in Whisper for a model
-    without known heads: a copied list would name layers that the student lacks, and word timestamps
-    would crash. An empty list of the teacher's stays empty.
-    """
-    if teacher_heads is not None and not teacher_heads:
-        return []
-    new = {old: index for index, old in enumerate(kept)}
-    survivors = [[new[layer], head] for layer, head in teacher_heads or () if layer in new]
-    upper_half = range(len(kept) // 2, len(kept))
-    return sorted(survivors) or [[layer, head] for layer in upper_half for head in range(heads)]
-
-
 def layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
     """The teacher layer, from 0, whose output each student layer has to reach (paper's D.2).
 
@@ -134,9 +113,6 @@ def layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
 
 def same_arrays(first: Any, second: Any) -> bool:
     """Whether two parameter trees have the same names, shapes and numbers."""
-    import jax
-    import numpy as np
-
     leaves, structure = jax.tree.flatten(first)
     others, other_structure = jax.tree.flatten(second)
     return structure == other_structure and all(

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from flax_distil.errors import InputError
-from flax_distil.model.dims import HF_FIELDS, WhisperDims
+from flax_distil.model.dims import SIZES, WhisperDims
 from flax_distil.model.weights import names, names_in
 
 WEIGHTS = "model.safetensors"
@@ -19,18 +19,6 @@ SHARDS = "model-*-of-*.safetensors"
 LFS = b"version https://git-lfs"
 # Wrappers (torch.compile, DataParallel, PEFT) put their own name before Whisper's.
 NAME = re.compile(r"(?:^|\.)((?:encoder|decoder)\.(?:layers|conv[12]|embed_\w+|layer_norm)\.\S+)$")
-OPENAI = {  # OpenAI's name of a size → ours
-    "n_mels": "mels",
-    "n_vocab": "vocab",
-    "n_audio_ctx": "audio_positions",
-    "n_audio_state": "width",
-    "n_audio_head": "encoder_heads",
-    "n_audio_layer": "encoder_layers",
-    "n_text_ctx": "text_positions",
-    "n_text_state": "width",
-    "n_text_head": "decoder_heads",
-    "n_text_layer": "decoder_layers",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +143,7 @@ def read_openai(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     sizes = saved["dims"] if isinstance(saved["dims"], dict) else {}
     stored = _stored(path, saved["model_state_dict"])
     theirs = {name.openai: name.hf for name in names_in(stored)}
-    config = {HF_FIELDS[ours]: sizes[size] for size, ours in OPENAI.items() if size in sizes}
+    config = {key: sizes[size] for _, key, size, *_ in SIZES if size in sizes}
     return config, {theirs.get(name, name): tensor for name, tensor in stored.items()}
 
 
@@ -172,6 +160,6 @@ def to_openai(
             f"feed-forward sizes {dims.encoder_ffn} and {dims.decoder_ffn}: OpenAI's format needs "
             f"4 x width = {4 * dims.width}"
         )
-    sizes = {size: getattr(dims, ours) for size, ours in OPENAI.items()}
+    sizes = {size: getattr(dims, ours) for ours, _, size, *_ in SIZES if size != "-"}
     table = names(dims.encoder_layers, dims.decoder_layers)
-    return sizes, {name.openai: tensors[name.hf] for name in table}
+    return sizes | {"n_text_state": dims.width}, {name.openai: tensors[name.hf] for name in table}

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_distil.errors import InputError
-from flax_distil.model.dims import WhisperDims, check_architecture, dims_from_hf
+from flax_distil.model.dims import SIZES, WhisperDims, check_architecture, dims_from_hf
 from flax_distil.model.spec import HALVES, Params, Spec
 
 # Columns: ours, Transformers', OpenAI's, CTranslate2's. First whole parameters, then modules.
@@ -49,16 +49,6 @@ cross_norm            encoder_attn_layer_norm cross_attn_ln    attention/layer_n
 NORM = ((".scale", ".weight", ".weight", "/gamma"), (".bias", ".bias", ".bias", "/beta"))
 LINEAR = ((".kernel", ".weight", ".weight", "/weight"), (".bias", ".bias", ".bias", "/bias"))
 
-# Where the shapes of tensors show a size: tensor, axis.
-SIZES = {
-    "mels": ("encoder.conv1.weight", 1),
-    "vocab": ("decoder.embed_tokens.weight", 0),
-    "width": ("decoder.embed_tokens.weight", 1),
-    "encoder_ffn": ("encoder.layers.0.fc1.weight", 0),
-    "decoder_ffn": ("decoder.layers.0.fc1.weight", 0),
-    "audio_positions": ("encoder.embed_positions.weight", 0),
-    "text_positions": ("decoder.embed_positions.weight", 0),
-}
 FLOAT = re.compile(r"(torch\.)?(b?float|B?F)(16|32|64)")  # of numpy, PyTorch and safetensors
 
 Path = tuple[str | int, ...]
@@ -161,14 +151,14 @@ def dims_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     """
     check_architecture(config)
     sizes = {}
-    for size, (name, axis) in SIZES.items():
+    for size, *_, name, axis in (row for row in SIZES if row[-1] != "-"):
         shape = shapes.get(f"model.{name}", ())
-        if axis >= len(shape):
+        if int(axis) >= len(shape):
             raise InputError(
                 f"the weights are not a Whisper's: they lack model.{name} and hold "
                 f"{few(sorted(shapes), 3) or 'nothing'}"
             )
-        sizes[size] = shape[axis]
+        sizes[size] = shape[int(axis)]
     for half in HALVES:
         layers = re.findall(rf"model\.{half}\.layers\.(\d+)\.", "\n".join(shapes))
         sizes[f"{half}_layers"] = len(set(layers))

@@ -59,10 +59,8 @@ class Encoder(nnx.Module):
         self.conv1 = conv(dims.mels, dims.width)
         self.conv2 = conv(dims.width, dims.width, strides=2)
         self.positions = nnx.Param(sinusoids(dims.audio_positions, dims.width))
-        self.layers = nnx.List(
-            EncoderLayer(dims.width, dims.encoder_heads, dims.encoder_ffn, dtype, attention, rngs)
-            for _ in range(dims.encoder_layers)
-        )
+        layer = partial(Layer, dims.width, dims.encoder_heads, dims.encoder_ffn, cross=False)
+        self.layers = nnx.List(layer(dtype, attention, rngs) for _ in range(dims.encoder_layers))
         self.norm = layer_norm(dims.width, dtype, rngs)
         self.remat = remat
         self.attention: Backend = attention
@@ -73,7 +71,7 @@ class Encoder(nnx.Module):
         x_BSD = x_BSD + self.positions[...].astype(x_BSD.dtype)[None]
         kv_length = x_BSD.shape[1]
         x_BSD = pad_to_block(x_BSD, kv_length, self.attention)
-        forward = lambda layer, x_BSD, _: (layer(x_BSD, kv_length), None)
+        forward = lambda layer, x_BSD, _: (layer(x_BSD, kv_length=kv_length), None)
         x_BSD, _ = apply_layers(self.layers, forward, x_BSD, self.remat)
         return self.norm(x_BSD[:, :kv_length])
 
@@ -86,10 +84,8 @@ class Decoder(nnx.Module):
     ):
         self.tokens = nnx.Embed(dims.vocab, dims.width, dtype=dtype, rngs=rngs)
         self.positions = nnx.Embed(dims.text_positions, dims.width, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(
-            DecoderLayer(dims.width, dims.decoder_heads, dims.decoder_ffn, dtype, attention, rngs)
-            for _ in range(dims.decoder_layers)
-        )
+        layer = partial(Layer, dims.width, dims.decoder_heads, dims.decoder_ffn, cross=True)
+        self.layers = nnx.List(layer(dtype, attention, rngs) for _ in range(dims.decoder_layers))
         self.norm = layer_norm(dims.width, dtype, rngs)
         self.remat = remat
         self.attention: Backend = attention
@@ -122,7 +118,7 @@ class Decoder(nnx.Module):
             x_BLD = dropout(x_BLD, 0)
             numbers = [1 + 3 * number for number in range(len(self.layers))]
 
-        def forward(layer: DecoderLayer, x_BLD: Array, number: Any):
+        def forward(layer: Layer, x_BLD: Array, number: Any):
             own = layer.self_attention.keys_values(layer.self_norm(x_BLD))
             cross = layer.cross_attention.keys_values(padded_BSD)
 
@@ -143,7 +139,7 @@ class Decoder(nnx.Module):
         x_BLD = self.tokens(tokens_BL) + self.positions(jnp.arange(length)[None])
         mask_LL = jnp.tril(jnp.ones((length, length), bool))
 
-        def forward(layer: DecoderLayer, x_BLD: Array, _: None):
+        def forward(layer: Layer, x_BLD: Array, _: None):
             own = layer.self_attention.keys_values(layer.self_norm(x_BLD))
             cross = layer.cross_attention.keys_values(audio_BSD)
             query_BLD = x_BLD + layer.self_attention(layer.self_norm(x_BLD), own, mask_LL)
@@ -172,7 +168,7 @@ class Decoder(nnx.Module):
     def start(self, audio_BSD: Float[Array, "B S D"], length: int) -> Cache:
         """An empty cache for `length` tokens over these audio states."""
 
-        def project(layer: DecoderLayer, nothing: Array, _: None):
+        def project(layer: Layer, nothing: Array, _: None):
             cross = layer.cross_attention.cached_keys_values(audio_BSD)
             shape = (*cross.keys.shape[:-2], length, cross.keys.shape[-1])
             own = jax.tree.map(lambda array: jnp.zeros(shape, array.dtype), cross)
@@ -198,7 +194,7 @@ class Decoder(nnx.Module):
         mask_QS = mask_QS <= position[..., None]
         mask_QS = mask_QS if mask_QS.ndim == 2 else mask_QS[:, None]  # [B 1 L room]
 
-        def forward(layer: DecoderLayer, x_BLD: Array, kv: tuple[AnyKeyValues, AnyKeyValues]):
+        def forward(layer: Layer, x_BLD: Array, kv: tuple[AnyKeyValues, AnyKeyValues]):
             own, cross = kv
             new = layer.self_attention.cached_keys_values(layer.self_norm(x_BLD))
             own = append(own, new, cache.length)
@@ -209,24 +205,6 @@ class Decoder(nnx.Module):
             kv = tuple(zip(*kv, strict=True))
         x_BLD, own = apply_layers(self.layers, forward, x_BLD, extras=kv)
         return self.norm(x_BLD), Cache(own, cache.cross, cache.length + tokens_BL.shape[1])
-
-
-class EncoderLayer(nnx.Module):
-    """Self-attention and feed-forward, each with a norm before it and a residual around it."""
-
-    def __init__(
-        self, width: int, heads: int, ffn: int, dtype: Any, attention: Backend, rngs: nnx.Rngs
-    ):
-        self.self_norm = layer_norm(width, dtype, rngs)
-        self.self_attention = Attention(width, heads, dtype, attention, rngs)
-        self.feed_norm = layer_norm(width, dtype, rngs)
-        self.feed_forward = FeedForward(width, ffn, dtype, rngs)
-
-    def __call__(self, x_BSD: Float[Array, "B S D"], kv_length: int) -> Float[Array, "B S D"]:
-        normed_BSD = self.self_norm(x_BSD)
-        own = self.self_attention.keys_values(normed_BSD)
-        x_BSD = x_BSD + self.self_attention(normed_BSD, own, kv_length=kv_length)
-        return x_BSD + self.feed_forward(self.feed_norm(x_BSD))
 
 
 class Dropout(NamedTuple):
@@ -248,32 +226,43 @@ class Dropout(NamedTuple):
         return jnp.where(jax.vmap(one)(self.keys_B2), x_BLD / (1 - self.rate), 0)
 
 
-class DecoderLayer(nnx.Module):
-    """Causal self-attention, cross-attention to the audio, feed-forward."""
+class Layer(nnx.Module):
+    """Self-attention, in the decoder cross-attention to the audio, and feed-forward.
+
+    Each has a norm before it and a residual around it.
+    """
 
     def __init__(
-        self, width: int, heads: int, ffn: int, dtype: Any, attention: Backend, rngs: nnx.Rngs
-    ):
+        self, width: int, heads: int, ffn: int, dtype: Any, attention: Backend, rngs: nnx.Rngs,
+        cross: bool = False,
+    ):  # fmt: skip
         self.self_norm = layer_norm(width, dtype, rngs)
         self.self_attention = Attention(width, heads, dtype, attention, rngs)
-        self.cross_norm = layer_norm(width, dtype, rngs)
-        self.cross_attention = Attention(width, heads, dtype, attention, rngs)
+        if cross:
+            self.cross_norm = layer_norm(width, dtype, rngs)
+            self.cross_attention = Attention(width, heads, dtype, attention, rngs)
         self.feed_norm = layer_norm(width, dtype, rngs)
         self.feed_forward = FeedForward(width, ffn, dtype, rngs)
 
     def __call__(
         self,
         x_BLD: Float[Array, "B L D"],
-        own: AnyKeyValues,
-        cross: AnyKeyValues,
-        mask_QS: Bool[Array, "... L T"],
+        own: AnyKeyValues | None = None,
+        cross: AnyKeyValues | None = None,
+        mask_QS: Bool[Array, "... L T"] | None = None,
         kv_length: int | None = None,
         drop: Callable[[Array, int], Array] = lambda y_BLD, _: y_BLD,
     ) -> Float[Array, "B L D"]:
-        y_BLD = self.self_attention(self.self_norm(x_BLD), own, mask_QS)
-        x_BLD = x_BLD + drop(y_BLD, 0)
-        y_BLD = self.cross_attention(self.cross_norm(x_BLD), cross, kv_length=kv_length)
-        x_BLD = x_BLD + drop(y_BLD, 1)
+        """own: keys and values of `x` and the tokens before it; those of `x` alone if None.
+
+        cross: those of the audio. kv_length: of the audio, without padding.
+        """
+        normed_BLD = self.self_norm(x_BLD)
+        own = self.self_attention.keys_values(normed_BLD) if own is None else own
+        x_BLD = x_BLD + drop(self.self_attention(normed_BLD, own, mask_QS, kv_length), 0)
+        if cross is not None:
+            y_BLD = self.cross_attention(self.cross_norm(x_BLD), cross, kv_length=kv_length)
+            x_BLD = x_BLD + drop(y_BLD, 1)
         return x_BLD + drop(self.feed_forward(self.feed_norm(x_BLD)), 2)
 
 

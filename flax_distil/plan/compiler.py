@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from flax_distil.cache import cache_folder, compile_aside
+from flax_distil.files import write_whole
 from flax_distil.plan.hlo import COUNTING, Collective, Held, parse
 from flax_distil.plan.programs import Program
 from flax_distil.plan.topology import Slice, libtpu_version
@@ -134,10 +135,8 @@ def refusal(message: str) -> Refusal | None:
 def write_answer(answer: Compiled | Refusal, name: str, path: Path, **more: Any) -> None:
     """Writes an answer and its fingerprint, and `more` for readers, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{time.monotonic_ns()}")
     contents = {**more, "fingerprint": name, "answer": asdict(answer)}
-    part.write_text(json.dumps(contents, indent=1) + "\n")
-    part.replace(path)
+    write_whole(path, (json.dumps(contents, indent=1) + "\n").encode())
 
 
 def read_answer(kept: dict[str, Any]) -> Compiled | Refusal:
@@ -146,7 +145,9 @@ def read_answer(kept: dict[str, Any]) -> Compiled | Refusal:
         return Refusal(**kept)
     rows = {
         "collectives": tuple(Collective(*row) for row in kept["collectives"]),
-        "tensors": tuple(Held(*row[:2], tuple(row[2]), row[3]) for row in kept["tensors"]),
+        "tensors": tuple(
+            Held(size, kind, tuple(shape), where) for size, kind, shape, where in kept["tensors"]
+        ),
         "host_transfers": tuple(kept["host_transfers"]),
     }
     return Compiled(**kept | rows)

@@ -5,18 +5,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from flax_distil.plan.compiler import Compiled, Refusal
-from flax_distil.plan.hlo import Collective
+from flax_distil.plan.hlo import Collective, Held
 from flax_distil.plan.programs import Program
 from flax_distil.plan.topology import Chip, Slice
-
-# What makes a tensor smaller, by its shape or origin.
-KNOBS = {
-    "vocabulary": "a smaller compute.vocabulary_chunk (logits of fewer tokens at a time)",
-    "parameters": "compute.fsdp (parameters and moments sharded over more chips)",
-    "saved": "compute.remat = true (student layers computed again in the backward pass)",
-    "batch": "compute.accumulation, twice as much (half the clips at a time)",
-    "clips": "a smaller batch_size",
-}
 
 
 class Seconds(NamedTuple):
@@ -35,16 +26,6 @@ class Seconds(NamedTuple):
     def limit(self) -> str:
         """What the bound comes from."""
         return self._fields[self.index(self.bound)]
-
-
-class Tensor(NamedTuple):
-    """An array of a program that lies in HBM. where: the traced line; knob: what makes it less."""
-
-    bytes: float
-    dtype: str
-    shape: tuple[int, ...]
-    where: str
-    knob: str
 
 
 @dataclass(frozen=True)
@@ -79,12 +60,12 @@ class Estimate:
         return self.program.flops / self.chips / self.answer.traffic
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The largest arrays that the program makes in HBM, and what makes each of them less."""
-        return tuple(
-            Tensor(*held, knob(held.shape, held.where, self.program, self.vocabulary))
+    def tensors(self) -> list[tuple[str, Held]]:
+        """The largest arrays that the program makes in HBM, behind what makes each smaller."""
+        return [
+            (knob(held.shape, held.where, self.program, self.vocabulary), held)
             for held in self.answer.tensors[:5]
-        )
+        ]
 
 
 @dataclass(frozen=True)
@@ -126,16 +107,16 @@ def roofline(
 
 
 def knob(shape: tuple[int, ...], where: str, program: Program, vocabulary: int) -> str:
-    """What makes a tensor smaller, by its sizes and its origin."""
+    """The option that makes a tensor smaller, by its shape and its origin."""
     if program.name != "train":
-        return KNOBS["clips"]
+        return "a smaller batch_size"
     if vocabulary in shape and len(shape) > 2:
-        return KNOBS["vocabulary"]
+        return "a smaller compute.vocabulary_chunk (logits of fewer tokens at a time)"
     if where.startswith(("state", "frozen")):
-        return KNOBS["parameters"]
+        return "compute.fsdp (parameters and moments sharded over more chips)"
     if "jvp" in where and len(shape) > 3:
-        return KNOBS["saved"]
-    return KNOBS["batch"]
+        return "compute.remat = true (student layers computed again in the backward pass)"
+    return "compute.accumulation, twice as much (half the clips at a time)"
 
 
 def largest_fitting(

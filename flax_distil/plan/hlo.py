@@ -18,9 +18,7 @@ BYTES = {
     "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
     "c64": 8,
 }  # fmt: skip
-COUNTING = (
-    3  # to be raised when programs are counted otherwise: cached answers are then computed anew
-)
+COUNTING = 3  # to be raised with a change of what is counted: cached answers are computed anew
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
     "collective-broadcast",
@@ -92,6 +90,9 @@ class Instruction:
         return sum(array.bytes for array in self.result if not array.on_chip)
 
 
+Computation = Mapping[str, Instruction]  # by name
+
+
 class Collective(NamedTuple):
     """Collectives of one kind and type. bytes: of the results of all of them, in one run.
 
@@ -118,7 +119,7 @@ class Held(NamedTuple):
 class Module:
     """A compiled program: computations by name, each its instructions by name."""
 
-    computations: Mapping[str, Mapping[str, Instruction]]
+    computations: Mapping[str, Computation]
     entry: str
 
     def instructions(self) -> Iterator[Instruction]:
@@ -158,21 +159,23 @@ class Module:
         limit = condition.get(root.operands[1])
         return limit.number if limit and limit.opcode == "constant" else None
 
+    def executed(self, unknown: int = 1) -> Iterator[tuple[int, Instruction, Computation]]:
+        """Every instruction outside of fusions, behind how often it runs, and its computation."""
+        for name, times in self.runs(unknown).items():
+            for one in self.computations[name].values():
+                yield times, one, self.computations[name]
+
     def traffic(self, unknown: int = 1) -> float | int:
         """Bytes read from and written to HBM in one run."""
         return sum(
-            times * self._moved(one, self.computations[name])
-            for name, times in self.runs(unknown).items()
-            for one in self.computations[name].values()
+            times * self._moved(one, computation)
+            for times, one, computation in self.executed(unknown)
         )
 
     def cycles(self, unknown: int = 1) -> float | int:
         """That the compiler expects one run to take on a chip, kernels and transfers left out."""
-        return sum(
-            times * int(one.find(r'"estimated_cycles":"(\d+)"') or 0)
-            for name, times in self.runs(unknown).items()
-            for one in self.computations[name].values()
-        )
+        cycles = r'"estimated_cycles":"(\d+)"'
+        return sum(times * int(one.find(cycles) or 0) for times, one, _ in self.executed(unknown))
 
     def collectives(self, unknown: int = 1) -> list[Collective]:
         """Collectives by kind and type, most bytes first.
@@ -218,9 +221,8 @@ class Module:
 
     def arrays(self) -> Iterator[tuple[Instruction, Array]]:
         """Every array that an instruction makes outside of fusions: what exists in memory."""
-        for name in self.runs():
-            for one in self.computations[name].values():
-                yield from ((one, array) for array in one.result)
+        for _, one, _ in self.executed():
+            yield from ((one, array) for array in one.result)
 
     def largest(self, count: int) -> tuple[Held, ...]:
         """The largest arrays in HBM, one of each type and shape."""
@@ -232,7 +234,7 @@ class Module:
             found[key] = Held(array.bytes, *key, one.find(r'op_name="([^"]*)"'))
         return tuple(sorted(found.values(), key=lambda held: -held.bytes)[:count])
 
-    def _moved(self, one: Instruction, computation: Mapping[str, Instruction]) -> float | int:
+    def _moved(self, one: Instruction, computation: Computation) -> float | int:
         if one.opcode in FREE or one.opcode.endswith("-done") or one.opcode == "async-start":
             return 0
         operands = [computation[name] for name in one.operands if name in computation]
@@ -253,9 +255,7 @@ class Module:
             return 0
         return sum(held.in_hbm for held in operands) + one.in_hbm
 
-    def _read(
-        self, parameter: Instruction, inner: Mapping[str, Instruction], held: Instruction
-    ) -> float | int:
+    def _read(self, parameter: Instruction, inner: Computation, held: Instruction) -> float | int:
         """Bytes that a fusion reads of one operand: of a slice, where that is all it uses."""
         whole = held.in_hbm
         if not whole:
@@ -281,9 +281,7 @@ class Module:
                 return whole
         return min(total, whole)
 
-    def _written(
-        self, root: Instruction, inner: Mapping[str, Instruction], fusion: Instruction
-    ) -> float | int:
+    def _written(self, root: Instruction, inner: Computation, fusion: Instruction) -> float | int:
         """Bytes that a fusion writes: of an update in place, only what is updated."""
         if not fusion.in_hbm:
             return 0

@@ -3,7 +3,7 @@
 import dataclasses
 from importlib.metadata import version
 from itertools import groupby
-from operator import attrgetter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def program_record(one: Estimate | TooLarge) -> dict[str, Any]:
             "capacity": one.target.chip.memory,
             "collectives": [collective._asdict() for collective in one.answer.collectives],
             "seconds": one.seconds._asdict() | {"bound": one.seconds.bound},
-            "tensors": [tensor._asdict() for tensor in one.tensors],
+            "tensors": [held._asdict() | {"knob": knob} for knob, held in one.tensors],
             "intensity": one.intensity,
             "mfu": one.mfu,
         }
@@ -194,12 +194,11 @@ def remedy(one: TooLarge) -> str:
         f"{fitting.answer.memory / GIB:.1f} GiB: {filling(fitting)}. Its largest tensors become "
         "less"
     ]
-    by_knob = attrgetter("knob")
-    for knob, tensors in groupby(sorted(fitting.tensors, key=by_knob), by_knob):
+    for knob, tensors in groupby(sorted(fitting.tensors, key=itemgetter(0)), itemgetter(0)):
         lines.append(f"  by {knob}:")
         lines += [
-            f"    {tensor.bytes / GIB:5.2f} GiB {tensor.dtype}{list(tensor.shape)} {tensor.where}"
-            for tensor in tensors
+            f"    {held.bytes / GIB:5.2f} GiB {held.dtype}{list(held.shape)} {held.where}"
+            for _, held in tensors
         ]
     return "\n".join(lines)
 

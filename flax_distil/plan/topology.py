@@ -117,13 +117,13 @@ def devices(wanted: Slice) -> list[Any]:
     """
     from jax.experimental import topologies
 
-    megacore: dict[str, Any] = {}
-    if wanted.generation == "v4":  # two cores as one device, as on a TPU VM
-        megacore = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
-        megacore["num_slices"] = 1
+    # Of v4, two cores are one device, as on a TPU VM.
+    megacore = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "num_slices": 1}
     try:
         found = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{wanted.generation}:{wanted.layout}", **megacore
+            platform="tpu",
+            topology_name=f"{wanted.generation}:{wanted.layout}",
+            **(megacore if wanted.generation == "v4" else {}),
         )
     except (RuntimeError, NotImplementedError, ValueError) as error:
         if not libtpu_version():

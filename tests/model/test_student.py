@@ -9,7 +9,7 @@ from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import PUBLISHED, WhisperDims, dims_to_hf
 from flax_distil.model.spec import Spec
-from flax_distil.model.student import alignment_heads, init_student, layer_map, spaced
+from flax_distil.model.student import init_student, layer_map, spaced
 
 DIMS = WhisperDims(8, 32, 16, 3, 2, 4, 2, 32, 32, audio_positions=8, text_positions=8)
 
@@ -85,9 +85,13 @@ def test_alignment_heads_never_dangle(teacher):
         "alignment_heads": [[0, 1], [1, 0], [1, 1]],
         "max_length": 8,
     }
-    assert alignment_heads([[1, 0]], (0, 3), heads=2) == [[1, 0], [1, 1]]
-    assert alignment_heads(None, (3,), heads=2) == [[0, 0], [0, 1]]
-    assert alignment_heads([], (3,), heads=2) == []
+    for theirs, layers, ours in (
+        ([[1, 0]], (0, 3), [[1, 0], [1, 1]]),
+        (None, (3,), [[0, 0], [0, 1]]),
+        ([], (3,), []),
+    ):
+        other = replace(teacher, generation={"alignment_heads": theirs})
+        assert init_student(other, layers).generation["alignment_heads"] == ours
     silent = replace(teacher, generation={"alignment_heads": [], "suppress_tokens": []})
     assert init_student(silent, 2).generation == silent.generation
     for kept in [(0,), (1, 2), (3, 0, 2)]:

@@ -54,7 +54,7 @@ def test_sizes_are_whole_numbers(value):
     [
         ({"activation_function": "relu"}, "activation_function 'relu', Whisper has 'gelu'"),
         ({"activation_function": "gelu_new"}, "gelu_new"),
-        ({"scale_embedding": True}, "scale their embeddings"),
+        ({"scale_embedding": True}, "scale_embedding 'True', Whisper has False"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"model_type": ["whisper"]}, "of type"),
     ],
