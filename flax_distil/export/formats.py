@@ -17,7 +17,7 @@ from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.distill.runs import is_run, trained_student
 from flax_distil.errors import InputError, check_writable
 from flax_distil.export.card import model_card
-from flax_distil.export.verify import import_torch, largest_difference
+from flax_distil.export.verify import largest_difference
 from flax_distil.model.checkpoint import (
     STALE,
     Checkpoint,
@@ -27,7 +27,7 @@ from flax_distil.model.checkpoint import (
 )
 from flax_distil.model.ctranslate2 import write_ctranslate2
 from flax_distil.model.processor import copy_processor
-from flax_distil.model.tensors import to_openai
+from flax_distil.model.tensors import import_torch, to_openai
 from flax_distil.model.weights import to_hf
 from flax_distil.text.tokens import load_tokens
 from flax_distil.transcribe.heads import heads_like

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, load_audio, pad_or_trim
 from flax_distil.audio.log_mel import log_mel
 from flax_distil.decode.recognizer import make_recognizer, recognize
-from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.model.tensors import import_torch
 from flax_distil.options import DecodeOptions
 
 
@@ -87,12 +87,3 @@ def synthetic_clip() -> Float32[np.ndarray, "480000"]:
     glide = np.sin(2 * np.pi * (150 + 20 * time) * time)
     noise = np.random.default_rng(0).normal(0, 0.02, time.size)
     return (0.2 * glide + noise).astype(np.float32)
-
-
-def import_torch(what: str) -> Any:
-    """PyTorch, which `what` needs. Raises InputError where it is not installed."""
-    try:
-        import torch
-    except ImportError:
-        raise InputError(f"{what} needs PyTorch: pip install 'flax-distil[torch]'") from None
-    return torch

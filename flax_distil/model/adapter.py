@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT: small matrices beside a base model's, W + s B A (Hu et al. 2021)."""
+"""LoRA adapters of PEFT: low-rank updates of a base model, W + s B A (Hu et al. 2021)."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from flax_distil.model.tensors import Stored, open_safetensors, whisper_names
 
 ADAPTER = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-# Settings that change what an adapter computes: another value than these is refused.
+# Settings that change what an adapter computes; other values are not supported.
 PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False}
 EMPTY = ("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices")
 
@@ -24,12 +24,15 @@ def read_adapter(folder: Path) -> tuple[str, float, dict[str, Stored]]:
         InputError: it is not a plain LoRA adapter.
     """
     config = read_json(folder / ADAPTER)
-    odd = [key for key, value in PLAIN.items() if config.get(key, value) not in (value, None)]
-    odd += [key for key in EMPTY if config.get(key)]
-    if odd:
+    unsupported = [
+        key for key, value in PLAIN.items() if config.get(key, value) not in (value, None)
+    ]
+    unsupported += [key for key in EMPTY if config.get(key)]
+    if unsupported:
         raise InputError(
-            f"{folder} is an adapter with {odd[0]} {str(config[odd[0]])[:40]!r}, and only plain "
-            "LoRA is merged here: merge_and_unload() it in PEFT and save the whole model"
+            f"{folder} is an adapter with {unsupported[0]} "
+            f"{str(config[unsupported[0]])[:40]!r}, and only plain LoRA is supported: "
+            "merge_and_unload() it in PEFT and save the model"
         )
     keys = ("base_model_name_or_path", "r", "lora_alpha")
     base, rank, alpha = (config.get(key, 0) for key in keys)

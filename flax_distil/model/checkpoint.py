@@ -1,4 +1,4 @@
-"""Loads a Whisper from where people keep them, and writes an ordinary Transformers folder."""
+"""Loads Whisper checkpoints in all published formats and saves Transformers folders."""
 
 import json
 import logging
@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -33,12 +31,11 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 HUB_FILES = ["*.json", "*.txt", WEIGHTS, SHARDS, "adapter_model.safetensors"]
 # They would be read in place of the new weights.
 STALE = (f"{WEIGHTS}.index.json", SHARDS, "pytorch_model*.bin*")
-SAVE_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a Transformers folder of Whisper holds."""
+    """The content of a Transformers folder of Whisper."""
 
     dims: WhisperDims
     params: Params
@@ -98,8 +95,8 @@ def _find(name_or_folder: str | Path) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{name!r} is not a folder here and the Hugging Face hub does not give it ({reason}): "
-            "download it elsewhere and name the folder, or `flax-distil fetch whisper-tiny.en`"
+            f"{name!r} is not a local folder and cannot be downloaded from the Hugging Face hub "
+            f"({reason}): download it elsewhere and name the folder, or `flax-distil fetch whisper-tiny.en`"
         ) from error
 
 
@@ -142,12 +139,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, dtype: str = "fl
 
 def write_transformers(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     """Write every file of the checkpoint into an empty folder."""
-    if dtype not in SAVE_DTYPES:
-        raise InputError(f"dtype {dtype!r} is none of {', '.join(SAVE_DTYPES)}")
-    tensors = {
-        name: tensor.astype(SAVE_DTYPES[dtype], copy=False)
-        for name, tensor in to_hf(checkpoint.dims, checkpoint.params).items()
-    }
+    tensors = to_hf(checkpoint.dims, checkpoint.params)
+    tensors = {name: tensor.astype(dtype, copy=False) for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     generation = checkpoint.generation
     config = {key: value for key, value in generation.items() if key.endswith("_token_id")}

@@ -37,20 +37,18 @@ CONSTANTS = {  # of the architecture; -1: the layer before the last
     "decoder/scale_embeddings": np.int8(0),
     "decoder/start_from_zero_embedding": np.int8(0),
 }
-FACTS = {  # Transformers' name of what config.json says -> CTranslate2's
+FACTS = {  # key in generation_config.json → key in CTranslate2's config.json
     "suppress_tokens": "suppress_ids",
     "begin_suppress_tokens": "suppress_ids_begin",
     "alignment_heads": "alignment_heads",
 }
 
 
-def read_ctranslate2(
-    folder: Path,
-) -> tuple[dict[str, int], dict[str, np.ndarray], dict[str, Any]]:
+def read_ctranslate2(folder: Path) -> tuple[dict[str, int], dict[str, np.ndarray], dict[str, Any]]:
     """The heads of a CTranslate2 folder's Whisper by their names in `config.json`, its tensors, and
     what it has of a generation config.
 
-    Tensors are float32 under Transformers' names; int8 and int16 weights are multiplied out.
+    Tensors are float32 under Transformers' names; int8 and int16 weights are dequantised.
 
     Raises:
         InputError: the file is cut off, damaged, or not a Whisper's.
@@ -70,7 +68,7 @@ def read_ctranslate2(
         for half in ("encoder", "decoder")
         if f"{half}/num_heads" in variables
     }
-    # What it knows about decoding; old folders have none.
+    # Settings of decoding; old folders have none.
     facts = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     return heads, tensors, {ours: facts[key] for ours, key in FACTS.items() if key in facts}
 

@@ -1,4 +1,4 @@
-"""What Transformers keeps in `generation_config.json`, for checkpoints that come without one."""
+"""The `generation_config.json` of Whisper: made for checkpoints that have none, or completed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,7 +77,7 @@ def generation_config(dims: WhisperDims, ids: Mapping[str, int] | None = None) -
 def completed(
     generation: Mapping[str, Any], config: Mapping[str, Any], dims: WhisperDims, folder: Path
 ) -> dict[str, Any]:
-    """A `generation_config.json` with what it lacks and without what the model cannot follow.
+    """A `generation_config.json` with missing keys added and keys that do not apply removed.
 
     Those of 2022 have no tables of languages and tasks, without which Transformers refuses
     `language` and timestamps. Their `forced_decoder_ids` go: they were copied from model to model,

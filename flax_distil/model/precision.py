@@ -1,4 +1,4 @@
-"""How exactly matrices are multiplied: as their type says, on every device.
+"""Precision of matrix products: that of their dtype on every device.
 
 By default, GPUs round float32 factors to TF32 (10 bits) and TPUs to bfloat16 (7 bits).
 """
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 
 def precision(dtype: Any) -> Precision | None:
-    """What products of this type ask of XLA: float32 is float32; others have one way only."""
+    """XLA's precision for products of this dtype: HIGHEST for float32, else the default."""
     return Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 

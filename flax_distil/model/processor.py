@@ -24,12 +24,12 @@ TIMES = [f"<|{step * TIMESTAMP_STEP:.2f}|>" for step in range(TIMESTAMPS)]  # 0.
 
 
 def copy_processor(source: Path, folder: Path, dims: WhisperDims) -> None:
-    """Put the tokenizer and feature extractor of the model at `source` into `folder`.
+    """Write the tokenizer and feature extractor of the model at `source` to `folder`.
 
     A Transformers folder's files are copied as they are; a folder that has only `tokenizer.json`,
     like CTranslate2's, gets the others made.
 
-    Where `source` has no tokenizer, as beside an OpenAI `.pt`, a warning says so.
+    If `source` has no tokenizer, as with an OpenAI `.pt`, a warning is logged.
     """
     found = [source / name for name in FILES if (source / name).is_file()]
     names = {path.name for path in found}

@@ -12,7 +12,7 @@ import numpy as np
 from flax_distil.config import InitStudentConfig
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from flax_distil.model.dims import dims_to_hf
+from flax_distil.model.dims import WhisperDims, dims_to_hf
 from flax_distil.model.generation import upper_half
 
 log = logging.getLogger(__name__)
@@ -45,12 +45,7 @@ def init_student(
     Raises:
         InputError: layers that the teacher does not have, negative, repeated or none.
     """
-    whole = teacher.dims.encoder_layers if encoder_layers is None else encoder_layers
-    kept = {
-        half: choose_layers(layers, getattr(teacher.dims, f"{half}_layers"), half)
-        for half, layers in (("decoder", decoder_layers), ("encoder", whole))
-    }
-    dims = replace(teacher.dims, **{f"{half}_layers": len(kept[half]) for half in kept})
+    kept, dims = kept_layers(teacher.dims, decoder_layers, encoder_layers)
     params = {}
     for half, theirs in teacher.params.items():
         layers = {new: theirs["layers"][old] for new, old in enumerate(kept[half])}
@@ -70,6 +65,21 @@ def init_student(
     )
 
 
+def kept_layers(
+    teacher: WhisperDims,
+    decoder_layers: int | Sequence[int],
+    encoder_layers: int | Sequence[int] | None,
+) -> tuple[dict[str, tuple[int, ...]], WhisperDims]:
+    """The teacher's layers in the halves of a student, and the student's sizes."""
+    whole = teacher.encoder_layers if encoder_layers is None else encoder_layers
+    kept = {
+        "decoder": choose_layers(decoder_layers, teacher.decoder_layers, "decoder"),
+        "encoder": choose_layers(whole, teacher.encoder_layers, "encoder"),
+    }
+    counts = {f"{half}_layers": len(layers) for half, layers in kept.items()}
+    return kept, replace(teacher, **counts)
+
+
 def choose_layers(wanted: int | Sequence[int], available: int, half: str) -> tuple[int, ...]:
     """Indices into `available` layers: maximally spaced for a number, checked for a list."""
     if isinstance(wanted, int):
@@ -78,7 +88,10 @@ def choose_layers(wanted: int | Sequence[int], available: int, half: str) -> tup
                 f"{wanted} {half} layers cannot be taken from a teacher with {available}: "
                 f"choose 1 to {available}"
             )
-        return spaced(wanted, available)
+        # As the published script has them (create_student_model.py), float rounding included: the
+        # last one is forced, so that a single one is the last.
+        places = np.linspace(0, available - 1, wanted, dtype=int).tolist()
+        return (*places[:-1], available - 1)
     layers = tuple(wanted)
     wrong = [layer for layer in layers if not 0 <= layer < available]
     if wrong or not layers or len(set(layers)) < len(layers):
@@ -88,16 +101,6 @@ def choose_layers(wanted: int | Sequence[int], available: int, half: str) -> tup
             f"name each of 0 to {available - 1} at most once"
         )
     return layers
-
-
-def spaced(count: int, available: int) -> tuple[int, ...]:
-    """Maximally spaced indices, first and last among them: 2 of 32 are 0 and 31.
-
-    As the published script has them (create_student_model.py), float rounding included: what
-    `np.linspace` makes of them rounded down, the last one forced, so that a single one is the last.
-    """
-    places = np.linspace(0, available - 1, count, dtype=int).tolist()
-    return (*places[:-1], available - 1)
 
 
 def layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ...]:

@@ -17,13 +17,13 @@ WEIGHTS = "model.safetensors"
 # Not model*.safetensors: large-v3 has a second copy in float32, model.fp32-*.safetensors, of 6 GB.
 SHARDS = "model-*-of-*.safetensors"
 LFS = b"version https://git-lfs"
-# Wrappers (torch.compile, DataParallel, PEFT) put their own name before Whisper's.
+# Wrappers (torch.compile, DataParallel, PEFT) add a prefix to Whisper's names.
 NAME = re.compile(r"(?:^|\.)((?:encoder|decoder)\.(?:layers|conv[12]|embed_\w+|layer_norm)\.\S+)$")
 
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A tensor that is still on disk; `np.asarray` reads it."""
+    """A tensor in a file; `np.asarray` reads it."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -54,7 +54,7 @@ def open_transformers(folder: Path) -> dict[str, Stored]:
 
 
 def open_safetensors(file: Path) -> dict[str, Stored]:
-    """The tensors of one file. Raises InputError where it is damaged."""
+    """The tensors of one file. Raises InputError if it is damaged."""
     with file.open("rb") as start:
         if start.read(len(LFS)) == LFS:
             raise InputError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`")
@@ -72,19 +72,22 @@ def open_safetensors(file: Path) -> dict[str, Stored]:
     }
 
 
+def import_torch(what: str) -> Any:
+    """PyTorch, which `what` needs. Raises InputError where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        raise InputError(f"{what} needs PyTorch: pip install 'flax-distil[torch]'") from None
+    return torch
+
+
 def _load_torch(path: Path) -> Any:
     """The content of a PyTorch file, read with `weights_only`: it cannot run code.
 
     Raises:
-        InputError: PyTorch is missing, or the file holds other things than tensors and numbers.
+        InputError: PyTorch is missing, or the file contains other objects than tensors and numbers.
     """
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            f"{path} is a pickle, which needs PyTorch to be read: pip install 'flax-distil[torch]',"
-            " or load it in Transformers elsewhere and save_pretrained() it as model.safetensors"
-        ) from None
+    torch = import_torch(f"{path} is a pickle, which")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged or unsafe file
@@ -107,13 +110,13 @@ def _stored(path: Path, state: Any) -> dict[str, Stored]:
 
 
 def whisper_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tensors without what wrappers put before their names, and with `model.`.
+    """The same tensors without prefixes of wrappers, and with the prefix `model.`.
 
     `_orig_mod.` (torch.compile), `module.` (data parallel) and other prefixes go; a bare
     `WhisperModel` has no `model.`. Names that are not Whisper's stay, to be reported.
 
     Raises:
-        InputError: two tensors have one name then.
+        InputError: two tensors get the same name.
     """
     renamed: dict[str, Any] = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Whether a recipe fits a TPU slice, what fills its memory and how long it takes, without a TPU.
+"""Plans a recipe for a TPU slice without a TPU: whether it fits, its memory and its time.
 
 libtpu compiles the programs that the stages run, for absent chips.
 """

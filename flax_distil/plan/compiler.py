@@ -1,4 +1,4 @@
-"""Compiling for absent chips: what a program needs, or why the compiler refuses it.
+"""Compiles for chips that are not present, and reads what a program needs.
 
 Answers are cached by the program's fingerprint.
 """
@@ -82,10 +82,10 @@ def compiled(program: Program, target: Slice, answers: Path | None = None) -> Co
 
 
 def fingerprint(program: Program, target: Slice) -> str:
-    """Of everything that decides the compiler's answer, and the same on every machine.
+    """A hash of everything that the compiler's answer depends on, the same on every machine.
 
-    The code of kernels is left out, which holds paths of the machine: JAX's version and the sizes
-    of their blocks stand for it.
+    The code of kernels is left out, because it contains paths of the machine; JAX's version and
+    the sizes of their blocks identify it.
     """
     compilers = (version("jax"), version("jaxlib"), libtpu_version(), COUNTING)
     options = (f"{name}={value}" for name, value in sorted(program.options.items()))
@@ -95,7 +95,7 @@ def fingerprint(program: Program, target: Slice) -> str:
 
 
 def ask(program: Program) -> Compiled | Refusal:
-    """Compiles. Only a lack of HBM is an answer; other errors of the compiler are raised."""
+    """Compile; a lack of HBM is a `Refusal`, other errors are raised."""
     start = time.monotonic()
     try:
         executable = compile_aside(program.lowered)
@@ -120,7 +120,7 @@ def ask(program: Program) -> Compiled | Refusal:
 
 
 def refusal(message: str) -> Refusal | None:
-    """A compiler's error about HBM, parsed; it has one for an early and one for the last stage."""
+    """The sizes in a compiler's error about HBM, of which it has two; None for other errors."""
     patterns = (
         r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
         r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
@@ -133,7 +133,7 @@ def refusal(message: str) -> Refusal | None:
 
 
 def write_answer(answer: Compiled | Refusal, name: str, path: Path, **more: Any) -> None:
-    """Writes an answer and its fingerprint, and `more` for readers, whole or not at all."""
+    """Write an answer, its fingerprint and `more` to a file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     contents = {**more, "fingerprint": name, "answer": asdict(answer)}
     write_whole(path, (json.dumps(contents, indent=1) + "\n").encode())

@@ -1,17 +1,17 @@
-"""From a compiled program to what it takes: memory, traffic, and the least time a chip needs."""
+"""What a compiled program takes: memory, traffic and a lower bound of its time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from flax_distil.plan.compiler import Compiled, Refusal
-from flax_distil.plan.hlo import Collective, Held
+from flax_distil.plan.hlo import Held
 from flax_distil.plan.programs import Program
-from flax_distil.plan.topology import Chip, Slice
+from flax_distil.plan.topology import Slice
 
 
 class Seconds(NamedTuple):
-    """The least time of one run by what limits it, each alone: the roofline."""
+    """The roofline: the time of one run if limited by one of the three alone."""
 
     compute: float
     memory: float | int
@@ -24,7 +24,7 @@ class Seconds(NamedTuple):
 
     @property
     def limit(self) -> str:
-        """What the bound comes from."""
+        """What limits the run."""
         return self._fields[self.index(self.bound)]
 
 
@@ -45,9 +45,17 @@ class Estimate:
 
     @property
     def seconds(self) -> Seconds:
-        flops, answer = self.program.flops / self.chips, self.answer
-        chip = self.target.chip
-        return roofline(flops, answer.traffic, answer.collectives, chip, self.chips)
+        """On one chip at the published peaks.
+
+        A ring over n chips moves 2 (n - 1) / n of an all-reduced array through each chip, and half
+        as much of the whole array of any other collective.
+        """
+        chip, answer = self.target.chip, self.answer
+        factors = {"all-reduce": 2, "reduce-scatter": self.chips}
+        moved = sum(one.bytes * factors.get(one.kind, 1) for one in answer.collectives)
+        moved *= (self.chips - 1) / self.chips
+        flops = self.program.flops / self.chips
+        return Seconds(flops / chip.flops, answer.traffic / chip.bandwidth, moved / chip.links)
 
     @property
     def mfu(self) -> float:
@@ -61,7 +69,7 @@ class Estimate:
 
     @property
     def tensors(self) -> list[tuple[str, Held]]:
-        """The largest arrays that the program makes in HBM, behind what makes each smaller."""
+        """(option that makes it smaller, array) of the largest arrays in HBM."""
         return [
             (knob(held.shape, held.where, self.program, self.vocabulary), held)
             for held in self.answer.tensors[:5]
@@ -84,26 +92,6 @@ class TooLarge:
     def largest_batch(self) -> int | None:
         """Clips a chip at a time with which it fits."""
         return self.fitting and self.fitting.program.rows
-
-
-def roofline(
-    flops: float | int,
-    traffic: float | int,
-    collectives: tuple[Collective, ...],
-    chip: Chip,
-    chips: int,
-) -> Seconds:
-    """Seconds on one chip at the published peaks.
-
-    A ring over n chips moves 2 (n - 1) / n of an all-reduced array through each chip, and half as
-    much of the whole array of any other collective.
-    """
-    share = (chips - 1) / chips
-    moved = sum(
-        one.bytes * share * {"all-reduce": 2, "reduce-scatter": chips}.get(one.kind, 1)
-        for one in collectives
-    )
-    return Seconds(flops / chip.flops, traffic / chip.bandwidth, moved / chip.links)
 
 
 def knob(shape: tuple[int, ...], where: str, program: Program, vocabulary: int) -> str:

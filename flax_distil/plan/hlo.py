@@ -32,7 +32,6 @@ FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while",
     "conditional", "call", "partition-id", "replica-id", "opt-barrier", "iota",
 }  # fmt: skip
-
 CALLING = {"call", "conditional", "async-start"}
 
 _CALLED = re.compile(
@@ -76,17 +75,17 @@ class Instruction:
 
     @property
     def number(self) -> int:
-        """That of a parameter, or an integer constant's."""
+        """The number of a parameter, or the value of an integer constant."""
         return int(self.find(r"^(\d+)\)"))
 
     @property
     def channel(self) -> str:
-        """The number that a collective has in all of its parts."""
+        """The channel of a collective, the same in all of its parts."""
         return self.find(r"\bchannel_id=(\d+)")
 
     @property
     def in_hbm(self) -> float | int:
-        """Bytes of the result that lie in HBM."""
+        """Bytes of the result in HBM."""
         return sum(array.bytes for array in self.result if not array.on_chip)
 
 
@@ -96,7 +95,7 @@ Computation = Mapping[str, Instruction]  # by name
 class Collective(NamedTuple):
     """Collectives of one kind and type. bytes: of the results of all of them, in one run.
 
-    overlapped: of these bytes, those that cross while matrices are multiplied.
+    overlapped: bytes of those that are sent while matrices are multiplied.
     """
 
     kind: str
@@ -107,7 +106,7 @@ class Collective(NamedTuple):
 
 
 class Held(NamedTuple):
-    """An array that a program has in HBM. where: the traced line."""
+    """An array in HBM. where: the traced line that made it."""
 
     bytes: float
     dtype: str
@@ -123,14 +122,14 @@ class Module:
     entry: str
 
     def instructions(self) -> Iterator[Instruction]:
-        """All of them, fused ones too."""
+        """All instructions, also those of fusions."""
         for computation in self.computations.values():
             yield from computation.values()
 
     def runs(self, unknown: int = 1, fused: bool = False) -> dict[str, int]:
-        """How often each computation runs that is not part of a fusion. fused: those too.
+        """How often each computation runs. fused: also those of fusions.
 
-        unknown: rounds of a loop whose end depends on data, such as that of a decoder.
+        unknown: rounds of loops whose end depends on data, such as a decoder's.
         """
         times: dict[str, int] = defaultdict(int)
         calling = CALLING | {"fusion"} if fused else CALLING
@@ -151,7 +150,7 @@ class Module:
         return dict(times)
 
     def rounds(self, loop: Instruction) -> int | None:
-        """Rounds of a loop that counts up from 0 to a constant; None where it ends otherwise."""
+        """Rounds of a loop that counts from 0 to a constant, else None."""
         condition = self.computations[loop.called("condition")]
         root = next(one for one in condition.values() if one.root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes:
@@ -160,7 +159,7 @@ class Module:
         return limit.number if limit and limit.opcode == "constant" else None
 
     def executed(self, unknown: int = 1) -> Iterator[tuple[int, Instruction, Computation]]:
-        """Every instruction outside of fusions, behind how often it runs, and its computation."""
+        """(number of runs, instruction, its computation) of each instruction outside of fusions."""
         for name, times in self.runs(unknown).items():
             for one in self.computations[name].values():
                 yield times, one, self.computations[name]
@@ -173,7 +172,7 @@ class Module:
         )
 
     def cycles(self, unknown: int = 1) -> float | int:
-        """That the compiler expects one run to take on a chip, kernels and transfers left out."""
+        """Cycles of one run as estimated by the compiler, without kernels and transfers."""
         cycles = r'"estimated_cycles":"(\d+)"'
         return sum(times * int(one.find(cycles) or 0) for times, one, _ in self.executed(unknown))
 
@@ -211,7 +210,7 @@ class Module:
         return sorted(listed, key=lambda one: -one.bytes)
 
     def host_transfers(self) -> list[Instruction]:
-        """Instructions that wait for the host or make it wait."""
+        """Instructions that exchange data with the host."""
         return [
             one
             for one in self.instructions()
@@ -220,7 +219,7 @@ class Module:
         ]
 
     def arrays(self) -> Iterator[tuple[Instruction, Array]]:
-        """Every array that an instruction makes outside of fusions: what exists in memory."""
+        """Every array that exists in memory, with the instruction that makes it."""
         for _, one, _ in self.executed():
             yield from ((one, array) for array in one.result)
 
@@ -256,7 +255,7 @@ class Module:
         return sum(held.in_hbm for held in operands) + one.in_hbm
 
     def _read(self, parameter: Instruction, inner: Computation, held: Instruction) -> float | int:
-        """Bytes that a fusion reads of one operand: of a slice, where that is all it uses."""
+        """Bytes that a fusion reads of one operand: only slices, if it uses nothing else of it."""
         whole = held.in_hbm
         if not whole:
             return 0
@@ -282,25 +281,23 @@ class Module:
         return min(total, whole)
 
     def _written(self, root: Instruction, inner: Computation, fusion: Instruction) -> float | int:
-        """Bytes that a fusion writes: of an update in place, only what is updated."""
+        """Bytes that a fusion writes; an update in place writes only what is updated."""
         if not fusion.in_hbm:
             return 0
         if root.opcode == "bitcast" and root.operands[0] in inner:
             return self._written(inner[root.operands[0]], inner, fusion)
-        if root.opcode == "dynamic-update-slice":
-            return inner[root.operands[1]].result[0].bytes
         if root.opcode == "fusion":
             nested = self.computations[root.called("calls")]
             return self._written(next(i for i in nested.values() if i.root), nested, fusion)
-        if root.opcode == "tuple" and len(root.operands) == len(fusion.result):
-            total = 0.0
-            for name, array in zip(root.operands, fusion.result, strict=True):
-                part = inner[name]
-                if part.opcode == "dynamic-update-slice":
-                    array = array._replace(bytes=inner[part.operands[1]].result[0].bytes)
-                total += 0 if array.on_chip else array.bytes
-            return total
-        return fusion.in_hbm
+        parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        if len(parts) != len(fusion.result):
+            return fusion.in_hbm
+        total = 0.0
+        for part, array in zip(parts, fusion.result, strict=True):
+            updates = part.opcode == "dynamic-update-slice"
+            size = inner[part.operands[1]].result[0].bytes if updates else array.bytes
+            total += 0 if array.on_chip else size
+        return total
 
 
 def parse(text: str) -> Module:

@@ -1,4 +1,4 @@
-"""A recipe on a slice: its programs, and the compiler's answer for each."""
+"""Plans a recipe on a slice: compiles its programs and estimates each."""
 
 import logging
 from collections.abc import Callable
@@ -20,8 +20,7 @@ from flax_distil.data.batches import bucket_for
 from flax_distil.decode.recognizer import batch_bucket
 from flax_distil.errors import InputError, read_json
 from flax_distil.model.dims import PUBLISHED, WhisperDims, dims_from_hf
-from flax_distil.model.spec import HALVES
-from flax_distil.model.student import choose_layers
+from flax_distil.model.student import kept_layers
 from flax_distil.options import DecodeOptions
 from flax_distil.parallel.mesh import check_batch, data_shards, make_mesh
 from flax_distil.plan.compiler import Compiled, Refusal, compiled
@@ -35,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Sizes(NamedTuple):
-    """Teacher and student of a recipe, known by their sizes alone."""
+    """Sizes of teacher and student."""
 
     teacher: WhisperDims
     student: WhisperDims
@@ -65,11 +64,7 @@ def plan(recipe: Path, topology: str, config: PlanConfig) -> Plan:
 
 
 def train(
-    config: PlanConfig,
-    distill: DistillConfig,
-    sizes: Sizes,
-    target: Slice,
-    chips: list[Any],
+    config: PlanConfig, distill: DistillConfig, sizes: Sizes, target: Slice, chips: list[Any]
 ) -> list[Estimate | TooLarge]:
     """The train step at the longest label bucket, and at that of the usual label."""
     longest = usual = max(distill.label_buckets)
@@ -79,7 +74,7 @@ def train(
         distill = replace(distill, batch_size=config.batch)
     compute = distill.compute
     mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, chips)
-    if config.batch != "auto":  # which needs a number to begin with, of which any is as good
+    if config.batch != "auto":  # the search may start from any number
         check_batch(distill.batch_size, mesh, compute.accumulation)
     parts = data_shards(mesh) * compute.accumulation
     rows = -(-distill.batch_size // parts)
@@ -89,7 +84,7 @@ def train(
         return train_program(asked, sizes.teacher, sizes.student, chips, length)
 
     return [
-        judged(partial(step, length=length), rows, target, len(chips), sizes.teacher, config)
+        estimate(partial(step, length=length), rows, target, len(chips), sizes.teacher, config)
         for length in sorted({longest, usual}, reverse=True)
     ]
 
@@ -104,11 +99,11 @@ def decode(
 ) -> list[Estimate | TooLarge]:
     """Encoder and search of a stage that recognises speech, on the chips of one host.
 
-    The recipe's batch is one process's; each host of a slice has others.
+    The recipe's batch size is that of one process.
     """
     timestamps = isinstance(recipe, PseudoLabelConfig) and recipe.timestamps
     options = DecodeOptions(timestamps=timestamps, max_tokens=recipe.max_tokens)
-    # libtpu takes every host for one of four chips: its devices are in order of these.
+    # libtpu orders devices by hosts of four chips each.
     ours = sorted(chips, key=attrgetter("process_index"))[: target.host_chips]
     length = config.label_length or options.max_tokens
 
@@ -118,11 +113,12 @@ def decode(
 
     rows = -(-batch_bucket(recipe.batch_size) // len(ours))
     return [
-        judged(partial(one, index=index), rows, target, len(ours), dims, config) for index in (0, 1)
+        estimate(partial(one, index=index), rows, target, len(ours), dims, config)
+        for index in (0, 1)
     ]
 
 
-def judged(
+def estimate(
     program: Callable[[int], Program],
     rows: int,
     target: Slice,
@@ -130,10 +126,10 @@ def judged(
     dims: WhisperDims,
     config: PlanConfig,
 ) -> Estimate | TooLarge:
-    """The compiler's answer to a program of `rows` clips a chip, worked out.
+    """What a program of `rows` clips per chip takes.
 
-    With `config.batch` auto, also the most that a chip holds. Where `rows` are too many, less that
-    it holds.
+    With `config.batch` auto, also the largest number of clips that fits. Where `rows` do not fit,
+    also a smaller number that does.
     """
     auto = config.batch == "auto"
 
@@ -177,12 +173,8 @@ def sizes_of(recipe: Path, distill: DistillConfig) -> Sizes:
             f"the student {distill.student} does not exist and {recipe} has no [init-student] "
             "with its layers: make one of the two"
         )
-    layers, student = load_recipe(recipe, InitStudentConfig), teacher
-    for half in HALVES:
-        if (wanted := getattr(layers, f"{half}_layers")) is not None:
-            kept = choose_layers(wanted, getattr(teacher, f"{half}_layers"), half)
-            student = replace(student, **{f"{half}_layers": len(kept)})
-    return Sizes(teacher, student)
+    layers = load_recipe(recipe, InitStudentConfig)
+    return Sizes(teacher, kept_layers(teacher, layers.decoder_layers, layers.encoder_layers)[1])
 
 
 def known_dims(name: str) -> WhisperDims:

@@ -140,10 +140,7 @@ def decode_programs(
 
 
 def abstract_batch(
-    config: DistillConfig,
-    dims: WhisperDims,
-    length: int,
-    sharding: NamedSharding,
+    config: DistillConfig, dims: WhisperDims, length: int, sharding: NamedSharding
 ) -> Batch:
     """Shapes of the loader's batches; what is kept of encoder or teacher instead of running it."""
 

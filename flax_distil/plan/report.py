@@ -34,9 +34,9 @@ class Plan:
     programs: tuple[Estimate | TooLarge, ...]
 
     def hours(self, mfu: float | None) -> float | None:
-        """Of the training run: at a share of the peak, else the roofline's. None: it has no plan.
+        """Hours of the training run at this MFU, else at the roofline; None if it was not planned.
 
-        Where the usual label was asked for, it is the last train program.
+        They are those of the last train program, which has the usual label length.
         """
         train = [one for one in self.programs if one.program.name == "train"]
         if not train or not isinstance(train[-1], Estimate):
@@ -65,29 +65,21 @@ def plan_record(plan: Plan, config: PlanConfig) -> dict[str, Any]:
 
 def program_record(one: Estimate | TooLarge) -> dict[str, Any]:
     """One program's figures, with those that follow from them."""
-    program, answer = one.program, one.answer
-    asked = ("clips", "rows", "length", "flops", "arguments")
-    record = {"program": program.name, "chips": one.chips, "source": answer.source}
-    record |= {name: getattr(program, name) for name in asked}
-    record["largest_batch"] = one.largest_batch
+    asked = {name: vars(one.program)[name] for name in ("clips", "rows", "length", "arguments")}
+    record = vars(one.answer) | asked | {"program": one.program.name, "chips": one.chips}
+    record |= {"fits": isinstance(one, Estimate), "largest_batch": one.largest_batch}
     if isinstance(one, TooLarge):
-        fitting = one.fitting and program_record(one.fitting)
-        sizes = {"needed": one.answer.needed, "available": one.answer.available}
-        return record | sizes | {"fits": False, "fitting": fitting}
-    measured = ("memory", "temporaries", "traffic", "cycles", "host_transfers")
-    return (
-        record
-        | {name: getattr(answer, name) for name in measured}
-        | {
-            "fits": True,
-            "capacity": one.target.chip.memory,
-            "collectives": [collective._asdict() for collective in one.answer.collectives],
-            "seconds": one.seconds._asdict() | {"bound": one.seconds.bound},
-            "tensors": [held._asdict() | {"knob": knob} for knob, held in one.tensors],
-            "intensity": one.intensity,
-            "mfu": one.mfu,
-        }
-    )
+        return record | {"fitting": one.fitting and program_record(one.fitting)}
+    return record | {
+        "memory": one.answer.memory,
+        "capacity": one.target.chip.memory,
+        "flops": one.program.flops,
+        "collectives": [collective._asdict() for collective in one.answer.collectives],
+        "seconds": one.seconds._asdict() | {"bound": one.seconds.bound},
+        "tensors": [held._asdict() | {"knob": knob} for knob, held in one.tensors],
+        "intensity": one.intensity,
+        "mfu": one.mfu,
+    }
 
 
 def print_plan(plan: Plan, config: PlanConfig) -> None:
@@ -151,7 +143,7 @@ def cells(plan: Plan, one: Estimate | TooLarge) -> dict[str, str]:
 
 
 def details(one: Estimate | TooLarge) -> str:
-    """What fills the memory and crosses the links; of what does not fit, what to turn."""
+    """Memory, link traffic and cycles; the remedy for a program that does not fit."""
     if isinstance(one, TooLarge):
         return remedy(one)
     answer = one.answer
@@ -164,34 +156,34 @@ def details(one: Estimate | TooLarge) -> str:
     waits = answer.host_transfers
     host = f"; waits for the host: {', '.join(waits)}" if waits else ""
     cycles = f"{answer.cycles / 1e6:,.0f} million cycles expected by the compiler, kernels left out"
-    return f"{filling(one)}; {links or 'nothing crosses the links'}{host}; {cycles}"
+    return f"{memory_of(one)}; {links or 'nothing crosses the links'}{host}; {cycles}"
 
 
-def filling(one: Estimate) -> str:
-    """What fills a chip's memory, in GiB."""
+def memory_of(one: Estimate) -> str:
+    """Arguments and temporaries on a chip, in GiB."""
     parts = {**one.program.arguments, "temporaries": one.answer.temporaries}
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items()) + " GiB"
 
 
 def remedy(one: TooLarge) -> str:
-    """The option that makes a program fit, and what fills the memory then."""
+    """The option with which a program fits, and the memory that it takes then."""
     program, answer, fitting = one.program, one.answer, one.fitting
     train = program.name == "train"
     if fitting is None:
         held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in program.arguments.items())
-        cure = "shard them with compute.fsdp" if train else "choose chips with more memory"
-        return f"does not fit even with one clip a chip, beside {held} GiB: {cure}"
+        advice = "shard them with compute.fsdp" if train else "choose chips with more memory"
+        return f"does not fit even with one clip per chip; arguments take {held} GiB: {advice}"
     rows, fitting_rows = program.rows, fitting.program.rows
     if train:
         times = next(n for n in range(1, rows + 1) if not rows % n and rows // n <= fitting_rows)
-        cure = f"compute.accumulation {times} times as large ({rows // times} at a time)"
+        advice = f"compute.accumulation {times} times as large ({rows // times} at a time)"
     else:  # batches are padded to a power of two
         most = 1 << (fitting_rows * fitting.chips).bit_length() - 1
-        cure = f"a batch_size of at most {most}"
+        advice = f"a batch_size of at most {most}"
     lines = [
         f"needs {answer.needed / GIB:.1f} of {answer.available / GIB:.1f} GiB; fits with "
-        f"{fitting_rows} clips a chip at a time: {cure}. That takes "
-        f"{fitting.answer.memory / GIB:.1f} GiB: {filling(fitting)}. Its largest tensors become "
+        f"{fitting_rows} clips a chip at a time: {advice}. That takes "
+        f"{fitting.answer.memory / GIB:.1f} GiB: {memory_of(fitting)}. Its largest tensors become "
         "less"
     ]
     for knob, tensors in groupby(sorted(fitting.tensors, key=itemgetter(0)), itemgetter(0)):
@@ -204,9 +196,9 @@ def remedy(one: TooLarge) -> str:
 
 
 def write_table(path: Path, plans: list[Plan]) -> None:
-    """Puts the plans into the table between the markers of a Markdown file.
+    """Update the table between the markers of a Markdown file.
 
-    Rows of other recipes, slices and programs stay.
+    Rows of other recipes, slices and programs are kept.
 
     Raises:
         InputError: the file does not exist or has no markers.

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -111,7 +112,7 @@ def test_alignment_heads_equal_openai(tiny_en_folder, base_folder):
 def test_saved_and_loaded(teacher, tmp_path, dtype):
     save_checkpoint(teacher, tmp_path / "new", dtype)
     again = load_checkpoint(tmp_path / "new")
-    assert_same(again, teacher, cast=module.SAVE_DTYPES[dtype])
+    assert_same(again, teacher, cast=jnp.dtype(dtype))
     assert again.dims == teacher.dims
     assert again.generation == teacher.generation
     assert again.config["dtype"] == dtype
@@ -136,7 +137,7 @@ def test_bfloat16_of_transformers(teacher, random_folders, tmp_path):
 
     model = WhisperForConditionalGeneration.from_pretrained(random_folders[0], dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
-    assert_same(load_checkpoint(tmp_path), teacher, cast=module.SAVE_DTYPES["bfloat16"])
+    assert_same(load_checkpoint(tmp_path), teacher, cast=jnp.bfloat16)
 
 
 def test_wrong_keys_are_all_named(teacher, tmp_path):
@@ -164,7 +165,7 @@ def test_damage_and_pickles(teacher, tmp_path, monkeypatch):
         load_checkpoint(folder)
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "torch", None)
-        with pytest.raises(InputError, match="save_pretrained"):
+        with pytest.raises(InputError, match="a pickle, which needs PyTorch"):
             load_checkpoint(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(InputError, match=r"no model\.safetensors"):
@@ -188,7 +189,7 @@ def test_names(tiny_en_folder, monkeypatch):
         raise LocalEntryNotFoundError(f"Got: ConnectError for {name}\nand more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(InputError, match=r"'someone/whisper'.*hub does not .*ConnectError"):
+    with pytest.raises(InputError, match=r"'someone/whisper'.*cannot be downloaded.*ConnectError"):
         load_checkpoint("someone/whisper")
 
 

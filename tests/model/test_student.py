@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import PUBLISHED, WhisperDims, dims_to_hf
 from flax_distil.model.spec import Spec
-from flax_distil.model.student import init_student, layer_map, spaced
+from flax_distil.model.student import choose_layers, init_student, layer_map
 
 DIMS = WhisperDims(8, 32, 16, 3, 2, 4, 2, 32, 32, audio_positions=8, text_positions=8)
 
@@ -23,6 +24,7 @@ def teacher() -> Checkpoint:
 
 
 def test_maximally_spaced():
+    spaced = partial(choose_layers, half="decoder")
     assert spaced(2, 32) == (0, 31)
     assert spaced(2, 4) == (0, 3)
     assert spaced(4, 12) == (0, 3, 7, 11)  # the published distil-small.en

@@ -10,7 +10,7 @@ from flax_distil.config import PlanConfig
 from flax_distil.errors import InputError
 from flax_distil.plan import run
 from flax_distil.plan.compiler import Compiled, Refusal, refusal
-from flax_distil.plan.estimate import Estimate, TooLarge, knob, largest_fitting, roofline
+from flax_distil.plan.estimate import Estimate, TooLarge, knob, largest_fitting
 from flax_distil.plan.hlo import Collective, Held
 from flax_distil.plan.programs import Program
 from flax_distil.plan.report import (
@@ -79,9 +79,10 @@ def test_shares_and_lengths_that_are_none_are_refused():
 
 
 def test_the_roofline_is_what_takes_longest():
-    chip = tpu_slice("v4-8").chip
     reduced = (Collective("all-reduce", "bf16", 1, 4e8), Collective("all-gather", "bf16", 1, 2e8))
-    seconds = roofline(275e12, 2400e9, reduced, chip, chips=4)
+    program = replace(PROGRAM, flops=4 * 275e12)
+    answer = replace(ANSWER, traffic=2400e9, collectives=reduced)
+    seconds = Estimate(program, answer, tpu_slice("v4-8"), 4, 51865).seconds
     assert seconds == pytest.approx((1.0, 2.0, (2 * 0.75 * 4e8 + 0.75 * 2e8) / 300e9))
     assert (seconds.bound, seconds.limit) == (2.0, "memory")
 
@@ -131,7 +132,7 @@ def test_what_does_not_fit_names_tensor_and_knob():
 
 
 def test_what_never_fits_says_what_is_too_large():
-    assert "beside teacher 3.00 GiB: shard them with compute.fsdp" in remedy(too_large())
+    assert "arguments take teacher 3.00 GiB: shard them with compute.fsdp" in remedy(too_large())
     assert "choose chips with more memory" in remedy(too_large(name="label: decode"))
 
 

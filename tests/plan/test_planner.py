@@ -24,12 +24,12 @@ def asked(monkeypatch) -> list[tuple[int, int]]:
         pytest.skip("libtpu has wheels for x86-64 Linux alone")
     found = []
 
-    def judged(_program, rows, _slice, chips, *_):
+    def estimate(_program, rows, _slice, chips, *_):
         found.append((rows, chips))
         program = Program("train", rows, rows, 0, 0, {}, None)
         return TooLarge(program, Refusal(2.0, 1.0), chips, None)
 
-    monkeypatch.setattr(planner, "judged", judged)
+    monkeypatch.setattr(planner, "estimate", estimate)
     return found
 
 
