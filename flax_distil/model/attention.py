@@ -108,37 +108,36 @@ class Attention(nnx.Module):
         return q_BHLK.shape[-1] ** -0.5 * product("bhlk,bhsk->bhls", q_BHLK, kv.keys)
 
     def to_heads(self, linear: nnx.Linear, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B H L K"]:
-        """A projection with its heads split: heads before time decode fastest.
-
-        On TPUs one product writes this layout; to transpose its result would take as long again.
-        """
+        """A projection with its heads split: heads before time decode fastest."""
         if self.backend != "splash":
             return self.split(linear(x_BLD))
-        width, dtype = x_BLD.shape[-1], linear.dtype
-        kernel_DHK = linear.kernel[...].astype(dtype).reshape(width, self.heads, -1)
-        x_BLD, exact = x_BLD.astype(dtype), precision(dtype)
-        y_BHLK = jnp.einsum("bld,dhk->bhlk", x_BLD, kernel_DHK, precision=exact)
-        if linear.bias is None:
-            return y_BHLK
-        return y_BHLK + linear.bias[...].astype(dtype).reshape(1, self.heads, 1, -1)
+        split, bias = (x_BLD.shape[-1], self.heads, -1), (1, self.heads, 1, -1)
+        return _project("bld,dhk->bhlk", x_BLD, linear, split, bias)
 
     def from_heads(self, x_BHLK: Float[Array, "B H L K"]) -> Float[Array, "B L D"]:
         """The output projection of all heads."""
         batch, heads, length, size = x_BHLK.shape
         if self.backend != "splash":
             return self.out(x_BHLK.swapaxes(1, 2).reshape(batch, length, heads * size))
-        dtype = self.out.dtype
-        kernel_HKD = self.out.kernel[...].astype(dtype).reshape(heads, size, -1)
-        x_BHLK, exact = x_BHLK.astype(dtype), precision(dtype)
-        y_BLD = jnp.einsum("bhlk,hkd->bld", x_BHLK, kernel_HKD, precision=exact)
-        bias_D = self.out.bias
-        assert bias_D is not None
-        return y_BLD + bias_D[...].astype(dtype).reshape(1, 1, -1)
+        return _project("bhlk,hkd->bld", x_BHLK, self.out, (heads, size, -1), (1, 1, -1))
 
     def split(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B H L K"]:
         """Channels to heads."""
         batch, length, width = x_BLD.shape
         return x_BLD.reshape(batch, length, self.heads, width // self.heads).swapaxes(1, 2)
+
+
+def _project(
+    subscripts: str, x: Array, linear: nnx.Linear, kernel: tuple[int, ...], bias: tuple[int, ...]
+) -> Array:
+    """`linear` as one product in another layout: on TPUs a transposition would take as long.
+
+    kernel, bias: their shapes in it.
+    """
+    dtype = linear.dtype
+    weight = linear.kernel[...].astype(dtype).reshape(kernel)
+    y = jnp.einsum(subscripts, x.astype(dtype), weight, precision=precision(dtype))
+    return y if linear.bias is None else y + linear.bias[...].astype(dtype).reshape(bias)
 
 
 def append(cache: AnyKeyValues, new: AnyKeyValues, at: Int[Array, "..."]) -> AnyKeyValues:
@@ -184,15 +183,10 @@ def attend(
     batch, heads, queries, size = q_BHQK.shape
     clips = k_BHSK.shape[0]
     if clips != batch:
-        beams_BHNK = q_BHQK.reshape(clips, -1, heads, queries, size).swapaxes(1, 2)
-        mixed = attend(
-            beams_BHNK.reshape(clips, heads, -1, size),
-            k_BHSK,
-            v_BHSK,
-            kv_length=kv_length,
-            backend=backend,
-        )
-        return mixed.reshape(beams_BHNK.shape).swapaxes(1, 2).reshape(q_BHQK.shape)
+        beams = q_BHQK.reshape(clips, -1, heads, queries, size).swapaxes(1, 2)
+        rows_BHQK = beams.reshape(clips, heads, -1, size)
+        mixed_BHQK = attend(rows_BHQK, k_BHSK, v_BHSK, None, kv_length, backend)
+        return mixed_BHQK.reshape(beams.shape).swapaxes(1, 2).reshape(q_BHQK.shape)
     if takes_kernel(backend, queries, q_BHQK.dtype):
         return _by_splash(q_BHQK, k_BHSK, v_BHSK, kv_length)
     if queries <= QUERY_BLOCK:

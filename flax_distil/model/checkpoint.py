@@ -96,7 +96,7 @@ def _find(name_or_folder: str | Path) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"{name!r} is not a local folder and cannot be downloaded from the Hugging Face hub "
-            f"({reason}): download it elsewhere and name the folder, or `flax-distil fetch whisper-tiny.en`"
+            f"({reason}): download it elsewhere and name the folder, or `flax-distil fetch` a model"
         ) from error
 
 

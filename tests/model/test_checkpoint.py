@@ -55,10 +55,10 @@ def test_the_pipeline_uses_it_as_it_is(tiny_en_folder, human_clips):
 
     recognise = pipeline("automatic-speech-recognition", model=str(tiny_en_folder))
     waveform, text = min(human_clips, key=lambda clip: len(clip[0]))
-    heard = recognise({"raw": waveform, "sampling_rate": 16_000}, return_timestamps=True)
-    assert heard["chunks"][-1]["timestamp"][1] <= len(waveform) / 16_000 + 0.5
+    result = recognise({"raw": waveform, "sampling_rate": 16_000}, return_timestamps=True)
+    assert result["chunks"][-1]["timestamp"][1] <= len(waveform) / 16_000 + 0.5
     normalise = recognise.tokenizer.normalize
-    assert jiwer.wer(normalise(text), normalise(heard["text"])) < 0.3
+    assert jiwer.wer(normalise(text), normalise(result["text"])) < 0.3
 
 
 @pytest.mark.parametrize("bare", [False, True])

@@ -66,7 +66,7 @@ def test_bfloat16(tensors, tmp_path):
     assert_same(load_checkpoint(tmp_path), rounded)
 
 
-def test_ctranslate2_hears_the_same_with_our_file(tiny_en_folder, human_clips, tmp_path):
+def test_ctranslate2_transcribes_the_same_with_our_file(tiny_en_folder, human_clips, tmp_path):
     """The fetched weights, written by us: greedy tokens of CTranslate2 equal Transformers'."""
     import ctranslate2
     import torch
@@ -92,12 +92,12 @@ def test_ctranslate2_hears_the_same_with_our_file(tiny_en_folder, human_clips, t
     clips = sorted((waveform for waveform, _ in human_clips), key=len)[:2]
     mel = processor(clips, sampling_rate=16_000, return_tensors="np").input_features
     theirs = ctranslate2.models.Whisper(str(tmp_path), device="cpu", compute_type="float32")
-    heard = theirs.generate(
+    results = theirs.generate(
         ctranslate2.StorageView.from_array(mel), [[50_257, 50_362]] * len(clips), beam_size=1
     )
     with torch.no_grad():
         wanted = model.generate(torch.from_numpy(mel))
-    for result, ids in zip(heard, wanted.tolist(), strict=True):
+    for result, ids in zip(results, wanted.tolist(), strict=True):
         words = [token for token in ids if token < 50_256]
         assert [token for token in result.sequences_ids[0] if token < 50_256] == words
         assert len(words) > 5

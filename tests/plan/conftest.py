@@ -1,4 +1,4 @@
-"""Small programs that hear 30 s as large-v2 does, compiled for a v4-8 once a session."""
+"""Programs of a small model for 30 s windows, compiled for a v4-8 once a session."""
 
 import gzip
 import os
