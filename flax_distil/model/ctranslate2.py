@@ -26,7 +26,6 @@ DTYPES = tuple(
     np.dtype(kind)
     for kind in (np.float32, np.int8, np.int16, np.int32, np.float16, ml_dtypes.bfloat16)
 )
-RANK = 3  # of a convolution's kernel, the largest
 GELU = 3
 CONSTANTS = {  # of the architecture; -1: the layer before the last
     "decoder/activation": np.int8(GELU),
@@ -119,52 +118,46 @@ def _dequantised(name: str, variables: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def read_variables(path: Path) -> dict[str, np.ndarray]:
-    """Every variable of the file by name; views into one read of it."""
-    data = memoryview(path.read_bytes())
-    position = 0
+    """Every variable of the file by name; views into one read of it.
 
-    def take(count: int) -> memoryview:
+    Raises:
+        InputError: the file is damaged, or of another version or model.
+    """
+    data, position, header = path.read_bytes(), 0, ()
+    variables: dict[str, np.ndarray] = {}
+
+    def read(kind: str) -> Any:
         nonlocal position
-        if position + count > len(data):
-            raise InputError(
-                f"{path} is cut off: {count} bytes are due at byte {position:,}, the file has "
-                f"{len(data):,}; fetch it again"
-            )
-        position += count
-        return data[position - count : position]
-
-    def number(kind: str) -> int:
-        return struct.unpack(f"<{kind}", take(struct.calcsize(kind)))[0]
+        (value,) = struct.unpack_from(f"<{kind}", data, position)
+        position += struct.calcsize(kind)
+        return value
 
     def string() -> str:
-        return bytes(take(number("H"))[:-1]).decode(errors="replace")
+        return read(f"{read('H')}s")[:-1].decode()
 
-    header = number("I"), string(), number("I")
+    try:
+        header = read("I"), string(), read("I")
+        for _ in range(read("I") if header == HEADER else 0):
+            name = string()
+            shape = [read("I") for _ in range(read("B"))]
+            kind, size = DTYPES[read("B")], read("I")
+            values = np.frombuffer(data, kind, size // kind.itemsize, position)
+            variables[name] = values.reshape(shape)
+            position += size
+        # Equal variables are stored once: the projection, zero biases.
+        for _ in range(read("I") if header == HEADER else 0):
+            alias = string()
+            variables[alias] = variables[string()]
+    except (struct.error, ValueError, IndexError, KeyError) as error:
+        raise InputError(
+            f"{path} is damaged or cut off at byte {position:,} of {len(data):,} ({error}): "
+            "fetch it again"
+        ) from None
     if header != HEADER:
         raise InputError(
-            "{} is version {} of {!r}, revision {}; this reads version {} of {!r}, revision {}: "
-            "convert the model with a current CTranslate2".format(path, *header, *HEADER)
+            f"{path} has version, model and revision {header}, not {HEADER}: "
+            "convert the model with a current CTranslate2"
         )
-    variables = {}
-    for _ in range(number("I")):
-        name, rank = string(), number("B")
-        shape = tuple(number("I") for _ in range(rank))
-        kind, size = number("B"), number("I")
-        if (
-            rank > RANK
-            or kind >= len(DTYPES)
-            or size != DTYPES[kind].itemsize * int(np.prod(shape, dtype=object))
-        ):
-            raise InputError(
-                f"{path} is damaged at {name[:80]!r}: type {kind}, sizes {str(shape)[:80]}, "
-                f"{size:,} bytes do not agree; fetch it again"
-            )
-        variables[name] = np.frombuffer(take(size), DTYPES[kind]).reshape(shape)
-    for _ in range(number("I")):  # equal variables are stored once: the projection, zero biases
-        alias, target = string(), string()
-        if target not in variables:
-            raise InputError(f"{path}: {alias} refers to {target}, which does not exist")
-        variables[alias] = variables[target]
     return variables
 
 

@@ -191,7 +191,7 @@ def test_a_damaged_rank_is_called_so(folder):
     assert data[at] == 0
     ones = struct.pack("<65I", *[1] * 65)
     path.write_bytes(data[:at] + b"\x41" + ones + data[at + 1 :])
-    with pytest.raises(InputError, match=r"damaged at 'encoder/num_heads': type 2, sizes"):
+    with pytest.raises(InputError, match=r"is damaged .* 65"):
         load_checkpoint(folder)
 
 
@@ -202,7 +202,7 @@ def test_other_files(folder):
     with pytest.raises(InputError, match="'WhisperSpoc'"):
         load_checkpoint(folder)
     path.write_bytes(struct.pack("<I", 7) + data[4:])
-    with pytest.raises(InputError, match="version 7"):
+    with pytest.raises(InputError, match=r"revision \(7, "):
         load_checkpoint(folder)
     (folder / "config.json").write_text("{")
     path.write_bytes(data)
