@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import av
 import av.error
@@ -21,26 +20,7 @@ from flax_distil.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-
-@runtime_checkable
-class BinaryFile(Protocol):
-    """An open file that is read as bytes."""
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Up to `size` bytes."""
-        ...
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        """Go to a position."""
-        ...
-
-    def tell(self) -> int:
-        """The position."""
-        ...
-
-
-AudioSource = str | Path | bytes | BinaryFile
-Opened = tuple[InputContainer, AudioStream]
+AudioSource = str | Path | bytes | io.IOBase
 
 # FFmpeg's demuxers that read audio from the file itself. Excluded are playlists and lists of files
 # (hls, concat, dash, sdp, image sequences, ...), which open any file that they name, devices, and
@@ -68,24 +48,38 @@ class AudioError(InputError):
 
 
 @dataclass(frozen=True)
-class Deadline:
-    """The time at which decoding of a file is given up."""
+class Limits:
+    """Limits of decoding one file."""
 
-    seconds: float
-    end: float
+    max_seconds: float = 12 * 3600.0
+    """Longest recording; a second takes 64 kB of memory."""
+    deadline: float = 600.0
+    """Seconds after which decoding is given up."""
 
-    @classmethod
-    def after(cls, seconds: float) -> "Deadline":
-        """A deadline `seconds` from now."""
-        return cls(seconds, time.monotonic() + seconds)
-
-    def check(self, name: str) -> None:
-        """Raises AudioError if it has passed."""
-        if time.monotonic() > self.end:
+    def check_time(self, name: str, started: float) -> None:
+        """Raises AudioError if the deadline has passed. started: on the monotonic clock."""
+        if time.monotonic() > started + self.deadline:
             raise AudioError(
-                f"{name}: not decoded after {self.seconds:g} s: write the file again, or raise the "
-                "deadline"
+                f"{name}: not decoded after {self.deadline:g} s: write the file again, or raise "
+                "the deadline"
             )
+
+
+@dataclass(frozen=True)
+class Track:
+    """An audio track of an open file."""
+
+    container: InputContainer
+    stream: AudioStream
+    name: str
+    """The source's name in messages."""
+    limits: Limits
+    started: float
+    """Time on the monotonic clock at which reading began."""
+
+    def check_time(self) -> None:
+        """Raises AudioError if the deadline has passed."""
+        self.limits.check_time(self.name, self.started)
 
 
 def source_name(source: AudioSource) -> str:
@@ -103,21 +97,12 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def audio_errors(name: str) -> Iterator[None]:
-    """Turns the exceptions of FFmpeg and PyAV for damaged files into AudioError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, RuntimeError) as error:
-        raise AudioError(f"{name}: damaged, or not audio ({reason(error)})") from error
-
-
-@contextmanager
 def open_audio(
-    source: AudioSource, format: str | None, track: int | None, deadline: Deadline
-) -> Iterator[Opened]:
-    """An open container and its audio track number `track`, from 1; None is the default track.
+    source: AudioSource, format: str | None, track: int | None, limits: Limits, started: float
+) -> Iterator[Track]:
+    """The audio track number `track` of a file, from 1; None is the default track.
+
+    Exceptions of FFmpeg and PyAV for damaged files, also later ones, become AudioError.
 
     Raises:
         AudioError: the file is missing, of another format, or without that track.
@@ -133,20 +118,23 @@ def open_audio(
         source = io.BytesIO(source)
     options = OPTIONS | {"protocol_whitelist": protocols}
     try:
-        container = av.open(source, "r", format, options=options, timeout=deadline.seconds)
+        container = av.open(source, "r", format, options=options, timeout=limits.deadline)
+    except av.error.ArgumentError as error:  # FFmpeg's error for a format off the whitelist
+        raise AudioError(
+            f"{name}: not an audio file; playlists and lists of files are not followed"
+        ) from error
     except (av.error.FFmpegError, ValueError, OSError) as error:
-        deadline.check(name)
-        if isinstance(
-            error, av.error.ArgumentError
-        ):  # FFmpeg's error for a format off the whitelist
-            raise AudioError(
-                f"{name}: not an audio file; playlists and lists of files are not followed"
-            ) from error
+        limits.check_time(name, started)
         raise AudioError(
             f"{name}: not an audio file that FFmpeg can read ({reason(error)})"
         ) from error
-    with container:
-        yield container, choose_track(container, track, name)
+    try:
+        with container:
+            yield Track(container, choose_track(container, track, name), name, limits, started)
+    except InputError:
+        raise
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, RuntimeError) as error:
+        raise AudioError(f"{name}: damaged, or not audio ({reason(error)})") from error
 
 
 def check_regular(name: str, path: Path) -> None:
@@ -166,29 +154,23 @@ def choose_track(container: InputContainer, track: int | None, name: str) -> Aud
     tracks = container.streams.audio
     if not tracks:
         raise AudioError(f"{name}: the file has no audio stream")
+    defaults = [one for one in tracks if one.disposition & Disposition.default]
     if track is None:
-        marked = (one for one in tracks if one.disposition & Disposition.default)
-        return next(marked, tracks[0])
-    if not 1 <= track <= len(tracks):
-        known = ", ".join(
-            f"{number} ({describe_track(one)})" for number, one in enumerate(tracks, 1)
-        )
-        raise AudioError(f"{name}: no audio track {track}; the file has {known}")
-    return tracks[track - 1]
+        return (defaults or tracks)[0]
+    if 1 <= track <= len(tracks):
+        return tracks[track - 1]
+    known = []
+    for number, one in enumerate(tracks, 1):
+        codec = one.codec_context.name if one.codec_context else "unknown codec"
+        about = [one.metadata.get("language"), one.metadata.get("title"), codec]
+        about += ["default"] * (one in defaults)
+        known.append(f"{number} ({', '.join(filter(None, about))})")
+    raise AudioError(f"{name}: no audio track {track}; the file has {', '.join(known)}")
 
 
-def describe_track(track: AudioStream) -> str:
-    """Language, title and codec of a track."""
-    known = [track.metadata.get("language"), track.metadata.get("title")]
-    codec = track.codec_context.name if track.codec_context else "unknown codec"
-    default = "default" if track.disposition & Disposition.default else None
-    return ", ".join(filter(None, [*known, codec, default]))
-
-
-def declared_seconds(opened: Opened) -> float | None:
+def declared_seconds(track: Track) -> float | None:
     """Length in the header; None where it is missing or invalid."""
-    container, stream = opened
-    found = None
+    container, stream, found = track.container, track.stream, None
     if stream.duration is not None and stream.time_base is not None:
         found = float(stream.duration * stream.time_base)
     elif container.duration is not None:
@@ -196,20 +178,18 @@ def declared_seconds(opened: Opened) -> float | None:
     return found if found is not None and 0 <= found < math.inf else None
 
 
-def decoded_frames(opened: Opened, name: str, deadline: Deadline) -> Iterator[AudioFrame]:
+def decoded_frames(track: Track) -> Iterator[AudioFrame]:
     """Frames of the track; packets that cannot be decoded are skipped with a warning."""
-    container, stream = opened
-    packets = container.demux(stream)
-    damaged = 0
+    packets, damaged = track.container.demux(track.stream), 0
     while True:
-        deadline.check(name)
+        track.check_time()
         try:
-            packet = next(packets)
-        except StopIteration:
-            break
+            packet = next(packets, None)
         except av.error.FFmpegError as error:
-            deadline.check(name)
-            logger.warning("%s: reading stopped early: %s", name, reason(error))
+            track.check_time()
+            logger.warning("%s: reading stopped early: %s", track.name, reason(error))
+            break
+        if packet is None:
             break
         try:
             frames = packet.decode()
@@ -219,18 +199,18 @@ def decoded_frames(opened: Opened, name: str, deadline: Deadline) -> Iterator[Au
         for frame in frames:
             if frame.rate not in RATES:
                 raise AudioError(
-                    f"{name}: the header has {frame.rate} Hz, and audio {RATES[0]} to "
+                    f"{track.name}: the header has {frame.rate} Hz, and audio {RATES[0]} to "
                     f"{RATES[-1]}: write the file again"
                 )
             yield frame  # type: ignore[misc]
     if damaged:
-        logger.warning("%s: %d damaged packets were left out", name, damaged)
+        logger.warning("%s: %d damaged packets were left out", track.name, damaged)
 
 
-def seek(opened: Opened, seconds: float) -> None:
+def seek(track: Track, seconds: float) -> None:
     """Seek to the last packet at or before `seconds`, where the format can be searched."""
-    container, stream = opened
+    stream = track.stream
     assert stream.time_base is not None
     target = int(seconds / stream.time_base) + (stream.start_time or 0)
     with suppress(av.error.FFmpegError):  # then it is read from the current position
-        container.seek(target, stream=stream)
+        track.container.seek(target, stream=stream)

@@ -3,10 +3,8 @@
 import io
 import logging
 import math
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import av
 import numpy as np
@@ -16,9 +14,8 @@ from flax_distil.audio import CLIP_SAMPLES, SAMPLE_RATE
 from flax_distil.audio.container import (
     AudioError,
     AudioSource,
-    Deadline,
-    Opened,
-    audio_errors,
+    Limits,
+    Track,
     declared_seconds,
     decoded_frames,
     open_audio,
@@ -27,7 +24,6 @@ from flax_distil.audio.container import (
 )
 from flax_distil.audio.samples import (
     SampleBlock,
-    TrackClock,
     mix_to_mono,
     place_frames,
     resample,
@@ -39,18 +35,6 @@ logger = logging.getLogger(__name__)
 
 LOUDEST = 2.0  # of float samples: louder files were not written with 1 as full scale
 PREROLL = 2  # seconds decoded before a part: the decoder's state, and up to a whole second
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of decoding one file."""
-
-    max_seconds: float = 12 * 3600.0
-    """Longest recording; a second takes 64 kB of memory."""
-    deadline: float = 600.0
-    """Seconds after which decoding is given up."""
-
-
 LIMITS = Limits()
 
 
@@ -81,23 +65,27 @@ def load_audio(
     Raises:
         AudioError: the file is missing, not audio, too long or empty, or holds NaN.
     """
-    name, deadline = source_name(source), Deadline.after(limits.deadline)
-    start = 0 if offset is None else to_samples(offset, "offset", rate)
-    end = None if duration is None else start + to_samples(duration, "duration", rate)
-    part = SampleRange(rate, start, end)
+    for what, seconds in (("offset", offset), ("duration", duration)):
+        if seconds is not None and not 0 <= seconds < math.inf:
+            raise InputError(f"{what} is {seconds:g} s: it must be finite and at least 0")
+    name, started = source_name(source), time.monotonic()
+    start = round((offset or 0) * rate)
+    end = None if duration is None else start + round(duration * rate)
     waveform, last = np.zeros(0, np.float32), 0
     # Float files may hold anything; NaN is found in the samples.
-    with audio_errors(name), np.errstate(invalid="ignore", over="ignore"):
-        back = position(source)
-        if start > PREROLL * rate and back is not None:
-            with open_audio(source, format, track, deadline) as opened:
+    with np.errstate(invalid="ignore", over="ignore"):
+        back = None  # the position of a file object, to read it again
+        if isinstance(source, io.IOBase) and source.seekable():
+            back = source.tell()
+        if start > PREROLL * rate and (back is not None or not isinstance(source, io.IOBase)):
+            with open_audio(source, format, track, limits, started) as opened:
                 seek(opened, start / rate - PREROLL)
-                waveform, _ = decode_range(opened, part, name, limits, deadline, seeked=True)
-            if not waveform.size and not isinstance(source, (str, Path, bytes)):
-                source.seek(back)
+                waveform, _ = decode_range(opened, rate, start, end, seeked=True)
+            if not waveform.size and isinstance(source, io.IOBase):
+                source.seek(back or 0)
         if not waveform.size:
-            with open_audio(source, format, track, deadline) as opened:
-                waveform, last = decode_range(opened, part, name, limits, deadline)
+            with open_audio(source, format, track, limits, started) as opened:
+                waveform, last = decode_range(opened, rate, start, end)
     if start and last and not waveform.size:
         raise AudioError(
             f"{name}: the part starts at {offset:g} s, and the audio ends at {last / rate:g} s"
@@ -114,64 +102,52 @@ def audio_duration(
 
     The header is not verified: a truncated file may be shorter. Raises AudioError as `load_audio`.
     """
-    name, deadline = source_name(source), Deadline.after(LIMITS.deadline)
-    with audio_errors(name), open_audio(source, format, track, deadline) as opened:
+    with open_audio(source, format, track, LIMITS, time.monotonic()) as opened:
         declared = declared_seconds(opened)
         if declared is not None:
             return declared
-        nothing = SampleRange(SAMPLE_RATE, round(LIMITS.max_seconds * SAMPLE_RATE), None)
-        return decode_range(opened, nothing, name, LIMITS, deadline)[1] / SAMPLE_RATE
-
-
-class SampleRange(NamedTuple):
-    """The samples from `start` to before `end` at `rate` Hz; None for the end of the recording."""
-
-    rate: int
-    start: int
-    end: int | None
+        nothing = round(LIMITS.max_seconds * SAMPLE_RATE)
+        return decode_range(opened, SAMPLE_RATE, nothing, None)[1] / SAMPLE_RATE
 
 
 def decode_range(
-    opened: Opened,
-    part: SampleRange,
-    name: str,
-    limits: Limits,
-    deadline: Deadline,
-    seeked: bool = False,
+    track: Track, rate: int, start: int, end: int | None, seeked: bool = False
 ) -> tuple[Float32[np.ndarray, "n"], int]:
-    """A part of an opened file, and the sample number at which decoding ended.
+    """The samples from `start` to before `end`, and the sample number at which decoding ended.
 
+    rate, start, end: of the samples in Hz, and of the part in samples; None for the end of the
+        recording.
     seeked: the file is read from its current position before the part, not from its beginning. The
         result is empty if that position is inside or after the part.
     """
-    frames = decoded_frames(opened, name, deadline)
-    track = place_frames(frames, TrackClock.of(opened), name, limits.max_seconds, seeked)
+    name, limits = track.name, track.limits
+    frames = place_frames(decoded_frames(track), track, seeked)
     samples = bytearray()  # one growing buffer: hours of audio need little more than their own size
     cancelled, loudest, last = 0.0, 0.0, 0
 
     def one_channel() -> Iterator[SampleBlock]:
         nonlocal cancelled
-        for chunk in split_seconds(track, seeked):
+        for chunk in split_seconds(frames, seeked):
             mono, cancels = mix_to_mono(chunk)
             cancelled += cancels * chunk.samples.shape[1] / chunk.rate
             yield mono
 
-    for chunk in resample(one_channel(), part.rate):
-        deadline.check(name)
+    for chunk in resample(one_channel(), rate):
+        track.check_time()
         last = chunk.end
-        if seeked and not samples and chunk.index > part.start:
+        if seeked and not samples and chunk.index > start:
             break
-        block = chunk.within(part.start, part.end).samples
+        block = chunk.within(start, end).samples
         if block.size:
             if not np.isfinite(block).all():
                 raise AudioError(f"{name}: the samples hold NaN or infinity; write the file again")
             loudest = max(loudest, float(np.abs(block).max()))
             samples += block.tobytes()
-        if len(samples) > 4 * limits.max_seconds * part.rate:
+        if len(samples) > 4 * limits.max_seconds * rate:
             raise AudioError(
                 f"{name}: longer than {limits.max_seconds:g} s: split it, or raise max_seconds"
             )
-        if part.end is not None and last >= part.end:
+        if end is not None and last >= end:
             break
     waveform = np.frombuffer(samples, np.float32)
     if cancelled:
@@ -191,20 +167,6 @@ def full_scale(
         logger.warning("%s: samples reach %g, not 1: divided by that", name, loudest)
         return waveform / np.float32(loudest)
     return waveform
-
-
-def to_samples(seconds: float, what: str, rate: int) -> int:
-    """A time as a number of samples. Raises InputError for a negative or infinite one."""
-    if not 0 <= seconds < math.inf:
-        raise InputError(f"{what} is {seconds:g} s: it must be finite and at least 0")
-    return round(seconds * rate)
-
-
-def position(source: AudioSource) -> int | None:
-    """The position of a file object, to read it again; None where it cannot be."""
-    if isinstance(source, (str, Path, bytes)):
-        return 0
-    return source.tell() if getattr(source, "seekable", bool)() else None
 
 
 def pad_or_trim(waveform: np.ndarray, length: int = CLIP_SAMPLES) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Decoded frames to mono float32 on the recording's timeline, in bounded memory."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 from av.audio.frame import AudioFrame
 from jaxtyping import Float32
 
-from flax_distil.audio.container import RESTARTS, AudioError, Opened
+from flax_distil.audio.container import RESTARTS, AudioError, Track
 
 # Containers whose time stamps are those of playback: a gap in them is silence. Those of other
 # formats are computed from the number of samples.
@@ -51,66 +50,37 @@ class SampleBlock(NamedTuple):
         return SampleBlock(self.rate, first, kept)
 
 
-@dataclass(frozen=True)
-class TrackClock:
-    """Conversion of a track's time stamps to seconds of the recording."""
-
-    timed: bool
-    """Whether a gap between time stamps is silence."""
-    restarts: bool
-    """Whether time stamps may restart in the middle."""
-    tick: Fraction
-    """Unit of the time stamps in seconds."""
-    origin: int
-    """Time stamp of the start of the recording."""
-
-    @classmethod
-    def of(cls, opened: Opened) -> "TrackClock":
-        """The clock of a track: a file starts at 0, or with its first track where the format's time
-        stamps start anywhere."""
-        container, stream = opened
-        timed = not TIMED.isdisjoint(container.format.name.split(","))
-        restarts = bool(container.format.flags & RESTARTS)
-        tick, start = stream.time_base or Fraction(1, av.time_base), stream.start_time or 0
-        zero = round(Fraction(container.start_time or 0, av.time_base) / tick) if restarts else 0
-        late = timed and (start - zero) * tick > JITTER
-        return cls(timed, restarts, tick, zero if late else start)
-
-    def seconds(self, frame: AudioFrame) -> float | None:
-        """Start of a frame in the recording; None without a time stamp."""
-        if frame.pts is None:
-            return None
-        return (frame.pts - self.origin) * float(self.tick)
-
-    def index(self, frame: AudioFrame) -> int | None:
-        """The same as a number of samples."""
-        if frame.pts is None:
-            return None
-        return round((frame.pts - self.origin) * self.tick * frame.rate)
-
-
 def place_frames(
-    frames: Iterable[AudioFrame], clock: TrackClock, name: str, longest: float, seeked: bool = False
+    frames: Iterable[AudioFrame], track: Track, seeked: bool = False
 ) -> Iterator[SampleBlock]:
     """The frames at their places in the recording, with silence in the gaps.
 
-    longest: seconds of the longest valid gap. seeked: the frames start in the middle of the
-    recording, at their time stamps; else the first frame is its start.
+    A file starts at 0, or with its first track where the format's time stamps start anywhere.
+
+    seeked: the frames start in the middle of the recording, at their time stamps; else the first
+        frame is its start.
     """
+    container, stream = track.container, track.stream
+    timed = not TIMED.isdisjoint(container.format.name.split(","))
+    restarts = bool(container.format.flags & RESTARTS)  # whether its clock may start again
+    tick, origin = stream.time_base or Fraction(1, av.time_base), stream.start_time or 0
+    zero = round(Fraction(container.start_time or 0, av.time_base) / tick) if restarts else 0
+    if timed and (origin - zero) * tick > JITTER:
+        origin = zero
     place, rate, shift = None, 0, 0.0
     for frame, samples in convert_frames(frames):
+        time = None if frame.pts is None else (frame.pts - origin) * tick
         if place is None:
-            place, rate = clock.index(frame) if seeked else 0, frame.rate
-            if place is None:
+            if seeked and time is None:
                 return
+            place, rate = round(time * frame.rate) if seeked and time is not None else 0, frame.rate
         if rate != frame.rate:
             place, rate = round(place * frame.rate / rate), frame.rate
-        time = clock.seconds(frame) if clock.timed else None
-        if time is not None and abs(gap := time + shift - place / rate) > JITTER:
-            if gap < 0 or (clock.restarts and gap > NEW_CLOCK):
+        if timed and time is not None and abs(gap := float(time) + shift - place / rate) > JITTER:
+            if gap < 0 or (restarts and gap > NEW_CLOCK):
                 shift -= gap  # continues here; overlapping audio is kept
-            elif gap > longest:
-                raise AudioError(f"{name}: its time stamps leave a gap of {gap:.0f} s")
+            elif gap > track.limits.max_seconds:
+                raise AudioError(f"{track.name}: its time stamps leave a gap of {gap:.0f} s")
             else:
                 for chunk in silence(rate, place, round(gap * rate), len(samples)):
                     yield chunk
@@ -129,25 +99,23 @@ def silence(rate: int, index: int, count: int, channels: int) -> Iterator[Sample
 def convert_frames(
     frames: Iterable[AudioFrame],
 ) -> Iterator[tuple[AudioFrame, Float32[np.ndarray, "channels n"]]]:
-    """Each frame and its samples, in [-1, 1] where the format has a full scale."""
+    """Each frame and its samples, in [-1, 1] where the format has a full scale.
+
+    NumPy converts common formats to the same samples as FFmpeg's resampler, and faster.
+    """
     convert, form = None, None
     for frame in frames:
         if frame.format.name in FULL_SCALE:
-            yield frame, frame_samples(frame)
+            samples = frame.to_ndarray()  # packed ones as [1, n · channels]
+            if frame.format.is_packed:
+                samples = samples.reshape(-1, frame.layout.nb_channels).T
+            yield frame, samples.astype(np.float32) * np.float32(1 / FULL_SCALE[frame.format.name])
             continue
         if form != (form := (frame.format.name, frame.layout.name, frame.rate)):
             convert = av.AudioResampler(format="fltp")
         assert convert is not None
         for block in convert.resample(frame):
             yield frame, block.to_ndarray()
-
-
-def frame_samples(frame: AudioFrame) -> Float32[np.ndarray, "channels n"]:
-    """A frame's samples in [-1, 1], as FFmpeg converts them."""
-    samples = frame.to_ndarray()  # packed ones as [1, n · channels]
-    if frame.format.is_packed:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    return samples.astype(np.float32) * np.float32(1 / FULL_SCALE[frame.format.name])
 
 
 def split_seconds(chunks: Iterable[SampleBlock], whole: bool = False) -> Iterator[SampleBlock]:

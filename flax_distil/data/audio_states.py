@@ -24,15 +24,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
-from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Int16, UInt64
+from jaxtyping import Array, BFloat16, Float, Float32, Int, Int16, UInt64
+from ml_dtypes import bfloat16
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
 from flax_distil.data.utterances import Skipped, Utterance
-from flax_distil.data.windows import DecodedClip, decode_clips, map_in_order, pad_clips
+from flax_distil.data.windows import DecodedClip, decode_clips, pad_clips
+from flax_distil.data.workers import map_in_order
 from flax_distil.errors import InputError
 from flax_distil.files import remove_partial, write_whole
 from flax_distil.parallel.multihost import barrier
@@ -56,35 +57,21 @@ class StateFolder:
     names: UInt64[np.ndarray, "n"]
 
 
-class StateFile(NamedTuple):
-    """One file, whose states are read on demand."""
-
-    states: Any
-    steps: Float32[np.ndarray, "n 1 D"] | None
-    parts: Float32[np.ndarray, "n P"] | None = None
-
-
 class ClipStates(NamedTuple):
     """Where the states of one clip are, and its length."""
 
-    file: StateFile
+    states: Any
+    """Of all clips of its file, read on demand."""
     row: int
     seconds: float
+    step: Float32[np.ndarray, "1 D"] | None
+    parts: list[float] | None
+    """Of a packed window: seconds of each part, NaN for one not in the clip."""
 
     def read(self) -> BFloat16[np.ndarray, "S D"]:
         """The clip's states."""
-        states_SD = self.file.states[self.row]
-        if self.file.steps is None:
-            return states_SD
-        return (states_SD * self.file.steps[self.row]).astype(ml_dtypes.bfloat16)
-
-    def parts(self) -> list[float] | None:
-        """Seconds of each part of a packed window, NaN for a part not in the clip; None for a clip
-        that is not a window or was not decoded."""
-        parts = self.file.parts
-        return (
-            None if parts is None or np.isnan(parts[self.row]).all() else parts[self.row].tolist()
-        )
+        states_SD = self.states[self.row]
+        return states_SD if self.step is None else (states_SD * self.step).astype(bfloat16)
 
 
 @dataclass(frozen=True)
@@ -134,7 +121,10 @@ def write_states(
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"clips": names, "seconds": np.array(seconds, np.float32), "states": np.stack(states)}
     if dtype == "int8":
-        tensors["states"], tensors["steps"] = quantize(tensors["states"])
+        # Multiples of a step per channel and clip: a few channels are far larger than all others.
+        wide_NSD = tensors["states"].astype(np.float32)
+        steps = np.maximum(np.abs(wide_NSD).max(axis=1, keepdims=True), 1e-6) / 127
+        tensors |= {"states": np.round(wide_NSD / steps).astype(np.int8), "steps": steps}
     if longest := max(map(len, parts), default=0):
         padded = [[*row, *[None] * (longest - len(row))] for row in parts]
         tensors["parts"] = np.array(padded, np.float32)
@@ -145,16 +135,6 @@ def write_states(
             f"cannot write {tensors['states'].nbytes / 2**20:.0f} MiB of audio states to "
             f"{path.parent} ({error}): choose a larger disk, or leave out audio_states"
         ) from None
-
-
-def quantize(
-    states_NSD: BFloat16[np.ndarray, "n S D"],
-) -> tuple[Int8[np.ndarray, "n S D"], Float32[np.ndarray, "n 1 D"]]:
-    """States as multiples of a step per channel and clip: a few channels of Whisper's encoder are
-    far larger than all others."""
-    wide_NSD = states_NSD.astype(np.float32)
-    steps = np.maximum(np.abs(wide_NSD).max(axis=1, keepdims=True), 1e-6) / 127
-    return np.round(wide_NSD / steps).astype(np.int8), steps
 
 
 def load_or_encode(
@@ -198,7 +178,7 @@ def load_or_encode(
             while batch := list(islice(pieces, batch_size)):
                 some = [clip for _, clip in batch]
                 states_BSD = np.asarray(encode(pad_clips(some, batch_size).waveforms))
-                states.extend(states_BSD.astype(ml_dtypes.bfloat16)[: len(some)])
+                states.extend(states_BSD.astype(bfloat16)[: len(some)])
                 bar.update(len({number for number, _ in batch} - set(numbers)))
                 numbers += [number for number, _ in batch]
                 clips += some
@@ -243,19 +223,22 @@ def index_files(folder: StateFolder) -> list[tuple[ClipStates, ...]]:
     for path in sorted(folder.path.glob("[!.]*.safetensors")):
         try:
             opened = safe_open(path, framework="numpy")
+            optional = set(opened.keys()).intersection(("steps", "parts"))
             names, seconds = opened.get_tensor("clips"), opened.get_tensor("seconds")
-            known_names = set(opened.keys())
             steps, parts = (
-                opened.get_tensor(name) if name in known_names else None
+                opened.get_tensor(name) if name in optional else [None] * len(names)
                 for name in ("steps", "parts")
             )
-            file = StateFile(opened.get_slice("states"), steps, parts)
+            states = opened.get_slice("states")
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"{path} is damaged ({error}): delete it, and its clips are encoded again"
             ) from None
         here: dict[int, tuple[ClipStates, ...]] = {}
-        for row, (name, length) in enumerate(zip(names.tolist(), seconds.tolist(), strict=True)):
-            here[name] = (*here.get(name, ()), ClipStates(file, row, length))
+        for row, name in enumerate(names.tolist()):
+            lengths = parts[row]  # NaN throughout for a clip that is not a window
+            lengths = None if lengths is None or np.isnan(lengths).all() else lengths.tolist()
+            clip = ClipStates(states, row, float(seconds[row]), steps[row], lengths)
+            here[name] = (*here.get(name, ()), clip)
         known |= here
     return [known.get(name, ()) for name in folder.names.tolist()]

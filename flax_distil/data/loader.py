@@ -2,9 +2,10 @@
 
 import logging
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count, islice
 from math import isnan
 from typing import Any, NamedTuple
@@ -31,15 +32,13 @@ from flax_distil.data.rng import Purpose, generator
 from flax_distil.data.streams import LanePlace, Streamed, check_lanes, read_lane
 from flax_distil.data.usable import has_target, not_learnable
 from flax_distil.data.utterances import Concatenated, Skipped, Utterance
-from flax_distil.data.windows import decode_clip, pad_samples, prefetch
-from flax_distil.data.workers import open_pool
+from flax_distil.data.windows import decode_clip, pad_samples
+from flax_distil.data.workers import open_pool, prefetch
 from flax_distil.errors import InputError
 from flax_distil.parallel.multihost import from_all_hosts, host_slice
 from flax_distil.text.tokens import WhisperTokens
 
 logger = logging.getLogger(__name__)
-
-NO_SAMPLES = np.zeros(0, np.int16)
 
 
 @dataclass(frozen=True)
@@ -72,17 +71,6 @@ class ExampleRow(NamedTuple):
     key: ExampleKey
     utterance: Utterance | None = None
     before: Utterance | None = None
-
-
-class PendingBatch(NamedTuple):
-    """A batch whose rows are being prepared."""
-
-    prepared: list[Future[Prepared]]
-    rows: list[ExampleRow]
-    inputs: int
-    """Decoder inputs of its longest row, over all hosts."""
-    state: LoaderState
-    """The state after it."""
 
 
 @dataclass(frozen=True)
@@ -141,16 +129,18 @@ class Loader:
         """
         processes = 0 if self.states else self.processes  # nothing is decoded then
         pool, prepare = open_pool(self._prepare, self.workers, processes)
-        pending: deque[PendingBatch] = deque()
+        pending: deque[tuple[Callable[[], Batch], LoaderState]] = deque()
         share = host_slice(self.batch_size, self.rank, self.hosts)
         try:
             for rows, after in self._global_rows(state):
                 prepared = [pool.submit(prepare, state.seed, row) for row in rows[share]]
-                inputs = self._longest(rows, state.seed)
-                pending.append(PendingBatch(prepared, rows[share], inputs, after))
+                keys = [row.key for row in rows]
+                inputs = self._longest(keys, state.seed)
+                collated = partial(self._collate, prepared, keys[share], inputs, state.seed)
+                pending.append((collated, after))
                 if len(pending) > self.ahead:
-                    batch = pending.popleft()
-                    yield self._collate(batch), batch.state
+                    collated, after = pending.popleft()
+                    yield collated(), after
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -222,14 +212,14 @@ class Loader:
         """1 without streams: any host can read any utterance of a dataset."""
         return self.lanes if any(source.size is None for source in self.sources) else 1
 
-    def _longest(self, rows: Sequence[ExampleRow], seed: int) -> int:
-        """An upper bound of the rows' decoder inputs, the same on every host.
+    def _longest(self, keys: Sequence[ExampleKey], seed: int) -> int:
+        """An upper bound of the examples' decoder inputs, the same on every host.
 
         Labels of streams are known to one host only: on several hosts they get the longest bucket,
         on one what they need.
         """
         longest = 0
-        for key in (row.key for row in rows):
+        for key in keys:
             source = self.sources[key.source]
             limit = max(source.options.buckets)
             if source.size is None:
@@ -259,84 +249,66 @@ class Loader:
     # --- what they hold -------------------------------------------------------------------------
 
     def _prepare(self, seed: int, row: ExampleRow) -> Prepared:
-        """One row: read, checked, decoded and tokenised."""
-        options = self.sources[row.key.source].options
-        utterance, before = self._read(seed, row)
-        if reason := not_learnable(utterance, options, self.tokens):
-            return self._left_out(utterance, reason)
-        decoded = (
-            self._load_states(row, utterance) if self.states else self._decode(seed, row, utterance)
-        )
-        if isinstance(decoded, Skipped):
-            return self._left_out(utterance, decoded.reason)
-        utterance, samples, seconds = decoded
-        example = make_example(utterance, self.tokens, options, (seed, *row.key), before)
-        if len(example.tokens) > max(options.buckets):
-            return self._left_out(utterance, f"its label has {len(example.tokens)} tokens")
-        return Prepared(example, samples, seconds)
-
-    def _read(self, seed: int, row: ExampleRow) -> tuple[Utterance, Utterance | None]:
-        """The utterance, and the previous one where its label is to be read."""
-        source, number = self.sources[row.key.source], row.key.number
+        """One row: read, checked, decoded and tokenised; weight 0 where that fails."""
+        key, source = row.key, self.sources[row.key.source]
         utterance, before = row.utterance, row.before
         if utterance is None:
             dataset: Any = source.utterances
-            utterance = dataset[number]
-            if self._has_prompt(row.key, seed) and source.follows[number]:
-                before = dataset[number - 1]
+            utterance = dataset[key.number]
+            if self._has_prompt(key, seed) and source.follows[key.number]:
+                before = dataset[key.number - 1]
         if before is not None and not has_target(before, source.options.target):
             before = None
-        return utterance, before
-
-    def _decode(
-        self, seed: int, row: ExampleRow, utterance: Utterance
-    ) -> tuple[Utterance, np.ndarray, float] | Skipped:
-        """The utterance with the durations of its samples, these with noise, and their seconds."""
-        clip = decode_clip(utterance, row.key.passes)
-        if isinstance(clip, Skipped):
-            return clip
-        samples = clip.samples
-        if self.add_noise:
-            samples = self.add_noise(samples, (seed, *row.key))
-        return clip.utterance, samples, clip.duration
-
-    def _load_states(
-        self, row: ExampleRow, utterance: Utterance
-    ) -> tuple[Utterance, np.ndarray, float]:
-        """The same where the audio states are on disk: a window gets the durations of its parts."""
-        assert self.states is not None
-        clip = self.states.clip(self._number(row.key), row.key.passes)
-        if seconds := clip.parts():
-            durations = [None if isnan(one) else one for one in seconds]
-            utterance = with_durations(utterance, durations)
-        return utterance, NO_SAMPLES, clip.seconds
-
-    def _left_out(self, utterance: Utterance, reason: str) -> Prepared:
+        reason = not_learnable(utterance, source.options, self.tokens)
+        samples, seconds = np.zeros(0, np.int16), 0.0
+        if not reason and self.states:
+            clip = self.states.clip(self._number(key), key.passes)
+            if clip.parts:
+                parts = [None if isnan(seconds) else seconds for seconds in clip.parts]
+                utterance = with_durations(utterance, parts)
+            seconds = clip.seconds
+        elif not reason:
+            clip = decode_clip(utterance, key.passes)
+            if isinstance(clip, Skipped):
+                reason = clip.reason
+            else:
+                utterance, samples, seconds = clip.utterance, clip.samples, clip.duration
+                if self.add_noise:
+                    samples = self.add_noise(samples, (seed, *key))
+        if not reason:
+            example = make_example(utterance, self.tokens, source.options, (seed, *key), before)
+            if len(example.tokens) <= max(source.options.buckets):
+                return Prepared(example, samples, seconds)
+            reason = f"its label has {len(example.tokens)} tokens"
         logger.warning("%s has weight 0: %s", utterance.id, reason)
-        return Prepared(Example([self.tokens.sot], [self.tokens.eot], 0), NO_SAMPLES, 0.0)
+        return Prepared(Example([self.tokens.sot], [self.tokens.eot], 0), samples[:0], 0.0)
 
-    def _collate(self, pending: PendingBatch) -> Batch:
-        """The rows of a batch, padded."""
-        examples, samples, seconds = zip(*(one.result() for one in pending.prepared), strict=True)
-        numbers = [self._number(row.key) for row in pending.rows]
-        inputs = max(pending.inputs, *(len(one.tokens) for one in examples))
-        states, keys = None, None
+    def _collate(
+        self,
+        prepared: Sequence[Future[Prepared]],
+        places: Sequence[ExampleKey],
+        inputs: int,
+        seed: int,
+    ) -> Batch:
+        """The rows of a batch, padded. inputs: decoder inputs of its longest row on all hosts."""
+        examples, samples, seconds = zip(*(one.result() for one in prepared), strict=True)
+        numbers = [self._number(key) for key in places]
+        states, masks = None, None
         if self.states:
-            states = self.states.read(numbers, [row.key.passes for row in pending.rows])
+            states = self.states.read(numbers, [key.passes for key in places])
         if self.masks:
-            random = [
-                generator(Purpose.MASKS, pending.state.seed, *row.key) for row in pending.rows
-            ]
-            keys = np.stack([one.integers(1 << 32, size=2, dtype=np.uint32) for one in random])
+            random = [generator(Purpose.MASKS, seed, *key) for key in places]
+            masks = np.stack([one.integers(1 << 32, size=2, dtype=np.uint32) for one in random])
+        longest = max(inputs, *(len(one.tokens) for one in examples))
         return collate(
             examples,
             pad_samples(samples, 0 if self.states else CLIP_SAMPLES),
             seconds,
             numbers,
-            length=bucket_for(inputs, self.sources[0].options.buckets),
+            length=bucket_for(longest, self.sources[0].options.buckets),
             eot=self.tokens.eot,
             audio=states,
-            keys=keys,
+            keys=masks,
             weighted=any(source.weighs for source in self.sources),
         )
 
@@ -345,7 +317,5 @@ def gather_state(state: LoaderState) -> LoaderState:
     """The state with the lanes of every host, for a checkpoint; all hosts call it together."""
     if not state.streams:
         return state
-    streams = {}
-    for others in from_all_hosts(state.streams):
-        streams |= others
-    return replace(state, streams=streams)
+    lanes = [lane for host in from_all_hosts(state.streams) for lane in host.items()]
+    return replace(state, streams=dict(lanes))

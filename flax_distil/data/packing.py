@@ -8,7 +8,6 @@ import hashlib
 import io
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
@@ -23,6 +22,7 @@ from flax_distil.audio.load import AudioError, audio_duration
 from flax_distil.cache import cache_folder
 from flax_distil.config import DataConfig
 from flax_distil.data.utterances import Utterance, Utterances
+from flax_distil.data.workers import map_in_order
 from flax_distil.errors import InputError
 from flax_distil.files import write_whole
 
@@ -44,16 +44,13 @@ class Packed(Sequence):
         return len(self.groups)
 
     def __getitem__(self, index) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return join_parts(tuple(self._part(row) for row in self.groups[index]), self.pause)
-
-    def _part(self, row: int) -> Utterance:
-        """A row with the duration of its header, so that it is not read again."""
-        part, seconds = self.utterances[row], float(self.seconds[row])
-        if part.duration is not None or part.offset is not None or math.isnan(seconds):
-            return part
-        return replace(part, duration=seconds)
+        parts = []
+        for row in self.groups[index]:
+            part, seconds = self.utterances[row], float(self.seconds[row])
+            if part.duration is None and part.offset is None and not math.isnan(seconds):
+                part = replace(part, duration=seconds)  # so that its header is not read again
+            parts.append(part)
+        return join_parts(tuple(parts), self.pause)
 
     def iter_from(self, start: int) -> Iterator[Utterance]:
         """The windows from `start` on."""
@@ -99,16 +96,12 @@ def pack(utterances: Utterances, seconds: float, pause: float) -> Packed:
 def pack_keys(utterances: Utterances) -> list[tuple[str | None, ...]]:
     """Speaker, recording and language of each row, read without its audio."""
     columns, default = utterances.columns, utterances.config.language
-    read = lambda name: utterances.column(name) if name else [None] * len(utterances)
-    recordings = read(columns.recording)
-    offsets = utterances.column("offset")
-    if any(offset is not None for offset in offsets):  # several clips of one file
-        recordings = [
-            utterances[row].recording if offset is not None and recording is None else recording
-            for row, (offset, recording) in enumerate(zip(offsets, recordings, strict=True))
-        ]
-    languages = [language or default for language in read(columns.language)]
-    return list(zip(read(columns.speaker), recordings, languages, strict=True))
+    recordings = utterances.column(columns.recording)
+    for row, offset in enumerate(utterances.column("offset")):
+        if offset is not None and recordings[row] is None:  # one of several clips of a file
+            recordings[row] = utterances[row].recording
+    languages = [language or default for language in utterances.column(columns.language)]
+    return list(zip(utterances.column(columns.speaker), recordings, languages, strict=True))
 
 
 def durations(utterances: Utterances) -> Float64[np.ndarray, "n"]:
@@ -129,11 +122,8 @@ def durations(utterances: Utterances) -> Float64[np.ndarray, "n"]:
             if cached.shape == (len(unknown),):
                 seconds[unknown] = cached
                 return seconds
-    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-        read = lambda row: clip_seconds(utterances[row], unknown=math.nan)
-        for start in range(0, len(unknown), HEADERS_AT_ONCE * 64):
-            rows = unknown[start : start + HEADERS_AT_ONCE * 64]
-            seconds[rows] = list(pool.map(read, rows))
+    read = lambda row: clip_seconds(utterances[row], unknown=math.nan)
+    seconds[unknown] = list(map_in_order(read, unknown, HEADERS_AT_ONCE, ahead=64))
     if path is not None:
         with suppress(OSError):  # a cache that cannot be written
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,9 @@
-"""Clips decoded ahead of time, in order, and padded to 30 s, for labelling and evaluation.
-
-Clips are decoded in threads: PyAV releases the GIL inside FFmpeg, and unlike processes threads
-share the batch's memory and start at once.
-"""
+"""Clips decoded ahead of time, in order, and padded to 30 s, for labelling and evaluation."""
 
 import logging
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int16
@@ -19,12 +12,10 @@ from flax_distil.audio import CLIP_SAMPLES, SAMPLE_RATE
 from flax_distil.audio.load import AudioError, to_int16
 from flax_distil.data.packing import with_durations
 from flax_distil.data.utterances import Skipped, Utterance, load_waveform
+from flax_distil.data.workers import map_in_order
 from flax_distil.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 # A resampler or an MP3 decoder can make a clip of 30 s slightly longer; the excess is cut off.
 SLACK_SAMPLES = SAMPLE_RATE // 100
@@ -55,36 +46,6 @@ class WindowBatch:
 
     utterances: list[Utterance]
     waveforms: Int16[np.ndarray, "B N"]
-
-
-def map_in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
-) -> Iterator[Result]:
-    """`map` in threads, in order, up to `ahead` items before the consumer asks for them."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
-    running: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            running.append(pool.submit(function, item))
-            if len(running) > ahead:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-    finally:  # also when the consumer stops early
-        pool.shutdown(cancel_futures=True)
-
-
-def prefetch(items: Iterable[Item], count: int) -> Generator[Item]:
-    """The items in order, up to `count` of them read in advance by a thread."""
-    pool, end = ThreadPoolExecutor(1, thread_name_prefix="reader"), object()
-    source = iter(items)
-    running = deque(pool.submit(next, source, end) for _ in range(count))
-    try:
-        while (item := running.popleft().result()) is not end:
-            running.append(pool.submit(next, source, end))
-            yield item  # pyright: ignore[reportReturnType]
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def decode_clip(utterance: Utterance, turn: int = 0) -> DecodedClip | Skipped:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from flax_distil.config import PseudoLabelConfig
 from flax_distil.data.utterances import Skipped, UtteranceStream
-from flax_distil.data.windows import map_in_order
+from flax_distil.data.workers import map_in_order
 from flax_distil.errors import InputError
 from flax_distil.files import remove_partial
 from flax_distil.parallel.multihost import barrier, start

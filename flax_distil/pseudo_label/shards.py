@@ -15,7 +15,8 @@ from flax_distil.config import PseudoLabelConfig
 from flax_distil.data.audio_states import clip_names, write_states
 from flax_distil.data.table import escape
 from flax_distil.data.utterances import Skipped, Utterance
-from flax_distil.data.windows import DecodedClip, decode_clips, map_in_order, pad_clips
+from flax_distil.data.windows import DecodedClip, decode_clips, pad_clips
+from flax_distil.data.workers import map_in_order
 from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label.jobs import LabelJob

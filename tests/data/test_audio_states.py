@@ -116,7 +116,7 @@ def test_a_window_that_grows_keeps_the_states_of_all_its_parts(folder):
         turns = [kept.clip(1, turn) for turn in range(3)]
         assert [clip.seconds for clip in turns] == [24.5, 12, 24.5]
         np.testing.assert_array_equal(
-            [clip.parts() for clip in turns[:2]], [[12, 12, np.nan], [np.nan, np.nan, 12]]
+            [clip.parts for clip in turns[:2]], [[12, 12, np.nan], [np.nan, np.nan, 12]]
         )
         read = kept.read([0, 1, 1, 1, 2], [5, 0, 1, 2, 7])[:, 0, 0].astype(np.float32)
         np.testing.assert_array_equal(read, VALUES[[0, 1, 3, 1, 2]])

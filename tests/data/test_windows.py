@@ -12,13 +12,8 @@ from flax_distil.audio.container import decoded_frames
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, AudioError, encode_flac, to_int16
 from flax_distil.data.packing import join_parts, part_offsets
 from flax_distil.data.utterances import Skipped, Utterance
-from flax_distil.data.windows import (
-    DecodedClip,
-    decode_clip,
-    decode_clips,
-    map_in_order,
-    window_batches,
-)
+from flax_distil.data.windows import DecodedClip, decode_clip, decode_clips, window_batches
+from flax_distil.data.workers import map_in_order
 
 
 def test_in_order_keeps_the_order_and_runs_ahead():
