@@ -138,39 +138,32 @@ def make_example(
     text_language = "en" if options.task == "translate" else language
     label = label_ids(utterance, tokens, options.target, text_language)
     timestamps &= any(token in tokens.times for token in label)
-
-    def without_times(ids: list[int]) -> list[int]:
-        return ids if timestamps else [token for token in ids if token not in tokens.times]
-
-    label, before = without_times(label), []
+    is_kept = lambda token: timestamps or token not in tokens.times
+    label, before = list(filter(is_kept, label)), None
     prompt = tokens.prompt(language, options.task, timestamps)
     room = min(PREVIOUS_TOKENS, max(options.buckets) - len(prompt) - len(label) - 1)
     if prompt_draw < options.prompt_probability and room > 0:
-        ids = previous_ids(utterance, previous, tokens, options.target, text_language)
-        before = without_times(ids)[-room:]
-    text = [*tokens.prompt(language, options.task, timestamps, before), *label]
+        before = utterance.previous  # what the label was conditioned on, else the previous label
+        if isinstance(before, str):
+            before = encode_transcript(before, tokens, " ")
+        elif before is None and previous is not None:
+            before = label_ids(previous, tokens, options.target, text_language)
+    is_control = lambda token: tokens.eot <= token < tokens.timestamp_begin
+    before = [token for token in before or () if is_kept(token) and not is_control(token)]
+    text = [*tokens.prompt(language, options.task, timestamps, before[-room:]), *label]
     start = text.index(tokens.sot)
     sequence = [*text, tokens.eot] if utterance.ended else text
-    states = None
-    if options.teacher_states:
-        states = _teacher_states(utterance, len(prompt) + len(label))[: len(sequence) - 1 - start]
+    states = utterance.teacher_states if options.teacher_states else None
+    known, expected = 0 if states is None else len(states), len(prompt) + len(label)
+    if options.teacher_states and known != expected:
+        raise InputError(
+            f"{utterance.id} has its teacher's states at {known} tokens and its label with the "
+            f"prompt has {expected}: label it again with --teacher-states, and train without "
+            "stored_teacher where labels change"
+        )
+    if states is not None:
+        states = states[: len(sequence) - 1 - start]
     return Example(sequence[:-1], sequence[1:], start, states, options.kl, options.ce)
-
-
-def previous_ids(
-    utterance: Utterance,
-    previous: Utterance | None,
-    tokens: WhisperTokens,
-    target: Literal["label", "text"],
-    language: str | None,
-) -> list[int]:
-    """The label of the previous utterance: from this row where it holds that, else its own."""
-    ids = utterance.previous
-    if ids is None:
-        return label_ids(previous, tokens, target, language) if previous else []
-    if isinstance(ids, str):
-        ids = encode_transcript(ids, tokens, " ")
-    return [token for token in ids if token < tokens.eot or token >= tokens.timestamp_begin]
 
 
 def has_speech(utterance: Utterance, target: Literal["label", "text"]) -> bool:
@@ -205,37 +198,6 @@ def non_speech_example(
     kl = (options.kl, *[0.0] * (length - 1))
     ce = (*[0.0] * prompted, *[options.ce] * (length - prompted))
     return Example(sequence[:-1], sequence[1:], 0, states, kl, ce)
-
-
-def _teacher_states(utterance: Utterance, length: int) -> Float16[np.ndarray, "{length} D"]:
-    """The teacher's final states at each token of prompt and label.
-
-    Raises:
-        InputError: the label store holds another number of states.
-    """
-    states = utterance.teacher_states
-    if states is None or len(states) != length:
-        count = 0 if states is None else len(states)
-        raise InputError(
-            f"{utterance.id} has its teacher's states at {count} tokens and its label with the "
-            f"prompt has {length}: label it again with --teacher-states, and train without "
-            "stored_teacher where labels change"
-        )
-    return states
-
-
-def _pad_states(
-    examples: Sequence[Example], length: int
-) -> Float16[np.ndarray, "B {length} D"] | None:
-    """The teacher's states of the examples, from `start` on; None where no example has any."""
-    present = [row.teacher_states for row in examples if row.teacher_states is not None]
-    if not present:
-        return None
-    states_BLD = np.zeros((len(examples), length, present[0].shape[-1]), np.float16)
-    for states_LD, row in zip(states_BLD, examples, strict=True):
-        if row.teacher_states is not None:
-            states_LD[row.start : row.start + len(row.teacher_states)] = row.teacher_states
-    return states_BLD
 
 
 def label_ids(
@@ -330,18 +292,21 @@ def collate(
 
     weighted: whether the batch has `loss_weights`, as all batches of a run or none.
     """
-    tokens = np.full((len(examples), length), eot, np.int32)
-    targets, weights = tokens.copy(), np.zeros(tokens.shape, np.float32)
-    factors = np.zeros((*tokens.shape, 2), np.float32) if weighted else None
+    shape = (len(examples), length)
+    tokens, weights = np.full(shape, eot, np.int32), np.zeros(shape, np.float32)
+    targets, factors = tokens.copy(), np.zeros((*shape, 2), np.float32)
+    widths = [row.teacher_states.shape[-1] for row in examples if row.teacher_states is not None]
+    states = np.zeros((*shape, widths[0]), np.float16) if widths else None
     for number, row in enumerate(examples):
         end = len(row.tokens)
         tokens[number, :end] = row.tokens
         targets[number, :end] = row.targets
+        factors[number, row.start : end] = np.stack(np.broadcast_arrays(row.kl, row.ce), axis=-1)
         weights[number, row.start : end] = seconds[number] > 0
-        if factors is not None:
-            learnt = factors[number, row.start : end]
-            learnt[:, 0], learnt[:, 1] = row.kl, row.ce
-            weights[number, row.start : end] *= learnt.any(axis=1)
+        if states is not None and row.teacher_states is not None:
+            states[number, row.start : row.start + len(row.teacher_states)] = row.teacher_states
+    if weighted:
+        weights *= factors.any(axis=-1)
     return Batch(
         waveforms=waveforms,
         tokens=tokens,
@@ -350,7 +315,7 @@ def collate(
         seconds=np.asarray(seconds, np.float32),
         rows=np.asarray(rows, np.int32),
         audio=audio,
-        teacher_states=_pad_states(examples, length),
+        teacher_states=states,
         keys=keys,
-        loss_weights=factors,
+        loss_weights=factors if weighted else None,
     )

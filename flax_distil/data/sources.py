@@ -68,8 +68,7 @@ def _saved(folder: Path, config: DataConfig) -> Table:
 
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
-        split = _one_split(config, [str(name) for name in saved])
-        saved = saved[split]
+        saved = saved[_one_split(config, [str(name) for name in saved])]
     return replace(_undecoded(saved), folder=folder)
 
 
@@ -77,18 +76,12 @@ def _hub(config: DataConfig) -> Table:
     import datasets
 
     name, _, written = config.source.partition("@")
-    revision = config.revision or written or None
+    options: dict[str, Any] = {"revision": config.revision or written or None}
     try:
-        split = config.split or _one_split(
-            config, datasets.get_dataset_split_names(name, config.config, revision=revision)
-        )
-        found = datasets.load_dataset(
-            name,
-            config.config,
-            split=split,
-            streaming=config.streaming,
-            revision=revision,
-        )
+        splits = [config.split] if config.split else None
+        splits = splits or datasets.get_dataset_split_names(name, config.config, **options)
+        options |= {"split": _one_split(config, splits), "streaming": config.streaming}
+        return _undecoded(datasets.load_dataset(name, config.config, **options))
     except InputError:
         raise
     except ConnectionError:
@@ -101,7 +94,6 @@ def _hub(config: DataConfig) -> Table:
             f"{name} is neither a local file or folder nor a dataset of the hub "
             f"({type(error).__name__}: {error})"
         ) from None
-    return _undecoded(found)
 
 
 def _one_split(config: DataConfig, splits: Sequence[str]) -> str:

@@ -24,16 +24,13 @@ from flax_distil.text.languages import to_language_code
 
 Row = dict[str, Any]
 
-# fmt: off
 # Formats of recorded speech that FFmpeg can open, with those of videos.
-AUDIO_SUFFIXES = frozenset((
-    ".3ga", ".3gp", ".aa", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".au", ".avi",
-    ".caf", ".dts", ".f4a", ".flac", ".flv", ".g722", ".gsm", ".m2ts", ".m4a", ".m4b", ".m4v",
-    ".mka", ".mkv", ".mov", ".mp1", ".mp2", ".mp3", ".mp4", ".mpeg", ".mpg", ".mpga", ".mts",
-    ".nist", ".oga", ".ogg", ".ogv", ".opus", ".rf64", ".snd", ".sph", ".spx", ".tak", ".ts",
-    ".tta", ".voc", ".w64", ".wav", ".wave", ".weba", ".webm", ".wma", ".wmv", ".wv",
-))
-# fmt: on
+SUFFIXES = """
+.3ga .3gp .aa .aac .ac3 .aif .aifc .aiff .amr .ape .au .avi .caf .dts .f4a .flac .flv .g722 .gsm
+.m2ts .m4a .m4b .m4v .mka .mkv .mov .mp1 .mp2 .mp3 .mp4 .mpeg .mpg .mpga .mts .nist .oga .ogg .ogv
+.opus .rf64 .snd .sph .spx .tak .ts .tta .voc .w64 .wav .wave .weba .webm .wma .wmv .wv
+"""
+AUDIO_SUFFIXES = frozenset(SUFFIXES.split())
 
 # The usual names of columns by their meaning, in the order they are looked for.
 USUAL = {

@@ -9,7 +9,7 @@ import torch
 from datasets import load_dataset
 
 from flax_distil.config import FilterConfig
-from flax_distil.data.batches import Example, _pad_states
+from flax_distil.data.batches import Example, collate
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label import filter as filtering
 from flax_distil.pseudo_label import run
@@ -77,6 +77,7 @@ def test_a_batch_has_them_where_their_tokens_are_learnt():
         Example([0] * 6, [0] * 6, start, np.full((n, 3), n, np.float16))
         for start, n in ((3, 2), (1, 4))
     ]
-    batch = _pad_states(examples, length=6)
-    assert batch[:, :, 0].tolist() == [[0, 0, 0, 2, 2, 0], [0, 4, 4, 4, 4, 0]]
-    assert (batch.shape, batch.dtype) == ((2, 6, 3), np.float16)
+    batch = collate(examples, np.zeros((2, 1), np.int16), [1.0, 1.0], [0, 1], length=6, eot=0)
+    states = batch.teacher_states
+    assert states[:, :, 0].tolist() == [[0, 0, 0, 2, 2, 0], [0, 4, 4, 4, 4, 0]]
+    assert (states.shape, states.dtype) == ((2, 6, 3), np.float16)

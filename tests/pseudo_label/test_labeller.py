@@ -307,7 +307,9 @@ def test_states_are_there_before_their_shard(config, monkeypatch, tmp_path):
     names = clip_names(
         *map(labels.column, ("utterance_number", "id", "duration", "mean_log_probability"))
     )
-    kept = load_or_encode([StateFolder(states, names)], labels, encode=None)
+    kept = load_or_encode(
+        [StateFolder(states, names)], labels, encode=lambda _: pytest.fail("encoded")
+    )
     expected = [n for n in range(23) if n not in (5, 13)]
     assert kept.read(range(21))[:, 0, 1].tolist() == expected
     np.testing.assert_allclose([clip.seconds for (clip,) in kept.clips], 0.1)
