@@ -26,7 +26,6 @@ from flax_distil.distill.replicas import check_replicas
 from flax_distil.distill.runs import begin_or_resume, training_facts
 from flax_distil.distill.setup import TrainProgram, prepare, whole_student
 from flax_distil.distill.state import TrainState
-from flax_distil.distill.stopping import stop_signals
 from flax_distil.distill.tracking import Done, Speed, Tracker, Watch
 from flax_distil.distill.validation import Validate, Validation, make_validate
 from flax_distil.errors import InputError
@@ -34,7 +33,7 @@ from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.spec import unstack_layers
 from flax_distil.parallel.clips import replicate
 from flax_distil.parallel.mesh import batch_sharding, replicated
-from flax_distil.parallel.multihost import start
+from flax_distil.parallel.multihost import start, stop_signals
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,15 @@ import os
 import pickle
 import signal
 import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.errors import JaxRuntimeError
+from jax.experimental import multihost_utils
 
 from flax_distil.errors import InputError
 
@@ -28,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 30  # a killed host ends the others within a minute
 CONNECT_SECONDS = 300  # hosts of a pod are set up and launched one after the other
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+HOST_NAMES = "flax_distil/host"  # in the coordinator's key-value store
+
+Stop = Callable[[int], bool]
+"""Whether to stop before the next step; asked after each step, by every host."""
 
 
 class HostPlace(NamedTuple):
@@ -39,9 +48,6 @@ class HostPlace(NamedTuple):
 
 
 def start(
-    coordinator: str | None = None,
-    processes: int | None = None,
-    process: int | None = None,
     *,
     heartbeat: int = HEARTBEAT_SECONDS,
     connect: int = CONNECT_SECONDS,
@@ -50,32 +56,24 @@ def start(
     """Join the other hosts, before anything asks JAX for its devices; a second call does nothing.
 
     Args:
-        coordinator: `address:port` of host 0; an argument outranks its environment variable.
-        processes: number of processes.
-        process: number of this one, from 0.
         heartbeat: seconds of silence after which a host counts as dead and the others end.
         connect: seconds to wait for all hosts to come.
         notices: whether SIGTERM is a notice that several hosts ask JAX for, as training does; else
             it does what it did before, where JAX would let it pass.
 
     Raises:
-        InputError: some of the three are given and others lacking, or they contradict each other.
+        InputError: some of the environment variables are set and others not, or they contradict
+            each other.
     """
     if jax.distributed.is_initialized():
         return
-    place = find_place(coordinator, processes, process)
+    place, name = find_place(), socket.gethostname()
     if place is None and not _on_tpu():
         return
     if place is not None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        logger.info(
-            "host %d of %d (%s) waits up to %d s for all of them at %s",
-            place.process,
-            place.processes,
-            socket.gethostname(),
-            connect,
-            place.coordinator,
-        )
+        who = f"host {place.process} of {place.processes} ({name})"
+        logger.info("%s waits up to %d s for all at %s", who, connect, place.coordinator)
     before = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
@@ -91,61 +89,43 @@ def start(
     if not (notices and jax.process_count() > 1):
         signal.signal(signal.SIGTERM, before)
     faulthandler.enable()  # where each host was when a dead one ended them all
-    _announce()
+    here = jax.process_index()
+    _client().key_value_set(f"{HOST_NAMES}/{here}", name, True)
+    who = f"host {here} of {jax.process_count()}"
+    logger.info("%s is %s: %d devices", who, name, jax.local_device_count())
+    if not is_main_host():  # host 0 alone logs information
+        logging.getLogger("flax_distil").setLevel(logging.WARNING)
 
 
-def find_place(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None
-) -> HostPlace | None:
-    """This process's place by arguments, else by environment variables; None without either.
+def find_place() -> HostPlace | None:
+    """This process's place by the environment variables; None without them.
 
     Raises:
         InputError: some of the three are lacking, or they contradict each other.
     """
-    given = {
-        "JAX_COORDINATOR_ADDRESS": coordinator,
-        "JAX_NUM_PROCESSES": processes,
-        "JAX_PROCESS_ID": process,
-    }
-    found = {
-        name: os.environ.get(name) if value is None else value for name, value in given.items()
-    }
-    lacking = [name for name, value in found.items() if value in (None, "")]
-    if len(lacking) == len(found):
+    found = {name: os.environ.get(name, "") for name in VARIABLES}
+    given, lacking = ([n for n in found if bool(found[n]) is here] for here in (True, False))
+    if not given:
         return None
     if lacking:
-        given = ", ".join(name for name in found if name not in lacking)
-        raise InputError(f"{given} is set and {', '.join(lacking)} is not: set all three or none")
-    address = str(found["JAX_COORDINATOR_ADDRESS"])
-    if not address.rpartition(":")[2].isdigit() or ":" not in address:
+        raise InputError(
+            f"{', '.join(given)} is set and {', '.join(lacking)} is not: set all three or none"
+        )
+    address, count, index = found.values()
+    if ":" not in address or not address.rpartition(":")[2].isdigit():
         raise InputError(f"coordinator {address} has no port: write {address}:8476")
-    count = _whole("JAX_NUM_PROCESSES", found["JAX_NUM_PROCESSES"])
-    index = _whole("JAX_PROCESS_ID", found["JAX_PROCESS_ID"])
-    if not 0 <= index < count:
-        raise InputError(f"process {index} of {count}: processes count from 0 to {count - 1}")
-    return HostPlace(address, count, index)
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise InputError(f"{name} = {value} must be a whole number") from None
+    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+        raise InputError(
+            f"process {index} of {count}: JAX_PROCESS_ID and JAX_NUM_PROCESSES are whole numbers, "
+            "and processes count from 0"
+        )
+    return HostPlace(address, int(count), int(index))
 
 
 def _on_tpu() -> bool:
     """Whether JAX is to use TPUs; it sets this itself on a machine with chips and libtpu."""
     platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     return "tpu" in (platforms or "").split(",")
-
-
-def _announce() -> None:
-    """Publish this host's name, and leave the information lines to host 0."""
-    place = f"host {jax.process_index()} of {jax.process_count()}"
-    _client().key_value_set(f"{_HOSTS}/{jax.process_index()}", socket.gethostname(), True)
-    logger.info("%s is %s: %d devices", place, socket.gethostname(), jax.local_device_count())
-    if not is_main_host():
-        logging.getLogger("flax_distil").setLevel(logging.WARNING)
 
 
 def is_main_host() -> bool:
@@ -168,60 +148,39 @@ def from_all_hosts(value: Any) -> list[Any]:
     """The values of all hosts, in their order, on each; all hosts have to call it."""
     if jax.process_count() == 1:
         return [value]
-    from jax.experimental.multihost_utils import process_allgather
-
     ours = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = process_allgather(np.array([ours.size]))[:, 0]
-    every = process_allgather(np.pad(ours, (0, sizes.max() - ours.size)))
+    sizes = multihost_utils.process_allgather(np.array([ours.size]))[:, 0]
+    every = multihost_utils.process_allgather(np.pad(ours, (0, sizes.max() - ours.size)))
     return [pickle.loads(one[:size].tobytes()) for one, size in zip(every, sizes, strict=True)]
 
 
 def barrier(name: str, timeout: float = 600.0) -> None:
-    """Wait for every host, up to `timeout` seconds; each `name` can be used once, so number them.
+    """Wait for every host, up to `timeout` seconds.
 
     Raises:
         TimeoutError: names the hosts that did not come.
-        ValueError: this host was at a barrier of this name before.
     """
     if jax.process_count() == 1:
         return
-    client, here = _client(), jax.process_index()
-    arrived = f"flax_distil/barrier/{name}"
     try:
-        client.key_value_set(f"{arrived}/{here}", "")
+        _client().wait_at_barrier(f"flax_distil/{name}", int(timeout * 1000))
     except JaxRuntimeError as error:
-        if "ALREADY_EXISTS" not in str(error):
+        passed = "-th instance" in str(error)  # a host has called it again
+        if not passed and "DEADLINE_EXCEEDED" not in str(error):
             raise
-        raise ValueError(f"barrier {name!r} was used before: put the step into its name") from None
-    try:
-        client.wait_at_barrier(f"flax_distil/{name}", int(timeout * 1000))
-    except JaxRuntimeError as error:
-        if "DEADLINE_EXCEEDED" not in str(error):
-            raise
-        came = _stored(arrived)
-        missing = [host for host in range(jax.process_count()) if host not in came]
-        raise TimeoutError(_complaint(name, timeout, missing, _stored(_HOSTS))) from None
-
-
-def _complaint(name: str, timeout: float, missing: list[int], names: dict[int, str]) -> str:
-    if not missing:
-        return (
-            f"barrier {name!r}: this host came after the others had waited {timeout:g} s and left"
-        )
-    who = ", ".join(f"host {host} ({names.get(host, 'name unknown')})" for host in missing)
-    return (
-        f"barrier {name!r}: {who} did not come within {timeout:g} s; {len(missing)} of "
-        f"{jax.process_count()} hosts missing: read their logs, then run again to resume"
-    )
-
-
-_HOSTS = "flax_distil/host"
-
-
-def _stored(folder: str) -> dict[int, str]:
-    """What each host has put under `folder` in the coordinator's key-value store."""
-    entries = _client().key_value_dir_get(folder)
-    return {int(key.rpartition("/")[2]): value for key, value in entries}
+        _, _, late = str(error).partition("timed out task names:")
+        numbers = late.partition("RPC")[0].split()
+        if passed or str(jax.process_index()) in numbers:
+            raise TimeoutError(
+                f"barrier {name!r}: this host came after the others had waited and left"
+            ) from None
+        stored = _client().key_value_dir_get(HOST_NAMES)
+        names = {key.rpartition("/")[2]: value for key, value in stored}
+        who = ", ".join(f"host {n} ({names.get(n, 'name unknown')})" for n in numbers)
+        raise TimeoutError(
+            f"barrier {name!r}: {who} did not come within {timeout:g} s; {len(numbers)} of "
+            f"{jax.process_count()} hosts missing: read their logs, then run again to resume"
+        ) from None
 
 
 def _client() -> Any:
@@ -231,3 +190,31 @@ def _client() -> Any:
     if global_state.client is None:
         raise RuntimeError("several hosts and no coordinator: call multihost.start() first")
     return global_state.client
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """`Stop` for the run inside: SIGTERM, Ctrl-C or preemption end it.
+
+    One host stops after the step at hand; a second signal interrupts as usual. On several hosts
+    JAX's preemption service has SIGTERM (jax.distributed starts it): a notice to any host reaches
+    all, which agree on a step that none has passed yet.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    stop, before = threading.Event(), {}
+
+    def ask(number: int, _: Any) -> None:
+        logger.warning("%s: stopping after this step", signal.Signals(number).name)
+        stop.set()
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, ask)
+    try:
+        yield lambda _step: stop.is_set()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,7 +5,7 @@ the teacher alike.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -30,63 +30,44 @@ def shardings(tree: Any, mesh: Mesh, min_elements: int = 1 << 20) -> Any:
     Raises:
         InputError: a dimension that has to be cut does not divide; all such parameters are named.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    cuts = [cut(path, leaf.shape, mesh, min_elements) for path, leaf in leaves]
-    if faults := [fault for one in cuts for fault in one.faults]:
+    faults: list[str] = []
+
+    def placed(path: tuple, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, cut(path, leaf.shape, mesh, min_elements, faults))
+
+    found = jax.tree_util.tree_map_with_path(placed, tree)
+    if faults:
         raise InputError(f"the mesh does not fit the model: {'; '.join(faults)}")
-    return structure.unflatten(NamedSharding(mesh, one.spec) for one in cuts)
+    return found
 
 
-class Cut(NamedTuple):
-    """Which axes of an array are cut over which mesh axes, and what does not divide."""
-
-    spec: PartitionSpec
-    faults: list[str]
-
-
-def cut(path: tuple, shape: tuple[int, ...], mesh: Mesh, min_elements: int) -> Cut:
-    """The cut of one parameter."""
-    names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-    tensor = _tensor_axis(names, shape, mesh.shape["tensor"])
-    fsdp = None
-    if math.prod(shape) >= min_elements:
-        fsdp = _fsdp_axis(names, shape, mesh.shape["fsdp"], tensor)
-    axes = {tensor: "tensor", fsdp: "fsdp"}
-    spec = PartitionSpec(*(axes.get(axis) for axis in range(len(shape))))
-    return Cut(spec, [fault for fault in (tensor, fsdp) if isinstance(fault, str)])
-
-
-def _tensor_axis(names: list[str], shape: tuple[int, ...], size: int) -> int | str | None:
-    """The axis that is cut over tensor, or why none is that has to be."""
-    leaf = (names[-2], names[-1]) if len(names) > 1 else ()
-    if leaf not in TENSOR_AXIS or size == 1:
-        return None
-    axis = len(shape) + TENSOR_AXIS[leaf]
-    if shape[axis] % size == 0:
-        return axis
-    if leaf == ("tokens", "embedding"):  # multilingual vocabularies are odd: keep whole
-        return None
-    return (
-        f"{'.'.join(names)} has {shape[axis]} channels, which do not divide over {size} tensor "
-        "shards"
-    )
-
-
-def _fsdp_axis(
-    names: list[str], shape: tuple[int, ...], size: int, tensor: int | str | None
-) -> int | str | None:
-    """The axis that is cut over fsdp, or why none is that has to be."""
-    if size == 1:
-        return None
-    free = [axis for axis in range(len(shape)) if axis != tensor and shape[axis] % size == 0]
-    if free:
-        return max(free, key=lambda axis: shape[axis])
-    if isinstance(tensor, int):
-        return None  # it is cut already
-    return (
-        f"{'.'.join(names)} has no dimension of {' × '.join(map(str, shape))} left that divides "
-        f"over {size} fsdp shards"
-    )
+def cut(
+    path: tuple, shape: tuple[int, ...], mesh: Mesh, min_elements: int, faults: list[str]
+) -> PartitionSpec:
+    """The mesh axes that one array is cut over; what does not divide is added to `faults`."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    leaf = tuple(name.split(".")[-2:])
+    axes: list[str | None] = [None] * len(shape)
+    size = mesh.shape["tensor"]
+    if size > 1 and leaf in TENSOR_AXIS:
+        axis = TENSOR_AXIS[leaf]
+        if shape[axis] % size == 0:
+            axes[axis] = "tensor"
+        elif leaf != ("tokens", "embedding"):  # multilingual vocabularies are odd: keep whole
+            faults.append(
+                f"{name} has {shape[axis]} channels, which do not divide over {size} tensor shards"
+            )
+    size = mesh.shape["fsdp"]
+    if size > 1 and math.prod(shape) >= min_elements:
+        free = [n for n, length in enumerate(shape) if not axes[n] and length % size == 0]
+        if free:
+            axes[max(free, key=lambda n: shape[n])] = "fsdp"
+        elif "tensor" not in axes:
+            faults.append(
+                f"{name} has no dimension of {' × '.join(map(str, shape))} left that divides over "
+                f"{size} fsdp shards"
+            )
+    return PartitionSpec(*axes)
 
 
 def place(tree: Any, placed: Any) -> Any:

@@ -13,7 +13,6 @@ import numpy as np
 
 from flax_distil.data import audio_states
 from flax_distil.data.utterances import Utterance
-from flax_distil.distill.stopping import stop_signals
 from flax_distil.errors import InputError
 from flax_distil.parallel import multihost
 
@@ -43,10 +42,7 @@ def wait_for_absent_host() -> None:
         except TimeoutError as error:
             print(error)
         multihost.barrier("later", timeout=20)
-    try:
-        multihost.barrier("later", timeout=1)
-    except ValueError as error:
-        print(error)
+    multihost.barrier("later", timeout=20)
 
 
 def encode_together(folder: Path) -> None:
@@ -83,7 +79,7 @@ def together(folder: Path) -> None:
 def stop_together() -> None:
     """The last host is told to stop, as by a preemption."""
     step = 0
-    with stop_signals() as stop:
+    with multihost.stop_signals() as stop:
         while not stop(step):
             if step == 5 and not multihost.is_main_host():
                 os.kill(os.getpid(), signal.SIGTERM)
