@@ -69,7 +69,7 @@ VERBS = {
         "--teacher whisper-base --student runs/student --labels runs/filtered "
         "--output-dir runs/distill",
     ),
-    "runs": Verb(config.RunsConfig, "flax_distil.distill.comparison", "runs --json"),
+    "runs": Verb(config.RunsConfig, "flax_distil.distill.runs", "runs --json"),
     "evaluate": Verb(
         config.EvaluateConfig,
         "flax_distil.evaluate",

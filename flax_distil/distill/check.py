@@ -6,10 +6,11 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,23 @@ from flax_distil.text.tokens import WhisperTokens
 
 log = logging.getLogger(__name__)
 
-# Numbers that must be 1 or more, by the part of the configuration.
-COUNTS = {
-    "": ("batch_size", "lanes", "max_skipped"),
-    "compute": ("accumulation", "fsdp", "tensor"),
-    "run": ("save_every", "keep", "log_every", "workers"),
-    "validation": ("every", "batch_size", "max_tokens"),
+# What numbers of the configuration must be, how that is tested, and which these are.
+NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "1 or more": (
+        lambda value: value >= 1,
+        "batch_size lanes max_skipped compute.accumulation compute.fsdp compute.tensor "
+        "run.save_every run.keep run.log_every run.workers "
+        "validation.every validation.batch_size validation.max_tokens",
+    ),
+    "between 0 and 1": (
+        lambda value: 0 <= value <= 1,
+        "timestamp_probability prompt_probability max_skipped_share",
+    ),
+    "at least 0 and below 1": (lambda value: 0 <= value < 1, "dropout loss.label_smoothing"),
+    "positive": (
+        lambda value: value > 0,
+        "loss.temperature optimizer.epochs optimizer.learning_rate optimizer.max_gradient_norm",
+    ),
 }
 
 
@@ -51,7 +63,6 @@ def check_config(config: DistillConfig) -> None:
             f"--run.wandb {config.run.wandb} needs wandb, which is not installed: pip install "
             "flax-distil[wandb]"
         )
-    check_tasks(config)
 
 
 def check(
@@ -62,18 +73,16 @@ def check(
     Logs a warning where labels are another teacher's, or no clip has a text before it.
 
     Raises:
-        InputError: a dataset cannot be read, labels are of another vocabulary or teacher than they
-            have to be, audio states cannot be used, or a stream is to last for epochs.
+        InputError: a dataset cannot be read, labels are of another task, vocabulary or teacher than
+            they have to be, audio states cannot be used, or a stream is to last for epochs.
     """
     tokens = student.tokens()
-    check_vocabulary(config, tokens)
-    check_stored_teacher(config, teacher)
-    warn_of_teacher(config, teacher)
+    check_labels(config, teacher, tokens)
     sources = training_sources(config, tokens)
     check_audio_states(config, teacher, student, sources)
     check_ids(sources, tokens)
     warn_of_prompts(config, sources)
-    config = with_steps(config, sources)
+    config = with_steps(config, [source.size for source in sources])
     check_warmup(config.optimizer)
     return config, sources
 
@@ -95,7 +104,7 @@ def check_fit(
 
 def check_numbers(config: DistillConfig) -> None:
     """Raises InputError for numbers that nothing could be trained with."""
-    loss, optimizer = config.loss, config.optimizer
+    loss, buckets = config.loss, config.label_buckets
     if config.language is not None:
         to_language_code(config.language)
     if min(loss.kl, loss.ce, loss.mse) < 0 or loss.kl + loss.ce + loss.mse == 0:
@@ -108,28 +117,14 @@ def check_numbers(config: DistillConfig) -> None:
             f"loss.kl goes from {loss.kl} to kl_end {loss.kl_end}: the first must be positive and "
             "the second not negative"
         )
-    if optimizer.epochs is not None and optimizer.epochs <= 0:
-        raise InputError(f"epochs {optimizer.epochs:g} must be positive")
-    if loss.temperature <= 0:
-        raise InputError(f"temperature {loss.temperature} must be positive: the paper has 2")
-    if not 0 <= loss.label_smoothing < 1:
-        raise InputError(f"label smoothing {loss.label_smoothing} must be at least 0 and below 1")
-    if not 0 <= config.dropout < 1:
-        raise InputError(f"dropout {config.dropout:g} must be at least 0 and below 1")
-    check_warmup(optimizer)
-    for name in ("timestamp_probability", "prompt_probability", "max_skipped_share"):
-        if not 0 <= (value := getattr(config, name)) <= 1:
-            raise InputError(f"{name} {value:g} must be between 0 and 1")
-    for part, names in COUNTS.items():
-        of = getattr(config, part, config)
-        for name in names:
-            if (value := getattr(of, name)) < 1:
-                raise InputError(f"{name} {value} must be 1 or more")
-    for name in ("learning_rate", "max_gradient_norm"):
-        if (value := getattr(optimizer, name)) <= 0:
-            raise InputError(f"{name} {value:g} must be positive")
-    if not config.label_buckets or not all(1 <= one <= 448 for one in config.label_buckets):
-        raise InputError(f"label_buckets {config.label_buckets}: name lengths from 1 to 448 tokens")
+    if not buckets or not all(1 <= one <= 448 for one in buckets):
+        raise InputError(f"label_buckets {buckets}: name lengths from 1 to 448 tokens")
+    check_warmup(config.optimizer)
+    for kind, (holds, names) in NUMBERS.items():
+        for name in names.split():
+            value = attrgetter(name)(config)
+            if value is not None and not holds(value):
+                raise InputError(f"{name.rpartition('.')[2]} {value:g} must be {kind}")
 
 
 def check_warmup(optimizer: OptimizerConfig) -> None:
@@ -166,26 +161,67 @@ def label_stores(config: DistillConfig) -> Iterator[tuple[Path, str, dict[str, A
             yield path, task, read_settings(path)
 
 
-def check_tasks(config: DistillConfig) -> None:
-    """Raises InputError if labels are of another task than prompts will name."""
+def check_labels(config: DistillConfig, teacher: Checkpoint, tokens: WhisperTokens) -> None:
+    """Raises InputError if label stores do not fit the task, the student's vocabulary or, where its
+    states are stored, the teacher. Logs one warning for all labels of another model than it.
+
+    A stored state belongs to one prompt and one sequence of tokens. Whatever changes the tokens
+    before a place (timestamps dropped, a previous text as prompt, packed clips, another task) would
+    compare the student with a teacher that was given other tokens.
+    """
+    if config.stored_teacher and config.loss.mse:
+        raise InputError("stored_teacher has no hidden states of layers to match: set --loss.mse 0")
+    if config.stored_teacher and (config.data or not config.labels):
+        raise InputError(
+            "stored_teacher needs label stores as pseudo-label writes them: name them with "
+            "--labels, and leave out --data"
+        )
+    weights, others = fingerprint(teacher.params), []
     for path, task, settings in label_stores(config):
+        vocabulary = settings.get("vocabulary", tokens.vocabulary)
+        by = f"{settings.get('model', 'another model')} ({settings.get('weights')})"
         if settings["task"] != task:
             raise InputError(
                 f"{path} was labelled to {settings['task']} and would be taught to {task}: name it "
                 f'in a [[distill.data]] table that says task = "{settings["task"]}"'
             )
-
-
-def check_vocabulary(config: DistillConfig, tokens: WhisperTokens) -> None:
-    """Raises InputError if a label store has token ids of another vocabulary than the student's."""
-    for path, _, settings in label_stores(config):
-        theirs, model = settings.get("vocabulary"), settings.get("model", "another model")
-        if theirs is not None and theirs != tokens.vocabulary:
+        if vocabulary != tokens.vocabulary:
             raise InputError(
-                f"{path} holds token ids of {model}, whose vocabulary has {theirs:,} tokens, and "
+                f"{path} holds token ids of {by}, whose vocabulary has {vocabulary:,} tokens, and "
                 f"the student {config.student} has {tokens.vocabulary:,}: label with a teacher of "
                 "the student's vocabulary"
             )
+        if config.stored_teacher:
+            check_states(path, settings, by, weights, config)
+        elif settings.get("weights", weights) != weights:
+            others.append(f"{path} by {by}")
+    if others:
+        log.warning(
+            "labels were written by another model than the teacher %s (%s), whose distributions "
+            "the KL divergence compares with: %s",
+            *(config.teacher, weights, ", ".join(others)),
+        )
+
+
+def check_states(
+    path: Path, settings: dict[str, Any], by: str, weights: str, config: DistillConfig
+) -> None:
+    """Raises InputError if a store has no states, or those of another teacher or prompt."""
+    if not settings.get("teacher_states"):
+        raise InputError(
+            f"{path} has no final states of its teacher: label with --teacher-states, or leave out "
+            "stored_teacher"
+        )
+    if settings["weights"] != weights:
+        raise InputError(
+            f"{path} was written by {by} and the teacher is {config.teacher} ({weights}): name "
+            "that teacher"
+        )
+    if settings["timestamps"] and config.timestamp_probability != 1:
+        raise InputError(
+            f"{path} was written with timestamps, and timestamp_probability "
+            f"{config.timestamp_probability} would drop some: set it to 1, or label without"
+        )
 
 
 def check_ids(sources: Sequence[TrainingSource], tokens: WhisperTokens) -> None:
@@ -216,46 +252,6 @@ def check_ids(sources: Sequence[TrainingSource], tokens: WhisperTokens) -> None:
             )
 
 
-def check_stored_teacher(config: DistillConfig, teacher: Checkpoint) -> None:
-    """Raises InputError if stored states are not those of this teacher for these tokens.
-
-    A stored state belongs to one prompt and one sequence of tokens. Whatever changes the tokens
-    before a place (timestamps dropped, a previous text as prompt, packed clips, another task) would
-    compare the student with a teacher that was given other tokens.
-    """
-    if not config.stored_teacher:
-        return
-    if config.loss.mse:
-        raise InputError("stored_teacher has no hidden states of layers to match: set --loss.mse 0")
-    if config.data or not config.labels:
-        raise InputError(
-            "stored_teacher needs label stores as pseudo-label writes them: name them with "
-            "--labels, and leave out --data"
-        )
-    weights = fingerprint(teacher.params)
-    for path in config.labels:
-        check_store(path, read_settings(path), weights, config)
-
-
-def check_store(path: Path, settings: dict[str, Any], weights: str, config: DistillConfig) -> None:
-    """Raises InputError if a store has no states, or those of another teacher or prompt."""
-    if not settings.get("teacher_states"):
-        raise InputError(
-            f"{path} has no final states of its teacher: label with --teacher-states, or leave out "
-            "stored_teacher"
-        )
-    if settings["weights"] != weights:
-        raise InputError(
-            f"{path} was written by {settings['model']} (weights {settings['weights']}) and the "
-            f"teacher is {config.teacher} ({weights}): name that teacher"
-        )
-    if settings["timestamps"] and config.timestamp_probability != 1:
-        raise InputError(
-            f"{path} was written with timestamps, and timestamp_probability "
-            f"{config.timestamp_probability} would drop some: set it to 1, or label without"
-        )
-
-
 def check_audio_states(
     config: DistillConfig,
     teacher: Checkpoint,
@@ -265,9 +261,8 @@ def check_audio_states(
     """Raises InputError if the encoder's output differs by model, or from pass to pass."""
     if config.audio_states is None:
         return
-    if config.train_encoder or not same_arrays(
-        teacher.params["encoder"], student.params["encoder"]
-    ):
+    encoders = (one.params["encoder"] for one in (teacher, student))
+    if config.train_encoder or not same_arrays(*encoders):
         raise InputError(
             "audio_states hold the output of the teacher's frozen encoder, and this student has an "
             "encoder of its own: leave audio_states out"
@@ -277,22 +272,6 @@ def check_audio_states(
         raise InputError(
             "audio_states hold one output for each clip of a dataset: leave them out with streams, "
             "noise or SpecAugment"
-        )
-
-
-def warn_of_teacher(config: DistillConfig, teacher: Checkpoint) -> None:
-    """Logs one warning for all labels of another model than the teacher."""
-    weights = fingerprint(teacher.params)
-    others = [
-        f"{path} by {settings['model']} ({settings['weights']})"
-        for path, _, settings in label_stores(config)
-        if settings.get("weights", weights) != weights
-    ]
-    if others:
-        log.warning(
-            "labels were written by another model than the teacher %s (%s), whose distributions "
-            "the KL divergence compares with: %s",
-            *(config.teacher, weights, ", ".join(others)),
         )
 
 
@@ -315,19 +294,18 @@ def knows_previous(source: TrainingSource) -> bool:
     return (columns.speaker, columns.recording) != (None, None)
 
 
-def with_steps(config: DistillConfig, sources: Sequence[TrainingSource]) -> DistillConfig:
+def with_steps(config: DistillConfig, sizes: Sequence[int | None]) -> DistillConfig:
     """The configuration with its epochs as steps, rounded up to whole batches.
 
-    Raises InputError for a stream, whose clips are not counted.
+    sizes: of the sources. Raises InputError for a stream, whose clips are not counted.
     """
-    epochs, sizes = config.optimizer.epochs, [source.size for source in sources]
+    epochs, clips = config.optimizer.epochs, sum(size or 0 for size in sizes)
     if epochs is None:
         return config
     if None in sizes:
         raise InputError(
             f"epochs is {epochs:g} and the length of a stream is not known: give steps instead"
         )
-    clips = sum(size or 0 for size in sizes)
     steps = math.ceil(round(epochs * clips, 6) / config.batch_size)
     log.info("%g epochs of %d clips: %d steps", epochs, clips, steps)
     return replace(config, optimizer=replace(config.optimizer, steps=steps))

@@ -1,4 +1,4 @@
-"""A run's folder: how it is begun or resumed, and the student that it holds.
+"""A run's folder: how it is begun or resumed, the student that it holds, and a table of many runs.
 
 <run>/recipe.toml     the configuration
 <run>/versions.json   versions, devices, commit, and facts of the training data
@@ -6,20 +6,31 @@
 
 import json
 import logging
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flax_distil.config import DistillConfig
+from rich.console import Console
+from rich.table import Table
+
+from flax_distil.config import DistillConfig, RunsConfig
 from flax_distil.data.loader import LoaderState
 from flax_distil.data.mixing import TrainingSource
 from flax_distil.data.utterances import Utterances
 from flax_distil.distill.check import datasets_of, knows_previous
-from flax_distil.distill.checkpoints import Checkpoints, RunProgress, has_checkpoints, read_params
+from flax_distil.distill.checkpoints import (
+    LATEST,
+    Checkpoints,
+    RunProgress,
+    has_checkpoints,
+    read_params,
+    steps,
+)
 from flax_distil.distill.setup import trainable_part, trained_checkpoint
 from flax_distil.distill.state import TrainState
-from flax_distil.distill.tracking import environment
+from flax_distil.distill.tracking import METRICS, environment, read_metrics
 from flax_distil.errors import InputError, read_json, writing
 from flax_distil.files import remove_partial, write_changed
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
@@ -99,15 +110,9 @@ def validation_clips(config: DistillConfig) -> tuple[Any, ...]:
 
 def training_facts(
     config: DistillConfig, sources: Sequence[TrainingSource], tokens: WhisperTokens
-) -> dict:
-    """What an exported student records of its training: languages, tasks, and whether some
-    examples had the text before them as prompt."""
-    previous = bool(config.prompt_probability) and any(map(knows_previous, sources))
-    return languages_and_tasks(sources, tokens) | {"previous_text": previous}
-
-
-def languages_and_tasks(sources: Sequence[TrainingSource], tokens: WhisperTokens) -> dict[str, Any]:
-    """Languages and tasks of the data, sorted; languages are None if not all are known."""
+) -> dict[str, Any]:
+    """What an exported student records of its training: languages and tasks, sorted, and whether
+    some examples had the text before them as prompt. Languages are None if not all are known."""
     languages, tasks = set(), set()
     for source in sources:
         if not source.speech:
@@ -122,9 +127,12 @@ def languages_and_tasks(sources: Sequence[TrainingSource], tokens: WhisperTokens
                 languages.update(one or named for one in set(utterances.column(columns.language)))
             else:  # a stream's rows are not read yet
                 languages.add(None)
-    known = None not in languages
-    codes = {one for one in languages if one and not tokens.unsupported(one)}
-    return {"languages": sorted(codes) if known else None, "tasks": sorted(tasks)}
+    codes = sorted(one for one in languages if one and not tokens.unsupported(one))
+    return {
+        "languages": None if None in languages else codes,
+        "tasks": sorted(tasks),
+        "previous_text": bool(config.prompt_probability) and any(map(knows_previous, sources)),
+    }
 
 
 def is_run(folder: Path) -> bool:
@@ -170,3 +178,111 @@ def generation_of(run: Path, student: Checkpoint) -> dict[str, Any]:
         generation.pop("forced_decoder_ids", None)
         generation |= {"language": f"<|{languages[0]}|>", "task": tasks[0]}
     return generation
+
+
+# --- many runs: `flax-distil runs` --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """The figures of one run; None if it did not get so far."""
+
+    name: str
+    step: int
+    """Updates that were made."""
+    steps: int
+    """Updates that were asked for."""
+    saved: int | None
+    """Update of the latest checkpoint."""
+    loss: float | None
+    """Mean over the last tenth of the updates."""
+    wer: float | None
+    """The best macro-average, in percent."""
+    wer_step: int | None
+    samples_per_second: float | None
+    """Median."""
+    mfu: float | None
+    skipped: int
+    """Updates that were not finite."""
+    recipe: dict[str, Any]
+    """Fields by their full names, but those of where the run is kept."""
+
+
+COLUMNS = (
+    ("saved", "saved", ""),
+    ("loss", "loss", ".4f"),
+    ("best WER %", "wer", ".2f"),
+    ("at step", "wer_step", ""),
+    ("samples/s", "samples_per_second", ".2f"),
+    ("MFU", "mfu", ".1%"),
+    ("skipped", "skipped", ""),
+)
+
+
+def run(config: RunsConfig) -> list[RunFacts]:
+    """Print all runs below a folder, the best first, and the fields in which their recipes differ.
+
+    Raises InputError if there is no run, or for a recipe that cannot be read.
+    """
+    paths = (path.parent for path in config.folder.rglob(RECIPE))  # users keep recipes anywhere
+    paths = [path for path in paths if (path / METRICS).is_file() or (path / LATEST).is_dir()]
+    if not paths:
+        raise InputError(f"{config.folder} has no training run: name the folder that holds some")
+    unknown = float("inf")
+    runs = sorted(
+        (read_run(path, config.folder) for path in sorted(paths)),
+        key=lambda one: [unknown if value is None else value for value in (one.wer, one.loss)],
+    )
+    recipes = [one.recipe for one in runs]
+    differing = [n for n, value in recipes[0].items() if any(one[n] != value for one in recipes)]
+    if config.json:
+        rows = [asdict(one) for one in runs]
+        print(json.dumps({"runs": rows, "differing": differing}, indent=2, default=str))
+        return runs
+    console = Console()
+    console.print(runs_table(runs))
+    if differing:
+        table = Table("recipes differ in", *(one.name for one in runs))
+        for name in differing:
+            table.add_row(name, *(str(one[name]) for one in recipes))
+        console.print(table)
+    return runs
+
+
+def read_run(path: Path, root: Path) -> RunFacts:
+    """The facts of the run in `path`."""
+    config, lines = load_recipe(path / RECIPE, DistillConfig), read_metrics(path / METRICS)
+
+    def known(name: str) -> list[Any]:
+        return [line[name] for line in lines if line.get(name) is not None]
+
+    def median(name: str) -> float | None:
+        return statistics.median(known(name)) if known(name) else None
+
+    losses = known("loss")
+    tail = losses[-max(len(losses) // 10, 1) :]
+    found = [(one.get("validation/wer"), one["step"]) for one in lines]
+    wer, wer_step = min((one for one in found if one[0] is not None), default=(None, None))
+    return RunFacts(
+        name=path.name if path == root else path.relative_to(root).as_posix(),
+        step=max(known("step"), default=0),
+        steps=config.optimizer.steps,
+        saved=max(steps(path / LATEST), default=None),
+        loss=statistics.mean(tail) if tail else None,
+        wer=wer,
+        wer_step=wer_step,
+        samples_per_second=median("samples_per_second"),
+        mfu=median("mfu"),
+        skipped=int(max(known("skipped"), default=0)),
+        recipe={n: v for n, v in flat(config).items() if not n.startswith(("output_dir", "run."))},
+    )
+
+
+def runs_table(runs: list[RunFacts]) -> Table:
+    """A row a run."""
+    table = Table("run", "step", *(head for head, _, _ in COLUMNS))
+    for one in runs:
+        numbers = ((getattr(one, name), form) for _, name, form in COLUMNS)
+        shown = ("" if value is None else format(value, form) for value, form in numbers)
+        table.add_row(one.name, f"{one.step}/{one.steps}", *shown)
+    return table

@@ -4,16 +4,21 @@ The trainer takes all of it over arrays, the planner over shapes alone.
 """
 
 import logging
+import re
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from rich.table import Table
 
 from flax_distil.config import DistillConfig
 from flax_distil.data.batches import Batch
+from flax_distil.data.loader import LoaderState
+from flax_distil.data.utterances import Utterance
 from flax_distil.distill.check import check_fit
 from flax_distil.distill.state import TrainState, initial_state
 from flax_distil.distill.step import Frozen, TrainSpec, train_step
@@ -26,6 +31,20 @@ from flax_distil.parallel.overlap import overlap_options
 from flax_distil.parallel.sharding import place, shardings
 
 log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What training needs of a loader."""
+
+    @property
+    def utterances(self) -> Sequence[Utterance]:
+        """By their numbers in `Batch.rows`."""
+        ...
+
+    def batches(self, state: LoaderState) -> Iterator[tuple[Batch, LoaderState]]:
+        """Batches from a position on, each with the position after it; they do not end."""
+        ...
 
 
 class TrainProgram(NamedTuple):
@@ -188,3 +207,30 @@ def compile_step(
         out_shardings=(placed, replicated(mesh)),
         compiler_options=options or None,
     )
+
+
+def parameter_table(trained: Params, frozen: Frozen) -> Table:
+    """All parameters of a run: name, shape, dtype, sharding, trained or frozen.
+
+    Layers whose parameters look the same share a row, whose name has their numbers: `layers.0–31`.
+    """
+    layers: dict[tuple[str, ...], list[str]] = {}
+    counts = {"trained": 0, "frozen": 0}
+    for prefix, tree, status in (
+        ("student", trained, "trained"),
+        ("student.encoder", frozen.student_encoder, "frozen"),
+        ("teacher", frozen.teacher, "frozen"),
+    ):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            name = f"{prefix}.{jax.tree_util.keystr(path, simple=True, separator='.')}"
+            shape = " × ".join(map(str, leaf.shape)) or "scalar"
+            cut = str(getattr(leaf.sharding, "spec", "one device")).removeprefix("PartitionSpec")
+            row = re.sub(r"layers\.\d+\.", "layers.*.", name), shape, str(leaf.dtype), cut, status
+            layers.setdefault(row, []).extend(re.findall(r"layers\.(\d+)\.", name))
+            counts[status] += leaf.size
+    table = Table("parameter", "shape", "dtype", "sharding", "")
+    table.caption = ", ".join(f"{size / 1e6:,.1f} M {name}" for name, size in counts.items())
+    for (name, *cells), numbers in layers.items():
+        span = f"{numbers[0]}–{numbers[-1]}" if len(numbers) > 1 else "".join(numbers)
+        table.add_row(name.replace("*", span), *cells)
+    return table

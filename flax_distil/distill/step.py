@@ -17,9 +17,14 @@ from flax_distil.audio.log_mel import log_mel
 from flax_distil.audio.spec_augment import spec_augment
 from flax_distil.config import AugmentConfig, LossConfig, OptimizerConfig
 from flax_distil.data.batches import Batch
-from flax_distil.distill.losses import Losses, hidden_mse, objective
+from flax_distil.distill.losses import (
+    Losses,
+    TeacherStates,
+    hidden_mse,
+    objective,
+    vocabulary_losses,
+)
 from flax_distil.distill.state import TrainState, apply_gradients, learning_rate
-from flax_distil.distill.vocabulary import TeacherStates, vocabulary_losses
 from flax_distil.model.spec import Params, Spec
 from flax_distil.model.whisper import Dropout
 from flax_distil.parallel.mesh import for_each_shard

@@ -3,17 +3,17 @@
 import json
 import logging
 import math
-import os
 import platform
 import secrets
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,9 +44,13 @@ class Tracker:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.wandb = wandb_run(config, run.wandb) if run.wandb else None
-        self.tensorboard = tensorboard_writer(folder) if run.tensorboard else None
+        if run.tensorboard:
+            from tensorboard.summary import Writer  # needs neither TensorFlow nor PyTorch
+
+            self.tensorboard = Writer(str(folder / "tensorboard"))
+        kept = [one for one in read_metrics(folder / METRICS) if one["step"] <= start]
         with writing(folder):
-            keep_until(folder / METRICS, start)
+            write_changed(folder / METRICS, "".join(json.dumps(one) + "\n" for one in kept))
             self.file = (folder / METRICS).open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -76,25 +80,13 @@ class Tracker:
             self.wandb.finish()
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the records after `step`, and a last line that a kill cut off."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            log.warning("%s: dropped a line that was cut off", path)
-    write_changed(path, "".join(kept))
-
-
-def tensorboard_writer(folder: Path) -> Any:
-    """TensorBoard's own writer, which needs neither TensorFlow nor PyTorch."""
-    from tensorboard.summary import Writer
-
-    return Writer(str(folder / "tensorboard"))
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, but for lines that a kill cut off."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [one for one in found if isinstance(one, dict) and "step" in one]
 
 
 def wandb_run(config: DistillConfig, project: str) -> Any:
@@ -102,7 +94,7 @@ def wandb_run(config: DistillConfig, project: str) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]
 
     known = config.output_dir / "wandb-id"
-    if not known.exists() or not known.read_text(encoding="utf-8"):
+    if not known.exists():
         write_whole(known, secrets.token_hex(4).encode())
     return wandb.init(
         project=project,
@@ -114,15 +106,6 @@ def wandb_run(config: DistillConfig, project: str) -> Any:
     )
 
 
-class Done(NamedTuple):
-    """A step that was sent to the devices; its metrics may not be computed yet."""
-
-    step: int
-    metrics: Mapping[str, Any]
-    batch: Batch
-    flops: float
-
-
 class Watch:
     """Reads the metrics of each step one step late, so that the devices never wait for the host.
 
@@ -131,42 +114,44 @@ class Watch:
     """
 
     def __init__(
-        self, config: DistillConfig, tracker: Tracker, speed: "Speed", names: Sequence[Utterance]
+        self, config: DistillConfig, tracker: Tracker, speed: "Speed", clips: Sequence[Utterance]
     ):
-        self.config, self.tracker, self.speed, self.names = config, tracker, speed, names
-        self.waiting: Done | None = None
+        self.config, self.tracker, self.speed, self.names = config, tracker, speed, clips
+        self.waiting: tuple[int, Mapping[str, Any], Batch, float] | None = None
         self.loss: float | None = None
         self.batches = self.empty_in_row = self.clips = self.unused = 0
         self.first_unused: list[int] = []
 
-    def dispatched(self, done: Done) -> None:
-        """A step was sent; the one before it is read."""
+    def dispatched(self, step: int, metrics: Mapping[str, Any], batch: Batch, flops: float) -> None:
+        """A step was sent, whose metrics may not be computed yet; the one before it is read."""
         self._read()
-        self.waiting = done
+        self.waiting = step, metrics, batch, flops
 
     def pause(self) -> None:
         """Read what is left; what follows is not training and its time does not count."""
         self._read()
         self.speed.pause()
 
-    def validated(
-        self, step: int, validation: Validation, losses: Mapping[str, float] | None = None
-    ) -> None:
+    def validated(self, step: int, found: Validation) -> None:
         """Record error rates, and losses by set and part, such as `clean/kl`."""
-        wer = {f"validation/{name}": value for name, value in validation.wer.items()}
-        average = validation.macro_average
-        parts = {f"validation/{name}": value for name, value in (losses or {}).items()}
-        self.tracker.scalars(step, wer | parts | {"validation/wer": average})
-        if parts:
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in (losses or {}).items())
+        average, values = found.macro_average, found.wer | found.losses
+        scalars = {f"validation/{name}": value for name, value in values.items()}
+        self.tracker.scalars(step, scalars | {"validation/wer": average})
+        if found.losses:
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in found.losses.items())
             log.info("losses at step %d: %s", step, shown)
-        rates = validation.rates
+        units = {name: found.rates.get(name, "WER") for name in found.wer}
         sets = ", ".join(
-            f"{name} {value:.2f}" + (f" {rates[name]}" if rates.get(name, "WER") != "WER" else "")
-            for name, value in validation.wer.items()
+            f"{name} {value:.2f}" + ("" if units[name] == "WER" else f" {units[name]}")
+            for name, value in found.wer.items()
         )
-        rate = "/".join(sorted(set(rates.values()), reverse=True)) or "WER"
-        log.info("validation at step %d: %s %.2f %% (%s)", step, rate, average, sets)
+        unit = "/".join(sorted({*units.values()}, reverse=True))
+        log.info("validation at step %d: %s %.2f %% (%s)", step, unit, average, sets)
+
+    def ended(self, step: int) -> None:
+        """Read what is left. Raises InputError if a run had too little to learn from."""
+        self.pause()
+        self._check_share(step, self.batches)
 
     def _read(self) -> None:
         if self.waiting is None:
@@ -176,53 +161,48 @@ class Watch:
         hosts = jax.process_count()
         self.loss = values["loss"]
         self.speed.finished(hosts * len(batch.rows), hosts * float(batch.seconds.sum()), flops)
-        self._check_clips(step, values["tokens"], batch)
-        if values["skipped_in_row"]:
-            self._skipped(step, int(values["skipped_in_row"]), batch)
+        self._check_clips(step, values, batch)
         if step % self.config.run.log_every == 0:
             values |= self.speed.rates()
             self.tracker.scalars(step, values)
             log.info("%s", line(step, self.config.optimizer.steps, values))
 
-    def ended(self, step: int) -> None:
-        """Raises InputError if a finished run had too little to learn from."""
-        self._check_share(step, last=True)
-
-    def _check_clips(self, step: int, tokens: float, batch: Batch) -> None:
-        learnt = np.count_nonzero(batch.weights, axis=1) > 0
-        self.batches, self.clips = self.batches + 1, self.clips + len(learnt)
-        unused = np.asarray(batch.rows)[~learnt].tolist()
-        self.unused, self.first_unused = self.unused + len(unused), self.first_unused + unused
-        del self.first_unused[3:]
-        self.empty_in_row = 0 if tokens else self.empty_in_row + 1
-        if self.empty_in_row >= self.config.max_skipped:
+    def _check_clips(self, step: int, values: Mapping[str, float], batch: Batch) -> None:
+        most, rows = self.config.max_skipped, np.asarray(batch.rows)
+        unused = rows[~np.asarray(batch.weights).any(axis=1)]
+        self.batches, self.clips = self.batches + 1, self.clips + len(rows)
+        self.unused += len(unused)
+        self.first_unused = [*self.first_unused, *unused.tolist()][:3]
+        self.empty_in_row = 0 if values["tokens"] else self.empty_in_row + 1
+        if self.empty_in_row >= most:
             raise InputError(
                 f"the last {self.empty_in_row} batches, to step {step}, had no clip to learn from "
                 f"({self._ids(self.first_unused)}, …): the warnings above say why. Is the audio "
                 "where the labels name it?"
             )
-        self._check_share(step)
+        self._check_share(step, most)
+        in_row = int(values["skipped_in_row"])
+        if in_row:
+            ids = self._ids(rows.tolist())
+            log.warning("step %d was not finite and is skipped; its clips: %s", step, ids)
+        if in_row >= most:
+            raise InputError(
+                f"{in_row} updates in a row were not finite, the last at step {step}: lower the "
+                "learning rate, use float32, or look at the clips that were named"
+            )
 
-    def _check_share(self, step: int, last: bool = False) -> None:
-        share, most = self.unused / max(self.clips, 1), self.config.max_skipped_share
-        if share > most and (last or self.batches >= self.config.max_skipped):
+    def _check_share(self, step: int, after: int) -> None:
+        """Raises InputError if too few clips could be used in `after` batches or more."""
+        most = self.config.max_skipped_share
+        if self.batches >= after and self.unused > most * self.clips:
             raise InputError(
                 f"{self.unused} of {self.clips} clips could not be used to step {step} "
                 f"({self._ids(self.first_unused)}, …), more than max_skipped_share {most:g}: the "
                 "warnings above say why"
             )
 
-    def _ids(self, rows: Iterable[int]) -> str:
-        return ", ".join("streamed" if row < 0 else self.names[int(row)].id for row in rows)
-
-    def _skipped(self, step: int, in_row: int, batch: Batch) -> None:
-        ids = self._ids(batch.rows)
-        log.warning("step %d was not finite and is skipped; its clips: %s", step, ids)
-        if in_row >= self.config.max_skipped:
-            raise InputError(
-                f"{in_row} updates in a row were not finite, the last at step {step}: lower the "
-                "learning rate, use float32, or look at the clips that were named"
-            )
+    def _ids(self, rows: Sequence[int]) -> str:
+        return ", ".join("streamed" if row < 0 else self.names[row].id for row in rows)
 
 
 def environment() -> dict[str, Any]:
@@ -242,13 +222,10 @@ def source_of(file: Path) -> dict[str, Any]:
     Nothing where git does not track the file: a repository around an installed package is another
     project's.
     """
-    package = file.parents[1]
-    elsewhere = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(package), *words]
-        done = subprocess.run(command, capture_output=True, check=True, text=True, env=elsewhere)
-        return done.stdout.strip()
+        command = ["git", "-C", str(file.parents[1]), *words]
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", str(file))
@@ -258,70 +235,58 @@ def source_of(file: Path) -> dict[str, Any]:
         return {"commit": None, "changed": None}
 
 
-@dataclass
 class Speed:
     """Rates and remaining time from the moments at which steps were seen to be finished.
 
     peak: FLOP/s of all devices together. The first step holds the compilation and is left out.
     """
 
-    peak: float
-    steps_left: int
-    begin: float | None = None
-    steps: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    flops: float = 0.0
-    pace: float | None = None
-    """Seconds a step, averaged exponentially, for the time that remains."""
+    def __init__(self, peak: float, steps_left: int):
+        self.peak, self.steps_left = peak, steps_left
+        self.pace: float | None = None  # seconds a step, averaged, for the time that remains
+        self.pause()
+
+    def pause(self) -> None:
+        """What follows is not training (validation): do not count its time."""
+        self.begin: float | None = None
+        self.sums = np.zeros(4)  # steps, samples, seconds of audio, FLOPs since `begin`
 
     def finished(self, samples: int, audio_seconds: float, flops: float) -> None:
         """One more step is done."""
         self.steps_left -= 1
         if self.begin is None:
             self.begin = time.perf_counter()
-            return
-        self.steps += 1
-        self.samples += samples
-        self.seconds += audio_seconds
-        self.flops += flops
+        else:
+            self.sums += (1, samples, audio_seconds, flops)
 
     def rates(self) -> dict[str, float]:
         """Since the last call: samples/s, hours of audio an hour, MFU; and seconds that remain."""
-        if self.begin is None or not self.steps:
+        if self.begin is None or not self.sums[0]:
             return {}
         now = time.perf_counter()
         spent = max(now - self.begin, 1e-9)
-        step = spent / self.steps
-        self.pace = step if self.pace is None else 0.9 * self.pace + 0.1 * step
-        rates = {
-            "samples_per_second": self.samples / spent,
-            "audio_hours_per_hour": self.seconds / spent,
-            "mfu": self.flops / spent / self.peak,
-            "eta_seconds": self.pace * self.steps_left,
+        steps, samples, seconds, flops = (self.sums / spent).tolist()
+        pace = 0.9 * self.pace + 0.1 / steps if self.pace else 1 / steps
+        self.pace, self.begin, self.sums = pace, now, np.zeros(4)
+        return {
+            "samples_per_second": samples,
+            "audio_hours_per_hour": seconds,
+            "mfu": flops / self.peak,
+            "eta_seconds": pace * self.steps_left,
         }
-        self.begin, self.steps, self.samples, self.seconds, self.flops = now, 0, 0, 0.0, 0.0
-        return rates
-
-    def pause(self) -> None:
-        """What follows is not training (validation): do not count its time."""
-        self.begin, self.steps, self.samples, self.seconds, self.flops = None, 0, 0, 0.0, 0.0
 
 
 def line(step: int, steps: int, values: Mapping[str, float]) -> str:
     """The console's line of one step."""
-    text = f"step {step:>{len(str(steps))}}/{steps}  loss {values['loss']:.4f} ("
-    parts = [f"{part} {values[part]:.3f}" for part in ("kl", "ce", "mse") if values[part]]
-    text += ", ".join(parts) + f")  |g| {values['gradient_norm']:.3g}"
-    text += f"  lr {values['learning_rate']:.2e}"
-    if "mfu" in values:
-        text += f"  {values['samples_per_second']:.2f} samples/s"
-        text += f"  {values['audio_hours_per_hour']:.1f} h/h  MFU {100 * values['mfu']:.1f} %"
-        text += f"  ETA {clock(values['eta_seconds'])}"
-    return text
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    parts = ", ".join(f"{name} {values[name]:.3f}" for name in ("kl", "ce", "mse") if values[name])
+    text = (
+        f"step {step:>{len(str(steps))}}/{steps}  loss {values['loss']:.4f} ({parts})  "
+        f"|g| {values['gradient_norm']:.3g}  lr {values['learning_rate']:.2e}"
+    )
+    if "mfu" not in values:
+        return text
+    return text + (
+        f"  {values['samples_per_second']:.2f} samples/s"
+        f"  {values['audio_hours_per_hour']:.1f} h/h  MFU {100 * values['mfu']:.1f} %"
+        f"  ETA {timedelta(seconds=round(values['eta_seconds']))}"
+    )

@@ -1,39 +1,49 @@
 """A training run from configuration to checkpoints: what surrounds the step."""
 
 import logging
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import jax
+from rich.console import Console
 
 from flax_distil.config import DistillConfig
 from flax_distil.data.augment import open_noise, uses_spec_augment
 from flax_distil.data.batches import Batch
 from flax_distil.data.loader import Loader, LoaderState
-from flax_distil.data.utterances import Utterance
 from flax_distil.distill.check import check, check_config
 from flax_distil.distill.checkpoints import Checkpoints, RunProgress
 from flax_distil.distill.encode_once import kept_states
 from flax_distil.distill.flops import batch_flops, peak_flops
-from flax_distil.distill.heldout import HeldOut, held_out, score
-from flax_distil.distill.parameters import show_parameters
-from flax_distil.distill.replicas import check_replicas
 from flax_distil.distill.runs import begin_or_resume, training_facts
-from flax_distil.distill.setup import TrainProgram, prepare, whole_student
+from flax_distil.distill.setup import (
+    Batches,
+    TrainProgram,
+    parameter_table,
+    prepare,
+    whole_student,
+)
 from flax_distil.distill.state import TrainState
-from flax_distil.distill.tracking import Done, Speed, Tracker, Watch
-from flax_distil.distill.validation import Validate, Validation, make_validate
+from flax_distil.distill.tracking import Speed, Tracker, Watch
+from flax_distil.distill.validation import (
+    HeldOut,
+    Validate,
+    Validation,
+    held_out,
+    make_validate,
+    score,
+)
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.spec import unstack_layers
 from flax_distil.parallel.clips import replicate
 from flax_distil.parallel.mesh import batch_sharding, replicated
-from flax_distil.parallel.multihost import start, stop_signals
+from flax_distil.parallel.multihost import is_main_host, start, stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -49,28 +59,6 @@ class TrainSummary:
     skipped: int
     best_wer: float | None
     best_step: int | None
-
-
-@runtime_checkable
-class Batches(Protocol):
-    """What the trainer needs of a loader."""
-
-    @property
-    def utterances(self) -> Sequence[Utterance]:
-        """By their numbers in `Batch.rows`."""
-        ...
-
-    def batches(self, state: LoaderState) -> Iterator[tuple[Batch, LoaderState]]:
-        """Batches from a position on, each with the position after it."""
-        ...
-
-
-class Fed(NamedTuple):
-    """A batch on the devices, the loader's position after it, and the batch as it was read."""
-
-    arrays: Batch
-    after: LoaderState
-    read: Batch
 
 
 def run(config: DistillConfig) -> TrainSummary:
@@ -131,39 +119,44 @@ def train(
     peak, source = peak_flops(config)
     facts = {"peak_flops": peak, "peak_is": source, **(facts or {})}
     state, progress = begin_or_resume(config, checkpoints, state, facts)
-    show_parameters(state.params, program.frozen)
-    total, step = config.optimizer.steps, int(state.step)
+    if is_main_host():
+        Console(stderr=True).print(parameter_table(state.params, program.frozen))
+    total, step, patience = config.optimizer.steps, int(state.step), config.validation.patience
     speed = Speed(peak * program.mesh.size, total - step)
+
+    def finished() -> bool:
+        """At the last step, or when validations have not improved for long enough."""
+        return step == total or (patience is not None and progress.since_best >= patience)
+
     with stop_signals() as stop, Tracker(config, step) as tracker, closing(checkpoints):
         watch = Watch(config, tracker, speed, loader.utterances)
         with closing(feed(loader, progress.loader, program)) as batches:
             try:
-                while step < total and not (stop(step) or patience_over(config, progress)):
-                    fed = next(batches)
-                    state, metrics = program.step(state, program.frozen, fed.arrays)
-                    progress, step = replace(progress, loader=fed.after), step + 1
-                    flops = batch_flops(program.spec, fed.read, jax.process_count())
-                    watch.dispatched(Done(step, metrics, fed.read, flops))
+                while not (finished() or stop(step)):
+                    arrays, after, read = next(batches)
+                    state, metrics = program.step(state, program.frozen, arrays)
+                    progress, step = replace(progress, loader=after), step + 1
+                    flops = batch_flops(program.spec, read, jax.process_count())
+                    watch.dispatched(step, metrics, read, flops)
                     due = step % config.run.save_every == 0
                     if validate and (step % config.validation.every == 0 or step == total):
                         watch.pause()
                         validation = validate(whole(program, state))
-                        watch.validated(step, validation, score(sets or {}, state.params, program))
+                        losses = score(sets or {}, state.params, program)
+                        watch.validated(step, replace(validation, losses=losses))
                         progress, due = compare(checkpoints, state, progress, validation), True
                     if due:
-                        save(checkpoints, state, progress, program)
-                watch.pause()
+                        checkpoints.save(state, progress)
                 watch.ended(step)
             except Exception:
-                rescue(checkpoints, state, progress, program, watch)
+                rescue(checkpoints, state, progress, watch)
                 raise
-        save(checkpoints, state, progress, program)
-    finished = step == total or patience_over(config, progress)
-    log.info("%s at step %d of %d", "finished" if finished else "stopped", step, total)
+        checkpoints.save(state, progress)
+    log.info("%s at step %d of %d", "finished" if finished() else "stopped", step, total)
     return TrainSummary(
         output_dir=config.output_dir,
         steps=step,
-        finished=finished,
+        finished=finished(),
         loss=watch.loss,
         skipped=int(state.skipped),
         best_wer=progress.best_wer,
@@ -171,17 +164,18 @@ def train(
     )
 
 
-def feed(loader: Batches, start: LoaderState, program: TrainProgram) -> Generator[Fed]:
-    """Batches on the devices, each sent while the one before it is computed."""
-    sharding = batch_sharding(program.mesh)
-    place_rows = partial(jax.make_array_from_process_local_data, sharding)
-    ahead: deque[Fed] = deque()
+def feed(
+    loader: Batches, start: LoaderState, program: TrainProgram
+) -> Generator[tuple[Batch, LoaderState, Batch]]:
+    """Batches on the devices, the position after each, and the batch as it was read.
+
+    Each is sent while the one before it is computed.
+    """
+    place = partial(jax.make_array_from_process_local_data, batch_sharding(program.mesh))
     with closing(loader.batches(start)) as batches:  # pyright: ignore[reportArgumentType]
-        for read, after in batches:
-            ahead.append(Fed(jax.tree.map(place_rows, read), after, read))
-            if len(ahead) > 1:
-                yield ahead.popleft()
-        yield from ahead
+        placed = ((jax.tree.map(place, read), after, read) for read, after in batches)
+        for fed, _ in pairwise(placed):
+            yield fed
 
 
 @cache
@@ -209,30 +203,12 @@ def compare(
     if progress.best_wer is not None and wer >= progress.best_wer:
         return replace(progress, since_best=progress.since_best + 1)
     progress = replace(progress, best_wer=wer, best_step=int(state.step), since_best=0)
-    checkpoints.save_best(state, progress)
+    checkpoints.save(state, progress, best=True)
     return progress
 
 
-def patience_over(config: DistillConfig, progress: RunProgress) -> bool:
-    """Whether validations have not improved for long enough to stop."""
-    patience = config.validation.patience
-    return patience is not None and progress.since_best >= patience
-
-
-def save(
-    checkpoints: Checkpoints, state: TrainState, progress: RunProgress, program: TrainProgram
-) -> None:
-    """Start to save, unless the copies on different devices disagree (`InputError`)."""
-    check_replicas((state.params, state.optimizer), program.mesh, int(state.step))
-    checkpoints.save(state, progress)
-
-
 def rescue(
-    checkpoints: Checkpoints,
-    state: TrainState,
-    progress: RunProgress,
-    program: TrainProgram,
-    watch: Watch,
+    checkpoints: Checkpoints, state: TrainState, progress: RunProgress, watch: Watch
 ) -> None:
     """Save what was computed before an error; a second error here is logged, not raised.
 
@@ -248,7 +224,7 @@ def rescue(
         )
         return
     try:
-        save(checkpoints, state, progress, program)
+        checkpoints.save(state, progress)
         checkpoints.wait()
         with suppress(InputError):
             watch.pause()

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_distil.config import OptimizerConfig
 from flax_distil.data.loader import LoaderState
-from flax_distil.distill.checkpoints import Checkpoints, RunProgress, has_checkpoints, read_params
+from flax_distil.distill.checkpoints import Checkpoints, RunProgress, has_checkpoints
 from flax_distil.distill.state import initial_state
 from flax_distil.errors import InputError
 from flax_distil.parallel.mesh import make_mesh
@@ -67,31 +67,6 @@ def test_restores_on_another_mesh(tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.parametrize(
-    ("part", "named"),
-    [("params", "params.decoder.layers.0.kernel"), ("rest", "rest.optimizer"), ("progress", "pro")],
-)
-def test_a_flipped_bit_on_the_disk_is_noticed(tmp_path, part, named):
-    """In the middle of the numbers, which compression leaves as they are: they are random."""
-    noise = lambda x: jax.random.normal(jax.random.key(1), x.shape) if x.ndim == 2 else x
-    state = jax.tree.map(noise, state_at(1, 512))
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    save_and_wait(checkpoints, state)
-    folder = tmp_path / "checkpoints" / "1"
-    files = [path for path in (folder / part).rglob("*") if path.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    place = content.index(b'"position": 0') + 12 if part == "progress" else len(content) // 2
-    content[place] ^= 1
-    largest.write_bytes(content)
-    with pytest.raises(InputError, match=f"1 is damaged: {named}.*cannot be what was saved"):
-        checkpoints.restore(state_at(0, 512))
-    if part == "params":
-        with pytest.raises(InputError, match=f"1 is damaged: {named}"):
-            read_params(tmp_path, state.params)
-    checkpoints.close()
-
-
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, caplog, capfd):
     """One sentence, no traceback of Orbax's threads, and closing raises nothing more."""
     checkpoints = Checkpoints(tmp_path, keep=1)
@@ -121,10 +96,6 @@ def test_half_written_checkpoints_do_not_count(tmp_path):
     half = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
     half.mkdir(parents=True)
     assert not has_checkpoints(tmp_path)
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    with pytest.raises(InputError, match="has no checkpoint to resume from"):
-        checkpoints.restore(state_at(0))
-    checkpoints.close()
 
 
 def test_another_model_is_an_error(tmp_path):
@@ -148,24 +119,9 @@ def test_parameters_of_another_layout_are_named_and_not_printed(tmp_path):
 
 def test_best_after_the_resumed_step_is_forgotten(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save_best(state_at(6), RunProgress(LoaderState()))
+    checkpoints.save(state_at(6), RunProgress(LoaderState()), best=True)
     checkpoints.wait()
     checkpoints.forget_best_after(4)
-    checkpoints.save_best(state_at(5), RunProgress(LoaderState()))
+    checkpoints.save(state_at(5), RunProgress(LoaderState()), best=True)
     checkpoints.close()
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["5"]
-
-
-def test_a_state_of_an_older_version_is_refused_by_name(tmp_path):
-    """It held a key for dropout."""
-    old = {**state_at(1)._asdict(), "rng": jnp.zeros(2, jnp.uint32), "params": None}
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints._save(
-        checkpoints.latest, 1, RunProgress(LoaderState()), params=state_at(1).params, rest=old
-    )
-    checkpoints.wait()
-    with pytest.raises(
-        InputError, match=r"1 was written by an older version .*, whose states hold"
-    ):
-        checkpoints.restore(state_at(0))
-    checkpoints.close()

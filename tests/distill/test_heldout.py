@@ -10,9 +10,9 @@ import pytest
 
 from flax_distil.config import LossConfig
 from flax_distil.data.loader import LoaderState
-from flax_distil.distill.heldout import HeldOut, score
 from flax_distil.distill.setup import TrainProgram
 from flax_distil.distill.step import features
+from flax_distil.distill.validation import HeldOut, score
 from flax_distil.parallel.mesh import make_mesh
 
 
@@ -24,7 +24,7 @@ def held_out(make_batch) -> HeldOut:
         for seed in range(9):
             yield make_batch(8, seed=seed), LoaderState()
 
-    loader: object = SimpleNamespace(batch_size=8, rank=0, hosts=1, batches=batches)
+    loader: object = SimpleNamespace(utterances=[], batches=batches)
     return HeldOut(loader, 10)  # type: ignore[arg-type]
 
 

@@ -11,13 +11,8 @@ from flax_distil.config import DistillConfig, InitStudentConfig, TrainingDataCon
 from flax_distil.data.mixing import training_sources
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.distill import trainer
-from flax_distil.distill.check import (
-    check_ids,
-    check_vocabulary,
-    warn_of_prompts,
-    warn_of_teacher,
-)
-from flax_distil.distill.runs import generation_of, languages_and_tasks, training_facts
+from flax_distil.distill.check import check_ids, check_labels, warn_of_prompts
+from flax_distil.distill.runs import generation_of, training_facts
 from flax_distil.distill.trainer import run
 from flax_distil.errors import InputError
 from flax_distil.model import student as student_module
@@ -51,7 +46,7 @@ def manifest(folder: Path, *labels: list[int], **columns: str) -> tuple[Training
 
 def test_labels_of_another_vocabulary_are_refused_before_training(config, tmp_path):
     theirs = store(tmp_path / "labels", vocabulary=51_865)
-    message = r"labels holds token ids of whisper-base, .* 51,865 tokens, and the student .* 51,864"
+    message = r"labels holds token ids of whisper-base .* 51,865 tokens, and the student .* 51,864"
     with pytest.raises(InputError, match=message):
         run(replace(config, labels=(theirs,)))
     with pytest.raises(InputError, match=message):
@@ -64,9 +59,10 @@ def test_times_of_large_v2_are_refused_by_large_v3(config, base_folder, tmp_path
     v2 = load_tokens(base_folder)
     v3 = replace(v2, no_timestamps=v2.no_timestamps + 1)
     labels = (store(tmp_path / "labels", vocabulary=v2.vocabulary),)
-    check_vocabulary(replace(config, labels=labels), v2)
+    teacher = load_checkpoint(config.teacher)
+    check_labels(replace(config, labels=labels), teacher, v2)
     with pytest.raises(InputError, match=r"51,865 tokens, and the student .* 51,866"):
-        check_vocabulary(replace(config, labels=labels), v3)
+        check_labels(replace(config, labels=labels), teacher, v3)
     data = manifest(tmp_path, [v2.timestamp(0), 440, v2.timestamp(2)])
     sources = training_sources(replace(config, data=data, language="en"), v2)
     check_ids(sources, v2)
@@ -84,11 +80,12 @@ def test_ids_that_the_student_lacks_are_refused(config, tmp_path, tiny_en_folder
 
 def test_another_teacher_is_said_once(config, tmp_path, caplog):
     teacher = load_checkpoint(config.teacher)
+    tokens = teacher.tokens()
     ours = store(tmp_path / "ours", weights=fingerprint(teacher.params))
     one, two = store(tmp_path / "one"), store(tmp_path / "two")
-    warn_of_teacher(replace(config, labels=(ours,)), teacher)
+    check_labels(replace(config, labels=(ours,)), teacher, tokens)
     assert not caplog.records
-    warn_of_teacher(replace(config, labels=(one, ours, two)), teacher)
+    check_labels(replace(config, labels=(one, ours, two)), teacher, tokens)
     (record,) = caplog.records
     assert f"{one} by whisper-base (other), {two} by whisper-base" in record.getMessage()
     assert str(ours) not in record.getMessage()
@@ -120,13 +117,14 @@ def test_languages_and_tasks_of_the_data(config, base_folder, tiny_en_folder, tm
     )
 
     def found(*data, tokens=tokens, **changes):
-        config_ = replace(config, data=data, **changes)
-        return languages_and_tasks(training_sources(config_, tokens), tokens)
+        run = replace(config, data=data, prompt_probability=0.0, **changes)
+        return training_facts(run, training_sources(run, tokens), tokens)
 
     named = replace(plain[0], language="de-DE", task="translate")
-    assert found(*german) == {"languages": ["de"], "tasks": ["transcribe"]}
+    alone = {"languages": ["de"], "tasks": ["transcribe"], "previous_text": False}
+    assert found(*german) == alone
     both = found(*german, named)
-    assert both == {"languages": ["de"], "tasks": ["transcribe", "translate"]}
+    assert both == alone | {"tasks": ["transcribe", "translate"]}
     assert found(*german, *plain, language="fr")["languages"] == ["de", "fr"]
     assert found(*plain, tokens=load_tokens(tiny_en_folder))["languages"] == ["en"]
 

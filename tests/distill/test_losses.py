@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from flax_distil.config import LossConfig
-from flax_distil.distill.losses import Losses, hidden_mse, objective
-from flax_distil.distill.vocabulary import cross_entropy, kl_divergence
+from flax_distil.distill.losses import Losses, cross_entropy, hidden_mse, kl_divergence, objective
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ import io
 import jax
 from rich.console import Console
 
-from flax_distil.distill.parameters import parameter_table
-from flax_distil.distill.setup import split_parameters
+from flax_distil.distill.setup import parameter_table, split_parameters
 
 
 def test_layers_of_one_shape_share_a_row(train_spec, teacher, student):

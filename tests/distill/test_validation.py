@@ -13,6 +13,7 @@ from flax_distil.audio.load import SAMPLE_RATE, encode_flac
 from flax_distil.config import DistillConfig, ValidationConfig
 from flax_distil.data.utterances import read_dataset
 from flax_distil.decode.hypothesis import Hypothesis
+from flax_distil.decode.recognizer import Recognizer
 from flax_distil.distill import validation
 from flax_distil.distill.validation import count_errors, open_sets
 from flax_distil.errors import InputError
@@ -62,6 +63,13 @@ def test_a_set_without_a_clip_to_judge_is_refused_at_once(clips, tokens, rows, r
     assert list(open_sets(config, tokens)) == ["clips"]
 
 
+def recognizer_of(tokens) -> Recognizer:
+    """A recogniser that has a vocabulary and nothing else."""
+    one = object.__new__(Recognizer)
+    object.__setattr__(one, "tokens", tokens)
+    return one
+
+
 def recognised(monkeypatch, texts: dict[str, str]) -> None:
     """Clips of each language are recognised as its text."""
 
@@ -82,14 +90,14 @@ def test_clips_in_languages_that_the_student_lacks_are_left_out(clips, tokens, m
         {"text": " "},
         {"text": "one", "audio": "gone.flac"},
     )
-    counts, rate = count_errors(SimpleNamespace(tokens=tokens), read_dataset(path), asked(path))
+    counts, rate = count_errors(recognizer_of(tokens), read_dataset(path), asked(path))
     assert (counts.reference_words, counts.deletions, rate) == (3, 1, "WER")
     assert "3 clips are left out, the first: Skipped(id='1'" in caplog.text
 
 
 def test_languages_without_spaces_are_judged_by_characters(clips, monkeypatch):
     recognised(monkeypatch, {"ja": "今天天汽很好", "en": "we went"})
-    every = SimpleNamespace(tokens=SimpleNamespace(unsupported=lambda language: None))
+    every = recognizer_of(SimpleNamespace(unsupported=lambda language: None))
     path = clips({"text": "今天天气很好", "language": "ja"})
     counts, rate = count_errors(every, read_dataset(path), asked(path))
     assert (counts.reference_words, counts.substitutions, rate) == (6, 1, "CER")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_distil.config import LossConfig
-from flax_distil.distill.vocabulary import TeacherStates, vocabulary_losses
+from flax_distil.distill.losses import TeacherStates, vocabulary_losses
 from flax_distil.parallel.mesh import for_each_shard
 
 B, L, D, V = 4, 6, 8, 50

@@ -130,7 +130,7 @@ def test_a_training_run_gives_its_trained_numbers(
 def save_state(folder, state, best):
     checkpoints = Checkpoints(folder, keep=2)
     progress = RunProgress(LoaderState(seed=0))
-    (checkpoints.save_best if best else checkpoints.save)(state, progress)
+    checkpoints.save(state, progress, best)
     checkpoints.close()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import flax_distil
 from flax_distil.config import LossConfig
-from flax_distil.distill.vocabulary import TeacherStates, vocabulary_losses
+from flax_distil.distill.losses import TeacherStates, vocabulary_losses
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.spec import HALVES, Spec
 

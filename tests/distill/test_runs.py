@@ -8,7 +8,7 @@ import pytest
 
 from flax_distil.cli import main
 from flax_distil.config import DistillConfig, LossConfig, OptimizerConfig, RunsConfig
-from flax_distil.distill.comparison import run
+from flax_distil.distill.runs import run
 from flax_distil.errors import InputError
 from flax_distil.recipe import save_recipe
 
