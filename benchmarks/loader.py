@@ -48,8 +48,7 @@ from flax_distil.data.audio_states import (
 from flax_distil.data.augment import open_noise
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import training_sources
-from flax_distil.distill.state import initial_state
-from flax_distil.distill.step import Frozen, TrainSpec, train_step
+from flax_distil.distill.step import Frozen, TrainSpec, initial_state, train_step
 from flax_distil.model.dims import PUBLISHED
 from flax_distil.model.spec import Spec
 from flax_distil.model.student import layer_map

@@ -44,14 +44,12 @@ from flax_distil.data.batches import Batch
 from flax_distil.decode.recognizer import encode
 from flax_distil.distill.flops import measured_peak, step_flops, vocabulary_tokens
 from flax_distil.distill.setup import compile_step, make_train_spec, split_parameters
-from flax_distil.distill.state import initial_state
-from flax_distil.distill.step import TrainSpec
+from flax_distil.distill.step import TrainSpec, initial_state
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from flax_distil.model.student import init_student
-from flax_distil.parallel.mesh import make_mesh
+from flax_distil.parallel.mesh import make_mesh, shardings
 from flax_distil.parallel.platform import name_platform
-from flax_distil.parallel.sharding import shardings
 from flax_distil.pseudo_label.teacher import final_states
 
 PYTORCH = "Transformers"

@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 # Types and shapes of every call into these packages are checked by beartype; in the whole package
-# (distill, evaluate and config too) with FLAX_DISTIL_CHECK_TYPES=1.
+# (config too) with FLAX_DISTIL_CHECK_TYPES=1.
 if os.environ.get("FLAX_DISTIL_CHECK_TYPES") == "1":
     install_import_hook("flax_distil", "type_checker.check")
 else:
@@ -22,6 +22,8 @@ else:
             "flax_distil.decode",
             "flax_distil.transcribe",
             "flax_distil.pseudo_label",
+            "flax_distil.distill",
+            "flax_distil.evaluate",
             "flax_distil.export",
             "flax_distil.plan",
         ],

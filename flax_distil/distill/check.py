@@ -25,8 +25,7 @@ from flax_distil.errors import InputError, check_writable
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.student import same_arrays
-from flax_distil.parallel.mesh import check_batch
-from flax_distil.parallel.sharding import check_heads
+from flax_distil.parallel.mesh import check_batch, check_heads
 from flax_distil.pseudo_label.jobs import fingerprint
 from flax_distil.pseudo_label.store import SETTINGS, read_settings
 from flax_distil.text.languages import to_language_code

@@ -7,15 +7,12 @@ Orbax writes them beside the run, asynchronously, and renames a complete one int
 full disk leaves the one before as it was.
 """
 
-import logging
 import os
 import re
-import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flax_distil.data.loader import LoaderState, gather_state
-from flax_distil.distill.state import TrainState
+from flax_distil.distill.step import TrainState
 from flax_distil.errors import InputError, writing
 
 LATEST, BEST = "checkpoints", "best"
@@ -49,7 +46,6 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self.folder, self.failed = folder.absolute(), False
         options = partial(ocp.CheckpointManagerOptions, cleanup_tmp_directories=True)
-        quieten()
         with writing(self.folder):
             self.latest = ocp.CheckpointManager(
                 self.folder / LATEST, options=options(max_to_keep=keep)
@@ -132,29 +128,6 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self.folder} ({reason}); {intact}: make "
                 "room and continue with --run.resume auto"
             ) from error
-
-
-@cache
-def quieten() -> None:
-    """Let nothing print the tracebacks of Orbax's threads, for the rest of the process: `wait`
-    raises the first of their errors, and the others follow from it.
-
-    Orbax logs them through absl, asyncio those that a thread left behind, and TensorStore tells the
-    unraisable hook that nobody waits for its writes any more.
-    """
-
-    def of_others(record: logging.LogRecord) -> bool:
-        caught = record.exc_info[1] if record.exc_info else None
-        text = "".join(traceback.format_exception(caught)) if caught else ""
-        return record.levelno < logging.ERROR or "orbax" not in record.pathname + text
-
-    def hook(unraisable: Any, before: Any = sys.unraisablehook) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(of_others)
-    sys.unraisablehook = hook
 
 
 def has_checkpoints(folder: Path) -> bool:

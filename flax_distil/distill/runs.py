@@ -29,7 +29,7 @@ from flax_distil.distill.checkpoints import (
     steps,
 )
 from flax_distil.distill.setup import trainable_part, trained_checkpoint
-from flax_distil.distill.state import TrainState
+from flax_distil.distill.step import TrainState
 from flax_distil.distill.tracking import METRICS, environment, read_metrics
 from flax_distil.errors import InputError, read_json, writing
 from flax_distil.files import remove_partial, write_changed

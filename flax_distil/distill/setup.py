@@ -6,6 +6,7 @@ The trainer takes all of it over arrays, the planner over shapes alone.
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,18 +18,25 @@ from rich.table import Table
 
 from flax_distil.config import DistillConfig
 from flax_distil.data.batches import Batch
-from flax_distil.data.loader import LoaderState
+from flax_distil.data.loader import Loader, LoaderState
+from flax_distil.data.mixing import TrainingSource
 from flax_distil.data.utterances import Utterance
 from flax_distil.distill.check import check_fit
-from flax_distil.distill.state import TrainState, initial_state
-from flax_distil.distill.step import Frozen, TrainSpec, train_step
+from flax_distil.distill.step import Frozen, TrainSpec, TrainState, initial_state, train_step
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.spec import HALVES, Params, Spec, unstack_layers
 from flax_distil.model.student import layer_map, same_arrays
-from flax_distil.parallel.mesh import data_shards, make_mesh, replicated, within
-from flax_distil.parallel.overlap import overlap_options
-from flax_distil.parallel.sharding import place, shardings
+from flax_distil.parallel.mesh import (
+    data_shards,
+    make_mesh,
+    overlap_options,
+    place,
+    replicated,
+    shardings,
+    within,
+)
+from flax_distil.text.tokens import WhisperTokens
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +62,22 @@ class TrainProgram(NamedTuple):
     mesh: Mesh
     frozen: Frozen
     step: Any
+
+
+def open_loader(
+    config: DistillConfig, tokens: WhisperTokens, sources: Sequence[TrainingSource], **options: Any
+) -> Loader:
+    """This host's loader of batches as they are trained on; options: others of `Loader`."""
+    return Loader(
+        tuple(sources),
+        tokens,
+        config.batch_size,
+        config.run.workers,
+        config.run.processes,
+        rank=jax.process_index(),
+        hosts=jax.process_count(),
+        **options,
+    )
 
 
 def prepare(
@@ -158,7 +182,7 @@ def trained_checkpoint(trainable: Params, student: Checkpoint, scanned: bool) ->
     for half, trained in trainable.items():
         trained = unstack_layers(trained) if scanned and half == "encoder" else trained
         params[half] = params[half] | jax.tree.map(np.asarray, trained)
-    return Checkpoint(student.dims, params, student.config, student.generation, student.source)
+    return replace(student, params=params)
 
 
 def stacked(half: Params, scanned: bool) -> Params:

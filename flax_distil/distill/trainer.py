@@ -15,29 +15,14 @@ from rich.console import Console
 from flax_distil.config import DistillConfig
 from flax_distil.data.augment import open_noise, uses_spec_augment
 from flax_distil.data.batches import Batch
-from flax_distil.data.loader import Loader, LoaderState
+from flax_distil.data.loader import LoaderState
+from flax_distil.distill import runs, setup, tracking, validation
 from flax_distil.distill.check import check, check_config
 from flax_distil.distill.checkpoints import Checkpoints, RunProgress
 from flax_distil.distill.encode_once import kept_states
 from flax_distil.distill.flops import batch_flops, peak_flops
-from flax_distil.distill.runs import begin_or_resume, training_facts
-from flax_distil.distill.setup import (
-    Batches,
-    TrainProgram,
-    parameter_table,
-    prepare,
-    whole_student,
-)
-from flax_distil.distill.state import TrainState
-from flax_distil.distill.tracking import Speed, Tracker, Watch
-from flax_distil.distill.validation import (
-    HeldOut,
-    Validate,
-    Validation,
-    held_out,
-    make_validate,
-    score,
-)
+from flax_distil.distill.setup import Batches, TrainProgram
+from flax_distil.distill.step import TrainState
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.model.spec import unstack_layers
@@ -73,21 +58,17 @@ def run(config: DistillConfig) -> TrainSummary:
     teacher, student = load_checkpoint(config.teacher), load_checkpoint(config.student)
     config, sources = check(config, teacher, student)
     tokens = student.tokens()
-    loader = Loader(
-        sources,
+    loader = setup.open_loader(
+        config,
         tokens,
-        config.batch_size,
-        config.run.workers,
-        config.run.processes,
+        sources,
         lanes=config.lanes,
-        rank=jax.process_index(),
-        hosts=jax.process_count(),
         states=kept_states(config, teacher, sources),
         add_noise=open_noise(config.augment),
         masks=uses_spec_augment(config.augment),
     )
-    validate, sets = make_validate(config, student), held_out(config, tokens)
-    facts = training_facts(config, sources, tokens)
+    validate, sets = validation.make_validate(config, student), validation.held_out(config, tokens)
+    facts = runs.training_facts(config, sources, tokens)
     return train(config, teacher, student, loader, validate, facts, sets)
 
 
@@ -96,9 +77,9 @@ def train(
     teacher: Checkpoint,
     student: Checkpoint,
     loader: Batches,
-    validate: Validate | None = None,
+    validate: validation.Validate | None = None,
     facts: Mapping[str, Any] | None = None,
-    sets: Mapping[str, HeldOut] | None = None,
+    sets: Mapping[str, validation.HeldOut] | None = None,
 ) -> TrainSummary:
     """The run itself, over models, batches and a validation from elsewhere; see `run`.
 
@@ -114,22 +95,22 @@ def train(
         facts: are written beside the versions, such as the languages and tasks of the data.
         sets: are scored by KL and cross-entropy at each validation.
     """
-    program, state = prepare(config, teacher, student)
+    program, state = setup.prepare(config, teacher, student)
     checkpoints = Checkpoints(config.output_dir, config.run.keep)
     peak, source = peak_flops(config)
     facts = {"peak_flops": peak, "peak_is": source, **(facts or {})}
-    state, progress = begin_or_resume(config, checkpoints, state, facts)
+    state, progress = runs.begin_or_resume(config, checkpoints, state, facts)
     if is_main_host():
-        Console(stderr=True).print(parameter_table(state.params, program.frozen))
+        Console(stderr=True).print(setup.parameter_table(state.params, program.frozen))
     total, step, patience = config.optimizer.steps, int(state.step), config.validation.patience
-    speed = Speed(peak * program.mesh.size, total - step)
+    speed = tracking.Speed(peak * program.mesh.size, total - step)
 
     def finished() -> bool:
         """At the last step, or when validations have not improved for long enough."""
         return step == total or (patience is not None and progress.since_best >= patience)
 
-    with stop_signals() as stop, Tracker(config, step) as tracker, closing(checkpoints):
-        watch = Watch(config, tracker, speed, loader.utterances)
+    with stop_signals() as stop, tracking.Tracker(config, step) as tracker, closing(checkpoints):
+        watch = tracking.Watch(config, tracker, speed, loader.utterances)
         with closing(feed(loader, progress.loader, program)) as batches:
             try:
                 while not (finished() or stop(step)):
@@ -141,10 +122,11 @@ def train(
                     due = step % config.run.save_every == 0
                     if validate and (step % config.validation.every == 0 or step == total):
                         watch.pause()
-                        validation = validate(whole(program, state))
-                        losses = score(sets or {}, state.params, program)
-                        watch.validated(step, replace(validation, losses=losses))
-                        progress, due = compare(checkpoints, state, progress, validation), True
+                        found = validate(whole(program, state))
+                        losses = validation.score(sets or {}, state.params, program)
+                        watch.validated(step, replace(found, losses=losses))
+                        wer, due = found.macro_average, True
+                        progress = compare(checkpoints, state, progress, wer)
                     if due:
                         checkpoints.save(state, progress)
                 watch.ended(step)
@@ -186,7 +168,7 @@ def replicated_copy(mesh: jax.sharding.Mesh) -> Any:
 
 def whole(program: TrainProgram, state: TrainState) -> Any:
     """The whole student with unstacked layers, for decoding: on several hosts, one copy each."""
-    params = whole_student(state.params, program.frozen)
+    params = setup.whole_student(state.params, program.frozen)
     if jax.process_count() > 1:
         copied = replicated_copy(program.mesh)(params)
         params = replicate(jax.tree.map(lambda leaf: leaf.addressable_data(0), copied))
@@ -196,10 +178,9 @@ def whole(program: TrainProgram, state: TrainState) -> Any:
 
 
 def compare(
-    checkpoints: Checkpoints, state: TrainState, progress: RunProgress, validation: Validation
+    checkpoints: Checkpoints, state: TrainState, progress: RunProgress, wer: float
 ) -> RunProgress:
     """The progress after a validation; the best parameters so far are saved."""
-    wer = validation.macro_average
     if progress.best_wer is not None and wer >= progress.best_wer:
         return replace(progress, since_best=progress.since_best + 1)
     progress = replace(progress, best_wer=wer, best_step=int(state.step), since_best=0)
@@ -208,7 +189,7 @@ def compare(
 
 
 def rescue(
-    checkpoints: Checkpoints, state: TrainState, progress: RunProgress, watch: Watch
+    checkpoints: Checkpoints, state: TrainState, progress: RunProgress, watch: tracking.Watch
 ) -> None:
     """Save what was computed before an error; a second error here is logged, not raised.
 

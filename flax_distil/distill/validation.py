@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from flax_distil.config import DataConfig, DistillConfig, TrainingDataConfig
 from flax_distil.data.batches import Batch, TargetOptions
-from flax_distil.data.loader import Loader, LoaderState
+from flax_distil.data.loader import LoaderState
 from flax_distil.data.mixing import open_source
 from flax_distil.data.utterances import Utterance, Utterances, read_dataset
 from flax_distil.data.windows import DecodedClip, Skipped, decode_clip, window_batches
 from flax_distil.decode.recognizer import Recognizer, recognize
-from flax_distil.distill.setup import Batches, TrainProgram
+from flax_distil.distill.setup import Batches, TrainProgram, open_loader
 from flax_distil.distill.step import Frozen, TrainSpec, evaluation_losses
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
@@ -204,16 +204,7 @@ def held_out(config: DistillConfig, tokens: WhisperTokens) -> dict[str, HeldOut]
         speech = [replace(source, weight=1.0) for source in found if source.speech]
         if not speech or speech[0].size is None:
             raise InputError(f"{data.source} has no label or reference to score: leave it out")
-        loader = Loader(
-            (speech[0],),
-            tokens,
-            config.batch_size,
-            config.run.workers,
-            config.run.processes,
-            rank=jax.process_index(),
-            hosts=jax.process_count(),
-        )
-        sets[name] = HeldOut(loader, speech[0].size)
+        sets[name] = HeldOut(open_loader(config, tokens, speech[:1]), speech[0].size)
     return sets
 
 

@@ -13,7 +13,6 @@ from jaxtyping import Float32
 
 from flax_distil.audio.load import CLIP_SAMPLES, pad_or_trim
 from flax_distil.audio.noise import white_noise
-from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.decode.recognizer import Recognizer, recognize
 from flax_distil.options import DecodeOptions
 
@@ -35,7 +34,7 @@ class Agreement(NamedTuple):
 def agreement(
     teacher: Recognizer,
     student: Recognizer,
-    speech: Sequence[Float32[np.ndarray, "n"]],
+    speech: Sequence[Float32[np.ndarray, "_"]],
     decibels: Sequence[float] = (-60.0, -50.0, -40.0, -30.0, -20.0),
     seed: int = 0,
     batch_size: int = 8,
@@ -45,40 +44,30 @@ def agreement(
     speech: 16 kHz, at most 30 s each. decibels: levels of the noise, relative to full scale, one
     clip each.
     """
-    # A student of one language would name it whatever the audio.
-    teacher, student = (replace(one, language=None) for one in (teacher, student))
     noise = [
         10 ** (level / 20) * white_noise((seed, number), CLIP_SAMPLES)
         for number, level in enumerate(decibels)
     ]
-    kinds = {"speech": speech, "silence": [np.zeros(CLIP_SAMPLES, np.float32)], "noise": noise}
-    answers = {
-        kind: list(
-            zip(*(_starts(one, clips, batch_size) for one in (teacher, student)), strict=True)
-        )
-        for kind, clips in kinds.items()
-    }
-    same = [theirs.language == ours.language for theirs, ours in answers["speech"]]
-    differences = {
-        kind: float(
-            np.median([abs(a.no_speech_probability - b.no_speech_probability) for a, b in pairs])
-        )
-        for kind, pairs in answers.items()
-    }
-    return Agreement(float(np.mean(same)) if teacher.tokens.multilingual else None, differences)
+    silence, same, differences = [np.zeros(CLIP_SAMPLES, np.float32)], {}, {}
+    for kind, clips in {"speech": speech, "silence": silence, "noise": noise}.items():
+        (ours, p), (theirs, q) = (starts(one, clips, batch_size) for one in (student, teacher))
+        same[kind] = float(np.mean(ours == theirs))
+        differences[kind] = float(np.median(np.abs(p - q)))
+    return Agreement(same["speech"] if teacher.tokens.multilingual else None, differences)
 
 
-def _starts(
-    recognizer: Recognizer, clips: Sequence[np.ndarray], batch_size: int
-) -> list[Hypothesis]:
-    """Hypotheses of one token, for what the model predicts before it."""
+def starts(
+    recognizer: Recognizer, clips: Sequence[Float32[np.ndarray, "_"]], batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable language of each clip, and its no-speech probability."""
+    recognizer = replace(recognizer, language=None)  # a student of one language would name it
     options = DecodeOptions(max_tokens=1)
-    return [
+    found = [
         hypothesis
         for start in range(0, len(clips), batch_size)
         for hypothesis in recognize(
-            recognizer,
-            np.stack([pad_or_trim(clip) for clip in clips[start : start + batch_size]]),
-            options,
+            recognizer, np.stack([*map(pad_or_trim, clips[start : start + batch_size])]), options
         )
     ]
+    languages = np.array([one.language for one in found])
+    return languages, np.array([one.no_speech_probability for one in found])

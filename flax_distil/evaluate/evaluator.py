@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,7 @@ from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.options import DecodeOptions
 from flax_distil.parallel.multihost import from_all_hosts, is_main_host, start
 from flax_distil.text.languages import to_language_code
-from flax_distil.text.wer import ErrorCounts, ErrorRate, error_rate
+from flax_distil.text.wer import ErrorCounts, error_rate
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,6 @@ class BatchResult:
     clips: list[ReferenceClip]
     hypotheses: dict[str, list[Hypothesis]]
     seconds: dict[str, float]
-
-    def texts(self, model: str) -> tuple[list[str], list[str]]:
-        """The references and one model's texts."""
-        texts = [hypothesis.text for hypothesis in self.hypotheses[model]]
-        return [clip.reference for clip in self.clips], texts
 
 
 def run(config: EvaluateConfig) -> Report:
@@ -94,37 +89,50 @@ def evaluate_models(config: EvaluateConfig) -> Report:
     for name in ("batch_size", "passes", "max_tokens"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
-    sets = {name: _open(source, config) for name, source in dataset_names(config.datasets).items()}
+    sets = {name: open_set(one, config) for name, one in dataset_names(config.datasets).items()}
     recognizers = {
         name: make_recognizer(load_checkpoint(source), config.dtype)
         for name, source in names.items()
     }
     if config.language and (reason := unsupported(recognizers, to_language_code(config.language))):
         raise InputError(reason)
-    results: dict[str, list[BatchResult]] = {}
+    rounds: list[BatchResult] = []
     skipped: dict[str, list[str]] = {}
-    for name, utterances in sets.items():
-        results[name], skipped[name] = transcribe_dataset(recognizers, name, utterances, config)
-        if not results[name]:
+    scores: dict[str, list[DatasetResult]] = {name: [] for name in names}
+    clips: list[ClipResult] = []
+    for dataset, utterances in sets.items():
+        found, reasons = transcribe_dataset(recognizers, dataset, utterances, config)
+        if not found:
             raise InputError(
-                f"{name}: none of its {len(skipped[name])} clips can be used; "
-                f"the first: {skipped[name][0]}"
+                f"{dataset}: none of its {len(reasons)} clips can be used; the first: {reasons[0]}"
             )
-    return Report(
-        models=tuple(
-            _model_result(name, source, recognizers[name], next(iter(names)), results, config)
-            for name, source in names.items()
-        ),
-        skipped={name: reasons for name, reasons in skipped.items() if reasons},
-        settings=_settings(config),
-        clips=tuple(
-            line
-            for dataset, rounds in results.items()
-            for one in rounds
-            for name in names
-            for line in _clip_results(dataset, name, one, config)
-        ),
+        rounds += found
+        skipped |= {dataset: reasons} if reasons else {}
+        for name in names:
+            score, lines = judge(dataset, name, found, config)
+            scores[name].append(score)
+            clips += lines
+    first = next(iter(names))
+    models = (
+        ModelResult(
+            name=name,
+            source=source,
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(recognizers[name].params)),
+            relative_speed=median(one.seconds[first] / one.seconds[name] for one in rounds),
+            datasets=tuple(scores[name]),
+        )
+        for name, source in names.items()
     )
+    settings = {
+        "device": jax.devices()[0].device_kind,
+        "precision": config.dtype,
+        "batch size": config.batch_size,
+        "timed passes": config.passes,
+        "longest transcript": f"{config.max_tokens} tokens",
+        "search": "greedy, without timestamps",
+        "versions": f"flax-distil {version('flax-distil')}, jax {version('jax')}",
+    }
+    return Report(tuple(models), skipped, settings, tuple(clips))
 
 
 def model_names(config: EvaluateConfig) -> dict[str, str]:
@@ -217,33 +225,22 @@ def transcribe_dataset(
     skipped: list[str] = []
     total = len(range(host, len(utterances), hosts)) if isinstance(utterances, Sized) else None
     ours = iter(tqdm(islice(utterances, host, None, hosts), name, total, unit="clip"))
-    clips = _usable(ours, skipped, config, recognizers)
+    clips = usable_clips(ours, skipped, config, recognizers)
     results = list(transcribe_batches(recognizers, batches(clips, config.batch_size), config))
     parts = from_all_hosts((results, skipped))
     return [one for part, _ in parts for one in part], [why for _, part in parts for why in part]
 
 
-def relative_speed(first: Iterable[float], other: Iterable[float]) -> float:
-    """Median over batches of the first model's time over the other's: 2.0 is twice as fast."""
-    return median(a / b for a, b in zip(first, other, strict=True))
-
-
-def _open(source: str, config: EvaluateConfig) -> Utterances | UtteranceStream:
-    utterances = read_dataset(
-        DataConfig(
-            source,
-            split=config.split,
-            limit=config.max_clips,
-            language=config.language,
-            text_column=config.text_column,
-        )
-    )
+def open_set(source: str, config: EvaluateConfig) -> Utterances | UtteranceStream:
+    """A dataset. Raises InputError where it has no references."""
+    data = DataConfig(source, split=config.split, language=config.language)
+    utterances = read_dataset(replace(data, text_column=config.text_column))
     if utterances.columns.text is None:
         raise InputError(f"{source} has no reference text: name its column as --text-column")
     return utterances
 
 
-def _usable(
+def usable_clips(
     utterances: Iterable[Utterance],
     skipped: list[str],
     config: EvaluateConfig,
@@ -255,94 +252,53 @@ def _usable(
             language = to_language_code(config.language or utterance.language or "en")
             if reason := unsupported(recognizers, language):
                 raise InputError(reason)
-            if not _rate(language, config).normalize(utterance.text or ""):
+            if not error_rate(language, config.error_rate).normalize(utterance.text or ""):
                 raise InputError("no reference")
             waveform = load_waveform(utterance)
+            seconds = waveform.size / SAMPLE_RATE
+            if waveform.size > CLIP_SAMPLES:
+                raise InputError(f"{seconds:.1f} s is over 30 s")
         except (InputError, OSError) as error:
             skipped.append(f"{utterance.id}: {error}")
-            continue
-        seconds = waveform.size / SAMPLE_RATE
-        if waveform.size > CLIP_SAMPLES:
-            skipped.append(f"{utterance.id}: {seconds:.1f} s is over 30 s")
-            continue
-        yield ReferenceClip(utterance.id, waveform, utterance.text or "", language, seconds)
+        else:
+            yield ReferenceClip(utterance.id, waveform, utterance.text or "", language, seconds)
 
 
-def _model_result(
-    name: str,
-    source: str,
-    recognizer: Recognizer,
-    first: str,
-    results: Mapping[str, list[BatchResult]],
-    config: EvaluateConfig,
-) -> ModelResult:
-    rounds = [one for ones in results.values() for one in ones]
-    return ModelResult(
-        name=name,
-        source=source,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(recognizer.params)),
-        relative_speed=relative_speed(
-            [one.seconds[first] for one in rounds], [one.seconds[name] for one in rounds]
-        ),
-        datasets=tuple(
-            _dataset_result(dataset, name, ones, config) for dataset, ones in results.items()
-        ),
-    )
-
-
-def _dataset_result(
-    dataset: str, name: str, results: list[BatchResult], config: EvaluateConfig
-) -> DatasetResult:
-    words, characters, units = ErrorCounts(), ErrorCounts(), set()
-    for one in results:
-        rate, texts = _rate(one.clips[0].language, config), one.texts(name)
-        words += (counts := rate.count(*texts))
-        units.add(rate.unit)
-        if config.character_errors:
-            in_characters = error_rate(one.clips[0].language, "cer")
-            characters += counts if rate.unit == "CER" else in_characters.count(*texts)
-    return DatasetResult(
-        dataset=dataset,
-        clips=sum(len(one.clips) for one in results),
-        audio_seconds=sum(clip.seconds for one in results for clip in one.clips),
-        seconds=sum(one.seconds[name] for one in results),
+def judge(
+    dataset: str, model: str, rounds: Sequence[BatchResult], config: EvaluateConfig
+) -> tuple[DatasetResult, list[ClipResult]]:
+    """One model's errors on one dataset, over all clips and by clip."""
+    words, characters, lines = ErrorCounts(), ErrorCounts(), []
+    for one in rounds:
+        language = one.clips[0].language
+        rate, cer = error_rate(language, config.error_rate), error_rate(language, "cer")
+        for clip, hypothesis in zip(one.clips, one.hypotheses[model], strict=True):
+            texts = [clip.reference], [hypothesis.text]
+            counts = rate.count(*texts)
+            words += counts
+            if config.character_errors:
+                characters += cer.count(*texts)
+            line = ClipResult(
+                dataset=dataset,
+                id=clip.id,
+                model=model,
+                language=language,
+                duration=clip.seconds,
+                reference=clip.reference,
+                text=hypothesis.text,
+                wer=100 * counts.rate,
+                mean_log_probability=hypothesis.mean_log_probability,
+                compression_ratio=hypothesis.compression_ratio,
+                rate=rate.unit,
+            )
+            lines.append(line)
+    score = DatasetResult(
+        name=dataset,
+        clips=len(lines),
+        audio_seconds=sum(line.duration for line in lines),
+        seconds=sum(one.seconds[model] for one in rounds),
         words=words,
         characters=characters if config.character_errors else None,
-        rate="/".join(sorted(units, reverse=True)),
+        rate="/".join(sorted({line.rate for line in lines}, reverse=True)),
     )
-
-
-def _rate(language: str, config: EvaluateConfig) -> ErrorRate:
-    return error_rate(language, config.error_rate)
-
-
-def _clip_results(
-    dataset: str, name: str, results: BatchResult, config: EvaluateConfig
-) -> Iterator[ClipResult]:
-    rate = _rate(results.clips[0].language, config)
-    for clip, hypothesis in zip(results.clips, results.hypotheses[name], strict=True):
-        yield ClipResult(
-            dataset=dataset,
-            id=clip.id,
-            model=name,
-            language=clip.language,
-            duration=clip.seconds,
-            reference=clip.reference,
-            text=hypothesis.text,
-            wer=100 * rate.count([clip.reference], [hypothesis.text]).rate,
-            mean_log_probability=hypothesis.mean_log_probability,
-            compression_ratio=hypothesis.compression_ratio,
-            rate=rate.unit,
-        )
-
-
-def _settings(config: EvaluateConfig) -> dict[str, object]:
-    return {
-        "device": jax.devices()[0].device_kind,
-        "precision": config.dtype,
-        "batch size": config.batch_size,
-        "timed passes": config.passes,
-        "longest transcript": f"{config.max_tokens} tokens",
-        "search": "greedy, without timestamps",
-        "versions": f"flax-distil {version('flax-distil')}, jax {version('jax')}",
-    }
+    return score, lines

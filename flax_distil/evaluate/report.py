@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flax_distil.text.wer import ErrorCounts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEXT_COLUMNS = (0, 2)  # of the report's table: model and dataset
 
@@ -44,7 +47,7 @@ class ClipResult:
 class DatasetResult:
     """One model on one dataset."""
 
-    dataset: str
+    name: str
     clips: int
     audio_seconds: float
     seconds: float
@@ -68,6 +71,11 @@ class DatasetResult:
     def rtf(self) -> float:
         """Processing time over audio time."""
         return self.seconds / self.audio_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of report.json."""
+        keys = ("name", "wer", "rate", "cer", "rtf", "clips", "audio_seconds", "seconds")
+        return {key: getattr(self, key) for key in keys} | asdict(self.words)
 
 
 @dataclass(frozen=True)
@@ -94,28 +102,9 @@ class ModelResult:
 
     def to_json(self) -> dict[str, Any]:
         """The keys of report.json."""
-        return {
-            "name": self.name,
-            "parameters": self.parameters,
-            "wer": self.wer,
-            "rtf": self.rtf,
-            "relative_speed": self.relative_speed,
-            "source": self.source,
-            "datasets": [
-                {
-                    "name": score.dataset,
-                    "wer": score.wer,
-                    "rate": score.rate,
-                    "cer": score.cer,
-                    "rtf": score.rtf,
-                    "clips": score.clips,
-                    "audio_seconds": score.audio_seconds,
-                    "seconds": score.seconds,
-                    **asdict(score.words),
-                }
-                for score in self.datasets
-            ],
-        }
+        keys = ("name", "parameters", "wer", "rtf", "relative_speed", "source")
+        datasets = [one.to_json() for one in self.datasets]
+        return {key: getattr(self, key) for key in keys} | {"datasets": datasets}
 
 
 @dataclass(frozen=True)
@@ -152,7 +141,7 @@ class Report:
             for one in model.datasets:
                 words, unit = one.words, f" ({one.rate})" if one.rate != self.rate else ""
                 parts = (words.substitutions, words.deletions, words.insertions)
-                cells = [one.dataset + unit, f"{one.wer:.1f}"]
+                cells = [one.name + unit, f"{one.wer:.1f}"]
                 cells += [f"{100 * part / max(words.reference_words, 1):.1f}" for part in parts]
                 cells += ["" if one.cer is None else f"{one.cer:.1f}"] * with_cer
                 rows.append([*first, *cells, f"{one.rtf:.3f}", speed if alone else ""])
@@ -229,3 +218,42 @@ def largest_gaps(report: Report, count: int = 10) -> tuple[list[str], list[list[
         for same in apart
     ]
     return heads, rows
+
+
+# --- plots; matplotlib (extra `notebook`) is imported when they are drawn -------------------------
+
+
+def plot_errors(report: Report) -> "Figure":
+    """Bars of the error rate in percent, divided into substitutions, deletions and insertions."""
+    from matplotlib import pyplot
+
+    bars = {
+        f"{model.name}\n{score.name}": score.words
+        for model in report.models
+        for score in model.datasets
+    }
+    figure, axes = pyplot.subplots(figsize=(1.5 + 1.8 * len(bars), 4), layout="constrained")
+    floor = [0.0] * len(bars)
+    for part in ("substitutions", "deletions", "insertions"):
+        heights = [
+            100 * getattr(words, part) / max(words.reference_words, 1) for words in bars.values()
+        ]
+        axes.bar(list(bars), heights, bottom=floor, label=part, width=0.6)
+        floor = [low + height for low, height in zip(floor, heights, strict=True)]
+    axes.set_ylabel(f"{report.rate}, %")
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_speed(report: Report) -> "Figure":
+    """Error rate against speed; a model's area grows with its parameters."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for model in report.models:
+        axes.scatter(model.relative_speed, model.wer, s=4 * (model.parameters / 1e6) ** 0.75)
+        axes.annotate(model.name, (model.relative_speed, model.wer), ha="center", va="bottom")
+    axes.set_xlabel(f"speed relative to {report.models[0].name}")
+    axes.set_ylabel(f"{report.rate}, %")
+    axes.margins(0.2)
+    return figure

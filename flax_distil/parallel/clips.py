@@ -6,6 +6,7 @@ of its own, and the chips do not communicate.
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -66,7 +67,8 @@ def by_clip(static: tuple[str, ...], whole: tuple[str, ...] = ("params", "head_D
             arrays = {n: x for n, x in given.items() if n not in fixed and n not in shared}
             rows = next(len(leaf) for leaf in jax.tree.leaves(arrays) if leaf.ndim)
             missing = -rows % data_shards(jax.sharding.get_abstract_mesh())  # pyright: ignore
-            arrays = jax.tree.map(lambda leaf: fill_up(leaf, missing), arrays)
+            if missing:
+                arrays = jax.tree.map(lambda leaf: pad_rows(leaf, missing), arrays)
             places = jax.tree.map(lambda leaf: BATCH if leaf.ndim else PartitionSpec(), arrays)
             alone = jax.shard_map(
                 lambda shared, arrays: function(**fixed, **shared, **arrays),
@@ -81,9 +83,7 @@ def by_clip(static: tuple[str, ...], whole: tuple[str, ...] = ("params", "head_D
         def placed(call: Callable) -> Callable:
             def called(*args: Any, **kwargs: Any) -> Any:
                 mesh = mesh_of(signature.bind(*args, **kwargs).arguments[whole[0]])
-                if mesh is None:
-                    return call(*args, **kwargs)
-                with within(mesh):
+                with nullcontext() if mesh is None else within(mesh):
                     return call(*args, **kwargs)
 
             return wraps(function)(called)
@@ -95,8 +95,7 @@ def by_clip(static: tuple[str, ...], whole: tuple[str, ...] = ("params", "head_D
     return compile
 
 
-def fill_up(leaf: Array, missing: int) -> Array:
+def pad_rows(leaf: Array, missing: int) -> Array:
     """More rows like the last one; numbers stay."""
-    if not missing or not leaf.ndim:
-        return leaf
-    return jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")
+    more = [(0, missing), *[(0, 0)] * (leaf.ndim - 1)]
+    return jnp.pad(leaf, more, mode="edge") if leaf.ndim else leaf

@@ -1,11 +1,17 @@
-"""One mesh of three axes for every machine, from a single CPU device to a TPU pod.
+"""One mesh of three axes for every machine, from a single CPU device to a TPU pod; what lies where.
 
 data: replicas that see different clips. fsdp: different clips too, and parameters and optimizer
 state are spread over it. tensor: heads, feed-forward channels and the vocabulary are spread over
 it, and its members see the same clips.
+
+Optimizer state repeats the parameters' names, so one rule over names and shapes serves parameters,
+gradients, moments and the teacher alike.
 """
 
+import logging
+import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -15,10 +21,34 @@ from jax import Array
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from flax_distil.cache import compile_aside
 from flax_distil.errors import InputError
+
+log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
+
+# The axis, from the last, that the tensor axis cuts: columns of what opens heads or feed-forward
+# channels, rows of what closes them, the vocabulary's rows of the token embedding.
+TENSOR_AXIS: dict[tuple[str, ...], int] = {
+    **{(name, leaf): -1 for name in ("query", "key", "value", "up") for leaf in ("kernel", "bias")},
+    **{(name, "kernel"): -2 for name in ("out", "down")},
+    ("tokens", "embedding"): -2,
+}
+
+# libtpu's names. An all-reduce becomes part of the matrix products beside it, and is not
+# combined with those of gradients that are computed later.
+OVERLAP: dict[str, str | bool] = {
+    "xla_enable_async_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_jf_crs_combiner_threshold_in_bytes": str(2**20),
+}
+# Their 16 MiB of vector memory are not enough.
+TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")
 
 
 def make_mesh(
@@ -117,6 +147,66 @@ def for_each_shard(x: Array, shards: int) -> Array:
     return jax.lax.with_sharding_constraint(x_G, PartitionSpec(*BATCH, *free))
 
 
+def shardings(tree: Any, mesh: Mesh, min_elements: int = 1 << 20) -> Any:
+    """A `NamedSharding` for every array of `tree` (arrays, or their shapes).
+
+    `TENSOR_AXIS` says what the tensor axis cuts. Then arrays of at least `min_elements` have their
+    largest dimension that divides cut over fsdp. All else is replicated.
+
+    Raises:
+        InputError: a dimension that has to be cut does not divide; all such parameters are named.
+    """
+    faults: list[str] = []
+
+    def placed(path: tuple, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, cut(path, leaf.shape, mesh, min_elements, faults))
+
+    found = jax.tree_util.tree_map_with_path(placed, tree)
+    if faults:
+        raise InputError(f"the mesh does not fit the model: {'; '.join(faults)}")
+    return found
+
+
+def cut(
+    path: tuple, shape: tuple[int, ...], mesh: Mesh, min_elements: int, faults: list[str]
+) -> PartitionSpec:
+    """The mesh axes that one array is cut over; what does not divide is added to `faults`."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    leaf = tuple(name.split(".")[-2:])
+    axes: list[str | None] = [None] * len(shape)
+    size = mesh.shape["tensor"]
+    if size > 1 and leaf in TENSOR_AXIS:
+        axis = TENSOR_AXIS[leaf]
+        if shape[axis] % size == 0:
+            axes[axis] = "tensor"
+        elif leaf != ("tokens", "embedding"):  # multilingual vocabularies are odd: keep whole
+            faults.append(
+                f"{name} has {shape[axis]} channels, which do not divide over {size} tensor shards"
+            )
+    size = mesh.shape["fsdp"]
+    if size > 1 and math.prod(shape) >= min_elements:
+        free = [n for n, length in enumerate(shape) if not axes[n] and length % size == 0]
+        if free:
+            axes[max(free, key=lambda n: shape[n])] = "fsdp"
+        elif "tensor" not in axes:
+            faults.append(
+                f"{name} has no dimension of {' × '.join(map(str, shape))} left that divides over "
+                f"{size} fsdp shards"
+            )
+    return PartitionSpec(*axes)
+
+
+def place(tree: Any, placed: Any) -> Any:
+    """Host arrays, whole on every host, on the devices of `placed`; each host sends its part."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: leaf[index]
+        ),
+        tree,
+        placed,
+    )
+
+
 def check_batch(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
     """Raises InputError unless a batch divides over the data shards and their micro-batches."""
     shards = data_shards(mesh)
@@ -129,3 +219,35 @@ def check_batch(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
     raise InputError(
         f"batch {batch_size} does not divide over {shards} data shards{micro}: use {remedy}"
     )
+
+
+def check_heads(heads: dict[str, int], mesh: Mesh) -> None:
+    """Raises InputError unless the heads of each half divide over tensor: heads stay whole."""
+    size = mesh.shape["tensor"]
+    for half, count in heads.items():
+        if count % size:
+            fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+            raise InputError(
+                f"{half}.layers.*.self_attention has {count} heads, which do not divide over "
+                f"{size} tensor shards: use {fitting}"
+            )
+
+
+@cache
+def overlap_options(mesh: Mesh) -> dict[str, str | bool]:
+    """Compiler options for a program that sums gradients over `mesh`; none but on newer TPUs.
+
+    With them gradients cross a TPU's links while it computes (docs/LOG.md, 2026-11-25).
+    Options disappear between versions: a compiler that does not know them compiles without.
+    """
+    chip = mesh.devices.flat[0]
+    if mesh.size == 1 or chip.platform != "tpu" or chip.device_kind in TOO_SMALL:
+        return {}
+    nothing = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    same = jax.jit(lambda x: x).trace(nothing).lower(lowering_platforms=("tpu",))
+    try:
+        compile_aside(same, OVERLAP)
+    except jax.errors.JaxRuntimeError as error:
+        log.warning("gradients are reduced after the backward pass, not during it: %s", error)
+        return {}
+    return OVERLAP

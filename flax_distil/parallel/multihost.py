@@ -19,7 +19,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,14 +37,6 @@ HOST_NAMES = "flax_distil/host"  # in the coordinator's key-value store
 
 Stop = Callable[[int], bool]
 """Whether to stop before the next step; asked after each step, by every host."""
-
-
-class HostPlace(NamedTuple):
-    """The coordinator, the number of processes, and the number of this one."""
-
-    coordinator: str
-    processes: int
-    process: int
 
 
 def start(
@@ -72,8 +64,9 @@ def start(
         return
     if place is not None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        who = f"host {place.process} of {place.processes} ({name})"
-        logger.info("%s waits up to %d s for all at %s", who, connect, place.coordinator)
+        coordinator, hosts, here = place
+        who = f"host {here} of {hosts} ({name})"
+        logger.info("%s waits up to %d s for all at %s", who, connect, coordinator)
     before = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
@@ -97,29 +90,23 @@ def start(
         logging.getLogger("flax_distil").setLevel(logging.WARNING)
 
 
-def find_place() -> HostPlace | None:
-    """This process's place by the environment variables; None without them.
+def find_place() -> tuple[str, int, int] | None:
+    """The coordinator, the number of processes and that of this one, by the environment variables.
 
     Raises:
         InputError: some of the three are lacking, or they contradict each other.
     """
-    found = {name: os.environ.get(name, "") for name in VARIABLES}
-    given, lacking = ([n for n in found if bool(found[n]) is here] for here in (True, False))
-    if not given:
+    address, count, index = values = [os.environ.get(name, "") for name in VARIABLES]
+    if not any(values):
         return None
-    if lacking:
+    numbers = (address.rpartition(":")[2], count, index)
+    if ":" not in address or not all(map(str.isdigit, numbers)) or int(index) >= int(count):
+        found = ", ".join(f"{name}={value}" for name, value in zip(VARIABLES, values, strict=True))
         raise InputError(
-            f"{', '.join(given)} is set and {', '.join(lacking)} is not: set all three or none"
+            f"{found}: set all three or none, to host 0's address with a port, such as "
+            "10.0.0.1:8476, the number of processes, and the number of this one, from 0"
         )
-    address, count, index = found.values()
-    if ":" not in address or not address.rpartition(":")[2].isdigit():
-        raise InputError(f"coordinator {address} has no port: write {address}:8476")
-    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-        raise InputError(
-            f"process {index} of {count}: JAX_PROCESS_ID and JAX_NUM_PROCESSES are whole numbers, "
-            "and processes count from 0"
-        )
-    return HostPlace(address, int(count), int(index))
+    return address, int(count), int(index)
 
 
 def _on_tpu() -> bool:

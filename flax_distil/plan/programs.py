@@ -22,8 +22,7 @@ from flax_distil.model.dims import CHUNK_SAMPLES, WhisperDims
 from flax_distil.model.generation import generation_config, special_ids
 from flax_distil.model.spec import Spec
 from flax_distil.options import DecodeOptions
-from flax_distil.parallel.mesh import batch_sharding, make_mesh, replicated
-from flax_distil.parallel.overlap import overlap_options
+from flax_distil.parallel.mesh import batch_sharding, make_mesh, overlap_options, replicated
 
 
 @dataclass(frozen=True)

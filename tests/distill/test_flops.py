@@ -17,8 +17,7 @@ from flax_distil.distill.flops import (
     vocabulary_flops,
     vocabulary_tokens,
 )
-from flax_distil.distill.state import initial_state
-from flax_distil.distill.step import Frozen, TrainSpec, train_step
+from flax_distil.distill.step import Frozen, TrainSpec, initial_state, train_step
 from flax_distil.model.dims import PUBLISHED
 from flax_distil.model.spec import Spec
 from flax_distil.parallel.mesh import make_mesh

@@ -9,7 +9,7 @@ import pytest
 
 from flax_distil.config import ComputeConfig, DistillConfig
 from flax_distil.distill.setup import prepare
-from flax_distil.distill.state import initial_state
+from flax_distil.distill.step import initial_state
 from flax_distil.parallel.mesh import batch_sharding
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from flax_distil.config import DistillConfig, LossConfig, OptimizerConfig
 from flax_distil.distill.check import check_numbers, with_steps
-from flax_distil.distill.state import decayed, initial_state, learning_rate
-from flax_distil.distill.step import train_step
+from flax_distil.distill.step import decayed, initial_state, learning_rate, train_step
 from flax_distil.errors import InputError
 from flax_distil.model.whisper import Dropout
 from flax_distil.parallel.mesh import batch_sharding, make_mesh

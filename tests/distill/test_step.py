@@ -14,8 +14,14 @@ from random_whisper import losses_of
 from flax_distil.audio.log_mel import log_mel
 from flax_distil.config import AugmentConfig, LossConfig
 from flax_distil.distill.setup import split_parameters, whole_student
-from flax_distil.distill.state import decayed, initial_state, learning_rate
-from flax_distil.distill.step import student_losses, teach, train_step
+from flax_distil.distill.step import (
+    decayed,
+    initial_state,
+    learning_rate,
+    student_losses,
+    teach,
+    train_step,
+)
 from flax_distil.model.spec import HALVES
 from flax_distil.model.student import init_student
 from flax_distil.model.weights import to_hf

@@ -94,7 +94,7 @@ def test_the_markdown_is_one_whole_table():
 
 def test_the_table_of_several_models_and_datasets_fits_80_columns():
     sets = tuple(
-        dataclasses.replace(CLEAN, dataset=name) for name in ("heldout-human", "heldout-synthetic")
+        dataclasses.replace(CLEAN, name=name) for name in ("heldout-human", "heldout-synthetic")
     )
     models = tuple(
         dataclasses.replace(REPORT.models[0], name=name, datasets=sets)

@@ -14,7 +14,7 @@ from flax_distil.decode.recognizer import make_recognizer, recognize
 from flax_distil.distill.checkpoints import Checkpoints, RunProgress
 from flax_distil.distill.runs import RECIPE
 from flax_distil.distill.setup import trainable_part
-from flax_distil.distill.state import initial_state
+from flax_distil.distill.step import initial_state
 from flax_distil.errors import InputError
 from flax_distil.evaluate.report import DatasetResult, ModelResult, Report
 from flax_distil.export import formats, run

@@ -12,7 +12,7 @@ import pytest
 
 from flax_distil.errors import InputError
 from flax_distil.parallel import multihost
-from flax_distil.parallel.multihost import VARIABLES, HostPlace, find_place, host_slice
+from flax_distil.parallel.multihost import VARIABLES, find_place, host_slice
 
 WORKER = Path(__file__).with_name("multihost_worker.py")
 
@@ -124,16 +124,16 @@ def test_place_from_the_environment(monkeypatch):
     assert find_place() is None
     for name, value in zip(VARIABLES, ("b:2", "4", "3"), strict=True):
         monkeypatch.setenv(name, value)
-    assert find_place() == HostPlace("b:2", 4, 3)
+    assert find_place() == ("b:2", 4, 3)
 
 
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        (("a:1", "", ""), "JAX_NUM_PROCESSES, JAX_PROCESS_ID is not"),
-        (("a", "2", "0"), "write a:8476"),
-        (("a:1", "2", "2"), "process 2 of 2"),
-        (("a:1", "two", "0"), "process 0 of two: .* whole numbers"),
+        (("a:1", "", ""), "JAX_NUM_PROCESSES=, JAX_PROCESS_ID=: set all three or none"),
+        (("a", "2", "0"), "JAX_COORDINATOR_ADDRESS=a, .* address with a port"),
+        (("a:1", "2", "2"), "JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=2: .* from 0"),
+        (("a:1", "two", "0"), "JAX_NUM_PROCESSES=two"),
     ],
 )
 def test_contradictions_are_explained(values, complaint, monkeypatch):

@@ -9,13 +9,14 @@ from flax_distil.model.dims import PUBLISHED
 from flax_distil.model.spec import HALVES, Spec
 from flax_distil.parallel.mesh import (
     check_batch,
+    check_heads,
     data_shards,
     in_mesh,
     make_mesh,
     on_each_device,
+    shardings,
     within,
 )
-from flax_distil.parallel.sharding import check_heads, shardings
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (pretended) devices")
 
