@@ -1,7 +1,7 @@
 """Validation sets: error rates of the student's transcripts, KL and cross-entropy of labels."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
@@ -147,19 +147,19 @@ def count_errors(
     counts = {"WER": ErrorCounts(), "CER": ErrorCounts()}
     skipped: list[Skipped] = []
 
-    def usable(utterances: Iterable[Utterance]) -> Iterator[Utterance]:
-        for utterance in utterances:
+    mine = range(len(utterances))[host_slice(len(utterances))]
+    judged = (utterances[number] for number in mine)
+
+    def usable() -> Iterator[Utterance]:
+        for utterance in tqdm(judged, "validation", len(mine), unit="clip", leave=False, delay=5):
             reason = unusable(utterance, config, recognizer.tokens)
             if reason is None:
                 yield utterance
             elif reason != BLANK:
                 skipped.append(Skipped(utterance.id, reason))
 
-    mine = range(len(utterances))[host_slice(len(utterances))]
-    waiting = (utterances[number] for number in mine)
-    judged = tqdm(waiting, "validation", len(mine), unit="clip", leave=False, delay=5)
     search = DecodeOptions(max_tokens=options.max_tokens)
-    for code, group in groupby(usable(judged), key=lambda one: one.language or config.language):
+    for code, group in groupby(usable(), key=lambda one: one.language or config.language):
         batches = window_batches(group, options.batch_size, config.run.workers, skipped.append)
         for windows in batches:
             found = recognize(recognizer, windows.waveforms, search, language=code)
