@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -95,9 +94,9 @@ def test_clips_in_languages_that_the_student_lacks_are_left_out(clips, tokens, m
     assert "3 clips are left out, the first: Skipped(id='1'" in caplog.text
 
 
-def test_languages_without_spaces_are_judged_by_characters(clips, monkeypatch):
+def test_languages_without_spaces_are_judged_by_characters(clips, monkeypatch, base_folder):
     recognised(monkeypatch, {"ja": "今天天汽很好", "en": "we went"})
-    every = recognizer_of(SimpleNamespace(unsupported=lambda language: None))
+    every = recognizer_of(load_tokens(base_folder))
     path = clips({"text": "今天天气很好", "language": "ja"})
     counts, rate = count_errors(every, read_dataset(path), asked(path))
     assert (counts.reference_words, counts.substitutions, rate) == (6, 1, "CER")
