@@ -236,18 +236,14 @@ def check_ids(sources: Sequence[TrainingSource], tokens: WhisperTokens) -> None:
         if (source / SETTINGS).is_file() and "vocabulary" in read_settings(source):
             continue
         ids = set(chain.from_iterable(row or () for row in utterances.column("token_ids")))
-        unknown = [id for id in ids if not 0 <= id < tokens.vocabulary]
-        if unknown:
+        wrong = [
+            one for one in ids if one == tokens.no_timestamps or not 0 <= one < tokens.vocabulary
+        ]
+        if wrong:
             raise InputError(
-                f"{source} has the token id {max(unknown)}, and the student's vocabulary has "
-                f"{tokens.vocabulary:,} tokens: label with a teacher of that vocabulary"
-            )
-        if tokens.no_timestamps in ids:
-            raise InputError(
-                f"{source} has the token id {tokens.no_timestamps} in labels, "
-                "which is <|notimestamps|> in the student's vocabulary of "
-                f"{tokens.vocabulary:,} tokens: its timestamps are of another vocabulary. "
-                "Label with a teacher of the student's"
+                f"{source} has the token id {max(wrong)} in labels, which the student's vocabulary "
+                f"of {tokens.vocabulary:,} tokens lacks or has for <|notimestamps|>: label with a "
+                "teacher of that vocabulary"
             )
 
 

@@ -74,7 +74,7 @@ def test_ids_that_the_student_lacks_are_refused(config, tmp_path, tiny_en_folder
     data = manifest(tmp_path, [7, 8], [51_864])
     tokens = load_tokens(tiny_en_folder)
     sources = training_sources(replace(config, data=data), tokens)
-    with pytest.raises(InputError, match=r"the token id 51864, and .* has 51,864 tokens"):
+    with pytest.raises(InputError, match=r"the token id 51864 in labels, .* of 51,864 tokens"):
         check_ids(sources, tokens)
 
 
