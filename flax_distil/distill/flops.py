@@ -6,7 +6,6 @@ count: for the MFU only products of matrices count.
 
 import logging
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -73,13 +72,11 @@ def vocabulary_tokens(weights_BL: np.ndarray, accumulation: int, shards: int, ch
     the most tokens of weight other than 0 needs.
     """
     used_BL = np.asarray(weights_BL) != 0
-    total = 0
-    for micro_BL in (used_BL[first::accumulation] for first in range(accumulation)):
-        counts = micro_BL.reshape(shards, -1).sum(axis=1)
-        size = micro_BL.size // shards
-        turn = min(chunk, size) or size
-        total += -(-int(counts.max()) // turn) * turn * shards
-    return total
+    micro_batches = [used_BL[first::accumulation] for first in range(accumulation)]
+    counts = np.reshape(micro_batches, (accumulation, shards, -1))
+    most, size = counts.sum(axis=2).max(axis=1), counts.shape[2]
+    turn = min(chunk, size) or size
+    return int(np.sum(-(-most // turn) * turn)) * shards
 
 
 def encoder_flops(dims: WhisperDims) -> int:
@@ -110,20 +107,15 @@ def vocabulary_flops(dims: WhisperDims, tokens: int) -> int:
 def measured_peak(mesh: Mesh, dtype: str, seconds: float = 0.5) -> float:
     """FLOP/s of large matrix products on all devices of the mesh at once: a practical ceiling."""
     side = 1024 if mesh.devices.flat[0].platform == "cpu" else 4096
-    shape = (mesh.size, side, side)
     each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-
-    @partial(jax.jit, out_shardings=each)
-    def product(left: jax.Array, right: jax.Array) -> jax.Array:
-        wide = multiply("nij,njk->nik", left, right)
-        return (wide / side).astype(left.dtype)
-
-    ones = jax.jit(lambda: jnp.ones(shape, dtype), out_shardings=each)()
-    jax.block_until_ready(product(ones, ones))
+    ones = jax.jit(lambda: jnp.ones((mesh.size, side, side), dtype), out_shardings=each)()
+    square = lambda x: (multiply("nij,njk->nik", x, x) / side).astype(x.dtype)
+    product = jax.jit(square, out_shardings=each)
+    jax.block_until_ready(product(ones))
     best, start = float("inf"), time.perf_counter()
     while time.perf_counter() - start < seconds:
         begin = time.perf_counter()
-        jax.block_until_ready(product(ones, ones))
+        jax.block_until_ready(product(ones))
         best = min(best, time.perf_counter() - begin)
     return 2 * mesh.size * side**3 / best
 
@@ -131,10 +123,10 @@ def measured_peak(mesh: Mesh, dtype: str, seconds: float = 0.5) -> float:
 def peak_flops(config: DistillConfig) -> tuple[float, str]:
     """Peak FLOP/s of one device, and whether it is configured, published or measured."""
     compute, kind = config.compute, jax.devices()[0].device_kind
-    peak, source = published_peak(kind, compute.dtype), "published"
-    if compute.peak_flops is not None:
-        peak, source = compute.peak_flops, "configured"
-    elif peak is None:
+    peak, source = compute.peak_flops, "configured"
+    if peak is None:
+        peak, source = published_peak(kind, compute.dtype), "published"
+    if peak is None:
         ours = make_mesh(devices=jax.local_devices())  # hosts need not measure at the same time
         peak, source = measured_peak(ours, compute.dtype) / ours.size, "measured in products"
     log.info("MFU is of %.3g FLOP/s a device (%s, %s): %s", peak, kind, compute.dtype, source)
