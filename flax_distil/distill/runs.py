@@ -8,7 +8,7 @@ import json
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,32 +183,11 @@ def generation_of(run: Path, student: Checkpoint) -> dict[str, Any]:
 # --- many runs: `flax-distil runs` --------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """The figures of one run; None if it did not get so far."""
-
-    name: str
-    step: int
-    """Updates that were made."""
-    steps: int
-    """Updates that were asked for."""
-    saved: int | None
-    """Update of the latest checkpoint."""
-    loss: float | None
-    """Mean over the last tenth of the updates."""
-    wer: float | None
-    """The best macro-average, in percent."""
-    wer_step: int | None
-    samples_per_second: float | None
-    """Median."""
-    mfu: float | None
-    skipped: int
-    """Updates that were not finite."""
-    recipe: dict[str, Any]
-    """Fields by their full names, but those of where the run is kept."""
-
-
+# Heading, figure of `read_run`, and format of the table's columns.
 COLUMNS = (
+    ("run", "name", ""),
+    ("step", "step", ""),
+    ("of", "steps", ""),
     ("saved", "saved", ""),
     ("loss", "loss", ".4f"),
     ("best WER %", "wer", ".2f"),
@@ -219,7 +198,7 @@ COLUMNS = (
 )
 
 
-def run(config: RunsConfig) -> list[RunFacts]:
+def run(config: RunsConfig) -> list[dict[str, Any]]:
     """Print all runs below a folder, the best first, and the fields in which their recipes differ.
 
     Raises InputError if there is no run, or for a recipe that cannot be read.
@@ -231,58 +210,57 @@ def run(config: RunsConfig) -> list[RunFacts]:
     unknown = float("inf")
     runs = sorted(
         (read_run(path, config.folder) for path in sorted(paths)),
-        key=lambda one: [unknown if value is None else value for value in (one.wer, one.loss)],
+        key=lambda one: [unknown if one[name] is None else one[name] for name in ("wer", "loss")],
     )
-    recipes = [one.recipe for one in runs]
+    recipes = [one["recipe"] for one in runs]
     differing = [n for n, value in recipes[0].items() if any(one[n] != value for one in recipes)]
     if config.json:
-        rows = [asdict(one) for one in runs]
-        print(json.dumps({"runs": rows, "differing": differing}, indent=2, default=str))
+        print(json.dumps({"runs": runs, "differing": differing}, indent=2, default=str))
         return runs
-    console = Console()
-    console.print(runs_table(runs))
+    tables = [Table(*(heading for heading, _, _ in COLUMNS))]
+    for one in runs:
+        figures = ((one[name], form) for _, name, form in COLUMNS)
+        tables[0].add_row(
+            *("" if value is None else format(value, form) for value, form in figures)
+        )
     if differing:
-        table = Table("recipes differ in", *(one.name for one in runs))
+        tables.append(Table("recipes differ in", *(one["name"] for one in runs)))
         for name in differing:
-            table.add_row(name, *(str(one[name]) for one in recipes))
-        console.print(table)
+            tables[1].add_row(name, *(str(one[name]) for one in recipes))
+    Console().print(*tables, sep="\n")
     return runs
 
 
-def read_run(path: Path, root: Path) -> RunFacts:
-    """The facts of the run in `path`."""
+def read_run(path: Path, root: Path) -> dict[str, Any]:
+    """The figures of the run in `path`; None for those that it did not get to.
+
+    step, steps: updates that were made and asked for. saved: update of the latest checkpoint. loss:
+    mean over the last tenth of the updates. wer: the best macro-average, in percent. skipped:
+    updates that were not finite. recipe: all fields but those of where the run is kept.
+    """
     config, lines = load_recipe(path / RECIPE, DistillConfig), read_metrics(path / METRICS)
 
     def known(name: str) -> list[Any]:
         return [line[name] for line in lines if line.get(name) is not None]
 
-    def median(name: str) -> float | None:
-        return statistics.median(known(name)) if known(name) else None
-
-    losses = known("loss")
+    losses, median = known("loss"), lambda values: statistics.median(values) if values else None
     tail = losses[-max(len(losses) // 10, 1) :]
     found = [(one.get("validation/wer"), one["step"]) for one in lines]
     wer, wer_step = min((one for one in found if one[0] is not None), default=(None, None))
-    return RunFacts(
-        name=path.name if path == root else path.relative_to(root).as_posix(),
-        step=max(known("step"), default=0),
-        steps=config.optimizer.steps,
-        saved=max(steps(path / LATEST), default=None),
-        loss=statistics.mean(tail) if tail else None,
-        wer=wer,
-        wer_step=wer_step,
-        samples_per_second=median("samples_per_second"),
-        mfu=median("mfu"),
-        skipped=int(max(known("skipped"), default=0)),
-        recipe={n: v for n, v in flat(config).items() if not n.startswith(("output_dir", "run."))},
-    )
-
-
-def runs_table(runs: list[RunFacts]) -> Table:
-    """A row a run."""
-    table = Table("run", "step", *(head for head, _, _ in COLUMNS))
-    for one in runs:
-        numbers = ((getattr(one, name), form) for _, name, form in COLUMNS)
-        shown = ("" if value is None else format(value, form) for value, form in numbers)
-        table.add_row(one.name, f"{one.step}/{one.steps}", *shown)
-    return table
+    return {
+        "name": path.name if path == root else path.relative_to(root).as_posix(),
+        "step": max(known("step"), default=0),
+        "steps": config.optimizer.steps,
+        "saved": max(steps(path / LATEST), default=None),
+        "loss": statistics.mean(tail) if tail else None,
+        "wer": wer,
+        "wer_step": wer_step,
+        "samples_per_second": median(known("samples_per_second")),
+        "mfu": median(known("mfu")),
+        "skipped": int(max(known("skipped"), default=0)),
+        "recipe": {
+            name: value
+            for name, value in flat(config).items()
+            if not name.startswith(("output_dir", "run."))
+        },
+    }

@@ -40,10 +40,11 @@ def folder(tmp_path) -> Path:
 
 def test_the_best_comes_first(folder):
     best, other = run(RunsConfig(folder))
-    assert (best.name, best.wer, best.wer_step, best.skipped) == ("b/c", 11.0, 2, 1)
-    assert (best.loss, best.saved, best.samples_per_second) == (3.0, None, None)
-    assert (other.name, other.step, other.steps, other.saved) == ("a", 10, 20, 8)
-    assert (other.loss, other.wer, other.samples_per_second) == (10.0, 12.5, 5.5)
+    expected = {"name": "b/c", "wer": 11.0, "wer_step": 2, "skipped": 1, "loss": 3.0}
+    assert expected.items() <= best.items()
+    assert best["saved"] is best["samples_per_second"] is None
+    expected = {"name": "a", "step": 10, "steps": 20, "saved": 8, "loss": 10.0, "wer": 12.5}
+    assert (expected | {"samples_per_second": 5.5}).items() <= other.items()
 
 
 def test_tables_and_json(folder, capsys):
