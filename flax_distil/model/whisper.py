@@ -59,8 +59,9 @@ class Encoder(nnx.Module):
         self.conv1 = conv(dims.mels, dims.width)
         self.conv2 = conv(dims.width, dims.width, strides=2)
         self.positions = nnx.Param(sinusoids(dims.audio_positions, dims.width))
-        layer = partial(Layer, dims.width, dims.encoder_heads, dims.encoder_ffn, cross=False)
-        self.layers = nnx.List(layer(dtype, attention, rngs) for _ in range(dims.encoder_layers))
+        self.layers = nnx.List(
+            Layer(dims, dtype, attention, rngs, cross=False) for _ in range(dims.encoder_layers)
+        )
         self.norm = layer_norm(dims.width, dtype, rngs)
         self.remat = remat
         self.attention: Backend = attention
@@ -84,8 +85,9 @@ class Decoder(nnx.Module):
     ):
         self.tokens = nnx.Embed(dims.vocab, dims.width, dtype=dtype, rngs=rngs)
         self.positions = nnx.Embed(dims.text_positions, dims.width, dtype=dtype, rngs=rngs)
-        layer = partial(Layer, dims.width, dims.decoder_heads, dims.decoder_ffn, cross=True)
-        self.layers = nnx.List(layer(dtype, attention, rngs) for _ in range(dims.decoder_layers))
+        self.layers = nnx.List(
+            Layer(dims, dtype, attention, rngs, cross=True) for _ in range(dims.decoder_layers)
+        )
         self.norm = layer_norm(dims.width, dtype, rngs)
         self.remat = remat
         self.attention: Backend = attention
@@ -233,16 +235,17 @@ class Layer(nnx.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, ffn: int, dtype: Any, attention: Backend, rngs: nnx.Rngs,
-        cross: bool = False,
-    ):  # fmt: skip
-        self.self_norm = layer_norm(width, dtype, rngs)
-        self.self_attention = Attention(width, heads, dtype, attention, rngs)
+        self, dims: WhisperDims, dtype: Any, attention: Backend, rngs: nnx.Rngs, cross: bool
+    ):
+        heads = dims.decoder_heads if cross else dims.encoder_heads
+        ffn = dims.decoder_ffn if cross else dims.encoder_ffn
+        self.self_norm = layer_norm(dims.width, dtype, rngs)
+        self.self_attention = Attention(dims.width, heads, dtype, attention, rngs)
         if cross:
-            self.cross_norm = layer_norm(width, dtype, rngs)
-            self.cross_attention = Attention(width, heads, dtype, attention, rngs)
-        self.feed_norm = layer_norm(width, dtype, rngs)
-        self.feed_forward = FeedForward(width, ffn, dtype, rngs)
+            self.cross_norm = layer_norm(dims.width, dtype, rngs)
+            self.cross_attention = Attention(dims.width, heads, dtype, attention, rngs)
+        self.feed_norm = layer_norm(dims.width, dtype, rngs)
+        self.feed_forward = FeedForward(dims.width, ffn, dtype, rngs)
 
     def __call__(
         self,
