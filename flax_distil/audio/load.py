@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import av
 import numpy as np
@@ -74,15 +75,14 @@ def load_audio(
     waveform, last = np.zeros(0, np.float32), 0
     # Float files may hold anything; NaN is found in the samples.
     with np.errstate(invalid="ignore", over="ignore"):
-        back = None  # the position of a file object, to read it again
-        if isinstance(source, io.IOBase) and source.seekable():
-            back = source.tell()
-        if start > PREROLL * rate and (back is not None or not isinstance(source, io.IOBase)):
+        file = None if isinstance(source, (str, Path, bytes)) else source
+        back = file.tell() if file is not None and file.seekable() else None
+        if start > PREROLL * rate and (file is None or back is not None):
             with open_audio(source, format, track, limits, started) as opened:
                 seek(opened, start / rate - PREROLL)
                 waveform, _ = decode_range(opened, rate, start, end, seeked=True)
-            if not waveform.size and isinstance(source, io.IOBase):
-                source.seek(back or 0)
+            if not waveform.size and file is not None:
+                file.seek(back or 0)
         if not waveform.size:
             with open_audio(source, format, track, limits, started) as opened:
                 waveform, last = decode_range(opened, rate, start, end)

@@ -49,8 +49,6 @@ class ParquetRows(Sequence[Row]):
         return self._starts[-1]
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
         group, within = self._place(index)
         row = self._read(group).slice(within, 1)
         return {

@@ -354,15 +354,11 @@ def continues(utterance: Utterance, before: Utterance | None) -> bool:
 def load_waveform(utterance: Utterance, longest: float | None = None) -> Float32[np.ndarray, "n"]:
     """The clip's samples at 16 kHz in [-1, 1], at most `longest` seconds of them.
 
+    Packed windows are decoded by `windows.decode_clips`.
+
     Raises:
         AudioError: the clip cannot be decoded.
     """
-    if utterance.parts:
-        silence = np.zeros(round(utterance.pause * SAMPLE_RATE), np.float32)
-        pieces = [
-            piece for part in utterance.parts for piece in (silence, load_waveform(part, longest))
-        ]
-        return np.concatenate(pieces[1:])
     if utterance.fault:
         raise AudioError(utterance.fault)
     source, offset = utterance.audio, utterance.offset
