@@ -45,50 +45,27 @@ class Verb(NamedTuple):
     example: str
 
 
+LABEL = """openslr/librispeech_asr --config clean --split train.100 --model whisper-base \
+--output-dir runs/labels"""
+FILTER = "runs/labels --output-dir runs/filtered"
+DISTILL = """--teacher whisper-base --student runs/student --labels runs/filtered \
+--output-dir runs/distill"""
+INIT = "--teacher whisper-base --output-dir runs/student --decoder-layers 2"
+EVALUATE = "--models whisper-base runs/student --datasets clips.jsonl podcasts.parquet"
+TRANSCRIBE = "talk.mp3 film.mkv --model whisper-base --format srt --output-dir texts"
+PLAN = "recipes/large-v2-32-2.toml --topology v4-8 v5e-256 --batch auto"
 VERBS = {
-    "fetch": Verb(config.FetchConfig, "flax_distil.fetch", "whisper-tiny.en whisper-base"),
-    "pseudo-label": Verb(
-        config.PseudoLabelConfig,
-        "flax_distil.pseudo_label",
-        "openslr/librispeech_asr --config clean --split train.100 --model whisper-base "
-        "--output-dir runs/labels",
-    ),
-    "filter": Verb(
-        config.FilterConfig,
-        "flax_distil.pseudo_label.filter",
-        "runs/labels --output-dir runs/filtered",
-    ),
-    "init-student": Verb(
-        config.InitStudentConfig,
-        "flax_distil.model.student",
-        "--teacher whisper-base --output-dir runs/student --decoder-layers 2",
-    ),
-    "distill": Verb(
-        config.DistillConfig,
-        "flax_distil.distill.trainer",
-        "--teacher whisper-base --student runs/student --labels runs/filtered "
-        "--output-dir runs/distill",
-    ),
-    "runs": Verb(config.RunsConfig, "flax_distil.distill.runs", "runs --json"),
-    "evaluate": Verb(
-        config.EvaluateConfig,
-        "flax_distil.evaluate",
-        "--models whisper-base runs/student --datasets clips.jsonl podcasts.parquet",
-    ),
-    "export": Verb(
-        config.ExportConfig, "flax_distil.export", "runs/distill --output-dir student --verify"
-    ),
-    "transcribe": Verb(
-        config.TranscribeConfig,
-        "flax_distil.transcribe",
-        "talk.mp3 film.mkv --model whisper-base --format srt --output-dir texts",
-    ),
-    "plan": Verb(
-        config.PlanConfig,
-        "flax_distil.plan",
-        "recipes/large-v2-32-2.toml --topology v4-8 v5e-256 --batch auto",
-    ),
-    "demo": Verb(config.DemoConfig, "flax_distil.demo", "--output-dir runs/demo"),
+    "fetch": Verb(config.FetchConfig, "fetch", "whisper-tiny.en whisper-base"),
+    "pseudo-label": Verb(config.PseudoLabelConfig, "pseudo_label", LABEL),
+    "filter": Verb(config.FilterConfig, "pseudo_label.filter", FILTER),
+    "init-student": Verb(config.InitStudentConfig, "model.student", INIT),
+    "distill": Verb(config.DistillConfig, "distill.trainer", DISTILL),
+    "runs": Verb(config.RunsConfig, "distill.runs", "runs --json"),
+    "evaluate": Verb(config.EvaluateConfig, "evaluate", EVALUATE),
+    "export": Verb(config.ExportConfig, "export", "runs/distill --output-dir student --verify"),
+    "transcribe": Verb(config.TranscribeConfig, "transcribe", TRANSCRIBE),
+    "plan": Verb(config.PlanConfig, "plan", PLAN),
+    "demo": Verb(config.DemoConfig, "demo", "--output-dir runs/demo"),
 }
 
 DESCRIPTION = """Distil-Whisper in JAX: label speech with a teacher, train a student, evaluate and \
@@ -120,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_paths(stage)
         name_platform()
         keep_programs()
-        import_module(VERBS[stage_name(type(stage))].room).run(stage)
+        room = VERBS[stage_name(type(stage))].room
+        import_module(f"flax_distil.{room}").run(stage)
         sys.stdout.flush()
     except InputError as error:
         print(f"flax-distil: {error}", file=sys.stderr)

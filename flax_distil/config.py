@@ -6,13 +6,7 @@ from typing import Literal
 
 from tyro.conf import Fixed, OmitArgPrefixes, Positional
 
-from flax_distil.options import (
-    ChunkedOptions,
-    DecodeOptions,
-    SequentialOptions,
-    SubtitleLayout,
-    VoiceOptions,
-)
+from flax_distil import options
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -136,10 +130,8 @@ class PseudoLabelConfig:
     """Utterances per shard: the unit of work that a kill can cost and that machines share."""
     engine: Literal["local", "ray"] = "local"
     """local: this process; on a TPU slice, each host takes every n-th shard. ray: one worker per
-    accelerator of a Ray cluster (extra `ray`), with restarts of workers that die."""
-    ray_address: str | None = None
-    """Address of the Ray cluster (HOST:PORT); by default RAY_ADDRESS, else the cluster running on
-    this machine, else a new one."""
+    accelerator of the Ray cluster (extra `ray`) at RAY_ADDRESS, on this machine, or a new one, with
+    restarts of workers that die."""
     ray_workers: int | None = None
     """Number of Ray workers; by default one per TPU chip or GPU, or one per machine without any."""
     max_skipped_share: float | None = None
@@ -547,17 +539,17 @@ class TranscribeConfig:
     """Tokens that the assistant drafts for each pass of the model."""
     seed: int = 0
     """Random seed for sampling."""
-    search: OmitArgPrefixes[DecodeOptions] = DecodeOptions(best_of=5)
+    search: OmitArgPrefixes[options.DecodeOptions] = options.DecodeOptions(best_of=5)
     """How windows are decoded."""
-    sequential: OmitArgPrefixes[SequentialOptions] = SequentialOptions()
+    sequential: OmitArgPrefixes[options.SequentialOptions] = options.SequentialOptions()
     """Whisper's own long-form algorithm."""
-    chunked: OmitArgPrefixes[ChunkedOptions] = ChunkedOptions()
+    chunked: OmitArgPrefixes[options.ChunkedOptions] = options.ChunkedOptions()
     """How audio is cut into overlapping chunks."""
     vad: bool = False
     """Cut out pauses by voice-activity detection first (extra vad); times are the recording's."""
-    voice: OmitArgPrefixes[VoiceOptions] = VoiceOptions()
+    voice: OmitArgPrefixes[options.VoiceOptions] = options.VoiceOptions()
     """Voice-activity detection."""
-    layout: OmitArgPrefixes[SubtitleLayout] = SubtitleLayout()
+    layout: OmitArgPrefixes[options.SubtitleLayout] = options.SubtitleLayout()
     """Layout of subtitles with word timestamps."""
 
 

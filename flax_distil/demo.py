@@ -7,35 +7,20 @@ import dataclasses
 import logging
 import time
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from rich.console import Console
 
-from flax_distil import export
+from flax_distil import config, export
 from flax_distil.audio.load import SAMPLE_RATE
-from flax_distil.config import (
-    ComputeConfig,
-    DataConfig,
-    DemoConfig,
-    DistillConfig,
-    EvaluateConfig,
-    ExportConfig,
-    FilterConfig,
-    InitStudentConfig,
-    OptimizerConfig,
-    PseudoLabelConfig,
-    RunConfig,
-    ValidationConfig,
-)
+from flax_distil.config import DataConfig, DemoConfig
 from flax_distil.data.utterances import load_waveform, read_dataset
-from flax_distil.decode.recognizer import Recognizer, make_recognizer
+from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.distill import trainer
 from flax_distil.distill.flops import measured_peak
 from flax_distil.errors import Stopped, check_writable
-from flax_distil.evaluate import Report
+from flax_distil.evaluate import Report, evaluator
 from flax_distil.evaluate.agreement import agreement
-from flax_distil.evaluate.evaluator import evaluate_models
 from flax_distil.export.verify import differing_texts
 from flax_distil.fetch.speech import DemoSpeech, demo_speech
 from flax_distil.fetch.weights import fetch_weights
@@ -56,44 +41,40 @@ log = logging.getLogger(__name__)
 FULL_SPEED = {"whisper-tiny.en": 4e11, "whisper-base": 1e12}
 
 
-def run(config: DemoConfig) -> Report:
+def run(demo: DemoConfig) -> Report:
     """Train and evaluate a student on this machine; everything is written to `output_dir`.
 
     If it is stopped and started again, it resumes: speech, labels and training are kept.
 
     Raises Stopped where training was asked to stop before its end.
     """
-    check_writable(config.output_dir)
-    start, config, folder = time.monotonic(), scaled(config), config.output_dir
-    step("1. Fetch the teacher and speech")
-    teacher = fetch_weights(config.teacher)
+    check_writable(demo.output_dir)
+    start, demo, folder, console = time.monotonic(), scaled(demo), demo.output_dir, Console()
+    console.rule("1. Fetch the teacher and speech", align="left")
+    teacher = fetch_weights(demo.teacher)
     speech = demo_speech(
         folder / "speech",
-        config.seed,
-        config.sentences,
-        heldout_spoken=config.heldout,
-        heldout_prompts=config.heldout,
-        non_speech=config.non_speech,
+        demo.seed,
+        demo.sentences,
+        heldout_spoken=demo.heldout,
+        heldout_prompts=demo.heldout,
+        non_speech=demo.non_speech,
     )
     log.info("speech: %s", speech.sources)
-    step("2. Label")
-    stores = [label(config, speech, teacher, kind) for kind in ("packed", "single", "non-speech")]
-    step("3. Filter")
-    filtered = tuple(filter_labels(store) for store in stores)
-    step("4. Initialise the student: the teacher's encoder and two of its decoder layers")
-    untrained = folder / "student-untrained"
-    student.run(InitStudentConfig(str(teacher), untrained))
-    step("5. Distil")
-    run_folder = train(config, speech, teacher, untrained, filtered)
-    step("6. Export to Transformers, verified in PyTorch")
-    trained = folder / "student"
+    console.rule("2. Label and filter", align="left")
+    labels = label(demo, speech, teacher)
+    console.rule("3. Initialise the student: encoder and two decoder layers", align="left")
+    untrained, trained = folder / "student-untrained", folder / "student"
+    student.run(config.InitStudentConfig(str(teacher), untrained))
+    console.rule("4. Distil", align="left")
+    distilled = train(demo, teacher, untrained, labels)
+    console.rule("5. Export to Transformers, verified in PyTorch", align="left")
     clip = Path(str(next(iter(read_dataset(heldout(speech)[0]).iter_from(0))).audio))
-    export.run(ExportConfig(str(run_folder), trained, verify=True, verify_audio=clip))
-    step("7. Evaluate on held-out clips")
+    export.run(config.ExportConfig(str(distilled), trained, verify=True, verify_audio=clip))
+    console.rule("6. Evaluate on held-out clips", align="left")
     models = {"teacher": teacher, "untrained": untrained, "student": trained}
-    report = evaluate(config, speech, models)
+    report = evaluate(demo, speech, models)
     text = transcribe(clip, trained).text.strip()
-    console = Console()
     console.print(f"\n{clip.name}, transcribed by the exported student: {text}")
     console.print(report.table())
     for key, value in report.settings.items():
@@ -102,156 +83,131 @@ def run(config: DemoConfig) -> Report:
     return report
 
 
-def scaled(config: DemoConfig) -> DemoConfig:
+def scaled(demo: DemoConfig) -> DemoConfig:
     """The demo reduced to what this machine can do in a quarter of an hour.
 
     The share is kept in recipe.toml, so that a second start resumes with the same.
     """
-    kept, share = config.output_dir / "recipe.toml", config.share
+    kept, share = demo.output_dir / "recipe.toml", demo.share
     if share is None and kept.is_file():
         share = load_recipe(kept, DemoConfig).share
     if share is None:
         speed = measured_peak(make_mesh(), "float32")
-        share = min(1.0, round(speed / FULL_SPEED[config.teacher], 2))
+        share = min(1.0, round(speed / FULL_SPEED[demo.teacher], 2))
     if share < 1:
         log.info("using %.0f %% of the demo's speech and updates, to be done in time", 100 * share)
-    whole = dataclasses.replace(config, share=share)
+    whole = dataclasses.replace(demo, share=share)
     save_recipe(whole, kept)
-    return dataclasses.replace(
-        whole,
-        **{
-            name: max(1, round(share * getattr(config, name)))
-            for name in ("sentences", "clips", "single", "non_speech", "steps")
-        },
-    )
+    names = ("sentences", "clips", "single", "non_speech", "steps")
+    sizes = {name: max(1, round(share * getattr(demo, name))) for name in names}
+    return dataclasses.replace(whole, **sizes)
 
 
-def label(
-    config: DemoConfig,
-    speech: DemoSpeech,
-    teacher: Path,
-    kind: Literal["packed", "single", "non-speech"],
-) -> Path:
-    """A label store of packed windows with timestamps, as in long recordings, of single clips
-    without, or of silence and noise: students learn all three."""
-    folder, packed = config.output_dir / "labels" / kind, kind == "packed"
-    data = DataConfig(
-        str(speech.train), limit=config.clips if packed else config.single, language="en"
+def label(demo: DemoConfig, speech: DemoSpeech, teacher: Path) -> tuple[Path, ...]:
+    """Filtered label stores of packed windows with timestamps, as in long recordings, of single
+    clips without, and of silence and noise: students learn all three."""
+    packed = config.PseudoLabelConfig(
+        DataConfig(str(speech.train), limit=demo.clips, language="en"),
+        model=str(teacher),
+        output_dir=demo.output_dir / "labels" / "packed",
+        pack_seconds=25.0,
+        max_tokens=demo.max_tokens,
+        batch_size=8,
+        shard_size=64,
+        teacher_states=True,
+        audio_states=demo.output_dir / "audio-states",
     )
-    if kind == "non-speech":
-        data = DataConfig(str(speech.non_speech), language="en", speech=False)
-    labeller.run(
-        PseudoLabelConfig(
-            data,
-            model=str(teacher),
-            output_dir=folder,
-            timestamps=packed,
-            pack_seconds=25.0 if packed else None,
-            max_tokens=config.max_tokens,
-            batch_size=8,
-            shard_size=64,
-            teacher_states=True,
-            audio_states=config.output_dir / "audio-states",
+    clips = {
+        "single": DataConfig(str(speech.train), limit=demo.single, language="en"),
+        "non-speech": DataConfig(str(speech.non_speech), language="en", speech=False),
+    }
+    runs = [packed]
+    for name, data in clips.items():
+        store = demo.output_dir / "labels" / name
+        of_clips = {"data": data, "output_dir": store, "timestamps": False, "pack_seconds": None}
+        runs.append(dataclasses.replace(packed, **of_clips))
+    filtered = []
+    for one in runs:
+        labeller.run(one)
+        filtered.append(demo.output_dir / "filtered" / one.output_dir.name)
+        filtering.run(
+            config.FilterConfig(one.output_dir, filtered[-1], overwrite=True, keep_non_speech=True)
         )
-    )
-    return folder
+    return tuple(filtered)
 
 
-def filter_labels(store: Path) -> Path:
-    """The label store with the labels below the paper's threshold, and all clips without speech."""
-    folder = store.parent.parent / "filtered" / store.name
-    filtering.run(FilterConfig(store, folder, overwrite=True, keep_non_speech=True))
-    return folder
-
-
-def train(
-    config: DemoConfig, speech: DemoSpeech, teacher: Path, student: Path, filtered: tuple[Path, ...]
-) -> Path:
+def train(demo: DemoConfig, teacher: Path, student: Path, labels: tuple[Path, ...]) -> Path:
     """Train the student; returns the run's folder. Raises Stopped before the last update."""
-    folder = config.output_dir / "distill"
+    folder = demo.output_dir / "distill"
     summary = trainer.run(
-        DistillConfig(
+        config.DistillConfig(
             teacher=str(teacher),
             student=str(student),
-            labels=filtered,
+            labels=labels,
             output_dir=folder,
-            batch_size=config.batch_size,
+            batch_size=demo.batch_size,
             language="en",
             prompt_probability=0.0,  # clips are evaluated without a prompt
             timestamp_probability=1.0,  # stored states are those of whole labels
-            non_speech_share=config.non_speech_share,
-            label_buckets=(96, config.max_tokens + 2),
-            audio_states=config.output_dir / "audio-states",
+            non_speech_share=demo.non_speech_share,
+            label_buckets=(96, demo.max_tokens + 2),
+            audio_states=demo.output_dir / "audio-states",
             stored_teacher=True,
-            seed=config.seed,
-            optimizer=OptimizerConfig(
-                config.steps, learning_rate=config.learning_rate, warmup_steps=config.steps // 10
+            seed=demo.seed,
+            optimizer=config.OptimizerConfig(
+                demo.steps, learning_rate=demo.learning_rate, warmup_steps=demo.steps // 10
             ),
-            compute=ComputeConfig(dtype="float32", vocabulary_chunk=128),
-            validation=ValidationConfig(every=config.steps + 1),
-            run=RunConfig(resume="auto", save_every=20, log_every=10),
+            compute=config.ComputeConfig(dtype="float32", vocabulary_chunk=128),
+            validation=config.ValidationConfig(every=demo.steps + 1),
+            run=config.RunConfig(resume="auto", save_every=20, log_every=10),
         )
     )
     if not summary.finished:
         raise Stopped(
-            f"training was stopped at update {summary.steps} of {config.steps} and is saved in "
-            f"{folder}: start the demo again with --output-dir {config.output_dir} to continue"
+            f"training was stopped at update {summary.steps} of {demo.steps} and is saved in "
+            f"{folder}: start the demo again with --output-dir {demo.output_dir} to continue"
         )
     return folder
 
 
-def evaluate(config: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Report:
+def evaluate(demo: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Report:
     """All models on synthetic and human speech, clip by clip and as one recording; also how often
     PyTorch's texts are the student's, and how near its language and no-speech probabilities are to
     its teacher's."""
     sets = heldout(speech)
-    report = evaluate_models(
-        EvaluateConfig(
+    report = evaluator.evaluate_models(
+        config.EvaluateConfig(
             models=tuple(map(str, models.values())),
             names=tuple(models),
             datasets=tuple(map(str, sets)),
-            max_tokens=config.max_tokens,
+            max_tokens=demo.max_tokens,
         )
     )
-    clips = [
-        load_waveform(utterance)
-        for source in sets
-        for utterance in read_dataset(source).iter_from(0)
-    ]
-    differing = differing_texts(models["student"], clips, config.max_tokens)
-    same = f"{len(clips) - len(differing)} of {len(clips)} of the student's texts are the same"
-    details = {"speech": speech.sources, "in PyTorch": same}
-    ours, theirs = (
-        make_recognizer(load_checkpoint(models[name])) for name in ("student", "teacher")
-    )
+    recognizers = {
+        name: make_recognizer(load_checkpoint(models[name])) for name in ("teacher", "student")
+    }
+    details: dict[str, object] = {"speech": speech.sources}
+    pause = np.zeros(round(demo.pause * SAMPLE_RATE), np.float32)
+    clips, normalize = [], normalizer("en")
     for source in sets:
-        rates = (
-            f"{name} {wer_as_one_recording(config, recognizer, source):.1f}"
-            for name, recognizer in (("teacher", theirs), ("student", ours))
-        )
+        utterances = list(read_dataset(source).iter_from(0))
+        waveforms = [load_waveform(one) for one in utterances]
+        recording = np.concatenate([part for one in waveforms for part in (one, pause)])
+        reference, rates = " ".join(normalize(one.text or "") for one in utterances), []
+        for name, recognizer in recognizers.items():
+            text = normalize(transcribe(recording, recognizer, language="en").text)
+            rates.append(f"{name} {100 * word_errors([reference], [text]).rate:.1f}")
         details[f"WER of {source.stem} as one recording, sequential method"] = ", ".join(rates)
-    details["student and teacher"] = str(agreement(theirs, ours, clips, seed=config.seed))
+        clips += waveforms
+    same = len(clips) - len(differing_texts(models["student"], clips, demo.max_tokens))
+    details["in PyTorch"] = f"{same} of {len(clips)} of the student's texts are the same"
+    close = agreement(recognizers["teacher"], recognizers["student"], clips, seed=demo.seed)
+    details["student and teacher"] = str(close)
     report = dataclasses.replace(report, settings=report.settings | details)
-    report.save(config.output_dir)
+    report.save(demo.output_dir)
     return report
-
-
-def wer_as_one_recording(config: DemoConfig, recognizer: Recognizer, source: Path) -> float:
-    """WER in percent of a manifest's clips, joined to one recording."""
-    utterances = list(read_dataset(source).iter_from(0))
-    pause = np.zeros(round(config.pause * SAMPLE_RATE), np.float32)
-    parts = [part for one in utterances for part in (load_waveform(one), pause)]
-    text = transcribe(np.concatenate(parts), recognizer, language="en").text
-    normalize = normalizer("en")
-    reference = " ".join(normalize(one.text or "") for one in utterances)
-    return 100 * word_errors([reference], [normalize(text)]).rate
 
 
 def heldout(speech: DemoSpeech) -> list[Path]:
     """Manifests of the held-out clips, human ones first where there are any."""
     return [path for path in (speech.heldout_human, speech.heldout_synthetic) if path]
-
-
-def step(title: str) -> None:
-    """Print the title of a step."""
-    Console().rule(title, align="left")

@@ -45,12 +45,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is missing: is {path.parent} a Whisper model?")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except RecursionError:
-        raise InputError(f"{path} is not JSON (nested too deeply): fetch it again") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not JSON with one object: fetch it again")
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+    except (RecursionError, ValueError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise InputError(f"{path} is not JSON with one object ({reason}): fetch it again") from None
     return content
 
 

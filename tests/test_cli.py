@@ -59,7 +59,7 @@ def test_every_example_parses():
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_room_runs_the_config_of_its_verb(verb):
     config, room, _ = cli.VERBS[verb]
-    (parameter,) = inspect.signature(import_module(room).run).parameters.values()
+    (parameter,) = inspect.signature(import_module(f"flax_distil.{room}").run).parameters.values()
     assert parameter.annotation is config
 
 

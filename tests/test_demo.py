@@ -96,10 +96,9 @@ def test_a_slow_machine_does_less_and_goes_on_with_the_same(tmp_path, monkeypatc
 def test_the_demo_ends_where_its_training_is_stopped(tmp_path, monkeypatch, capsys):
     """SIGTERM at update 2: nothing is exported, and the status is not that of success."""
     speech = SimpleNamespace(sources="none", train=tmp_path)
-    for name in ("fetch_weights", "label"):
-        monkeypatch.setattr(demo, name, lambda *_: tmp_path)
+    monkeypatch.setattr(demo, "fetch_weights", lambda *_: tmp_path)
+    monkeypatch.setattr(demo, "label", lambda *_: (tmp_path,))
     monkeypatch.setattr(demo, "demo_speech", lambda *_, **__: speech)
-    monkeypatch.setattr(demo, "filter_labels", lambda store: store)
     monkeypatch.setattr(demo.student, "run", lambda _: None)
     stopped = TrainSummary(tmp_path, 2, False, 1.0, 0, None, None)
     monkeypatch.setattr(demo.trainer, "run", lambda _: stopped)

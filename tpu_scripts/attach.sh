@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Follow the log of one worker: attach.sh [--dry-run] [WORKER]
 #
-# Worker 0 without a number: only it logs every step. Ctrl-C leaves the run alone.
+# Default: worker 0, the only one that logs every step. Ctrl-C does not stop the run.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 main() {

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Fetch every worker's log, and results from worker 0: collect.sh [--dry-run] FOLDER [PATH…]
 #
-# Logs go to FOLDER/worker-<n>/. A PATH is relative to the checkout on worker 0 (runs/distill); what
-# was written to the bucket is not fetched.
+# Logs go to FOLDER/worker-<n>/. A PATH is relative to the checkout on worker 0 (runs/distill);
+# files in the bucket are not fetched.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 main() {

@@ -1,9 +1,9 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by every script here: settings, --dry-run, and how to reach all workers.
+# Sourced by every script: settings, --dry-run, and functions that run commands on all workers.
 #
 # Settings are environment variables, or lines NAME=value of the file that TPU_ENV names (tpu.env in
-# the current folder); the environment outranks the file. tpu.env.example explains each. The file is
-# data: no other variable can be set by it, and no value has characters that a shell would act on.
+# the current folder); the environment takes precedence. tpu.env.example explains each. The file
+# is data: it can set no other variable, and values cannot contain characters special to a shell.
 
 set -euo pipefail
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
@@ -13,8 +13,8 @@ fi
 
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 SECRETS=(HF_TOKEN WANDB_API_KEY)
-# What a value must look like. Numbers reach (( )), which would run a command in them, and have no
-# leading zero, which means octal there.
+# Patterns of valid values. Numbers are used in (( )), which would execute a command in them, and have
+# no leading zero, which would mean octal.
 WORD='[A-Za-z0-9][-A-Za-z0-9_.]*' NUMBER='0|[1-9][0-9]{0,5}' NAMES='[A-Za-z0-9][-A-Za-z0-9_./:@]*'
 declare -A FORMS=(
   [TPU_NAME]='[a-z][-a-z0-9]*' [TPU_ZONE]=$WORD [TPU_PROJECT]=$NAMES [TPU_TYPE]=$WORD
@@ -28,7 +28,7 @@ declare -A FORMS=(
   [HF_TOKEN]='.*' [WANDB_API_KEY]='.*'
 )
 DRY_RUN=no
-exec 3>&1 # what a dry run prints must not end in $(…)
+exec 3>&1 # so that a dry run's output is not captured by $(…)
 SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
 
@@ -41,15 +41,15 @@ die() {
   exit 1
 }
 
-# Takes --dry-run and --help out of the arguments; the rest is in ARGUMENTS. Where COMMAND_FOLLOWS,
-# options after the first word belong to that command.
+# Handles --dry-run and --help; the other arguments are in ARGUMENTS. With COMMAND_FOLLOWS, options
+# after the first word belong to that command.
 read_arguments() {
   ARGUMENTS=()
   while (($#)); do
     case $1 in
       --dry-run) DRY_RUN=yes ;;
       -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;;
-      -*) die "unknown option $1; there are --dry-run and --help" ;;
+      -*) die "unknown option $1; use --dry-run or --help" ;;
       *)
         if [[ ${COMMAND_FOLLOWS:-no} == yes ]]; then
           ARGUMENTS=("$@")
@@ -82,25 +82,25 @@ read_settings() {
   [[ -z ${TPU_PROJECT:-} ]] || PLACE+=("--project=$TPU_PROJECT")
   REACH=("${PLACE[@]}" --quiet)
   [[ ${TPU_INTERNAL_IP:-no} == no ]] || REACH+=(--internal-ip)
-  STATE=${TPU_STATE:-runs/tpu}/$TPU_NAME # what the next script has to know
+  STATE=${TPU_STATE:-runs/tpu}/$TPU_NAME # state for the next script
 }
 
-# Exports the lines NAME=value of a file, where NAME is a setting that the environment lacks.
+# Exports the lines NAME=value of a file whose NAME is not set in the environment.
 read_file() {
   local line name number=0
   while read -r line || [[ -n $line ]]; do
     ((++number))
     line=${line%$'\r'} name=${line%%=*}
     [[ -n $line && $line != '#'* ]] || continue
-    # Without the value, which may be a secret.
+    # The message omits the value, which may be a secret.
     [[ $line == *=* && $name =~ ^[A-Z_]+$ ]] || die "$1, line $number is not NAME=value"
-    [[ -v FORMS[$name] ]] || die "$1, line $number: there is no setting $name"
+    [[ -v FORMS[$name] ]] || die "$1, line $number: unknown setting $name"
     [[ -v $name ]] || export "$name=${line#*=}"
   done <"$1"
 }
 
-# Ends where a word of the command has the value of a secret, here or in a file of lines NAME=value:
-# process tables, logs and the cluster keep commands.
+# Fails if a word of the command contains the value of a secret, from the environment or a file of
+# NAME=value lines: commands are visible in process tables, logs and the cluster.
 refuse_secrets() {
   local file=$1 name line secret argument values=()
   shift
@@ -108,7 +108,7 @@ refuse_secrets() {
     values+=("$name=${!name:-}")
   done
   if [[ -n $file ]]; then
-    [[ -f $file ]] || die "there is no file $file"
+    [[ -f $file ]] || die "$file does not exist"
     while read -r line || [[ -n $line ]]; do values+=("${line%$'\r'}"); done <"$file"
   fi
   for line in "${values[@]}"; do
@@ -116,12 +116,12 @@ refuse_secrets() {
     [[ $line == *=* && -n $secret && $name =~ (TOKEN|KEY|SECRET|PASSWORD)$ ]] || continue
     for argument in "$@"; do
       [[ $argument != *"$secret"* ]] ||
-        die "the command contains the value of $name, which workers get otherwise: leave it out"
+        die "the command contains the value of $name, which is sent to workers separately: remove it"
     done
   done
 }
 
-# Runs a command, or prints it so that it could be pasted.
+# Runs a command, or prints it quoted for a shell.
 run() {
   if [[ $DRY_RUN == yes ]]; then
     { printf '+' && printf ' %q' "$@" && printf '\n'; } >&3
@@ -130,20 +130,20 @@ run() {
   fi
 }
 
-# State of the queued resource (ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, …), empty where there is
-# none. A list with a filter, because `describe` fails the same way without a resource and without permission.
+# State of the queued resource (ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, …), empty if there is
+# none. Uses a list with a filter, because `describe` fails the same way without a resource and without permission.
 queue_state() {
   run gcloud compute tpus queued-resources list "${PLACE[@]}" \
     --filter="name~/queuedResources/$TPU_NAME\$" --format='value(state.state)'
 }
 
-# State of the TPU itself (READY, PREEMPTED, …), empty where there is none.
+# State of the TPU (READY, PREEMPTED, …), empty if there is none.
 node_state() {
   run gcloud compute tpus tpu-vm list "${PLACE[@]}" \
     --filter="name~/nodes/$TPU_NAME\$" --format='value(state)'
 }
 
-# Sets COMMAND to the words that launch.sh was given; a dry run needs none.
+# Sets COMMAND to the command given to launch.sh; optional in a dry run.
 find_command() {
   COMMAND=(COMMAND)
   if [[ -f $STATE/$TPU_RUN.command ]]; then
@@ -153,7 +153,7 @@ find_command() {
   fi
 }
 
-# Sets WORKERS to their numbers; a dry run, which asks nothing, says `all`.
+# Sets WORKERS to their numbers, or to `all` in a dry run, which makes no requests.
 find_workers() {
   local count
   count=$(run gcloud compute tpus tpu-vm describe "$TPU_NAME" "${PLACE[@]}" \
@@ -163,14 +163,15 @@ find_workers() {
   elif [[ $count =~ ^[1-9][0-9]*$ ]]; then
     mapfile -t WORKERS < <(seq 0 $((count - 1)))
   else
-    say "the workers of $TPU_NAME in $TPU_ZONE cannot be listed: is it there? create.sh makes it"
+    say "the workers of $TPU_NAME in $TPU_ZONE cannot be listed: does it exist? Run create.sh to create it"
     return 1
   fi
 }
 
 # on_workers FUNCTION ARGUMENT…: calls FUNCTION WORKER ARGUMENT… for each worker, up to TPU_PARALLEL
-# at a time. One gcloud call a worker: --worker=all cannot say who failed, and gives stdin to one.
-# Prints each worker's output behind its number; leaves it in OUTPUT/<worker>. Names who failed.
+# at a time. One gcloud call per worker: --worker=all does not report which failed, and sends stdin to
+# one only. Prints each worker's output after its number, keeps it in OUTPUT/<worker>, and names the
+# workers that failed.
 on_workers() {
   if [[ $DRY_RUN == yes ]]; then
     "$1" all "${@:2}"
@@ -190,24 +191,24 @@ on_workers() {
     failed+=("$worker")
     tail -n 20 "$OUTPUT/$worker.errors" | sed "s/^/[worker $worker] /" >&2
   done
-  ((${#failed[@]} == 0)) || say "failed on worker ${failed[*]} of ${#WORKERS[@]}: its last words are above"
+  ((${#failed[@]} == 0)) || say "failed on worker ${failed[*]} of ${#WORKERS[@]}: see their output above"
   ((${#failed[@]} == 0))
 }
 
-# on_workers calls the following, with the worker's number first.
+# The following are called by on_workers, with the worker's number first.
 
-# Runs a command line of the worker's own shell there.
+# Runs a command line in the worker's shell.
 worker_command() {
   run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${REACH[@]}" --worker="$1" --command="$2"
 }
 
-# Runs a script of worker/ there. It comes over stdin, so that nothing is quoted twice; gcloud tries
-# again when a connection breaks, and stdin is then empty, hence the look at the first line.
+# Runs a script of worker/ on a worker. It is sent over stdin, so that nothing is quoted twice. gcloud
+# retries broken connections with empty stdin, hence the check of the first line.
 worker_script() {
   local arguments
   arguments=$(printf ' %q' "${@:3}")
   # shellcheck disable=SC2016 # for the worker's shell to expand
-  local receive='script=$(cat); case $script in "#!"*) ;; *) echo no script came >&2; exit 97 ;; esac; bash -c "$script"'
+  local receive='script=$(cat); case $script in "#!"*) ;; *) echo no script received >&2; exit 97 ;; esac; bash -c "$script"'
   [[ $DRY_RUN == no ]] || printf '# standard input: %s\n' "$2" >&3
   worker_command "$1" "$receive ${2##*/}$arguments" <"$2"
 }

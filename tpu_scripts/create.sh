@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Request a TPU by a queued resource and wait until it is ready: create.sh [--dry-run]
 #
-# Can be interrupted and run again: it then continues to wait. TPU_CAPACITY is on-demand, spot or
+# Can be interrupted; when run again it continues to wait. TPU_CAPACITY is on-demand, spot or
 # reserved.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -23,7 +23,7 @@ main() {
       *) say "$(date +%T) $TPU_NAME: $state" && sleep "$POLL_SECONDS" ;;
     esac
   done
-  say "$TPU_NAME is ready: setup.sh comes next"
+  say "$TPU_NAME is ready: run setup.sh next"
 }
 
 request() {
@@ -45,7 +45,7 @@ request() {
     --runtime-version="${TPU_RUNTIME:-$(image "$type")}" "${flags[@]}"
 }
 
-# The image that Google names for a type.
+# Google's recommended image for a type.
 image() {
   case $1 in
     v5e-* | v5litepod-*) echo v2-alpha-tpuv5-lite ;;

@@ -2,8 +2,8 @@
 # Start a command on every worker, detached: launch.sh [--dry-run] COMMAND ARGUMENT…
 #
 # It runs in the checkout with its environment; output goes to ~/flax-distil-runs/$TPU_RUN/log.
-# Workers on which the run is alive are left alone. Include the flag with which the command resumes
-# (--run.resume auto): resume.sh and watch.sh start the very same command.
+# Workers on which the run is already active are skipped. Include the flag that resumes the command
+# (--run.resume auto): resume.sh and watch.sh start the same command again.
 #
 # With TPU_RAY=yes the workers form a Ray cluster, and worker 0 alone runs the command in it:
 # pseudo-label … --engine ray (TPU_EXTRAS must include ray).
@@ -24,7 +24,7 @@ main() {
   fi
   find_workers
   [[ ${TPU_RAY:-no} == no ]] || find_head
-  on_workers worker_starts || die "not all workers run, and the others wait for them: see above, then resume.sh"
+  on_workers worker_starts || die "some workers did not start, and the others wait for them: see above, then run resume.sh"
   say "launched; attach.sh shows the log, watch.sh resumes the run after preemptions"
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stop what is left of a run and launch its command again: resume.sh [--dry-run]
+# Stop the remaining processes of a run and launch its command again: resume.sh [--dry-run]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 main() {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Stop the run on every worker: SIGTERM, which makes it write a checkpoint: stop.sh [--dry-run]
+# Stop the run on every worker: SIGTERM, on which it writes a checkpoint: stop.sh [--dry-run]
 #
-# What is still alive after TPU_STOP_SECONDS (300) is killed. Nothing running is fine.
+# Processes still running after TPU_STOP_SECONDS (300) are killed. It is not an error if none runs.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 main() {

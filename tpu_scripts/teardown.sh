@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Delete the TPU and its queued resource: teardown.sh [--dry-run]
 #
-# Everything on the workers' disks is lost: collect.sh first. Nothing to delete is fine.
+# Everything on the workers' disks is lost: run collect.sh first. It is not an error if there is none.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 main() {

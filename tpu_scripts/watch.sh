@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# See a launched run through preemptions until it ends: watch.sh [--dry-run]
+# Resume a launched run after preemptions until it ends: watch.sh [--dry-run]
 #
-# A TPU that was taken away is deleted, asked for again, set up at the same commit, and the run
-# resumed. Status 0 when all workers have ended well; 1 when one failed on a TPU that is still there.
+# A preempted TPU is deleted, requested again and set up at the same commit, and the run is resumed.
+# Exit status 0 when all workers have succeeded; 1 when one failed on a TPU that still exists.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 main() {
@@ -21,11 +21,11 @@ main() {
       *) replace ;;
     esac
     [[ $DRY_RUN == no ]] || return 0
-    # Processes die before their TPU is reported as preempted, so an end has to be seen twice.
+    # Processes die before their TPU is reported as preempted, so an end must be observed twice.
     if [[ -n $verdict && $verdict == "$before" ]]; then
       case $verdict in
         ended) return 0 ;;
-        failed) die "the run failed and the TPU is still there: read the log, then resume.sh" ;;
+        failed) die "the run failed and the TPU still exists: read the log, then run resume.sh" ;;
         unreachable) ((++unreachable < 3)) || die "workers cannot be reached though $TPU_NAME is READY" ;;
       esac
     else
@@ -35,7 +35,7 @@ main() {
   done
 }
 
-# Sets verdict to running, ended, failed or unreachable, by what the workers say.
+# Sets verdict to running, ended, failed or unreachable, by the workers' status.
 look() {
   local worker word words=()
   if ! find_workers || ! on_workers worker_script "$SCRIPTS/worker/run.sh" status "$TPU_RUN" \
@@ -55,14 +55,14 @@ look() {
   say "$(date +%T) $TPU_RUN: $verdict"
 }
 
-# Brings TPU and run back. What fails on the way, another preemption too, is tried again.
+# Recreates the TPU and resumes the run; retries after failures, including another preemption.
 replace() {
   local flags=() tries=0
   [[ $DRY_RUN == no ]] || flags=(--dry-run)
   until { [[ $(node_state) == READY ]] || ask_again "${flags[@]}"; } &&
     TPU_KEEP_COMMIT=yes "$SCRIPTS/setup.sh" "${flags[@]}" &&
     "$SCRIPTS/resume.sh" "${flags[@]}"; do
-    ((++tries < 5)) || die "the run could not be brought back in $tries tries"
+    ((++tries < 5)) || die "the run could not be resumed in $tries attempts"
     sleep "$POLL_SECONDS"
   done
 }

@@ -24,7 +24,7 @@ from flax_distil.pseudo_label.store import LabelStore, open_store
 Dataset = Utterances | UtteranceStream | Packed
 
 # Fields that do not change the labels.
-PLACE_AND_PACE = ["batch_size", "workers", "output_dir", "engine", "ray_address", "ray_workers"]
+PLACE_AND_PACE = ["batch_size", "workers", "output_dir", "engine", "ray_workers"]
 PLACE_AND_PACE += ["audio_states", "audio_states_dtype", "assistant", "draft_tokens"]
 PLACE_AND_PACE += ["max_skipped_share", "verify", "datasets"]
 

@@ -41,6 +41,7 @@ A_WEEK = 7 * 24 * 3600.0  # hosts wait so long for the slowest; a dead one ends 
 # The limit of skipped clips where none was given: a tenth, but never fewer than 100.
 SKIPPED_SHARE, SKIPPED_AT_LEAST = 0.1, 100
 REASONS_SHOWN = 3
+checking = partial(tqdm, desc="checking shards", leave=False)
 SKIPPED_SHOWN = 5
 
 
@@ -221,11 +222,6 @@ def check_skipped(config: PseudoLabelConfig, shards: Sequence[Shard], total: int
 def reasons(skipped: Sequence[Skipped]) -> str:
     """The first few skipped clips with their reasons."""
     return "; ".join(f"{clip.id}: {clip.reason}" for clip in skipped[:REASONS_SHOWN])
-
-
-def checking(files: Iterable) -> Iterable:
-    """The files, with a progress bar."""
-    return tqdm(files, desc="checking shards", leave=False)
 
 
 def summarise(shards: Sequence[Shard], labelled_now: float, wall: float) -> LabelSummary:

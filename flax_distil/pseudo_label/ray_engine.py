@@ -53,7 +53,7 @@ def start_engines(
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            ray.init(config.ray_address, include_dashboard=False)
+            ray.init(include_dashboard=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"cannot reach a Ray cluster: {error}") from None
     count, options = placement(ray.cluster_resources(), len(ray.nodes()))

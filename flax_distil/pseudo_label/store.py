@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from pydantic import TypeAdapter
 
 from flax_distil.data.utterances import Skipped
 from flax_distil.errors import InputError, check_writable
@@ -128,12 +129,8 @@ class Shard:
         """Labelled and skipped utterances."""
         return self.rows + len(self.skipped)
 
-    @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> "Shard":
-        """From the JSON of a footer or the index."""
-        skipped = tuple(Skipped(**one) for one in facts["skipped"])
-        lists = {name: tuple(facts[name]) for name in ("rates", "skipped_numbers")}
-        return cls(**{**facts, **lists, "skipped": skipped})
+
+FROM_JSON = TypeAdapter(Shard)  # what a footer and the index hold
 
 
 @dataclass(frozen=True)
@@ -195,7 +192,11 @@ class LabelStore:
         )
         facts = dataclasses.asdict(shard)
         del facts["bytes"]  # not known until the footer that holds them is written
-        contents = parquet_bytes(table.replace_schema_metadata({METADATA_KEY: json.dumps(facts)}))
+        table = table.replace_schema_metadata({METADATA_KEY: json.dumps(facts)})
+        sink = pa.BufferOutputStream()
+        options = {"row_group_size": ROW_GROUP, "compression": "zstd", "write_page_checksum": True}
+        pq.write_table(table, sink, **options)
+        contents = sink.getvalue().to_pybytes()
         self.write_file(_name(number), contents)
         return dataclasses.replace(shard, bytes=len(contents))
 
@@ -250,7 +251,7 @@ class LabelStore:
     def _read_index(self) -> tuple[bool, list[Shard]]:
         try:
             index = json.loads(self.files.cat_file(INDEX))
-            return index["complete"], [Shard.of(facts) for facts in index["shards"]]
+            return index["complete"], [FROM_JSON.validate_python(one) for one in index["shards"]]
         except (OSError, ValueError, KeyError, TypeError):
             return False, []  # missing or damaged: the shards hold the same facts
 
@@ -265,7 +266,7 @@ class LabelStore:
                 if verify:
                     parquet.read()
                 facts = json.loads((parquet.metadata.metadata or {})[METADATA_KEY])
-            return Shard.of(facts | {"bytes": size})
+            return FROM_JSON.validate_python(facts | {"bytes": size})
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
@@ -348,15 +349,6 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
             f"{path} is damaged ({error}): run pseudo-label --verify to make it again"
         ) from None
     return pa.concat_tables([table, SCHEMA.empty_table()], promote_options="default")
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """The same bytes for the same table, with a checksum on every page."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table, sink, row_group_size=ROW_GROUP, compression="zstd", write_page_checksum=True
-    )
-    return sink.getvalue().to_pybytes()
 
 
 def as_json(value: Any) -> bytes:

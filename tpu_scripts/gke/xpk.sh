@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Run a command on a GKE cluster by XPK (pip install xpk): gke/xpk.sh [--dry-run] COMMAND ARGUMENT…
 #
-# Beside TPU_NAME (the workload), TPU_ZONE, TPU_PROJECT, TPU_TYPE and TPU_CAPACITY it reads
-# XPK_CLUSTER, XPK_IMAGE and XPK_STORAGE (a bucket that `xpk storage attach` knows, mounted in the
-# container where that says). Secrets: XPK_ENV_FILE, of mode 600, whose path alone is an argument.
+# Settings: TPU_NAME (the workload), TPU_ZONE, TPU_PROJECT, TPU_TYPE, TPU_CAPACITY, XPK_CLUSTER,
+# XPK_IMAGE and XPK_STORAGE (a bucket attached with `xpk storage attach`, mounted where that says).
+# Secrets are in XPK_ENV_FILE, of mode 600; only its path is an argument.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 main() {

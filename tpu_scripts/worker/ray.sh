@@ -2,7 +2,7 @@
 # Runs on a worker, as the command of a run: ray.sh WORKER HEAD COMMAND…
 #
 # Worker 0 starts a Ray cluster at the address HEAD and runs COMMAND in it; the others join, and
-# leave when it has ended.
+# leave when it ends.
 set -euo pipefail
 
 main() {

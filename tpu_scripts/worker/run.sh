@@ -16,7 +16,7 @@ main() {
 
 boot() { cat /proc/sys/kernel/random/boot_id; }
 
-# Whether the run's process group lives and its command has not ended; sets group.
+# Whether the run's process group is alive and its command has not ended; sets group.
 alive() {
   local born
   [[ ! -f $1/status ]] || return 1
@@ -32,13 +32,13 @@ start() {
   fi
   rm -f "$folder/status"
   cd "$HOME/flax-distil"
-  # A session of its own, so that it outlives the connection. The trap lets this shell live through
-  # a SIGTERM to the group, to note how the command ended; the command does not inherit it.
+  # A new session, so that it survives the connection. The trap keeps this shell alive through a
+  # SIGTERM to the group, to record the exit status; the command does not inherit it.
   # shellcheck disable=SC2016
   setsid bash -c '
     trap : TERM
     [[ ! -f $HOME/.flax-distil-secrets ]] || source "$HOME/.flax-distil-secrets"
-    # Worker 0 writes compiled programs, all read them; a new TPU finds them as well.
+    # Worker 0 writes compiled programs and all workers read them, also on a new TPU.
     [[ ! -d $HOME/bucket ]] || export JAX_COMPILATION_CACHE_DIR=$HOME/bucket/programs
     PATH=$HOME/flax-distil/.venv/bin:$PATH PYTHONUNBUFFERED=1 "$@"
     echo $? >"$0/status"' "$folder" "${@:2}" >>"$folder/log" 2>&1 </dev/null &
@@ -72,11 +72,11 @@ status() {
   elif [[ ! -f $folder/process ]]; then
     echo absent
   elif [[ ! -f $folder/status ]]; then
-    echo "failed: killed from outside"
+    echo "failed: killed by another process"
   elif read -r code <"$folder/status" && [[ $code == 0 ]]; then
     echo ended
   else
-    echo "failed: status $code; the log ends so:"
+    echo "failed: status $code; end of the log:"
     tail -n 5 "$folder/log"
   fi
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs on a worker: setup.sh COMMIT PYTHON EXTRAS BUCKET. The pack lies in the home folder.
+# Runs on a worker: setup.sh COMMIT PYTHON EXTRAS BUCKET. The pack is in the home folder.
 set -euo pipefail
 
 main() {
@@ -9,10 +9,10 @@ main() {
 
   [[ -d $project/.git ]] || git init --quiet "$project"
   git -C "$project" index-pack --stdin <"$HOME/flax-distil.pack" >/dev/null
-  echo "$commit" >"$project/.git/shallow" # its parents were left out
+  echo "$commit" >"$project/.git/shallow" # its parents are not included
   git -C "$project" checkout --quiet --force --detach "$commit"
 
-  # The images' own Python is 3.10, which is too old; uv brings another.
+  # The images have Python 3.10, which is too old; uv installs a newer one.
   command -v uv >/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   uv venv --quiet --allow-existing --python "$python" "$project/.venv"
   uv pip install --quiet --python "$project/.venv/bin/python" --editable "${project}[$extras]"
@@ -40,12 +40,12 @@ mount_bucket() {
   gcsfuse --implicit-dirs "$1" "$folder"
 }
 
-# What recipes name by relative paths is then the same on every worker, and outlives the TPU.
+# Relative paths in recipes are then the same files on every worker, and survive the TPU.
 keep_in_bucket() {
   local kept=$HOME/bucket/${1##*/}
   [[ ! -L $1 ]] || return 0
   if [[ -e $1 ]]; then
-    echo "$1 is on this disk, which a preemption takes: move it to $kept, then set up again" >&2
+    echo "$1 is on this disk, which a preemption deletes: move it to $kept and run setup.sh again" >&2
     return 1
   fi
   mkdir -p "$kept"
