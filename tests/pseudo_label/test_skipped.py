@@ -124,8 +124,11 @@ def test_a_complete_streams_skipped_clips_are_tried_again(config, speech, tmp_pa
     class Rows:
         skip = staticmethod(rows_read)
 
+        def __iter__(self) -> Iterator[dict]:
+            return rows_read()
+
     def label_stream(teacher=fake_teacher):
-        stream = UtteranceStream(Rows(), listed.columns, config.data)  # type: ignore[arg-type]
+        stream = UtteranceStream(Rows(), listed.columns, config.data)
         labeller = fake_labeller(config, teacher, utterances=stream)
         return label(labeller.job, labeller.shards)
 
