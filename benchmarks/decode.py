@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--models whisper-tiny.en whisper-base] [--batches 1 8]
         [--rounds 3] [--minutes 1] [--student FOLDER] [--smaller NAME] [--draft-tokens 4]
-        [--vocabulary 24000] [--speculative-batches 1 4 16] [--json FILE] [AUDIO ...]
+        [--speculative-batches 1 4 16] [--json FILE] [AUDIO ...]
 
 The figures that are published: --rounds 5 --minutes 10, on a machine that does nothing else.
 
@@ -23,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,8 +37,8 @@ from tqdm import tqdm
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, load_audio, pad_or_trim
 from flax_distil.cache import cache_folder
 from flax_distil.decode.assistant import make_assistant
-from flax_distil.decode.hypothesis import Acceptance
 from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
+from flax_distil.decode.search import Acceptance
 from flax_distil.export.formats import write_faster_whisper
 from flax_distil.fetch.speech import human_prompts, read_manifest, sentences, synthesise
 from flax_distil.fetch.weights import fetch_weights
@@ -217,7 +218,7 @@ def drafted(recognizer: Recognizer, options: argparse.Namespace) -> dict[str, En
 
     def assisted(assistant):
         def run(windows):
-            helped = recognizer.with_assistant(assistant)
+            helped = replace(recognizer, assistant=assistant)
             found = recognize(helped, windows, decode, language="en")
             run.acceptance = Acceptance.total(one.acceptance for one in found)
             return [one.text for one in found]
@@ -232,11 +233,7 @@ def drafted(recognizer: Recognizer, options: argparse.Namespace) -> dict[str, En
         if checkpoint is not None and checkpoint.dims.vocab != recognizer.spec.dims.vocab:
             Console(stderr=True).print(f"{name} is left out: it has another vocabulary")
             continue
-        for vocabulary in (None, options.vocabulary) if checkpoint else (None,):
-            assistant = make_assistant(recognizer, checkpoint, options.draft_tokens, vocabulary)
-            runs[name if vocabulary is None else f"{name}, {vocabulary} tokens"] = assisted(
-                assistant
-            )
+        runs[name] = assisted(make_assistant(recognizer, checkpoint, options.draft_tokens))
     return runs
 
 
@@ -338,7 +335,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--student", help="drafts for the models with its vocabulary")
     parser.add_argument("--smaller", help="a smaller Whisper, as the student")
     parser.add_argument("--draft-tokens", type=int, default=4, help="tokens drafted a pass")
-    parser.add_argument("--vocabulary", type=int, default=24000, help="text tokens to guess from")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

@@ -8,7 +8,7 @@ language: whisper-base names the language of telephone prompts in five languages
 does. search: the tokens of greedy search are Transformers'; a model may be a folder, and
 --manifests takes other clips than the prompts: those that the demo judges, say.
 chunked: a recording read in chunks has the words that Transformers' pipeline finds in it. With
-timestamps the pipeline says parts twice: there our chunks are also put together by its own code.
+timestamps the pipeline repeats parts: there our chunks are also put together by its own code.
 sequential: one read with Whisper's algorithm has openai-whisper's words and segments. words: the
 times of its words, and those that students give to their teacher's words. Each difference of the
 first two is listed with the log-probabilities that the reference gives to both answers: what is
@@ -33,9 +33,14 @@ from tqdm import tqdm
 from flax_distil.audio.load import AudioError, load_audio, pad_or_trim
 from flax_distil.audio.log_mel import HOP
 from flax_distil.cache import cache_folder
-from flax_distil.decode.hypothesis import Window
-from flax_distil.decode.language import detect_language
-from flax_distil.decode.recognizer import Recognizer, encode, make_recognizer, recognize
+from flax_distil.decode.recognizer import (
+    Recognizer,
+    detect_language,
+    encode,
+    make_recognizer,
+    recognize,
+)
+from flax_distil.decode.search import Window
 from flax_distil.fetch.speech import human_prompts, read_manifest
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
@@ -49,8 +54,8 @@ from flax_distil.text.normalize import normalizer
 from flax_distil.text.tokens import WhisperTokens
 from flax_distil.text.wer import word_errors
 from flax_distil.transcribe import ChunkedOptions, SequentialOptions, transcribe
-from flax_distil.transcribe.chunked import ChunkState, cut_all, decode_chunks
-from flax_distil.transcribe.segments import split_segments
+from flax_distil.transcribe.chunked import Chunk, cut_all, decode_chunks
+from flax_distil.transcribe.long_form import LongFormJob, split_segments
 from flax_distil.transcribe.words import align_words
 
 TOKENS = 128  # written at most for a clip
@@ -112,7 +117,7 @@ def languages(spoken_in: list[str], count: int, size: int) -> list[dict]:
         row = {"language": spoken, "clips": 0, "as_openai": 0, "right": 0, "differences": []}
         for batch, windows in batches(chosen(files or [], count), size, spoken):
             audio = encode(ours.spec, ours.params["encoder"], windows)
-            found = detect_language(ours.spec, ours.params["decoder"], audio, ours.tokens)
+            found = detect_language(ours, audio)
             # One at a time: the loudest frame of a batch would set the floor for all.
             mel = torch.stack([whisper.log_mel_spectrogram(window) for window in windows])
             _, expected = theirs.detect_language(mel)
@@ -153,8 +158,10 @@ def searches(name: str, files: list[Path], sizes: Sequence[int]) -> list[dict]:
         )
         for size, (row, differences) in found.items():
             parts = (windows[at : at + size] for at in range(0, len(windows), size))
-            heard = [one for part in parts for one in recognize(ours, part, options, language="en")]
-            for index, (path, one, ids) in enumerate(zip(batch, heard, written, strict=True)):
+            hypotheses = [
+                one for part in parts for one in recognize(ours, part, options, language="en")
+            ]
+            for index, (path, one, ids) in enumerate(zip(batch, hypotheses, written, strict=True)):
                 texts = list(one.tokens), text_of(ids.tolist(), ours.tokens)
                 row["clips"] += 1
                 row["equal"] += texts[0] == texts[1]
@@ -192,12 +199,12 @@ def long_recording(minutes: float, seed: int = 0) -> tuple[np.ndarray, str]:
 
 def chunks(name: str, minutes: float, size: int) -> list[dict]:
     """WER between our chunked transcript and that of Transformers' pipeline, with and without
-    timestamps, and of both against what is said."""
+    timestamps, and of both against the reference."""
     from transformers import pipeline
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    sound, said = long_recording(minutes)
+    sound, reference = long_recording(minutes)
     checkpoint = load_checkpoint(fetch_weights(name))
     ours = make_recognizer(checkpoint)
     folder = str(checkpoint.source)
@@ -216,7 +223,7 @@ def chunks(name: str, minutes: float, size: int) -> list[dict]:
                 long_form=ChunkedOptions(length),
                 batch_size=size,
             )
-            # With timestamps it reads a chunk on behind its last one, unless told not to.
+            # With timestamps it decodes the rest of a chunk after its last one, unless this is off.
             for once in (False, True) if timestamps else (False,):
                 other = theirs(
                     sound.copy(),
@@ -232,8 +239,8 @@ def chunks(name: str, minutes: float, size: int) -> list[dict]:
                     "timestamps": timestamps,
                     "pipeline_reads_once": once,
                     "wer_between": wer(other["text"], found.text),
-                    "wer_ours": wer(said, found.text),
-                    "wer_theirs": wer(said, other["text"]),
+                    "wer_ours": wer(reference, found.text),
+                    "wer_theirs": wer(reference, other["text"]),
                     "segments": [len(found.segments), len(other.get("chunks", ()))],
                 }
                 if timestamps:
@@ -244,28 +251,26 @@ def chunks(name: str, minutes: float, size: int) -> list[dict]:
     return rows
 
 
-class WholeChunk(ChunkState):
+class WholeChunk(Chunk):
     """Decoded to its end, as in Transformers; ours leaves the end to the next chunk."""
 
     def unfinished(self) -> bool:
-        return bool(self.chunk.samples[self.seek * HOP :].any())
+        return bool(self.samples[self.seek * HOP :].any())
 
 
 def merged_as_theirs(
     recognizer: Recognizer, tokenizer: Any, sound: np.ndarray, length: float, size: int, once: bool
 ) -> str:
     """Our chunks, each read once or to its end, put together by Transformers' tokenizer."""
-    start = Window("en")
-    states = [
-        WholeChunk(one) for one in cut_all(recognizer, [sound], start, ChunkedOptions(length))
-    ]
     options = DecodeOptions(timestamps=True)
+    job = LongFormJob(recognizer, options, Window("en"), chunked=ChunkedOptions(length))
+    states = [WholeChunk(**vars(one)) for one in cut_all(job, [sound])]
     outputs = []
     for batch in (states[at : at + size] for at in range(0, len(states), size)):
         while left := [one for one in batch if one.unfinished() and not (once and one.hypotheses)]:
-            decode_chunks(recognizer, left, options)
+            decode_chunks(job, left)
         for one in batch:
-            ids, seek, piece = [], 0, one.chunk.piece
+            ids, seek, piece = [], 0, one.piece
             for found in one.hypotheses[:-1]:
                 spans, moved = split_segments(
                     found.tokens, recognizer.tokens.times, one.frames - seek
@@ -293,7 +298,7 @@ def wer(reference: str, text: str) -> float:
 
 def long_form(name: str, minutes: float, words: bool) -> dict:
     """Our sequential transcript beside openai-whisper's at temperature 0, with words or without."""
-    sound, said = long_recording(minutes)
+    sound, reference = long_recording(minutes)
     checkpoint = load_checkpoint(fetch_weights(name))
     reference = openai_model(checkpoint)
     reference.set_alignment_heads(whisper._ALIGNMENT_HEADS[name.removeprefix("whisper-")])
@@ -312,7 +317,7 @@ def long_form(name: str, minutes: float, words: bool) -> dict:
         "model": name,
         "minutes": round(sound.size / 960_000, 1),
         "wer_between": wer(theirs["text"], ours.text),
-        "wer_ours": wer(said, ours.text),
+        "wer_ours": wer(reference, ours.text),
         "segments": [*map(len, segments)],
         "boundaries": apart(*([(one["text"], times(one)) for one in side] for side in segments)),
     }

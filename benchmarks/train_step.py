@@ -132,8 +132,8 @@ def pytorch(
         mel = extractor(list(waveforms), sampling_rate=SAMPLE_RATE, return_tensors="pt")
         with torch.no_grad():
             audio = guide.model.encoder(mel.input_features.to(guide.dtype)).last_hidden_state
-            heard = BaseModelOutput(last_hidden_state=audio)
-            inputs = {"encoder_outputs": heard, "decoder_input_ids": tokens}
+            encoded = BaseModelOutput(last_hidden_state=audio)
+            inputs = {"encoder_outputs": encoded, "decoder_input_ids": tokens}
             wanted = guide(**inputs).logits.float()
         logits = learner(**inputs).logits.float()
         kl = F.kl_div(

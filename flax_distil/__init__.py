@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flax_distil.audio.load import load_audio
-    from flax_distil.decode.hypothesis import Hypothesis
     from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
+    from flax_distil.decode.search import Hypothesis
     from flax_distil.errors import InputError
     from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from flax_distil.model.student import init_student
@@ -32,7 +32,7 @@ __all__ = [
 
 _HOMES = {
     "flax_distil.audio.load": ("load_audio",),
-    "flax_distil.decode.hypothesis": ("Hypothesis",),
+    "flax_distil.decode.search": ("Hypothesis",),
     "flax_distil.decode.recognizer": ("Recognizer", "make_recognizer", "recognize"),
     "flax_distil.errors": ("InputError",),
     "flax_distil.model.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),

@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flax_distil.decode.drafters import Assistant, LookupDrafter, frequent_ids, model_drafter
+from flax_distil.decode.drafters import Assistant, LookupDrafter, model_drafter
 from flax_distil.decode.recognizer import Recognizer
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
@@ -16,7 +15,6 @@ from flax_distil.parallel.clips import replicate
 
 DRAFT_TOKENS = 4  # for each pass of the model, by default
 CPU_VERIFYING = 0.16  # time of a further token in a pass, of that of a pass of one (docs/LOG.md)
-CPU_VOCABULARY = 24_000  # they cover some 94 % of the tokens of English text (docs/LOG.md)
 
 
 def load_assistant(
@@ -24,26 +22,19 @@ def load_assistant(
 ) -> Assistant:
     """The assistant for a checkpoint's folder or name, or for "lookup".
 
-    On CPUs it drafts from the first 24,000 text tokens: its projection takes half the time.
-
     Raises:
         InputError: there is no such checkpoint, or it does not fit (`make_assistant`).
     """
-    vocabulary = CPU_VOCABULARY if jax.default_backend() == "cpu" else None
     checkpoint = None if name == "lookup" else load_checkpoint(name)
-    return make_assistant(recognizer, checkpoint, draft_tokens, vocabulary)
+    return make_assistant(recognizer, checkpoint, draft_tokens)
 
 
 def make_assistant(
-    recognizer: Recognizer,
-    checkpoint: Checkpoint | None,
-    draft_tokens: int = DRAFT_TOKENS,
-    vocabulary: int | None = None,
+    recognizer: Recognizer, checkpoint: Checkpoint | None, draft_tokens: int = DRAFT_TOKENS
 ) -> Assistant:
     """A student or smaller Whisper as the assistant of `recognizer`; None looks up repetitions.
 
-    A student whose encoder is the model's reads the same audio states. vocabulary: how many text
-    tokens it may draft, the most frequent ones.
+    A student whose encoder is the model's reads the same audio states.
 
     Its `break_even` is the time of a draft token where a pass of the model takes 1: the weights
     that it reads, of those that a pass reads, and on CPUs its verification.
@@ -67,20 +58,12 @@ def make_assistant(
             f"the assistant reads {theirs.mels} mel bins and the model {ours.mels}: both need the "
             "same"
         )
-    spec = replace(recognizer.spec, dims=checkpoint.dims)
+    spec = replace(recognizer.spec, dims=theirs)
     put = lambda half: replicate(jax.tree.map(lambda leaf: jnp.asarray(leaf, spec.dtype), half))
-    ids = None
-    if vocabulary is not None:
-        ids = replicate(jnp.asarray(frequent_ids(recognizer.tokens, vocabulary)))
-    drafter = model_drafter(spec, put(checkpoint.params["decoder"]), ids)
-    whole = recognizer.params["decoder"]
-    weights = _size(whole["layers"]) + _size(whole["tokens"])
-    reading = (_size(drafter.params["layers"]) + drafter.head_DU.size) / weights
+    drafter = model_drafter(spec, put(checkpoint.params["decoder"]))
+    size = lambda half: sum(map(jnp.size, jax.tree.leaves((half["layers"], half["tokens"]))))
+    reading = size(checkpoint.params["decoder"]) / size(recognizer.params["decoder"])
     encoder = put(checkpoint.params["encoder"])
     shared = same_arrays(encoder, recognizer.params["encoder"])
     own = None if shared else (spec, encoder)
     return Assistant(drafter, draft_tokens, reading + verifying, own)
-
-
-def _size(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -8,21 +8,15 @@ their mean log-probability, the end of text not counted in the length (`text_sco
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_distil.decode.rules import RuleSet, TextProgress, advance, apply_rules, start_progress
-from flax_distil.decode.search import (
-    DecoderModel,
-    SearchInput,
-    SearchResult,
-    prefill,
-    repeat_cache,
-    text_score,
-)
+from flax_distil.decode import search
+from flax_distil.decode.rules import RuleSet, TextProgress
+from flax_distil.decode.search import DecoderModel, SearchInput, SearchResult
 from flax_distil.model.whisper import Cache
 from flax_distil.parallel.clips import by_clip
 
@@ -30,16 +24,11 @@ NEVER = -1e9  # worse than any text
 
 
 class _Texts(NamedTuple):
-    """Some texts of each clip. priority: orders the ended ones; `NEVER` is an empty place.
-
-    whole: whether the model ended the text; False where it goes on or was cut.
-    """
+    """Some texts of each clip. sums: of log-probabilities; `NEVER` is an empty place."""
 
     tokens: Array  # [B K L]
     lengths: Array  # [B K]
     sums: Array  # [B K]
-    priority: Array  # [B K]
-    whole: Array  # [B K]
 
 
 class _Loop(NamedTuple):
@@ -66,10 +55,9 @@ def beam(
 
     collected: texts that end before the search stops. length_penalty: as of `text_score`.
     """
-    decoder = model.decoder()
-    project, allowed = decoder.projection(model.head_DV), rules.rules()
-    clips = len(batch.active_B)
-    hidden_B2D, cache = prefill(decoder, batch.audio_BSD, batch.prompt, max_tokens)
+    decoder, clips = model.decoder(), len(batch.active_B)
+    project = decoder.projection(model.head_DV)
+    hidden_B2D, cache = search.prefill(decoder, batch.audio_BSD, batch.prompt, max_tokens)
     logits_B2V = project(hidden_B2D)
 
     def more(loop: _Loop) -> Array:
@@ -80,16 +68,16 @@ def beam(
         at = progress.index
         full_B = jnp.broadcast_to(cache.length >= model.spec.dims.text_positions, clips * beams)
         last_B = full_B[::beams] | (at + 1 >= max_tokens)
-        logits_RV = apply_rules(allowed, logits_BKV.reshape(-1, logits_BKV.shape[-1]), progress)
+        logits_RV = rules.apply(logits_BKV.reshape(-1, logits_BKV.shape[-1]), progress)
         gain_BKV = jax.nn.log_softmax(logits_RV).reshape(logits_BKV.shape)
         parent_BC, token_BC, longer = continuations(gain_BKV, going, at, 2 * beams)
         ends_BC = token_BC == rules.end
-        ended = collect(ended, longer, ends_BC, done_B, at, beams)
+        new_BC = ends_BC & (jnp.cumsum(~ends_BC, axis=1) < beams) & ~done_B[:, None]
+        ended = collect(ended, longer, new_BC)
         order_BK = jnp.argsort(ends_BC, axis=1, stable=True)[:, :beams]
-        pick = partial(jnp.take_along_axis, indices=order_BK, axis=1)
-        parent_BK, token_BK = pick(parent_BC), pick(token_BC)
-        going = jax.tree.map(partial(freeze, done_B), going, _pick(longer, order_BK))
-        done_B |= last_B | (ended.priority > NEVER / 2).all(axis=1)
+        parent_BK, token_BK, longer = _pick((parent_BC, token_BC, longer), order_BK)
+        going = jax.tree.map(partial(jax.vmap(jnp.where), done_B), going, longer)
+        done_B |= last_B | (ended.sums > NEVER / 2).all(axis=1)
 
         rows = (parent_BK + beams * jnp.arange(clips)[:, None]).reshape(-1)
         own = cache.rows(partial(jnp.take, indices=rows))
@@ -97,20 +85,21 @@ def beam(
         token_R = token_BK.reshape(-1)
         hidden_R1D, cache = decoder.step(token_R[:, None], cache._replace(own=own))
         logits_BKV = project(hidden_R1D).reshape(logits_BKV.shape)
-        return _Loop(cache, logits_BKV, going, ended, done_B, advance(progress, token_R, rules))
+        return _Loop(cache, logits_BKV, going, ended, done_B, rules.advance(progress, token_R))
 
-    first_BKV = jnp.repeat(logits_B2V[:, 1:], beams, axis=1)
     going = _empty(clips, beams, max_tokens, rules.end)
-    # At first all beams are one.
-    going = going._replace(sums=going.sums.at[:, 1:].set(NEVER))
-    ended = _empty(clips, collected, max_tokens, rules.end)
-    progress = start_progress(clips * beams, max_tokens if rules.look_back else 0)
-    cache = repeat_cache(cache, beams)
-    start = _Loop(cache, first_BKV, going, ended, ~batch.active_B, progress)
+    start = _Loop(
+        search.repeat_cache(cache, beams),
+        jnp.repeat(logits_B2V[:, 1:], beams, axis=1),
+        going._replace(sums=going.sums.at[:, 0].set(0)),  # at first all beams are one
+        _empty(clips, collected, max_tokens, rules.end),
+        ~batch.active_B,
+        rules.start(clips * beams),
+    )
     loop = jax.lax.while_loop(more, write, start)
-    text = best_text(loop.beams, loop.ended, beams, length_penalty)
+    text, ended_B = best_text(loop.beams, loop.ended, length_penalty)
     no_speech = jax.nn.softmax(logits_B2V[:, 0])[:, rules.no_speech]
-    return SearchResult(text.tokens, text.lengths, text.sums, no_speech, text.whole)
+    return SearchResult(text.tokens, text.lengths, text.sums, no_speech, ended_B)
 
 
 def continuations(
@@ -130,62 +119,47 @@ def continuations(
     token_BC = jnp.take_along_axis(token_BKC.reshape(sums_BN.shape), place_BC, axis=1)
     tokens_BCL = jnp.take_along_axis(going.tokens, parent_BC[..., None], axis=1)
     tokens_BCL = tokens_BCL.at[:, :, at].set(token_BC)
-    lengths_BC = jnp.full(parent_BC.shape, at + 1, jnp.int32)
-    no_BC = jnp.zeros(parent_BC.shape, bool)
-    longer = _Texts(tokens_BCL, lengths_BC, sums_BC, jnp.zeros_like(sums_BC), no_BC)
-    return parent_BC, token_BC, longer
+    return parent_BC, token_BC, _Texts(tokens_BCL, jnp.full_like(parent_BC, at + 1), sums_BC)
 
 
-def collect(
-    ended: _Texts,
-    longer: _Texts,
-    ends_BC: Bool[Array, "B C"],
-    done_B: Bool[Array, " B"],
-    at: Int[Array, ""],
-    beams: int,
-) -> _Texts:
-    """The ended texts and those that end now, first come first served."""
-    rank = jnp.arange(ends_BC.shape[1])
-    going_before_BC = jnp.cumsum(~ends_BC, axis=1)
-    new_BC = ends_BC & (going_before_BC < beams) & ~done_B[:, None] & (longer.sums > NEVER / 2)
-    arrival_C = -(at * len(rank) + rank).astype(jnp.float32)
+def collect(ended: _Texts, longer: _Texts, new_BC: Bool[Array, "B C"]) -> _Texts:
+    """The ended texts and those of `longer` that end now, first come first served."""
     fresh = longer._replace(
-        lengths=longer.lengths - ends_BC,  # the end is not a token of the text
-        priority=jnp.where(new_BC, arrival_C, NEVER),
-        whole=ends_BC,
+        lengths=longer.lengths - 1,  # the end is not a token of the text
+        sums=jnp.where(new_BC, longer.sums, NEVER),
     )
-    merged = jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), ended, fresh)
-    return _pick(merged, jax.lax.top_k(merged.priority, ended.priority.shape[1])[1])
+    merged = _concatenate(ended, fresh)
+    order_BC = jnp.argsort(merged.sums < NEVER / 2, axis=1, stable=True)
+    return _pick(merged, order_BC[:, : ended.sums.shape[1]])
 
 
-def best_text(going: _Texts, ended: _Texts, beams: int, length_penalty: float | None) -> _Texts:
-    """The best text of each clip; where too few have ended, the best beams compete as well."""
-    valid_BC = ended.priority > NEVER / 2
-    missing_B1 = beams - valid_BC.sum(axis=1, keepdims=True)
-    valid_BK = jnp.arange(beams) < missing_B1
-    texts = jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), ended, going)
-    scores = text_score(texts.sums, texts.lengths, length_penalty)
-    valid = jnp.concatenate([valid_BC, valid_BK], axis=1)
+def best_text(
+    going: _Texts, ended: _Texts, length_penalty: float | None
+) -> tuple[_Texts, Bool[Array, " B"]]:
+    """The best text of each clip, and whether it ended; where fewer texts than beams have ended,
+    the best beams compete as well."""
+    valid_BC = ended.sums > NEVER / 2
+    beams, collected = going.sums.shape[1], ended.sums.shape[1]
+    valid_BK = jnp.arange(beams)[None] < beams - valid_BC.sum(axis=1, keepdims=True)
+    texts, valid = _concatenate(ended, going), jnp.concatenate([valid_BC, valid_BK], axis=1)
+    scores = search.text_score(texts.sums, texts.lengths, length_penalty)
     best_B = jnp.where(valid, scores, -jnp.inf).argmax(axis=1)
-    return jax.tree.map(lambda leaf: leaf[:, 0], _pick(texts, best_B[:, None]))
+    best = jax.tree.map(lambda leaf: leaf[:, 0], _pick(texts, best_B[:, None]))
+    return best, best_B < collected
 
 
-def freeze(done_B: Bool[Array, " B"], before: Array, after: Array) -> Array:
-    """`after`, but `before` for clips that are done."""
-    return jnp.where(done_B.reshape(-1, *[1] * (after.ndim - 1)), before, after)
+def _concatenate(first: _Texts, second: _Texts) -> _Texts:
+    return jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), first, second)
 
 
-def _pick(texts: _Texts, places_BK: Array) -> _Texts:
+def _pick(texts: Any, places_BK: Array) -> Any:
     rows_B1 = jnp.arange(len(places_BK))[:, None]
-    return _Texts(*(leaf[rows_B1, places_BK] for leaf in texts))
+    return jax.tree.map(lambda leaf: leaf[rows_B1, places_BK], texts)
 
 
 def _empty(clips: int, places: int, room: int, end: int) -> _Texts:
-    zeros = jnp.zeros((clips, places))
     return _Texts(
         tokens=jnp.full((clips, places, room), end, jnp.int32),
         lengths=jnp.zeros((clips, places), jnp.int32),
-        sums=zeros,
-        priority=zeros + NEVER,
-        whole=jnp.zeros((clips, places), bool),
+        sums=jnp.full((clips, places), NEVER),
     )

@@ -1,15 +1,15 @@
-"""The tokens that a decoder reads before the text: previous text, task and prefix."""
+"""From options and windows to a search's arguments: prompts, rules and random seeds."""
 
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from flax_distil.decode.hypothesis import Window
-from flax_distil.decode.search import Prompt
+from flax_distil.decode.rules import RuleSet
+from flax_distil.decode.search import Prompt, Sampling, Window
 from flax_distil.errors import InputError
 from flax_distil.options import DecodeOptions
-from flax_distil.text.tokens import WhisperTokens
+from flax_distil.text.tokens import TIMESTAMP_STEP, WhisperTokens
 
 PROMPT_LENGTHS = (8, 64, 256)  # prompts are padded to one of these, so that few programs compile
 
@@ -36,8 +36,8 @@ def prompt_ids(
     room = previous_room(tokens, context, options)
     previous = text_ids(tokens, options.hotwords) + (window.previous[-room:] if room else ())
     language = window.language if tokens.multilingual else None
-    most = context // 2 - len(tokens.prompt(language, options.task, options.timestamps))
-    if len(prefix) > most:
+    task = tokens.prompt(language, options.task, options.timestamps)
+    if len(prefix) > (most := context // 2 - len(task)):
         raise InputError(f"the prefix has {len(prefix)} tokens: use at most {most}")
     return [*tokens.prompt(language, options.task, options.timestamps, previous), *prefix]
 
@@ -75,3 +75,28 @@ def make_prompt(prompts: Sequence[Sequence[int]], sot: int) -> Prompt:
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return Prompt(*map(jnp.asarray, (tokens, lengths, sots)))
+
+
+def make_sampling(windows: Sequence[Window], rows: int) -> Sampling | None:
+    """Temperatures and seeds of a batch of `rows`; None where nothing is drawn."""
+    if not any(window.temperature > 0 for window in windows):
+        return None
+    temperature_B, seed_B = np.zeros(rows, np.float32), np.zeros(rows, np.int32)
+    temperature_B[: len(windows)] = [window.temperature for window in windows]
+    seed_B[: len(windows)] = [window.seed % 2**31 for window in windows]
+    return Sampling(jnp.asarray(temperature_B), jnp.asarray(seed_B))
+
+
+def rule_set(tokens: WhisperTokens, options: DecodeOptions) -> RuleSet:
+    """The rules for a vocabulary and options."""
+    return RuleSet(
+        end=tokens.eot,
+        no_speech=tokens.no_speech,
+        suppressed=tokens.suppressed + tokens.padding,
+        suppressed_first=tokens.suppressed_first,
+        timestamp_begin=tokens.timestamp_begin if options.timestamps else None,
+        no_timestamps=tokens.no_timestamps,
+        max_initial=round(options.max_initial_timestamp / TIMESTAMP_STEP),
+        prefixed=options.timestamps and bool(prefix_ids(tokens, options)),
+        timestamp_end=tokens.times.stop if tokens.words else None,
+    )

@@ -13,20 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from flax_distil.audio.log_mel import log_mel
+from flax_distil.decode import prompts, search
 from flax_distil.decode.beam import beam
 from flax_distil.decode.drafters import Assistant
 from flax_distil.decode.greedy import greedy
-from flax_distil.decode.hypothesis import Acceptance, Hypothesis, Window
-from flax_distil.decode.language import detect_language, only_language
-from flax_distil.decode.prompts import (
-    make_prompt,
-    prefix_ids,
-    previous_room,
-    prompt_ids,
-    text_ids,
-)
-from flax_distil.decode.rules import RuleSet
-from flax_distil.decode.search import DecoderModel, Sampling, SearchInput, SearchResult
 from flax_distil.decode.speculative import speculative
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
@@ -36,7 +26,7 @@ from flax_distil.model.spec import Params, Spec
 from flax_distil.options import DecodeOptions
 from flax_distil.parallel.clips import by_clip, chips_of, replicate
 from flax_distil.text.languages import to_language_code
-from flax_distil.text.tokens import TIMESTAMP_STEP, WhisperTokens
+from flax_distil.text.tokens import WhisperTokens
 from flax_distil.text.wer import compression_ratio
 
 log = logging.getLogger(__name__)
@@ -57,7 +47,7 @@ class Recognizer:
     previous_text: whether windows of long recordings get the text before them as prompt; False
         where the generation config says that the model was trained without
         (`condition_on_prev_tokens`).
-    assistant: drafts tokens that the model verifies (`with_assistant`).
+    assistant: drafts tokens that the model verifies; the texts are the same (`make_assistant`).
     """
 
     spec: Spec
@@ -68,17 +58,13 @@ class Recognizer:
     previous_text: bool = True
     assistant: Assistant | None = None
 
-    def with_assistant(self, assistant: Assistant | None) -> "Recognizer":
-        """The same recogniser, which returns the same texts by speculative decoding."""
-        return replace(self, assistant=assistant)
-
     @property
     def context(self) -> int:
         """Positions of the decoder: tokens of prompt and text."""
         return self.spec.dims.text_positions
 
     @cached_property
-    def decoder(self) -> DecoderModel:
+    def decoder(self) -> search.DecoderModel:
         """The decoder as searches take it.
 
         On CPUs it keeps its embedding transposed: transposing takes as long as several steps
@@ -87,7 +73,7 @@ class Recognizer:
         params, head_DV = self.params["decoder"], None
         if jax.default_backend() == "cpu":
             head_DV = jnp.asarray(params["tokens"]["embedding"], self.spec.dtype).T
-        return DecoderModel(self.spec, params, head_DV)
+        return search.DecoderModel(self.spec, params, head_DV)
 
 
 class AudioStates(NamedTuple):
@@ -105,18 +91,22 @@ def make_recognizer(checkpoint: Checkpoint, dtype: str = "float32") -> Recognize
     """A recogniser of a checkpoint, its parameters in `dtype` on all chips of this process.
 
     Raises:
-        InputError: the tokenizer is missing, damaged or another model's.
+        InputError: the tokenizer is missing, damaged or another model's, or the generation config
+            has a language that the model lacks.
     """
-    dims, tokens = checkpoint.dims, checkpoint.tokens()
-    heads = kept_heads(checkpoint.generation.get("alignment_heads"), dims) or ()
-    params = replicate(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.params))
+    dims, tokens, generation = checkpoint.dims, checkpoint.tokens(), checkpoint.generation
+    language = None
+    if tokens.multilingual and generation.get("language"):
+        language = to_language_code(generation["language"].strip("<|>"))
+        tokens.prompt(language)  # raises where the model lacks it
+    heads = kept_heads(generation.get("alignment_heads"), dims) or ()
     return Recognizer(
         spec=Spec(dims, dtype).on(jax.local_devices()[0]),
-        params=params,
+        params=replicate(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.params)),
         tokens=tokens,
         alignment_heads=tuple((layer, head) for layer, head in heads),
-        language=only_language(checkpoint.generation, tokens),
-        previous_text=checkpoint.generation.get("condition_on_prev_tokens") is not False,
+        language=language,
+        previous_text=generation.get("condition_on_prev_tokens") is not False,
     )
 
 
@@ -129,7 +119,7 @@ def recognize(
     prompt: str | None = None,
     temperature: float = 0.0,
     seed: int = 0,
-) -> list[Hypothesis]:
+) -> list[search.Hypothesis]:
     """One hypothesis a window, by greedy search, beam search or sampling.
 
     waveforms_BN: 16 kHz, int16 or float, N = 480,000 samples (30 s, padded with silence). The batch
@@ -143,40 +133,15 @@ def recognize(
         InputError: the windows have another length, the model lacks the language or task, the
             device the memory, or the assistant cannot be used with this search.
     """
-    return recognize_with_states(
-        recognizer,
-        waveforms_BN,
-        options,
-        language=language,
-        prompt=prompt,
-        temperature=temperature,
-        seed=seed,
-    )[0]
-
-
-def recognize_with_states(
-    recognizer: Recognizer,
-    waveforms_BN: Num[np.ndarray, "B N"],
-    options: DecodeOptions,
-    *,
-    language: str | None = None,
-    prompt: str | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> tuple[list[Hypothesis], Float[Array, "P S D"] | None]:
-    """`recognize`, and the audio states of the padded batch; None where there is no window."""
     batch, samples = waveforms_BN.shape
     if samples != CHUNK_SAMPLES:
         raise InputError(f"windows have {samples} samples: pad or trim them to {CHUNK_SAMPLES}")
     if not batch:
-        return [], None
+        return []
     start = prepare(recognizer, options, batch, language, prompt, temperature)
     states = encode_audio(recognizer, pad_batch(waveforms_BN), temperature)
-    languages = [start.language] * batch
-    if start.language is None:
-        languages = likeliest_languages(recognizer, states.model_BSD)[:batch]
-    windows = [replace(start, language=code, seed=seed + row) for row, code in enumerate(languages)]
-    return decode(recognizer, states, options, windows), states.model_BSD
+    windows = [replace(start, seed=seed + row) for row in range(batch)]
+    return decode(recognizer, states, options, windows)
 
 
 def prepare(
@@ -186,7 +151,7 @@ def prepare(
     language: str | None = None,
     prompt: str | None = None,
     temperature: float = 0.0,
-) -> Window:
+) -> search.Window:
     """Checks a search before any work; returns what its windows have in common.
 
     The window's language is that asked for, the only one that the model has, or None.
@@ -203,15 +168,15 @@ def prepare(
             f"an assistant cannot help {options.beams} beams and the best of {drawn} texts: use "
             "one of each, or no assistant"
         )
-    check_memory(recognizer, batch_bucket(batch), options, temperature)
-    tokens = recognizer.tokens
+    check_memory(recognizer, batch, options, temperature)
+    tokens, context = recognizer.tokens, recognizer.context
     code = to_language_code(language) if language else recognizer.language
     tokens.prompt(code or ("en" if tokens.multilingual else None), options.task)  # may raise
-    previous = text_ids(tokens, prompt)
-    if len(previous) > (most := previous_room(tokens, recognizer.context, options)):
+    previous = prompts.text_ids(tokens, prompt)
+    if len(previous) > (most := prompts.previous_room(tokens, context, options)):
         log.warning("the prompt has %d tokens: its last %d are used", len(previous), most)
-    prompt_ids(tokens, recognizer.context, options, Window(code or "en", previous))  # may raise
-    return Window(code, previous, temperature)
+    prompts.prompt_ids(tokens, context, options, search.Window(code or "en", previous))  # may raise
+    return search.Window(code, previous, temperature)
 
 
 def encode_audio(
@@ -258,115 +223,94 @@ def encode(
     return jax.lax.platform_dependent(sound, cpu=in_turn, default=together)
 
 
+def detect_language(
+    recognizer: Recognizer, audio_BSD: Float[Array, "B S D"]
+) -> list[dict[str, float]]:
+    """Probability of every language of a multilingual model, for each row."""
+    tokens, params = recognizer.tokens, recognizer.params["decoder"]
+    codes, ids = tuple(tokens.languages), tuple(tokens.languages.values())
+    probability_BL = jax.device_get(_detect(recognizer.spec, params, audio_BSD, tokens.sot, ids))
+    return [dict(zip(codes, row.tolist(), strict=True)) for row in probability_BL]
+
+
+@by_clip(static=("spec", "sot", "languages"))
+def _detect(
+    spec: Spec, params: Params, audio_BSD: Array, sot: int, languages: tuple[int, ...]
+) -> Array:
+    decoder = spec.decoder(params)
+    start_B1 = jnp.full((audio_BSD.shape[0], 1), sot)
+    logits_BV = decoder.logits(decoder(start_B1, audio_BSD))[:, 0]
+    return jax.nn.softmax(logits_BV[:, jnp.array(languages)])
+
+
 def likeliest_languages(recognizer: Recognizer, audio_BSD: Float[Array, "B S D"]) -> list[str]:
     """The code of each row's likeliest language."""
     if not recognizer.tokens.multilingual:
         return ["en"] * len(audio_BSD)
-    spec, params = recognizer.spec, recognizer.params["decoder"]
-    probabilities = detect_language(spec, params, audio_BSD, recognizer.tokens)
-    return [max(row, key=row.__getitem__) for row in probabilities]
+    return [max(row, key=row.__getitem__) for row in detect_language(recognizer, audio_BSD)]
 
 
 def decode(
     recognizer: Recognizer,
     states: AudioStates,
     options: DecodeOptions,
-    windows: Sequence[Window],
-) -> list[Hypothesis]:
+    windows: Sequence[search.Window],
+) -> list[search.Hypothesis]:
     """One hypothesis for each of `windows`, whose audio states are the first rows of `states`.
 
-    Where `states` has the drafter's, tokens are drafted and verified (speculative decoding).
+    Where `states` has the drafter's, tokens are drafted and verified (speculative decoding). A
+    window's language is detected where it is None.
 
     Raises:
         InputError: hotwords or prefix are too long, or the model lacks the language or task.
     """
     tokens, context, rows = recognizer.tokens, recognizer.context, len(states.model_BSD)
-    prompts = [prompt_ids(tokens, context, options, window) for window in windows]
-    padded = prompts + [prompts[0]] * (rows - len(prompts))
+    if any(window.language is None for window in windows):
+        codes = likeliest_languages(recognizer, states.model_BSD)
+        windows = [
+            replace(window, language=window.language or code)
+            for window, code in zip(windows, codes, strict=False)
+        ]
+    ids = [prompts.prompt_ids(tokens, context, options, window) for window in windows]
+    arguments = (
+        prompts.make_prompt(ids + [ids[0]] * (rows - len(ids)), tokens.sot),
+        jnp.arange(rows) < len(windows),
+        prompts.make_sampling(windows, rows),
+    )
+    where = jax.tree.leaves(recognizer.params)[0].sharding
+    batch = search.SearchInput(states.model_BSD, *jax.device_put(arguments, where))
     # The same for any prompt, since it decides the program: a search ends where the context does.
     room = min(options.max_tokens, context)
-    batch = SearchInput(
-        audio_BSD=states.model_BSD,
-        prompt=make_prompt(padded, tokens.sot),
-        active_B=jnp.arange(rows) < len(windows),
-        sampling=sampling(windows, rows),
-    )
-    result = search(recognizer, batch, states.drafter_BSE, options, room)
-    limits = [min(room, context + 1 - len(prompt)) for prompt in prompts]
-    return read_hypotheses(
-        jax.device_get(result), windows, tokens, limits, prefix_ids(tokens, options)
-    )
-
-
-def search(
-    recognizer: Recognizer,
-    batch: SearchInput,
-    drafter_BSE: Float[Array, "B S E"] | None,
-    options: DecodeOptions,
-    room: int,
-) -> SearchResult:
-    """The result of the search that `options` describe, of at most `room` tokens."""
-    model, drawn = recognizer.decoder, batch.sampling is not None
-    limits = {"rules": rule_set(recognizer.tokens, options), "max_tokens": room}
-    if recognizer.assistant is not None and drafter_BSE is not None:
-        return speculative(
+    model, assistant, drawn = recognizer.decoder, recognizer.assistant, batch.sampling is not None
+    limits = {"rules": prompts.rule_set(tokens, options), "max_tokens": room}
+    if assistant is not None and states.drafter_BSE is not None:
+        result = speculative(
             model,
             batch,
-            drafter=recognizer.assistant.drafter,
-            draft_audio_BSE=drafter_BSE,
-            draft_tokens=recognizer.assistant.draft_tokens,
+            drafter=assistant.drafter,
+            draft_audio_BSE=states.drafter_BSE,
+            draft_tokens=assistant.draft_tokens,
             **limits,
         )
-    penalty = options.length_penalty
-    if options.beams > 1 and not drawn:
-        collected = round(options.beams * options.patience)
-        return beam(
-            model,
-            batch,
-            beams=options.beams,
-            collected=collected,
-            length_penalty=penalty,
-            **limits,
-        )
-    copies = options.best_of if drawn else 1
-    return greedy(model, batch, copies=copies, length_penalty=penalty, **limits)
-
-
-def sampling(windows: Sequence[Window], rows: int) -> Sampling | None:
-    """Temperatures and seeds of a batch of `rows`; None where nothing is drawn."""
-    if not any(window.temperature > 0 for window in windows):
-        return None
-    padding = (0, rows - len(windows))
-    temperature_B = np.array([window.temperature for window in windows], np.float32)
-    seed_B = np.array([window.seed % 2**31 for window in windows], np.int32)
-    padded = (np.pad(column_B, padding) for column_B in (temperature_B, seed_B))
-    return Sampling(*map(jnp.asarray, padded))
-
-
-def rule_set(tokens: WhisperTokens, options: DecodeOptions) -> RuleSet:
-    """The rules for a vocabulary and options."""
-    return RuleSet(
-        end=tokens.eot,
-        no_speech=tokens.no_speech,
-        suppressed=tokens.suppressed + tokens.padding,
-        suppressed_first=tokens.suppressed_first,
-        timestamp_begin=tokens.timestamp_begin if options.timestamps else None,
-        no_timestamps=tokens.no_timestamps,
-        max_initial=round(options.max_initial_timestamp / TIMESTAMP_STEP),
-        prefixed=options.timestamps and bool(text_ids(tokens, options.prefix)),
-        repetition_penalty=options.repetition_penalty,
-        no_repeat_ngram=options.no_repeat_ngram,
-        timestamp_end=tokens.times.stop if tokens.words else None,
-    )
+    else:
+        limits["length_penalty"] = options.length_penalty
+        if options.beams > 1 and not drawn:
+            collected = round(options.beams * options.patience)
+            result = beam(model, batch, beams=options.beams, collected=collected, **limits)
+        else:
+            result = greedy(model, batch, copies=options.best_of if drawn else 1, **limits)
+    limits_of_rows = [min(room, context + 1 - len(prompt)) for prompt in ids]
+    prefix = prompts.prefix_ids(tokens, options)
+    return read_hypotheses(jax.device_get(result), windows, tokens, limits_of_rows, prefix)
 
 
 def read_hypotheses(
-    result: SearchResult,
-    windows: Sequence[Window],
+    result: search.SearchResult,
+    windows: Sequence[search.Window],
     tokens: WhisperTokens,
     limits: Sequence[int],
     prefix: tuple[int, ...] = (),
-) -> list[Hypothesis]:
+) -> list[search.Hypothesis]:
     """Hypotheses from the first rows of a search's result, each after `prefix`.
 
     limits: most tokens of each row, the end of text included.
@@ -374,11 +318,12 @@ def read_hypotheses(
     hypotheses = []
     for row, window in enumerate(windows):
         length, acceptance = int(result.lengths[row]), result.acceptance
-        ended = length < limits[row] if result.ended is None else bool(result.ended[row])
+        if acceptance is not None:
+            acceptance = search.Acceptance(*(int(column[row]) for column in acceptance))
         ids = (*prefix, *(int(token) for token in result.tokens[row, :length]))
         text = tokens.decode(ids).strip()
         hypotheses.append(
-            Hypothesis(
+            search.Hypothesis(
                 tokens=ids,
                 text=text,
                 language=window.language or "en",
@@ -386,8 +331,8 @@ def read_hypotheses(
                 no_speech_probability=float(result.no_speech[row]),
                 compression_ratio=compression_ratio(text),
                 temperature=window.temperature,
-                acceptance=acceptance and Acceptance(*(int(column[row]) for column in acceptance)),
-                ended=ended,
+                acceptance=acceptance,
+                ended=length < limits[row] if result.ended is None else bool(result.ended[row]),
             )
         )
     return hypotheses
@@ -408,7 +353,7 @@ def check_memory(
     recognizer: Recognizer, batch: int, options: DecodeOptions, temperature: float = 0.0
 ) -> None:
     """Raises InputError where a search certainly needs more memory than the devices have."""
-    dims, chips = recognizer.spec.dims, chips_of(recognizer.params)
+    dims, batch = recognizer.spec.dims, batch_bucket(batch)
     size = jnp.dtype(recognizer.spec.dtype).itemsize
     texts = max(options.beams, options.best_of if temperature else 1)
     of_token = 2 * dims.decoder_layers * dims.width * size  # keys and values
@@ -416,7 +361,7 @@ def check_memory(
     of_text = of_token * tokens + 2 * dims.vocab * 4  # and two rows of logits
     ended = 4 * tokens * options.beams * options.patience
     needed = batch * (of_token * dims.audio_positions + texts * of_text + ended)
-    available = chips * device_memory()
+    available = chips_of(recognizer.params) * device_memory()
     if needed > available:
         fitting = max(int(texts * available / needed / 2), 1)
         raise InputError(

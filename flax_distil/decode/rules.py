@@ -1,18 +1,15 @@
-"""Rules on the next token: pure functions on logits, applied in the order in which they are given.
-
-They are Whisper's own (Radford et al. 2022, section 4.5 and the reference decoder's filters).
+"""Rules on the next token: Whisper's own (Radford et al. 2022, section 4.5, and the reference
+decoder's filters), as pure functions on logits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
-
-NOTHING = np.iinfo(np.int32).max  # no token: beyond any vocabulary, so that scatters drop it
+from jaxtyping import Array, Bool, Float, Int
 
 
 class TextProgress(NamedTuple):
@@ -21,29 +18,22 @@ class TextProgress(NamedTuple):
     index: number of tokens: a scalar where all rows have the same, else one a row.
     last, before: the last token and the one before it (-1 where there is none).
     latest: the latest timestamp token, or -1.
-    written: all tokens, padded with `NOTHING`; only where a rule looks back further.
     """
 
     index: Int[Array, "..."]
     last: Int[Array, " B"]
     before: Int[Array, " B"]
     latest: Int[Array, " B"]
-    written: Int[Array, "B L"] | None = None
-
-
-Rule = Callable[[Float[Array, "B V"], TextProgress], Float[Array, "B V"]]
 
 
 @dataclass(frozen=True)
 class RuleSet:
-    """The static description of a decoder's rules; hashable, so that it can be static under jit.
+    """The rules of a decoder; hashable, so that they can be static under jit.
 
     timestamp_begin: the token of 0.00 s; timestamps are off where it is None.
     timestamp_end: the first token after that of 30 s, where a vocabulary has words after it.
     max_initial: the largest first timestamp, in steps of 0.02 s.
     prefixed: with timestamps, the prompt ends in 0.00 s and the first words of the text.
-    repetition_penalty: divides positive and multiplies negative logits of earlier tokens.
-    no_repeat_ngram: no sequence of this many tokens occurs twice; 0 allows it.
     """
 
     end: int
@@ -54,170 +44,72 @@ class RuleSet:
     no_timestamps: int = -1
     max_initial: int = 50
     prefixed: bool = False
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
     timestamp_end: int | None = None
 
-    @property
-    def look_back(self) -> bool:
-        """Whether a rule needs `Progress.written`."""
-        return self.repetition_penalty != 1 or self.no_repeat_ngram > 0
+    def start(self, rows: int) -> TextProgress:
+        """The state of rows without text."""
+        nothing_B = jnp.full((rows,), -1, jnp.int32)
+        return TextProgress(jnp.zeros((), jnp.int32), nothing_B, nothing_B, nothing_B)
 
-    def rules(self) -> list[Rule]:
-        """The rules in the order in which Transformers and Whisper apply them."""
-        rules = []
-        if self.repetition_penalty != 1:
-            rules.append(penalize_repetition(self.repetition_penalty))
-        if self.no_repeat_ngram:
-            rules.append(no_repeat(self.no_repeat_ngram))
-        rules += [suppress_first(self.suppressed_first), suppress(self.suppressed)]
+    def advance(self, progress: TextProgress, token_B: Int[Array, " B"]) -> TextProgress:
+        """The state after one more token a row."""
+        latest_B = progress.latest
         if self.timestamp_begin is not None:
-            rules.append(suppress((self.no_timestamps,)))
-            rules.append(
-                timestamps(
-                    self.timestamp_begin,
-                    self.end,
-                    self.max_initial,
-                    self.prefixed,
-                    self.timestamp_end,
-                )
-            )
-        return rules
+            latest_B = jnp.where(self._is_time(token_B), token_B, latest_B)
+        return TextProgress(progress.index + 1, token_B, progress.last, latest_B)
 
+    def apply(self, logits_BV: Float[Array, "B V"], progress: TextProgress) -> Float[Array, "B V"]:
+        """The logits of the next token, -inf where a rule forbids it."""
+        vocab = logits_BV.shape[-1]
+        # A text begins neither blank nor ended.
+        first = jnp.reshape(progress.index == 0, (-1, 1))
+        hit = _among(self.suppressed_first, vocab) & first
+        logits_BV = jnp.where(hit, -jnp.inf, logits_BV)
+        logits_BV = jnp.where(_among(self.suppressed, vocab), -jnp.inf, logits_BV)
+        if self.timestamp_begin is None:
+            return logits_BV
+        logits_BV = jnp.where(_among((self.no_timestamps,), vocab), -jnp.inf, logits_BV)
+        return self._timestamps(logits_BV, progress, self.timestamp_begin)
 
-def start_progress(batch: int, remembered: int = 0) -> TextProgress:
-    """The state of rows without text. remembered: most tokens that rules look back."""
-    nothing = jnp.full((batch,), -1, jnp.int32)
-    written = jnp.full((batch, remembered), NOTHING) if remembered else None
-    return TextProgress(jnp.zeros((), jnp.int32), nothing, nothing, nothing, written)
-
-
-def advance(progress: TextProgress, token_B: Int[Array, " B"], rules: RuleSet) -> TextProgress:
-    """The state after one more token a row."""
-    latest = progress.latest
-    if rules.timestamp_begin is not None:
-        is_time = _is_time(token_B, rules.timestamp_begin, rules.timestamp_end)
-        latest = jnp.where(is_time, token_B, latest)
-    written = progress.written
-    if written is not None:
-        written = written.at[jnp.arange(token_B.size), progress.index].set(token_B)
-    return TextProgress(progress.index + 1, token_B, progress.last, latest, written)
-
-
-def apply_rules(
-    rules: Sequence[Rule], logits_BV: Float[Array, "B V"], progress: TextProgress
-) -> Float[Array, "B V"]:
-    """The logits after all rules, applied in turn."""
-    for rule in rules:
-        logits_BV = rule(logits_BV, progress)
-    return logits_BV
-
-
-def suppress(tokens: Sequence[int]) -> Rule:
-    """Forbids these tokens."""
-
-    def rule(logits_BV: Array, _: TextProgress) -> Array:
-        return jnp.where(_among(tokens, logits_BV.shape[-1]), -jnp.inf, logits_BV)
-
-    return rule
-
-
-def suppress_first(tokens: Sequence[int]) -> Rule:
-    """Forbids these tokens at the start: a text begins neither blank nor ended."""
-
-    def rule(logits_BV: Array, progress: TextProgress) -> Array:
-        hit = _among(tokens, logits_BV.shape[-1]) & (progress.index == 0)[..., None]
-        return jnp.where(hit, -jnp.inf, logits_BV)
-
-    return rule
-
-
-def timestamps(
-    begin: int, end: int, max_initial: int, prefixed: bool = False, stop: int | None = None
-) -> Rule:
-    """Timestamps come in pairs, never go back, open the text, and win where their mass is larger.
-
-    begin: token of 0.00 s. end: the end-of-text token. max_initial: steps of 0.02 s. prefixed: the
-    prompt has the first timestamp, 0.00 s. stop: first id of added words after the timestamps.
-    """
-
-    def rule(logits_BV: Array, progress: TextProgress) -> Array:
-        token = jnp.arange(logits_BV.shape[-1])
-        is_time = _is_time(token, begin, stop)
-        latest, first = progress.latest, (progress.index == 0)[..., None]
-        stamped = _is_time(progress.last, begin, stop)[:, None]
-        before = _is_time(progress.before, begin, stop)
-        if prefixed:
-            latest, first = jnp.maximum(latest, begin), jnp.zeros_like(first)
+    def _timestamps(self, logits_BV: Array, progress: TextProgress, begin: int) -> Array:
+        """Timestamps come in pairs, never go back, open the text, and win where their mass is
+        larger."""
+        token_1V, stop = jnp.arange(logits_BV.shape[-1])[None], self.timestamp_end
+        is_time_1V = self._is_time(token_1V)
+        latest_B1, first = progress.latest[:, None], jnp.reshape(progress.index == 0, (-1, 1))
+        stamped_B1 = self._is_time(progress.last)[:, None]
+        before_B1 = self._is_time(progress.before)[:, None]
+        if self.prefixed:
+            latest_B1, first = jnp.maximum(latest_B1, begin), jnp.zeros_like(first)
         else:
-            before |= progress.index < 2
-        paired = stamped & before[:, None]
+            before_B1 |= jnp.reshape(progress.index < 2, (-1, 1))
         # After a pair comes text; after a closing timestamp its twin or the end.
-        forbidden = (paired & is_time) | (stamped & ~paired & (token < end))
+        closing_B1 = stamped_B1 & ~before_B1
+        forbidden_BV = (stamped_B1 & before_B1 & is_time_1V) | (closing_B1 & (token_1V < self.end))
         if stop is not None:
-            forbidden |= stamped & ~paired & (token >= stop)
+            forbidden_BV |= closing_B1 & (token_1V >= stop)
         # A closing timestamp may repeat the opening one only as the next one's beginning.
-        floor = latest[:, None] + jnp.where(stamped & ~paired, 0, 1)
-        forbidden |= (latest >= 0)[:, None] & is_time & (token < floor)
-        forbidden |= first & (~is_time | (token > begin + max_initial))
-        logits_BV = jnp.where(forbidden, -jnp.inf, logits_BV)
+        floor_B1 = latest_B1 + jnp.where(closing_B1, 0, 1)
+        forbidden_BV |= (latest_B1 >= 0) & is_time_1V & (token_1V < floor_B1)
+        forbidden_BV |= first & (~is_time_1V | (token_1V > begin + self.max_initial))
+        logits_BV = jnp.where(forbidden_BV, -jnp.inf, logits_BV)
         log_probability_BV = jax.nn.log_softmax(logits_BV)
         times_BV = log_probability_BV[:, begin:stop]
-        time_mass = jax.nn.logsumexp(times_BV, axis=-1, keepdims=True)
-        best_text = log_probability_BV[:, :begin].max(axis=-1, keepdims=True)
+        time_mass_B1 = jax.nn.logsumexp(times_BV, axis=-1, keepdims=True)
+        best_text_B1 = log_probability_BV[:, :begin].max(axis=-1, keepdims=True)
         if stop is not None:
-            best_word = log_probability_BV[:, stop:].max(axis=-1, keepdims=True)
-            best_text = jnp.maximum(best_text, best_word)
-        return jnp.where((time_mass > best_text) & ~is_time, -jnp.inf, logits_BV)
+            best_word_B1 = log_probability_BV[:, stop:].max(axis=-1, keepdims=True)
+            best_text_B1 = jnp.maximum(best_text_B1, best_word_B1)
+        return jnp.where((time_mass_B1 > best_text_B1) & ~is_time_1V, -jnp.inf, logits_BV)
 
-    return rule
-
-
-def _is_time(token: Array, begin: int, stop: int | None) -> Array:
-    is_time = token >= begin
-    return is_time if stop is None else is_time & (token < stop)
+    def _is_time(self, token: Int[Array, "..."]) -> Bool[Array, "..."]:
+        assert self.timestamp_begin is not None
+        is_time = token >= self.timestamp_begin
+        return is_time if self.timestamp_end is None else is_time & (token < self.timestamp_end)
 
 
-def penalize_repetition(penalty: float) -> Rule:
-    """Makes earlier tokens less probable by `penalty` (Keskar et al. 2019, section 4.1)."""
-
-    def rule(logits_BV: Array, progress: TextProgress) -> Array:
-        assert progress.written is not None
-        penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-        return jnp.where(_marked(progress.written, logits_BV), penalized_BV, logits_BV)
-
-    return rule
-
-
-def no_repeat(size: int) -> Rule:
-    """Forbids the token that would complete a sequence of `size` tokens for the second time."""
-
-    def rule(logits_BV: Array, progress: TextProgress) -> Array:
-        assert progress.written is not None
-        written_BL = progress.written
-        if size > written_BL.shape[1]:
-            return logits_BV
-        count_B1 = jnp.broadcast_to(progress.index, progress.last.shape)[:, None]
-        starts = jnp.arange(written_BL.shape[1] - size + 1)
-        same_BS = starts + size - 1 < count_B1  # runs that are complete
-        for offset in range(size - 1):
-            now_B1 = jnp.maximum(count_B1 - size + 1 + offset, 0)
-            recent_B1 = jnp.take_along_axis(written_BL, now_B1, axis=1)
-            same_BS &= written_BL[:, starts + offset] == recent_B1
-        last_BS = jnp.where(same_BS, written_BL[:, starts + size - 1], NOTHING)
-        return jnp.where(_marked(last_BS, logits_BV), -jnp.inf, logits_BV)
-
-    return rule
-
-
-def _marked(tokens_BL: Array, logits_BV: Array) -> Array:
-    """A [B V] mask of each row's tokens."""
-    rows_B1 = jnp.arange(tokens_BL.shape[0])[:, None]
-    return jnp.zeros(logits_BV.shape, bool).at[rows_B1, tokens_BL].set(True, mode="drop")
-
-
-def _among(tokens: Sequence[int], vocab: int) -> np.ndarray:
-    """A constant [V] mask."""
-    mask = np.zeros(vocab, bool)
-    mask[[token for token in tokens if 0 <= token < vocab]] = True
+def _among(tokens: Sequence[int], vocab: int) -> Bool[np.ndarray, "1 V"]:
+    """A constant mask of these tokens."""
+    mask = np.zeros((1, vocab), bool)
+    mask[0, [token for token in tokens if 0 <= token < vocab]] = True
     return mask

@@ -1,16 +1,86 @@
-"""What all searches share: their arguments, their result, reading the prompt, ranking tokens."""
+"""What searches take and return, and the steps that they share."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_distil.decode.hypothesis import Acceptance
 from flax_distil.model.spec import Params, Spec
 from flax_distil.model.whisper import Cache, Decoder
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a window is decoded with, beside its sound and the options of the search.
+
+    language: code; None until it is detected.
+    previous: tokens of the text before it.
+    temperature: above 0 tokens are drawn.
+    seed: random seed for sampling.
+    """
+
+    language: str | None = None
+    previous: tuple[int, ...] = ()
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Acceptance(NamedTuple):
+    """Counts of an assistant's draft tokens: integers, one a row (arrays) or one for all.
+
+    passes: of the model, the prompt's included.
+    drafted, accepted: draft tokens that the model verified, and those that it accepted.
+    written: tokens of the text, the end of text included.
+    """
+
+    passes: Any
+    drafted: Any
+    accepted: Any
+    written: Any
+
+    @property
+    def rate(self) -> float:
+        """Part of the draft tokens that were accepted, over all rows."""
+        return float(np.sum(self.accepted) / max(np.sum(self.drafted), 1))
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that one pass of the model yields, over all rows; 1 without an assistant."""
+        return float(np.sum(self.written) / max(np.sum(self.passes), 1))
+
+    @classmethod
+    def total(cls, parts: Iterable["Acceptance | None"]) -> "Acceptance | None":
+        """The sums over all parts; None where no assistant was used."""
+        known = [part for part in parts if part is not None]
+        return cls(*np.sum(known, axis=0).tolist()) if known else None
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """The text of one window.
+
+    mean_log_probability: of the tokens and the end of text, Whisper's `avg_logprob`, from the
+        distribution after suppression.
+    no_speech_probability: of the no-speech token at the start of transcript.
+    temperature: at which it was decoded.
+    acceptance: of an assistant's draft tokens, where one was used.
+    ended: whether the model ended the text; False where it was cut at `max_tokens`.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    language: str
+    mean_log_probability: float
+    no_speech_probability: float
+    compression_ratio: float
+    temperature: float = 0.0
+    acceptance: Acceptance | None = None
+    ended: bool = True
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "head_DV"], meta_fields=["spec"])
@@ -19,7 +89,7 @@ class DecoderModel:
     """A decoder that searches run.
 
     params: the decoder's.
-    head_DV: the embedding transposed, where the caller keeps it (`Recognizer.head_DV`).
+    head_DV: the embedding transposed, where the caller keeps it (`Recognizer.decoder`).
     """
 
     spec: Spec
@@ -95,8 +165,7 @@ def prefill(
     Returns the hidden states at the start of transcript and at the prompt's end, and the cache.
     """
     batch, padded = prompt.tokens.shape
-    empty = decoder.start(audio_BSD, padded + room)
-    hidden_BPD, cache = decoder.step(prompt.tokens, empty)
+    hidden_BPD, cache = decoder.step(prompt.tokens, decoder.start(audio_BSD, padded + room))
     where = jnp.stack([prompt.sot, prompt.length - 1], axis=-1)
     where_B2 = jnp.broadcast_to(where, (batch, 2))
     hidden_B2D = jnp.take_along_axis(hidden_BPD, where_B2[..., None], axis=1)
@@ -118,12 +187,23 @@ def likeliest(logits: Float[Array, "... V"]) -> Int[Array, "..."]:
     """
 
     def in_two(logits: Array) -> Array:
-        last = logits.shape[-1] - 1
         equal = logits == logits.max(axis=-1, keepdims=True)
-        return jnp.where(equal, jnp.arange(last + 1, dtype=jnp.int32), last).min(axis=-1)
+        place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        return jnp.where(equal, place, logits.shape[-1] - 1).min(axis=-1)
 
     at_once = lambda logits: logits.argmax(axis=-1).astype(jnp.int32)
     return jax.lax.platform_dependent(logits, cpu=in_two, default=at_once)
+
+
+def at_temperature(logits: Float[Array, "B ... V"], sampling: Sampling) -> Float[Array, "B ... V"]:
+    """Logits at each row's temperature; at 0 the most probable token has probability 1."""
+    temperature_B = jnp.maximum(sampling.temperature, 1e-6)
+    return logits / temperature_B.reshape(-1, *[1] * (logits.ndim - 1))
+
+
+def draw_tokens(scores_BV: Float[Array, "B V"], keys_B: Array) -> Int[Array, " B"]:
+    """Tokens, from unnormalised log-probabilities."""
+    return jax.vmap(jax.random.categorical)(keys_B, scores_BV).astype(jnp.int32)
 
 
 def text_score(

@@ -13,25 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flax_distil.decode.drafters import (
-    DraftedText,
-    Drafter,
-    Drafts,
-    at_temperature,
-    draw_tokens,
-    row_keys,
-)
-from flax_distil.decode.hypothesis import Acceptance
-from flax_distil.decode.rules import RuleSet, TextProgress, advance, apply_rules, start_progress
-from flax_distil.decode.search import (
-    DecoderModel,
-    Prompt,
-    Sampling,
-    SearchInput,
-    SearchResult,
-    likeliest,
-    prefill,
-)
+from flax_distil.decode import search
+from flax_distil.decode.drafters import DraftedText, Drafter, Drafts, row_keys
+from flax_distil.decode.rules import RuleSet, TextProgress
+from flax_distil.decode.search import Acceptance, DecoderModel, Sampling, SearchInput, SearchResult
 from flax_distil.model.whisper import Cache
 from flax_distil.parallel.clips import by_clip
 
@@ -84,22 +69,32 @@ def speculative(
         return _keep(loop._replace(cache=cache, memory=memory), verified, rules, limit_B)
 
     # The first token comes from the prompt's own pass, with no drafts to verify.
-    hidden_B2D, cache = prefill(decoder, batch.audio_BSD, prompt, room)
+    hidden_B2D, cache = search.prefill(decoder, batch.audio_BSD, prompt, room)
     logits_B2V = project(hidden_B2D)
-    memory = drafter.start(draft_audio_BSE, prompt, room)
-    remembered = max_tokens if rules.look_back else 0
-    loop = _begin(cache, memory, prompt, room, remembered, batch.active_B)
-    limit_B = jnp.minimum(max_tokens, model.spec.dims.text_positions + 1 - loop.text.length)
-    no_drafts = Drafts(jnp.zeros((len(batch.active_B), 0), jnp.int32), None)
+    rows = len(batch.active_B)
+    zeros_B = jnp.zeros(rows, jnp.int32)
+    start_B = zeros_B + prompt.length
+    loop = _Loop(
+        cache=cache,
+        memory=drafter.start(draft_audio_BSE, prompt, room),
+        text=DraftedText(
+            tokens=jnp.pad(prompt.tokens, ((0, 0), (0, room))),
+            length=start_B,
+            progress=rules.start(rows)._replace(index=zeros_B),
+        ),
+        log_probability_B=jnp.zeros(rows),
+        done_B=~batch.active_B,
+        acceptance=Acceptance(*[zeros_B] * len(Acceptance._fields)),
+    )
+    limit_B = jnp.minimum(max_tokens, model.spec.dims.text_positions + 1 - start_B)
+    no_drafts = Drafts(jnp.zeros((rows, 0), jnp.int32), None)
     verified = verify(logits_B2V[:, 1:], loop.text.progress, no_drafts, rules, sampling)
     loop = _keep(loop, verified, rules, limit_B)
     loop = jax.lax.while_loop(lambda loop: ~loop.done_B.all(), write, loop)
 
-    lengths_B1 = jnp.broadcast_to(prompt.length, batch.active_B.shape)[:, None]
-    where_BL = jnp.arange(max_tokens) + lengths_B1
-    tokens_BL = jnp.take_along_axis(loop.text.tokens, where_BL, axis=1)
-    written_BL = jnp.arange(max_tokens) < loop.acceptance.written[:, None]
-    tokens_BL = jnp.where(written_BL, tokens_BL, rules.end)
+    place_1L = jnp.arange(max_tokens)[None]
+    tokens_BL = jnp.take_along_axis(loop.text.tokens, place_1L + start_B[:, None], axis=1)
+    tokens_BL = jnp.where(place_1L < loop.acceptance.written[:, None], tokens_BL, rules.end)
     return SearchResult(
         tokens=tokens_BL,
         lengths=(tokens_BL != rules.end).sum(axis=1),
@@ -123,20 +118,19 @@ def verify(
     count, vocab = logits_BKV.shape[1:]
     steps = [progress]
     for index in range(count - 1):
-        steps.append(advance(steps[-1], drafts.tokens[:, index], rules))
+        steps.append(rules.advance(steps[-1], drafts.tokens[:, index]))
     every = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *steps)
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), every)
-    logits_BKV = apply_rules(rules.rules(), logits_BKV.reshape(-1, vocab), flat).reshape(
-        logits_BKV.shape
-    )
+    ruled_RV = rules.apply(logits_BKV.reshape(-1, vocab), flat)
+    logits_BKV = ruled_RV.reshape(logits_BKV.shape)
     if sampling is None:
-        own_BK = likeliest(logits_BKV)
+        own_BK = search.likeliest(logits_BKV)
         accepted_B = _leading(own_BK[:, :-1] == drafts.tokens)
     else:
         own_B1, accepted_B = _reject(logits_BKV, progress, drafts, sampling)
         own_BK = jnp.broadcast_to(own_B1, logits_BKV.shape[:2])
     drafted_BK = jnp.pad(drafts.tokens, ((0, 0), (0, 1)))
-    tokens_BK = jnp.where(jnp.arange(count) < accepted_B[:, None], drafted_BK, own_BK)
+    tokens_BK = jnp.where(jnp.arange(count)[None] < accepted_B[:, None], drafted_BK, own_BK)
     gains_BK1 = jnp.take_along_axis(jax.nn.log_softmax(logits_BKV), tokens_BK[..., None], axis=-1)
     return Verified(tokens_BK, gains_BK1[..., 0], accepted_B, every)
 
@@ -154,7 +148,7 @@ def _reject(
     A draft token d out of q is accepted with probability min(1, p(d) / q(d)); one that is rejected
     is replaced by a draw from max(p - q, 0). The text is then distributed as p, whatever q is.
     """
-    p_BKV = jax.nn.softmax(at_temperature(logits_BKV, sampling))
+    p_BKV = jax.nn.softmax(search.at_temperature(logits_BKV, sampling))
     count, vocab = drafts.tokens.shape[1], p_BKV.shape[-1]
     if drafts.log_probability is None:
         q_BKV = jax.nn.one_hot(drafts.tokens, vocab)
@@ -169,21 +163,9 @@ def _reject(
     p_BV = here(p_BKV)
     rest_BV = jnp.maximum(p_BV - here(q_BKV), 0)
     rest_BV = jnp.where(rest_BV.sum(-1, keepdims=True) > 0, rest_BV, p_BV)
-    return draw_tokens(jnp.log(rest_BV), row_keys(sampling, progress, 0))[:, None], accepted_B
-
-
-def _begin(
-    cache: Cache, memory: Any, prompt: Prompt, room: int, remembered: int, active_B: Array
-) -> _Loop:
-    """Rows that have read their prompts and have no text yet."""
-    zeros_B = jnp.zeros(active_B.shape, jnp.int32)
-    text = DraftedText(
-        tokens=jnp.pad(prompt.tokens, ((0, 0), (0, room))),
-        length=zeros_B + prompt.length,
-        progress=start_progress(len(active_B), remembered)._replace(index=zeros_B),
-    )
-    acceptance = Acceptance(*[zeros_B] * len(Acceptance._fields))
-    return _Loop(cache, memory, text, jnp.zeros(active_B.shape), ~active_B, acceptance)
+    return search.draw_tokens(jnp.log(rest_BV), row_keys(sampling, progress, 0))[
+        :, None
+    ], accepted_B
 
 
 def _keep(loop: _Loop, verified: Verified, rules: RuleSet, limit_B: Array) -> _Loop:
@@ -197,18 +179,17 @@ def _keep(loop: _Loop, verified: Verified, rules: RuleSet, limit_B: Array) -> _L
     kept_B = jnp.minimum(verified.accepted_B + 1, until_end_B)
     kept_B = jnp.where(loop.done_B, 0, jnp.minimum(kept_B, limit_B - acceptance.written))
     last_B = jnp.maximum(kept_B - 1, 0)
-    pick = lambda leaf: jax.vmap(lambda row, last: row[last])(leaf, last_B)
+    pick = lambda leaf_BK: jnp.take_along_axis(leaf_BK, last_B[:, None], axis=1)[:, 0]
     token_B = pick(verified.tokens_BK)
-    advanced = advance(jax.tree.map(pick, verified.progress), token_B, rules)
+    advanced = rules.advance(jax.tree.map(pick, verified.progress), token_B)
     on_B = kept_B > 0
-    renew = lambda new, old: jnp.where(on_B.reshape(-1, *[1] * (new.ndim - 1)), new, old)
     write = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
     text = DraftedText(
         tokens=jax.vmap(write)(text.tokens, verified.tokens_BK, text.length),
         length=text.length + kept_B,
-        progress=jax.tree.map(renew, advanced, text.progress),
+        progress=jax.tree.map(partial(jnp.where, on_B), advanced, text.progress),
     )
-    gains_BK = jnp.where(jnp.arange(count) < kept_B[:, None], verified.gains_BK, 0)
+    gains_BK = jnp.where(jnp.arange(count)[None] < kept_B[:, None], verified.gains_BK, 0)
     acceptance = Acceptance(
         passes=acceptance.passes + ~loop.done_B,
         drafted=acceptance.drafted + jnp.where(loop.done_B, 0, count - 1),

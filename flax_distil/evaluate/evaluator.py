@@ -25,8 +25,8 @@ from flax_distil.data.utterances import (
     load_waveform,
     read_dataset,
 )
-from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize
+from flax_distil.decode.search import Hypothesis
 from flax_distil.errors import InputError, check_writable, writing
 from flax_distil.evaluate.report import ClipResult, DatasetResult, ModelResult, Report
 from flax_distil.model.checkpoint import load_checkpoint

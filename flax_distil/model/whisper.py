@@ -185,7 +185,7 @@ class Decoder(nnx.Module):
         self, tokens_BL: Int[Array, "B L"], cache: Cache
     ) -> tuple[Float[Array, "B L D"], Cache]:
         """Hidden states of L more tokens, and the cache with them."""
-        fresh = jnp.arange(tokens_BL.shape[1])
+        fresh = jnp.arange(tokens_BL.shape[1]).reshape(*[1] * cache.length.ndim, -1)
         position = cache.length[..., None] + fresh  # [L] or [B L]
         # A row near the end may be given more tokens than there are positions; they are dropped.
         valid = jnp.minimum(position, self.positions.num_embeddings - 1)

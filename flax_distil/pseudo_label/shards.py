@@ -17,7 +17,7 @@ from flax_distil.data.table import escape
 from flax_distil.data.utterances import Skipped, Utterance
 from flax_distil.data.windows import DecodedClip, decode_clips, pad_clips
 from flax_distil.data.workers import map_in_order
-from flax_distil.decode.hypothesis import Hypothesis
+from flax_distil.decode.search import Hypothesis
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label.jobs import LabelJob
 from flax_distil.pseudo_label.store import PseudoLabel, Shard

@@ -6,7 +6,7 @@ of each number, which the decoder's last layer norm keeps far below float16's la
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -16,8 +16,15 @@ from jaxtyping import Array, BFloat16, Float, Float16, Int, Int16
 
 from flax_distil.config import PseudoLabelConfig
 from flax_distil.decode.assistant import load_assistant
-from flax_distil.decode.hypothesis import Hypothesis
-from flax_distil.decode.recognizer import Recognizer, make_recognizer, recognize_with_states
+from flax_distil.decode.recognizer import (
+    Recognizer,
+    decode,
+    encode_audio,
+    make_recognizer,
+    pad_batch,
+    prepare,
+)
+from flax_distil.decode.search import Hypothesis
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.spec import Params, Spec
 from flax_distil.options import DecodeOptions
@@ -48,7 +55,7 @@ def load_teacher(config: PseudoLabelConfig, checkpoint: Checkpoint) -> Teacher:
         if config.batch_size > 1 and jax.default_backend() == "cpu":
             log.warning("on a CPU the assistant works on batches of one only: use --batch-size 1")
         assistant = load_assistant(recognizer, config.assistant, config.draft_tokens)
-        recognizer = recognizer.with_assistant(assistant)
+        recognizer = replace(recognizer, assistant=assistant)
     options = DecodeOptions(
         task=config.task,
         timestamps=config.timestamps,
@@ -68,11 +75,12 @@ def explain(
     language: str | None,
 ) -> list[Explained]:
     """`recognize`, with the final states at every token and the audio states where asked for."""
-    hypotheses, audio_BSD = recognize_with_states(
-        recognizer, waveforms_BN, options, language=language
-    )
-    if audio_BSD is None:
+    if not len(waveforms_BN):
         return []
+    start = prepare(recognizer, options, len(waveforms_BN), language)
+    encoded = encode_audio(recognizer, pad_batch(waveforms_BN))
+    hypotheses = decode(recognizer, encoded, options, [start] * len(waveforms_BN))
+    audio_BSD = encoded.model_BSD
     states: Sequence[np.ndarray | None] = [None] * len(hypotheses)
     if keep_states:
         states = label_states(recognizer, audio_BSD, hypotheses, options)

@@ -3,7 +3,7 @@
 from flax_distil.options import ChunkedOptions, SequentialOptions, VoiceOptions
 from flax_distil.transcribe.files import run
 from flax_distil.transcribe.recordings import transcribe, transcribe_all
-from flax_distil.transcribe.result import Segment, Transcript, Word
+from flax_distil.transcribe.transcript import Segment, Transcript, Word
 
 __all__ = [
     "ChunkedOptions",

@@ -4,26 +4,23 @@ import io
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from flax_distil.audio.load import LIMITS, Limits, audio_duration, load_audio
+from flax_distil.audio.load import Limits, audio_duration, load_audio
 from flax_distil.config import TranscribeConfig
 from flax_distil.decode.assistant import load_assistant
-from flax_distil.decode.hypothesis import Acceptance
 from flax_distil.decode.recognizer import make_recognizer
+from flax_distil.decode.search import Acceptance
 from flax_distil.errors import InputError, SomeFailed, check_writable, writing
 from flax_distil.model.checkpoint import load_checkpoint
-from flax_distil.options import ChunkedOptions, SequentialOptions, VoiceOptions
 from flax_distil.transcribe.recordings import transcribe_all
-from flax_distil.transcribe.result import Transcript
-from flax_distil.transcribe.silence import digital_silence, trim_silence
-from flax_distil.transcribe.voice import load_detector
-from flax_distil.transcribe.writers import WRITERS
+from flax_distil.transcribe.silence import digital_silence, load_detector, trim_silence
+from flax_distil.transcribe.transcript import WRITERS, Transcript
 
 log = logging.getLogger(__name__)
 
@@ -31,20 +28,6 @@ STDIN = Path("-")
 # File name endings of audio in a folder.
 ENDINGS = """3gp aac ac3 aif aiff ape amr au avi caf dts flac flv g722 m2ts m4a m4b m4v mka mkv mov
 mp2 mp3 mp4 mpeg mpg mts mxf oga ogg opus sph ts tta voc w64 wav weba webm wma wmv wv"""
-NEEDED_BY = {  # a flag, and those that have no effect without it
-    "--word-timestamps": (
-        "hallucination_silence_threshold",
-        "max_line_width",
-        "max_words_per_line",
-        "highlight_words",
-    ),
-    "--method sequential": tuple(field.name for field in fields(SequentialOptions)),
-    "--method chunked": tuple(field.name for field in fields(ChunkedOptions)),
-    "--max-line-width": ("max_line_count",),
-    "--vad": tuple(f"vad_{field.name}" for field in fields(VoiceOptions)),
-    "--assistant": ("draft_tokens",),
-    "--beams": ("patience",),
-}
 SUFFIXES = frozenset(f".{ending}" for ending in ENDINGS.split())
 
 
@@ -64,13 +47,13 @@ def run(config: TranscribeConfig) -> list[Path]:
     recognizer = make_recognizer(load_checkpoint(config.model), config.dtype)
     if config.assistant:
         assistant = load_assistant(recognizer, config.assistant, config.draft_tokens)
-        recognizer = recognizer.with_assistant(assistant)
-    limits = Limits(config.max_seconds, config.deadline)
-    sources = Sources(list(targets), config.track, limits, config.digital_silence)
+        recognizer = replace(recognizer, assistant=assistant)
+    decoded: list[tuple[Path, list[tuple[float, float]]]] = []
+    failures: list[str] = []
     written, done, acceptance, begun = [], 0.0, None, time.monotonic()
     transcripts = transcribe_all(
         recognizer,
-        sources.waveforms(),
+        decode_files(config, list(targets), decoded, failures),
         config.search,
         config.sequential if config.method == "sequential" else config.chunked,
         language=config.language,
@@ -85,12 +68,12 @@ def run(config: TranscribeConfig) -> list[Path]:
             bar.set_postfix_str(f"RTF {(time.monotonic() - begun) / max(done, 1e-9):.3f}", False)
             bar.update(seconds)
             if transcript is not None:
-                source = sources.good[number]
-                transcript = trim_silence(transcript, sources.gaps[number])
+                source, gaps = decoded[number]
+                transcript = trim_silence(transcript, gaps)
                 try:
                     written += write_transcript(transcript, targets[source], config)
                 except InputError as error:
-                    sources.failures.append(str(error))
+                    failures.append(str(error))
                 text = transcript.text.strip()
                 tqdm.write(f"{source}: {text}" if len(targets) > 1 else text, file=sys.stdout)
                 acceptance = Acceptance.total((acceptance, transcript.acceptance))
@@ -103,35 +86,32 @@ def run(config: TranscribeConfig) -> list[Path]:
             100 * acceptance.rate,
             acceptance.tokens_per_pass,
         )
-    if sources.failures:
-        count = f"{len(sources.failures)} of {len(targets)} files could not be used:"
-        raise SomeFailed("\n  ".join([count, *sources.failures]))
+    if failures:
+        count = f"{len(failures)} of {len(targets)} files could not be used:"
+        raise SomeFailed("\n  ".join([count, *failures]))
     return written
 
 
-@dataclass
-class Sources:
-    """Audio files, decoded one at a time."""
+def decode_files(
+    config: TranscribeConfig,
+    paths: Sequence[Path],
+    decoded: list[tuple[Path, list[tuple[float, float]]]],
+    failures: list[str],
+) -> Iterator[np.ndarray]:
+    """The waveform of each file that can be decoded.
 
-    paths: list[Path]
-    track: int | None = None  # of each file
-    limits: Limits = LIMITS
-    silence: float = 1.0  # shortest gap, in seconds
-    gaps: list[list[tuple[float, float]]] = field(default_factory=list)  # of each decoded file
-    good: list[Path] = field(default_factory=list)  # files decoded so far
-    failures: list[str] = field(default_factory=list)  # messages about the others
-
-    def waveforms(self) -> Iterator[np.ndarray]:
-        """The waveform of each file that can be decoded."""
-        for path in self.paths:
-            try:
-                source = standard_input() if path == STDIN else path
-                waveform = load_audio(source, track=self.track, limits=self.limits)
-            except InputError as error:
-                self.failures.append(str(error))
-                continue
-            self.good.append(path)
-            self.gaps.append(digital_silence(waveform, self.silence))
+    decoded: gets the path of each, and start and end of its digital silence. failures: gets the
+    messages about the other files.
+    """
+    limits = Limits(config.max_seconds, config.deadline)
+    for path in paths:
+        try:
+            source = standard_input() if path == STDIN else path
+            waveform = load_audio(source, track=config.track, limits=limits)
+        except InputError as error:
+            failures.append(str(error))
+        else:
+            decoded.append((path, digital_silence(waveform, config.digital_silence)))
             yield waveform
 
 
@@ -158,40 +138,27 @@ def check_flags(config: TranscribeConfig) -> None:
             raise InputError(f"{name} is {getattr(config, name):g}: it must be above 0")
     if config.batch_size < 1:
         raise InputError(f"batch_size is {config.batch_size}: it must be at least 1")
-    beams = config.search.beams
+    beams, default = config.search.beams, TranscribeConfig((), "")
     if config.assistant and beams > 1:
         raise InputError(
             f"--assistant drafts one text and --beams {beams} follows {beams}: leave out one of "
             "the two"
         )
-    on = {
-        "--method sequential": config.method == "sequential",
-        "--method chunked": config.method == "chunked",
-        "--word-timestamps": config.sequential.word_timestamps,
-        "--max-line-width": config.layout.max_line_width is not None,
-        "--vad": config.vad,
-        "--assistant": config.assistant is not None,
-        "--beams": beams > 1,
-    }
-    changed = changed_flags(config)
-    for needed, names in NEEDED_BY.items():
-        if not on[needed] and (idle := [name for name in names if name in changed]):
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+    table = [  # a flag, whether it is given, and the options that have no effect without it
+        ("--method sequential", config.method == "sequential", "sequential", ""),
+        ("--method chunked", config.method == "chunked", "chunked", ""),
+        ("--vad", config.vad, "voice", ""),
+        ("--assistant", config.assistant, "", "draft_tokens"),
+        ("--beams", beams > 1, "search", "patience"),
+    ]
+    for needed, given, part, only in table:
+        ours, theirs = (getattr(one, part) if part else one for one in (config, default))
+        names = [only] if only else [field.name for field in fields(ours)]
+        idle = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
+        if idle and not given:
+            prefix = "--vad-" if needed == "--vad" else "--"
+            flags = ", ".join(prefix + name.replace("_", "-") for name in idle)
             raise InputError(f"{flags} would have no effect: add {needed}")
-
-
-def changed_flags(config: TranscribeConfig) -> set[str]:
-    """Names of the flags whose values are not the defaults."""
-    default = TranscribeConfig((), "")
-    prefixes = {"voice": "vad_", "search": "", "sequential": "", "chunked": "", "layout": ""}
-    pairs = [("", config, default)]
-    pairs += [(prefixes[name], getattr(config, name), getattr(default, name)) for name in prefixes]
-    return {
-        prefix + field.name
-        for prefix, ours, theirs in pairs
-        for field in fields(ours)
-        if getattr(ours, field.name) != getattr(theirs, field.name)
-    }
 
 
 def write_transcript(transcript: Transcript, target: Path, config: TranscribeConfig) -> list[Path]:
@@ -205,7 +172,7 @@ def write_transcript(transcript: Transcript, target: Path, config: TranscribeCon
     with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         for extension, path in zip(extensions, paths, strict=True):
-            path.write_text(WRITERS[extension](transcript, config.layout), encoding="utf-8")
+            path.write_text(WRITERS[extension](transcript), encoding="utf-8")
     return paths
 
 
@@ -233,7 +200,7 @@ def target_paths(sources: Sequence[Path], folder: Path) -> dict[Path, Path]:
     return targets
 
 
-def progress_bar(sources: Sequence[Path] | dict[Path, Path], track: int | None = None) -> tqdm:
+def progress_bar(sources: Iterable[Path], track: int | None = None) -> tqdm:
     """A progress bar over the seconds of all files; without a total where a length is unknown."""
     total = 0.0
     for source in sources:

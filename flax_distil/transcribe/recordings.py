@@ -6,19 +6,25 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float32
 
 from flax_distil.audio.load import SAMPLE_RATE, AudioSource, load_audio
 from flax_distil.decode.assistant import load_assistant
 from flax_distil.decode.drafters import Assistant
-from flax_distil.decode.recognizer import GREEDY, Recognizer, make_recognizer, prepare
+from flax_distil.decode.recognizer import (
+    GREEDY,
+    Recognizer,
+    check_memory,
+    make_recognizer,
+    prepare,
+)
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.options import ChunkedOptions, DecodeOptions, SequentialOptions, VoiceOptions
 from flax_distil.transcribe.chunked import transcribe_in_chunks
-from flax_distil.transcribe.result import Transcript
+from flax_distil.transcribe.long_form import LongFormJob, Progress, Samples
 from flax_distil.transcribe.sequential import transcribe_sequentially
-from flax_distil.transcribe.voice import restored, voiced
+from flax_distil.transcribe.silence import restored, voiced
+from flax_distil.transcribe.transcript import Transcript
 
 LongForm = SequentialOptions | ChunkedOptions
 WHISPER = SequentialOptions()
@@ -66,28 +72,20 @@ def transcribe(
     if isinstance(assistant, str | Path):
         assistant = load_assistant(model, assistant)
     if assistant is not None:
-        model = model.with_assistant(assistant)
+        model = replace(model, assistant=assistant)
     waveform = _checked(audio) if isinstance(audio, np.ndarray) else load_audio(audio)
-    transcripts = transcribe_all(
-        model,
-        [waveform],
-        replace(options, task=task or options.task),
-        long_form,
-        language=language,
-        prompt=prompt,
-        seed=seed,
-        batch_size=batch_size,
-        voice=voice,
+    options = replace(options, task=task or options.task)
+    given = {"language": language, "prompt": prompt, "seed": seed, "voice": voice}
+    *_, (_, _, transcript) = transcribe_all(
+        model, [waveform], options, long_form, batch_size=batch_size, **given
     )
-    for _, _, transcript in transcripts:
-        if transcript is not None:
-            return transcript
-    raise AssertionError("a recording has no transcript")
+    assert transcript is not None
+    return transcript
 
 
 def transcribe_all(
     recognizer: Recognizer,
-    waveforms: Iterable[Float32[np.ndarray, "_"]],
+    waveforms: Iterable[Samples],
     options: DecodeOptions = GREEDY,
     long_form: LongForm = WHISPER,
     *,
@@ -96,7 +94,7 @@ def transcribe_all(
     seed: int = 0,
     batch_size: int = 8,
     voice: VoiceOptions | None = None,
-) -> Iterator[tuple[int, float, Transcript | None]]:
+) -> Iterator[Progress]:
     """Yields (number of the recording, seconds read since, its transcript once it is complete).
 
     Windows of several recordings share a batch; recordings are read when there is room. The
@@ -106,40 +104,39 @@ def transcribe_all(
         InputError: the model lacks the language or task, the device the memory, the assistant
             cannot be used with this search, or voice-activity detection is not installed.
     """
-    sequential = isinstance(long_form, SequentialOptions)
-    if voice is not None and sequential and long_form.clips:
-        raise InputError(
-            f"clips are {long_form.clips} and voice-activity detection finds its own: leave "
-            "out one of the two"
-        )
-    if sequential:
+    if isinstance(long_form, SequentialOptions):
+        if voice is not None and long_form.clips:
+            raise InputError(
+                f"clips are {long_form.clips} and voice-activity detection finds its own: leave "
+                "out one of the two"
+            )
         options = replace(options, timestamps=True)
+        check_memory(recognizer, batch_size, options, max(long_form.temperatures))
     start = replace(prepare(recognizer, options, batch_size, language, prompt), seed=seed)
-
-    def read(waveforms: Iterable[np.ndarray]) -> Iterator[tuple[int, float, Transcript | None]]:
-        method = (recognizer, waveforms, options)
-        if isinstance(long_form, SequentialOptions):
-            return transcribe_sequentially(*method, long_form, start, batch_size)
-        return transcribe_in_chunks(*method, long_form, start, batch_size)
-
-    return read(waveforms) if voice is None else _voiced_only(read, waveforms, voice)
+    job = LongFormJob(recognizer, options, start, batch_size)
+    if isinstance(long_form, SequentialOptions):
+        read, job = transcribe_sequentially, replace(job, sequential=long_form)
+    else:
+        read, job = transcribe_in_chunks, replace(job, chunked=long_form)
+    return read(job, waveforms) if voice is None else _voiced_only(read, job, waveforms, voice)
 
 
 def _voiced_only(
-    read: Callable[[Iterable[np.ndarray]], Iterator[tuple[int, float, Transcript | None]]],
-    waveforms: Iterable[Float32[np.ndarray, "_"]],
+    read: Callable[[LongFormJob, Iterable[Samples]], Iterator[Progress]],
+    job: LongFormJob,
+    waveforms: Iterable[Samples],
     voice: VoiceOptions,
-) -> Iterator[tuple[int, float, Transcript | None]]:
+) -> Iterator[Progress]:
     """What `read` yields for the speech of the recordings, in the recordings' times."""
     spans, left = {}, {}  # by recording; left: seconds that are not read yet
 
-    def speech() -> Iterator[np.ndarray]:
+    def speech() -> Iterator[Samples]:
         for number, waveform in enumerate(waveforms):
-            speech, spans[number], samples = voiced(waveform, voice)
-            left[number] = samples / SAMPLE_RATE
-            yield speech
+            left[number] = waveform.size / SAMPLE_RATE
+            part, spans[number] = voiced(waveform, voice)
+            yield part
 
-    for number, seconds, transcript in read(speech()):
+    for number, seconds, transcript in read(job, speech()):
         if transcript is None:
             left[number] -= seconds
             yield number, seconds, None
@@ -147,7 +144,7 @@ def _voiced_only(
             yield number, left.pop(number), restored(transcript, spans.pop(number))
 
 
-def _checked(waveform: np.ndarray) -> Float32[np.ndarray, "n"]:
+def _checked(waveform: np.ndarray) -> Samples:
     if waveform.ndim != 1 or not np.issubdtype(waveform.dtype, np.floating):
         raise InputError(
             f"the waveform is {waveform.dtype} of shape {waveform.shape}: give one channel of "

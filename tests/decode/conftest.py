@@ -2,10 +2,12 @@
 
 from functools import cache
 
+import jax
 import numpy as np
 import pytest
 
 from flax_distil.audio.load import pad_or_trim
+from flax_distil.decode import recognizer
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.model.checkpoint import load_checkpoint
 
@@ -42,3 +44,20 @@ def transformers_writes():
         return written
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def strict_arrays(monkeypatch):
+    """No array is broadcast to a higher rank, and a search moves none to or from the device."""
+
+    def guarded(search):
+        def call(*arguments, **options):
+            with jax.transfer_guard("disallow"):
+                return search(*arguments, **options)
+
+        return call
+
+    for name in ("greedy", "beam", "speculative"):
+        monkeypatch.setattr(recognizer, name, guarded(getattr(recognizer, name)))
+    with jax.numpy_rank_promotion("raise"):
+        yield

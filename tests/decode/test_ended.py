@@ -1,4 +1,4 @@
-"""Every search says truthfully whether the model ended a text or the room did."""
+"""Every search reports whether the model ended a text or `max_tokens` did."""
 
 from functools import partial
 
@@ -10,10 +10,9 @@ import pytest
 from flax_distil.decode.beam import NEVER, _Texts, beam, best_text
 from flax_distil.decode.drafters import LookupDrafter
 from flax_distil.decode.greedy import greedy
-from flax_distil.decode.hypothesis import Window
 from flax_distil.decode.recognizer import AudioStates, decode, make_recognizer, read_hypotheses
 from flax_distil.decode.rules import RuleSet
-from flax_distil.decode.search import DecoderModel, Prompt, Sampling, SearchInput
+from flax_distil.decode.search import DecoderModel, Prompt, Sampling, SearchInput, Window
 from flax_distil.decode.speculative import speculative
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.dims import WhisperDims
@@ -80,12 +79,11 @@ def test_a_full_context_cuts_too(random_folders):
 def test_a_beam_that_goes_on_has_not_ended():
     """Where a patience below 1 stops the search, the best beam may be one that never ended."""
 
-    def texts(count: int, best: float, priority: float, whole: bool) -> _Texts:
-        row = lambda value: jnp.full((1, count), value)
+    def texts(count: int, best: float) -> _Texts:
         tokens = jnp.zeros((1, count, 3), jnp.int32)
-        return _Texts(tokens, row(2), row(best), row(priority), row(whole))
+        return _Texts(tokens, jnp.full((1, count), 2), jnp.full((1, count), best))
 
-    going = texts(2, -1.0, 0.0, False)
-    assert not best_text(going, texts(1, -2.0, 0.0, True), 2, None).whole[0]
-    assert best_text(going, texts(1, -0.5, 0.0, True), 2, None).whole[0]
-    assert not best_text(going, texts(1, -0.5, NEVER, False), 2, None).whole[0]
+    going = texts(2, -1.0)
+    assert not best_text(going, texts(1, -2.0), None)[1][0]
+    assert best_text(going, texts(1, -0.5), None)[1][0]
+    assert not best_text(going, texts(1, NEVER), None)[1][0]

@@ -7,8 +7,7 @@ from foreign_speech import FOREIGN, foreign_prompts
 
 from flax_distil.audio.load import load_audio, pad_or_trim
 from flax_distil.cache import cache_folder
-from flax_distil.decode.language import detect_language
-from flax_distil.decode.recognizer import encode, make_recognizer, recognize
+from flax_distil.decode.recognizer import detect_language, encode, make_recognizer, recognize
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.tensors import to_openai
 from flax_distil.options import DecodeOptions
@@ -49,7 +48,7 @@ def test_languages_are_those_that_openai_hears(base, theirs, spoken):
 
     waveforms = np.stack([pad_or_trim(clip) for _, clip in spoken])
     audio = encode(base.spec, base.params["encoder"], waveforms)
-    ours = detect_language(base.spec, base.params["decoder"], audio, base.tokens)
+    ours = detect_language(base, audio)
     # One at a time: the loudest frame of a batch would set the floor for all.
     mel = torch.stack([whisper.log_mel_spectrogram(waveform) for waveform in waveforms])
     _, expected = theirs.detect_language(mel)
@@ -61,13 +60,13 @@ def test_languages_are_those_that_openai_hears(base, theirs, spoken):
     right = np.mean([one == language for one, (language, _) in zip(found, spoken, strict=True)])
     assert right >= 0.8
     assert len(set(found)) > 1 or len(spoken) == 1
-    (heard,) = recognize(base, waveforms[:1], DecodeOptions(max_tokens=4))
-    assert heard.language == "en"
+    (hypothesis,) = recognize(base, waveforms[:1], DecodeOptions(max_tokens=4))
+    assert hypothesis.language == "en"
 
 
 def test_it_sums_to_one_and_follows_the_audio(base):
     rng = np.random.default_rng(0)
     audio = rng.standard_normal((2, 1500, 512), np.float32)
-    rows = detect_language(base.spec, base.params["decoder"], jax.numpy.asarray(audio), base.tokens)
+    rows = detect_language(base, jax.numpy.asarray(audio))
     np.testing.assert_allclose([sum(row.values()) for row in rows], 1, atol=1e-5)
     assert rows[0] != rows[1]

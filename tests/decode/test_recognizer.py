@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from flax_distil.decode.hypothesis import Window
 from flax_distil.decode.recognizer import AudioStates, decode, make_recognizer, recognize
+from flax_distil.decode.search import Window
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.options import DecodeOptions
@@ -90,7 +90,7 @@ def test_heads_of_layers_that_a_student_lacks_are_left_out(random_folders):
 
 
 def test_a_tokenizer_of_another_model_is_refused(random_folders, base_folder):
-    """Also where no file beside it says what the model's is."""
+    """Also where no file beside it names the model's."""
     student = load_checkpoint(random_folders[1])
     with pytest.raises(InputError, match="at 50363, the generation config at 50362"):
         make_recognizer(replace(student, source=base_folder))

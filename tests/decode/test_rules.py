@@ -9,7 +9,7 @@ import pytest
 import torch
 from whisper.decoding import ApplyTimestampRules, SuppressBlank, SuppressTokens
 
-from flax_distil.decode.rules import RuleSet, advance, apply_rules, start_progress
+from flax_distil.decode.rules import RuleSet
 
 VOCAB, END, NO_TIMESTAMPS, BEGIN = 60, 30, 37, 38  # text below END, timestamps from BEGIN
 TOKENS = SimpleNamespace(
@@ -57,12 +57,12 @@ def test_timestamps_behind_a_prefix_equal_openai_s_behind_written_text(length, b
 
 
 def ours(rules: RuleSet, logits: np.ndarray, history: np.ndarray, by_row: bool) -> np.ndarray:
-    progress = start_progress(len(history))
+    progress = rules.start(len(history))
     if by_row:
         progress = progress._replace(index=jnp.zeros(len(history), jnp.int32))
     for token_B in history.T:
-        progress = advance(progress, jnp.asarray(token_B, jnp.int32), rules)
-    return np.asarray(apply_rules(rules.rules(), jnp.asarray(logits), progress))
+        progress = rules.advance(progress, jnp.asarray(token_B, jnp.int32))
+    return np.asarray(rules.apply(jnp.asarray(logits), progress))
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 7])
@@ -124,37 +124,3 @@ def test_plain_text_equals_openai():
         logits = rng.normal(size=(5, VOCAB)).astype(np.float32)
         expected = theirs(filters, logits, history)
         np.testing.assert_array_equal(ours(rules, logits, history, False), expected)
-
-
-@pytest.mark.parametrize("length", [0, 1, 2, 9, 30])
-@pytest.mark.parametrize("by_row", [False, True])
-def test_repetition_rules_equal_transformers(length, by_row):
-    from transformers.generation.logits_process import (
-        NoRepeatNGramLogitsProcessor,
-        RepetitionPenaltyLogitsProcessor,
-    )
-
-    rng = np.random.default_rng(length)
-    history = rng.integers(0, 5, (50, length))  # few tokens, so that much is repeated
-    logits = rng.normal(size=(50, VOCAB)).astype(np.float32)
-    for penalty, size in ((1.3, 0), (1.0, 3), (0.8, 2), (1.0, 1)):
-        rules = RuleSet(END, 36, (), (), repetition_penalty=penalty, no_repeat_ngram=size)
-        progress = start_progress(50, 32)
-        if by_row:
-            progress = progress._replace(index=jnp.zeros(50, jnp.int32))
-        for token_B in history.T:
-            progress = advance(progress, jnp.asarray(token_B, jnp.int32), rules)
-        expected, tokens = torch.from_numpy(logits.copy()), torch.from_numpy(history)
-        if penalty != 1:
-            expected = RepetitionPenaltyLogitsProcessor(penalty)(tokens, expected)
-        if size:
-            expected = NoRepeatNGramLogitsProcessor(size)(tokens, expected)
-        found = np.asarray(apply_rules(rules.rules(), jnp.asarray(logits), progress))
-        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
-
-
-def test_runs_longer_than_any_text_cost_nothing():
-    """A million steps would be compiled for a million tokens that nobody writes."""
-    (rule, *_) = RuleSet(END, 36, (), (), no_repeat_ngram=10**6).rules()
-    logits = jnp.ones((1, VOCAB))
-    assert rule(logits, start_progress(1, 32)) is logits

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from flax_distil.decode.greedy import best_copy, next_token
-from flax_distil.decode.hypothesis import Window
 from flax_distil.decode.prompts import prompt_ids
 from flax_distil.decode.recognizer import AudioStates, decode, make_recognizer
-from flax_distil.decode.search import Sampling, SearchResult
+from flax_distil.decode.search import Sampling, SearchResult, Window
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.options import DecodeOptions

@@ -14,14 +14,12 @@ from flax_distil.decode.drafters import (
     DraftedText,
     Drafts,
     LookupDrafter,
-    frequent_ids,
     model_drafter,
 )
 from flax_distil.decode.greedy import greedy
-from flax_distil.decode.hypothesis import Acceptance
 from flax_distil.decode.recognizer import recognize
-from flax_distil.decode.rules import RuleSet, start_progress
-from flax_distil.decode.search import DecoderModel, Prompt, Sampling, SearchInput
+from flax_distil.decode.rules import RuleSet
+from flax_distil.decode.search import Acceptance, DecoderModel, Prompt, Sampling, SearchInput
 from flax_distil.decode.speculative import speculative, verify
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
@@ -33,7 +31,7 @@ from flax_distil.options import DecodeOptions
 DIMS = WhisperDims(8, 97, 32, 1, 4, 2, 2, 48, 64, audio_positions=20, text_positions=40)
 SPEC = Spec(DIMS)
 RULES = RuleSet(50, 51, (3, 4), (5, 50), no_timestamps=52, max_initial=10)
-TIMES = dataclasses.replace(RULES, timestamp_begin=60, no_repeat_ngram=2)
+TIMES = dataclasses.replace(RULES, timestamp_begin=60)
 ONE_PROMPT = Prompt(jnp.array([[7, 8, 9]] * 4), jnp.int32(3), jnp.int32(1))
 PROMPTS = Prompt(jnp.array([[7, 8, 9, 1]] * 4), jnp.array([4, 4, 4, 1]), jnp.array([1, 1, 1, 0]))
 ACTIVE = jnp.array([True, True, False, True])
@@ -58,14 +56,13 @@ def draft(model, batch, drafter, draft_tokens: int, **limits):
 
 @pytest.mark.parametrize(
     ("kind", "draft_tokens"),
-    [("model", 1), ("model", 4), ("part of the vocabulary", 2), ("lookup", 3)],
+    [("model", 1), ("model", 4), ("lookup", 3)],
 )
 @pytest.mark.parametrize(("rules", "prompt"), [(RULES, ONE_PROMPT), (TIMES, PROMPTS)])
 def test_writes_what_greedy_writes_row_by_row(pair, rules, prompt, kind, draft_tokens):
     model, blurred, audio = pair
     drafter = {
         "model": model_drafter(SPEC, blurred),
-        "part of the vocabulary": model_drafter(SPEC, blurred, jnp.arange(20, 97)),
         "lookup": LookupDrafter(),
     }[kind]
     batch, limits = SearchInput(audio, prompt, ACTIVE), dict(rules=rules, max_tokens=39)
@@ -107,7 +104,7 @@ def test_the_teacher_itself_is_always_right(pair):
     limits = dict(rules=RULES, max_tokens=36)
     found = draft(model, batch, model_drafter(SPEC, model.params), 3, **limits)
     np.testing.assert_array_equal(found.tokens, greedy(model, batch, **limits).tokens)
-    # All but those behind the end, which nobody needs.
+    # All but those after the end.
     written = np.asarray(found.acceptance.written)
     passes = np.where(ACTIVE, 1 + -(-(written - 1) // 4), 0)
     np.testing.assert_array_equal(found.acceptance.passes, passes)
@@ -133,7 +130,7 @@ def test_samples_are_the_teachers(certain):
         scores = jax.nn.log_softmax(jnp.stack([q[start], q[first]], 1) / temperature)
         drafts = Drafts(jnp.stack([first, second], 1), scores)
     read = jnp.concatenate([start[:, None], drafts.tokens], axis=1)
-    progress = start_progress(rows)._replace(index=start)
+    progress = rules.start(rows)._replace(index=start)
     verified = verify(p[read], progress, drafts, rules, sampling)
     accepted = np.asarray(verified.accepted_B)
     assert {*accepted} == {0, 1, 2}
@@ -191,7 +188,7 @@ def test_at_temperature_0_a_row_is_greedy_and_seeds_are_its_own(pair):
 
 def test_looks_up_what_followed_the_last_time():
     text = jnp.array([[1, 2, 3, 9, 2, 3, 4, 2, 3, 0, 0], [5, 6, 7, 8, 7, 8, 0, 0, 0, 0, 0]])
-    text = DraftedText(text, jnp.array([9, 6]), start_progress(2))
+    text = DraftedText(text, jnp.array([9, 6]), RULES.start(2))
     drafts, _ = LookupDrafter().propose(None, text, 4, RULES, None)
     # "2 3" was followed by 9 and, later, by "4 2 3"; a loop goes on as a loop.
     np.testing.assert_array_equal(drafts.tokens, [[4, 2, 3, 4], [7, 8, 7, 8]])
@@ -203,10 +200,10 @@ def test_real_speech_with_a_truncated_student(monkeypatch, tiny_en, tiny_en_fold
     teacher, chosen = load_checkpoint(tiny_en_folder), windows[:batch]
     options = DecodeOptions(max_tokens=60)
     expected = recognize(tiny_en, chosen, options)
-    for checkpoint, vocabulary in ((init_student(teacher, [0, 1, 3]), 8000), (None, None)):
-        assistant = make_assistant(tiny_en, checkpoint, 3, vocabulary)
+    for checkpoint in (init_student(teacher, [0, 1, 3]), None):
+        assistant = make_assistant(tiny_en, checkpoint, 3)
         assert assistant.encoder is None  # the teacher's serves both
-        found = recognize(tiny_en.with_assistant(assistant), chosen, options)
+        found = recognize(dataclasses.replace(tiny_en, assistant=assistant), chosen, options)
         assert [one.tokens for one in found] == [one.tokens for one in expected]
         assert [one.text for one in found] == [one.text for one in expected]
         acceptance = Acceptance.total(one.acceptance for one in found)
@@ -218,12 +215,12 @@ def test_real_speech_with_a_truncated_student(monkeypatch, tiny_en, tiny_en_fold
 
 def test_a_cpu_uses_no_assistant_for_many_rows(tiny_en, windows):
     options, lookup = DecodeOptions(max_tokens=4), make_assistant(tiny_en, None)
-    helped = tiny_en.with_assistant(lookup)
+    helped = dataclasses.replace(tiny_en, assistant=lookup)
     found = recognize(helped, windows, options)
     assert [one.acceptance for one in found] == [None, None]
     # Nor does its encoder run: this one has no parameters.
     useless = dataclasses.replace(lookup, encoder=(tiny_en.spec, {}))
-    recognize(tiny_en.with_assistant(useless), windows, options)
+    recognize(dataclasses.replace(tiny_en, assistant=useless), windows, options)
     assert recognize(helped, windows[:1], options)[0].acceptance
     drawn = recognize(helped, windows, options, temperature=0.5)
     assert all(one.acceptance for one in drawn)  # a draw does not depend on the batch
@@ -238,19 +235,11 @@ def test_an_assistant_pays_from_its_break_even_on(tiny_en):
     assert lookup.pays(Acceptance(passes=9, drafted=few, accepted=0, written=9))
 
 
-def test_frequent_ids(tiny_en):
-    tokens = tiny_en.tokens
-    ids = frequent_ids(tokens, 300)
-    assert len(ids) == len(set(ids)) == 300 + 1 + 1501
-    assert {*tokens.encode(" the"), tokens.eot, tokens.timestamp_begin} <= set(ids)
-    assert not set(ids).intersection(tokens.suppressed)
-
-
 def test_an_unfit_assistant_is_refused(tiny_en, base_folder, windows):
     with pytest.raises(InputError, match=r"51,865 tokens and the model 51,864"):
         make_assistant(tiny_en, load_checkpoint(base_folder))
     with pytest.raises(InputError, match="0 draft tokens"):
         make_assistant(tiny_en, None, 0)
-    helped = tiny_en.with_assistant(make_assistant(tiny_en, None))
+    helped = dataclasses.replace(tiny_en, assistant=make_assistant(tiny_en, None))
     with pytest.raises(InputError, match="5 beams"):
         recognize(helped, windows, DecodeOptions(beams=5))

@@ -11,8 +11,8 @@ import pytest
 from flax_distil.audio.load import SAMPLE_RATE, encode_flac
 from flax_distil.config import DistillConfig, ValidationConfig
 from flax_distil.data.utterances import read_dataset
-from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.decode.recognizer import Recognizer
+from flax_distil.decode.search import Hypothesis
 from flax_distil.distill import validation
 from flax_distil.distill.validation import count_errors, open_sets
 from flax_distil.errors import InputError

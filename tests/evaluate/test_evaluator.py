@@ -9,8 +9,8 @@ import pytest
 
 from flax_distil.audio.load import SAMPLE_RATE, encode_flac
 from flax_distil.config import EvaluateConfig
-from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.decode.recognizer import Recognizer
+from flax_distil.decode.search import Hypothesis
 from flax_distil.errors import InputError
 from flax_distil.evaluate import evaluator
 from flax_distil.evaluate.evaluator import (

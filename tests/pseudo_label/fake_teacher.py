@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from flax_distil.audio.load import encode_flac
 from flax_distil.config import DataConfig, PseudoLabelConfig
-from flax_distil.decode.hypothesis import Hypothesis
+from flax_distil.decode.search import Hypothesis
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label.jobs import LabelJob, settings, windows
 from flax_distil.pseudo_label.labeller import Engine, LabelSummary, label

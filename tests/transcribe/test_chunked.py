@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from flax_distil.audio.load import pad_or_trim
-from flax_distil.decode.hypothesis import Hypothesis
 from flax_distil.decode.recognizer import make_recognizer, recognize
+from flax_distil.decode.search import Hypothesis
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.options import DecodeOptions
 from flax_distil.transcribe import ChunkedOptions, chunked, transcribe, transcribe_all
-from flax_distil.transcribe.merging import ChunkSpan, cut_chunks, merge, merge_timed
+from flax_distil.transcribe.chunked import ChunkSpan, cut_chunks, merge, merge_timed
 
 
 def test_merging_equals_transformers():
@@ -23,7 +23,7 @@ def test_merging_equals_transformers():
         spoken = rng.integers(0, 30, 40)
         places = np.sort(rng.choice(40, 4))
         texts = [spoken[max(0, at - 4) : at + 14] for at in (0, *places)]
-        # One token in ten is heard wrongly.
+        # One token in ten is wrong.
         texts = [np.where(rng.random(t.size) < 0.1, 99, t).tolist() for t in texts]
         merged = merge(texts)
         assert len(merged) == len(texts)
@@ -38,7 +38,7 @@ TIMES = range(BEGIN, BEGIN + 1501)
 
 
 def test_a_sentence_spelled_in_two_ways_is_merged_once():
-    """As heard of real speech; a segment that both chunks cut becomes one again."""
+    """As in real speech; a segment that both chunks cut becomes one again."""
     at = lambda seconds: BEGIN + round(seconds / 0.02)
     pieces = cut_chunks(50 * 16_000, ChunkedOptions(30, 5))
     left = (at(0), 1, at(20), at(20.4), 2, 3, at(25), at(25.4), 14, 5, 6, 7, at(28), at(28.2), 8)
@@ -106,37 +106,37 @@ def test_chunks_are_decoded_as_recognize_does(random_folders):
     ]
     first, second = (one for one in found if one is not None)
     windows = np.stack([pad_or_trim(one) for one in (long[:160_000], long[96_000:], short)])
-    heard = recognize(recognizer, windows, options)
-    expected = merge([one.tokens for one in heard[:2]])
+    hypotheses = recognize(recognizer, windows, options)
+    expected = merge([one.tokens for one in hypotheses[:2]])
     assert [segment.tokens for segment in first.segments] == expected
     assert [(segment.start, segment.end) for segment in first.segments] == [(0, 8), (8, 15)]
-    assert [segment.tokens for segment in second.segments] == [heard[2].tokens]
+    assert [segment.tokens for segment in second.segments] == [hypotheses[2].tokens]
     alone = transcribe(short, recognizer, options=options, long_form=chunked)
     assert (alone.text, len(alone.segments)) == (second.text, 1)
 
 
 def test_a_chunk_is_read_on_from_its_last_timestamp(random_folders, monkeypatch):
-    """What follows the last pair of timestamps is heard again, in a window that begins there."""
+    """What follows the last pair of timestamps is decoded again, in a window that begins there."""
     recognizer = make_recognizer(load_checkpoint(random_folders[0]))
     at = lambda seconds: recognizer.tokens.timestamp_begin + round(seconds / 0.02)
     script = {  # by the second at which a window begins
         0: (at(0), 1, at(4), at(4), 99),  # ends early
-        4: (at(0), 2, 3, 4, 5, at(14.2), at(14.2)),  # from 18 s on the next chunk hears better
+        4: (at(0), 2, 3, 4, 5, at(14.2), at(14.2)),  # from 18 s on the next chunk is used
         16: (at(0), 4, 5, at(2.2), at(2.2), 6, 7, at(6), at(6), 8, at(16), at(16), 9),
     }
-    heard = []
+    starts = []
 
     def decode(_, __, ___, windows):
-        heard.append([window.seed / 16_000 for window in windows])
-        texts = [script[second] for second in heard[-1]]
-        return [Hypothesis(ids, "", "en", -1.0 / len(heard), 0.1, 1.0) for ids in texts]
+        starts.append([window.seed / 16_000 for window in windows])
+        texts = [script[second] for second in starts[-1]]
+        return [Hypothesis(ids, "", "en", -1.0 / len(starts), 0.1, 1.0) for ids in texts]
 
     monkeypatch.setattr(chunked, "decode", decode)
     sound = np.ones(50 * 16_000, np.float32)
     sound[32 * 16_000 :] = 0  # what the third chunk begins with
     options, long_form = DecodeOptions(timestamps=True), ChunkedOptions(20, 2)
     found = transcribe(sound, recognizer, options=options, long_form=long_form, batch_size=2)
-    assert heard == [[0, 16], [4]]
+    assert starts == [[0, 16], [4]]
     expected = [(0, 4, (1,)), (4, 18.2, (2, 3, 4, 5)), (18.2, 22, (6, 7))]
     expected += [(22, 32, (8,)), (32, 36, (9,))]
     assert [(one.start, one.end, one.tokens) for one in found.segments] == expected

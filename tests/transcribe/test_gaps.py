@@ -25,9 +25,9 @@ def segment(start: float, end: float, words=None) -> Segment:
 
 def test_segments_begin_behind_a_gap_and_end_before_one():
     gaps = [(0.0, 4.0), (6.0, 9.0)]
-    told = [(0.0, 6.0), (3.98, 7.5), (0.0, 9.5), (4.5, 5.5), (9.0, 9.5), (6.5, 8.0), (5.0, 9.0)]
+    given = [(0.0, 6.0), (3.98, 7.5), (0.0, 9.5), (4.5, 5.5), (9.0, 9.5), (6.5, 8.0), (5.0, 9.0)]
     wanted = [(4.0, 6.0), (4.0, 6.0), (4.0, 9.5), (4.5, 5.5), (9.0, 9.5), (6.5, 8.0), (5.0, 6.0)]
-    found = trim_silence(Transcript("", tuple(segment(*one) for one in told), "en"), gaps)
+    found = trim_silence(Transcript("", tuple(segment(*one) for one in given), "en"), gaps)
     assert [(one.start, one.end) for one in found.segments] == wanted
     timed = Transcript("", (segment(0.0, 5.0, (Word("a", 0.0, 5.0, 1),)),), "en")
     assert trim_silence(timed, gaps) == timed

@@ -9,9 +9,9 @@ import whisper
 
 from flax_distil.config import ExportConfig
 from flax_distil.decode.assistant import make_assistant
-from flax_distil.decode.hypothesis import Hypothesis, Window
 from flax_distil.decode.prompts import prompt_ids
 from flax_distil.decode.recognizer import AudioStates, make_recognizer
+from flax_distil.decode.search import Hypothesis, Window
 from flax_distil.errors import InputError
 from flax_distil.export import run
 from flax_distil.model.checkpoint import load_checkpoint
@@ -26,7 +26,7 @@ from flax_distil.transcribe import (
     transcribe,
     transcribe_all,
 )
-from flax_distil.transcribe.segments import split_segments
+from flax_distil.transcribe.long_form import LongFormJob, split_segments
 from flax_distil.transcribe.sequential import (
     RecordingState,
     begin_recording,
@@ -100,13 +100,13 @@ def test_files_of_one_batch_do_not_disturb_each_other(random_folders):
     # Random models doubt all they write: each window is tried at both temperatures.
     long_form = SequentialOptions((0.0, 0.8), no_speech_threshold=None)
     together = {}
-    heard = [0.0, 0.0, 0.0]
+    read = [0.0, 0.0, 0.0]
     for number, seconds, done in transcribe_all(
         recognizer, audio, options, long_form, batch_size=2
     ):
-        heard[number] += seconds
+        read[number] += seconds
         together |= {number: done} if done else {}
-    np.testing.assert_allclose(heard, [35, 4, 40])
+    np.testing.assert_allclose(read, [35, 4, 40])
     for number, waveform in enumerate(audio):
         alone = transcribe(waveform, recognizer, options=options, long_form=long_form)
         assert [one.tokens for one in together[number].segments] == [
@@ -116,15 +116,15 @@ def test_files_of_one_batch_do_not_disturb_each_other(random_folders):
 
 
 def test_what_needs_fallback():
-    def heard(doubt: float, silence: float, ratio: float) -> Hypothesis:
+    def result(doubt: float, silence: float, ratio: float) -> Hypothesis:
         return Hypothesis((1,), "a", "en", doubt, silence, ratio)
 
     options = SequentialOptions()
-    assert not needs_fallback(heard(-0.5, 0.9, 1.0), options)
-    assert needs_fallback(heard(-0.5, 0.9, 2.5), options)
-    assert needs_fallback(heard(-1.5, 0.1, 1.0), options)
-    assert not needs_fallback(heard(-1.5, 0.9, 2.5), options)  # silence
-    assert not needs_fallback(heard(-1.5, 0.1, 2.5), SequentialOptions((0.0,), None, None, None))
+    assert not needs_fallback(result(-0.5, 0.9, 1.0), options)
+    assert needs_fallback(result(-0.5, 0.9, 2.5), options)
+    assert needs_fallback(result(-1.5, 0.1, 1.0), options)
+    assert not needs_fallback(result(-1.5, 0.9, 2.5), options)  # silence
+    assert not needs_fallback(result(-1.5, 0.1, 2.5), SequentialOptions((0.0,), None, None, None))
 
 
 def test_windows_are_split_between_two_timestamps():
@@ -164,20 +164,23 @@ def test_words_end_where_segments_do(tiny_en, talk):
 
 
 @pytest.mark.parametrize("seconds", [2.5, 40])
-def test_the_language_is_that_of_what_openai_hears_first(monkeypatch, base_folder, seconds):
-    recognizer, heard = make_recognizer(load_checkpoint(base_folder)), []
+def test_the_language_is_detected_from_the_same_audio_as_in_openai(
+    monkeypatch, base_folder, seconds
+):
+    recognizer, encoded = make_recognizer(load_checkpoint(base_folder)), []
 
     def encode_audio(_, mel, **__):
-        heard.append(mel)
+        encoded.append(mel)
         return AudioStates(None)
 
     monkeypatch.setattr(sequential, "encode_audio", encode_audio)
     monkeypatch.setattr(sequential, "likeliest_languages", lambda *_: ["de"])
     sound = np.random.default_rng(0).normal(0, 0.1, round(seconds * 16_000)).astype(np.float32)
-    assert begin_recording(recognizer, sound, Window(), PLAIN).start.language == "de"
+    job = LongFormJob(recognizer, DecodeOptions(), Window())
+    assert begin_recording(job, sound).start.language == "de"
     mel = whisper.log_mel_spectrogram(sound, padding=whisper.audio.N_SAMPLES)
     expected = whisper.pad_or_trim(mel, 3000).numpy().T
-    np.testing.assert_allclose(heard[0][0], expected, atol=1e-4)
+    np.testing.assert_allclose(encoded[0][0], expected, atol=1e-4)
 
 
 def test_a_prompt_for_every_window_is_whole_beside_hotwords(random_folders):
@@ -185,7 +188,9 @@ def test_a_prompt_for_every_window_is_whole_beside_hotwords(random_folders):
     prompt, options = tuple(range(1000, 1100)), DecodeOptions(hotwords="Marianne, Elinor")
     mel, tokens = np.zeros((0, 80), np.float32), [*prompt, *range(300)]
     one = RecordingState(mel, [], Window("en", prompt), tokens=tokens)
-    previous = previous_tokens(one, recognizer, options, SequentialOptions(carry_prompt=True))
+    carry = SequentialOptions(carry_prompt=True)
+    job = LongFormJob(recognizer, options, one.start, sequential=carry)
+    previous = previous_tokens(job, one)
     ids = prompt_ids(recognizer.tokens, recognizer.context, options, Window("en", previous))
     hot = recognizer.tokens.encode(" Marianne, Elinor")
     assert ids[1 : ids.index(recognizer.tokens.sot)] == [
@@ -239,7 +244,7 @@ def test_an_assistant_that_does_not_pay_is_given_up(random_folders, monkeypatch,
 
 
 @pytest.mark.parametrize("long_form", [SequentialOptions((0.0, 0.8)), ChunkedOptions(10)])
-def test_an_assistant_with_ears_of_its_own(monkeypatch, random_folders, long_form):
+def test_an_assistant_with_an_encoder_of_its_own(monkeypatch, random_folders, long_form):
     """Its encoder is not the model's, and what is drawn after a doubt is drawn without it."""
     monkeypatch.setattr("flax_distil.decode.recognizer.CPU_DRAFT_ROWS", 8)
     teacher = load_checkpoint(random_folders[0])

@@ -1,10 +1,11 @@
 """The sequential algorithm's decisions against openai-whisper's, over scripted windows.
 
 Models are replaced by a script, the same for both, that draws texts, times and probabilities for
-each window: pauses, odd words, silence and unfinished text come in all combinations, in a moment.
+each window: pauses, improbable words, silence and unfinished text come in all combinations.
 """
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,21 +13,21 @@ import pytest
 import torch
 import whisper
 
-from flax_distil.decode.hypothesis import Hypothesis, Window
 from flax_distil.decode.recognizer import AudioStates, Recognizer
+from flax_distil.decode.search import Hypothesis, Window
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.spec import Spec
 from flax_distil.options import DecodeOptions
 from flax_distil.text.tokens import load_tokens
-from flax_distil.transcribe import SequentialOptions, Word, sequential
-from flax_distil.transcribe.words import TimedSpan
+from flax_distil.transcribe import SequentialOptions, Word, long_form, sequential
+from flax_distil.transcribe.long_form import LongFormJob
 
 FRAMES = 9_000
 BEGIN = 50_363  # the English tokens' 0.00 s
 
 
 def window(scene: int, seek: int) -> tuple[list[int], dict[str, float]]:
-    """What is heard from frame `seek` on: tokens with timestamps, and how sure the model is."""
+    """The text from frame `seek` on: tokens with timestamps, and how sure the model is."""
     rng = np.random.default_rng([scene, seek])
     tokens, step, last = [], 0, min(3000, FRAMES - seek) // 2
     while step < last and len(tokens) < 40:
@@ -48,12 +49,12 @@ def window(scene: int, seek: int) -> tuple[list[int], dict[str, float]]:
 
 
 def words_of(scene: int, seek: int, place: int, start: float, end: float) -> list[Word]:
-    """Words of the window's segment `place`; in some segments odd ones, in some none."""
+    """Words of the window's segment `place`; in some segments improbable ones, in some none."""
     rng = np.random.default_rng([scene, seek, place])
-    odd = rng.random() < 0.4
+    improbable = rng.random() < 0.4
     # Both add up times in another order: what lies on an edge of rounding is moved off it.
     edges = (np.linspace(start, end, int(rng.integers(0, 6)) + 1) + 1e-6).round(2).tolist()
-    chances = rng.uniform(0, 0.2, 6) if odd else rng.uniform(0.5, 1, 6)
+    chances = rng.uniform(0, 0.2, 6) if improbable else rng.uniform(0.5, 1, 6)
     return [
         Word(" so", a, b, float(chance))
         for a, b, chance in zip(edges[:-1], edges[1:], chances, strict=False)
@@ -90,39 +91,42 @@ def openai(monkeypatch, scene: int, **options) -> dict:
 
 
 def ours(monkeypatch, tokens, scene: int, previous_text: bool = True, **options):
-    """Our transcript of the script, and what its windows were told of the text before."""
-    told = []
+    """Our transcript of the script, and the previous text that its windows were given."""
+    previous = []
     mel = np.arange(FRAMES, dtype=np.float32)[:, None].repeat(80, 1)
 
-    def decode(_, __, ___, windows, ____):
+    def decode(_, __, windows):
         found = []
         for one in windows:
-            told.append(one.previous)
+            previous.append(one.previous)
             ids, sure = window(scene, one.seed)
             chances = (sure["avg_logprob"], sure["no_speech_prob"], 1.0)
             found.append(Hypothesis(tuple(ids), "", "en", *chances))
         return found
 
-    def timed(_, __, windows, ___, offsets, **____):
-        rows = []
-        for spans, offset in zip(windows, offsets, strict=True):
-            rows.append([])
-            for number, span in enumerate(spans):
-                words = words_of(scene, round(100 * offset), number, span.start, span.end)
-                ends = (words[0].start, words[-1].end) if words else (span.start, span.end)
-                rows[-1].append(TimedSpan(*ends, tuple(words)))
-        return rows
+    def timed(_, segments, offset, *__):
+        result = []
+        for number, one in enumerate(segments):
+            words = words_of(scene, round(100 * offset), number, one.start, one.end)
+            ends = (words[0].start, words[-1].end) if words else (one.start, one.end)
+            result.append(replace(one, start=ends[0], end=ends[1], words=tuple(words)))
+        return result
 
-    monkeypatch.setattr(sequential, "recording_mel", lambda *_: mel)
+    monkeypatch.setattr(long_form, "recording_mel", lambda *_: mel)
     monkeypatch.setattr(sequential, "encode_audio", lambda *_, **__: AudioStates(None))
     monkeypatch.setattr(sequential, "decode_with_fallback", decode)
-    monkeypatch.setattr(sequential, "word_timestamps", timed)
+    monkeypatch.setattr(sequential, "align_words", lambda _, __, texts, *___, **____: texts)
+    monkeypatch.setattr(sequential, "assign_words", timed)
     spec = Spec(WhisperDims(80, 51_864, 16, 1, 2, 2, 2, 64, 64), "float32")
     recognizer = Recognizer(spec, {"encoder": None}, tokens, previous_text=previous_text)
-    *_, (_, _, found) = sequential.transcribe_sequentially(
-        recognizer, [mel[:, 0]], DecodeOptions(), SequentialOptions((0.0,), **options), Window("en")
+    job = LongFormJob(
+        recognizer,
+        DecodeOptions(timestamps=True),
+        Window("en"),
+        sequential=SequentialOptions((0.0,), **options),
     )
-    return found, told
+    *_, (_, _, found) = sequential.transcribe_sequentially(job, [mel[:, 0]])
+    return found, previous
 
 
 def test_a_model_trained_without_the_text_before_is_not_told_of_it(monkeypatch, tiny_en_folder):
@@ -133,9 +137,9 @@ def test_a_model_trained_without_the_text_before_is_not_told_of_it(monkeypatch, 
         (False, True, False),
     ]:
         options = {"condition_on_previous_text": option, "previous_text": previous_text}
-        found, told = ours(monkeypatch, tokens, 0, **options)
-        assert len(found.segments) > len(told) > 2
-        assert any(told) is expected
+        found, previous = ours(monkeypatch, tokens, 0, **options)
+        assert len(found.segments) > len(previous) > 2
+        assert any(previous) is expected
 
 
 def test_windows_follow_each_other_as_in_openai(monkeypatch, tiny_en_folder):

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from flax_distil.transcribe.result import Segment, Word
-from flax_distil.transcribe.silence import anomaly, drop_hallucinations, is_anomalous
+from flax_distil.transcribe.transcript import Segment, Word
+from flax_distil.transcribe.words import anomaly, drop_hallucinations, is_anomalous
 
 
 def segment(start: float, end: float, probability: float = 0.9, count: int = 4) -> Segment:
@@ -33,14 +33,14 @@ def test_odd_words():
     ("segments", "window", "expected"),
     [
         ([segment(1, 3), segment(4, 6)], (0, 30, 100), (2, None, True)),
-        # A pause, then something odd: the window is left, and begun again behind the pause.
+        # A pause, then an anomalous segment: the next window begins after the pause.
         ([segment(5, 6, 0.1), segment(7, 9)], (0, 30, 100), (0, 5, False)),
-        # Odd between two pauses; it is heard again, unless the recording ends there.
+        # Anomalous between two pauses: it is decoded again, unless the recording ends there.
         ([segment(1, 3), segment(8, 9, 0.1)], (0, 30, 100), (1, 8, True)),
         ([segment(1, 3), segment(28, 29, 0.1)], (0, 30, 30), (1, 30, True)),
         ([segment(1, 3), segment(8, 9, 0.1), segment(12, 14)], (0, 30, 100), (1, 8, True)),
         ([segment(1, 3), segment(8, 9, 0.1), segment(9, 10, 0.1)], (0, 30, 100), (1, 8, True)),
-        # Odd beside speech: it is believed.
+        # Anomalous beside speech: it is kept.
         ([segment(5, 7), segment(7, 8, 0.1)], (0, 30, 100), (2, None, True)),
         ([segment(1, 3), segment(8, 9, 0.1), segment(9.5, 12)], (0, 30, 100), (3, None, True)),
         # At the window's edge; at least a second is passed over.

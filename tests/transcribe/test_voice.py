@@ -20,7 +20,7 @@ from flax_distil.transcribe import (
     Word,
     transcribe,
 )
-from flax_distil.transcribe.voice import make_time_map, restored, speech_spans, voiced
+from flax_distil.transcribe.silence import TimeMap, restored, speech_spans, voiced
 
 RATE = 16_000
 SHARP = VoiceOptions(min_silence=0.064, min_speech=0.064, padding=0)  # two detector chunks
@@ -69,7 +69,7 @@ def test_spans_are_those_of_faster_whisper(monkeypatch):
 
 
 def test_times_come_back():
-    times = make_time_map([(RATE, 3 * RATE), (10 * RATE, 11 * RATE)])  # 2 s from 1 s, 1 s from 10 s
+    times = TimeMap([(RATE, 3 * RATE), (10 * RATE, 11 * RATE)])  # 2 s from 1 s, 1 s from 10 s
     assert [times.at(second) for second in (0, 1.5, 2, 2.5, 9)] == [1, 2.5, 10, 10.5, 11]
     assert [times.at(second, ends=True) for second in (0, 2, 3)] == [1, 3, 11]
     assert times.word(Word("a", 1.8, 2.1, 1)) == Word("a", 2.8, 3, 1)
@@ -95,15 +95,14 @@ def scene(human_clips):
 
 def test_speech_is_found(scene):
     sound, where, _ = scene
-    found = voiced(sound, VoiceOptions())
-    assert found.samples == sound.size
-    assert found.waveform.size == sum(end - start for start, end in found.spans)
-    seconds = np.array(found.spans) / RATE
+    speech, spans = voiced(sound, VoiceOptions())
+    assert speech.size == sum(end - start for start, end in spans)
+    seconds = np.array(spans) / RATE
     assert len(seconds) == 2
     # Clips begin and end with some silence of their own; 0.4 s of padding is added.
     np.testing.assert_allclose(seconds, where, atol=1.0)
-    assert voiced(np.zeros(RATE, np.float32), VoiceOptions()).spans == []
-    assert voiced(np.zeros(0, np.float32), VoiceOptions()).spans == []
+    for samples in (RATE, 0):
+        assert voiced(np.zeros(samples, np.float32), VoiceOptions())[1] == []
 
 
 @pytest.mark.parametrize(

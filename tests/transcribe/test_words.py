@@ -16,17 +16,14 @@ from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.student import init_student
 from flax_distil.options import DecodeOptions
 from flax_distil.text.tokens import load_tokens
-from flax_distil.transcribe.heads import heads_like
+from flax_distil.transcribe import Segment
+from flax_distil.transcribe.alignment import heads_like, median_filter, time_warp
 from flax_distil.transcribe.words import (
     Aligned,
-    TextSpan,
     align_words,
     assign_words,
-    median_filter,
     merge_punctuation,
     split_words,
-    time_warp,
-    word_timestamps,
 )
 
 
@@ -71,7 +68,7 @@ def test_punctuation_is_merged_as_openai_merges_it():
 
 
 @pytest.fixture(scope="module")
-def heard(human_clips, tiny_en_folder):
+def decoded(human_clips, tiny_en_folder):
     """Clips, what tiny.en writes for them, and the recogniser and its audio states."""
     recognizer = make_recognizer(load_checkpoint(tiny_en_folder))
     clips = [*[clip for clip, _ in human_clips[:20:5]], *[clip for clip, _ in human_clips[-4:]]]
@@ -81,12 +78,16 @@ def heard(human_clips, tiny_en_folder):
     return recognizer, clips, texts, audio
 
 
+def text_segment(tokens, start: float, end: float) -> Segment:
+    return Segment(0, 0, start, end, "", tuple(tokens), 0.0, 0.0, 1.0, 0.0)
+
+
 def halves(text, seconds, eot):
     """A window's text as two segments, with the timestamps that Whisper puts around them."""
     middle = len(text) // 2
     return [
-        TextSpan((eot + 200, *text[:middle]), 0.0, seconds / 2),
-        TextSpan(text[middle:], seconds / 2 + 0.1, seconds),
+        text_segment((eot + 200, *text[:middle]), 0.0, seconds / 2),
+        text_segment(text[middle:], seconds / 2 + 0.1, seconds),
     ]
 
 
@@ -108,26 +109,23 @@ def openai_words(model, clip, spans, offset, last_speech):
     return segments
 
 
-def test_words_are_where_openai_hears_them(heard, openai_tiny_en):
-    recognizer, clips, texts, audio = heard
+def test_words_are_where_openai_finds_them(decoded, openai_tiny_en):
+    recognizer, clips, texts, audio = decoded
     openai_tiny_en.set_alignment_heads(whisper._ALIGNMENT_HEADS["tiny.en"])
     eot, offset = recognizer.tokens.eot, 10.0
     windows = []
     for clip, text in zip(clips, texts, strict=True):
         spans = halves(text, len(clip) / 16_000, eot)
-        windows.append([TextSpan(s.tokens, offset + s.start, offset + s.end) for s in spans])
+        windows.append([text_segment(s.tokens, offset + s.start, offset + s.end) for s in spans])
     count = len(clips)
     frames = [len(clip) // 160 for clip in clips]
-    ours = word_timestamps(
-        recognizer,
-        audio,
-        windows,
-        ["en"] * count,
-        "transcribe",
-        frames,
-        [offset] * count,
-        [9.0] * count,
-    )
+    texts = [[token for one in spans for token in one.tokens] for spans in windows]
+    aligned = align_words(recognizer, audio, texts, ["en"] * count, frames=frames)
+    is_text = recognizer.tokens.is_text
+    ours = [
+        assign_words(words, spans, offset, 9.0, is_text)
+        for words, spans in zip(aligned, windows, strict=True)
+    ]
     differences, chances = [], []
     for clip, spans, timed in zip(clips, windows, ours, strict=True):
         theirs = openai_words(openai_tiny_en, clip, spans, offset, 9.0)
@@ -145,8 +143,8 @@ def test_words_are_where_openai_hears_them(heard, openai_tiny_en):
     assert max(chances) < 0.01
 
 
-def test_a_student_hears_words_where_its_teacher_does(heard, tiny_en_folder):
-    recognizer, clips, texts, audio = heard
+def test_a_student_has_words_where_its_teacher_does(decoded, tiny_en_folder):
+    recognizer, clips, texts, audio = decoded
     student = make_recognizer(init_student(load_checkpoint(tiny_en_folder), 2))
     languages, frames = ["en"] * len(clips), [len(clip) // 160 for clip in clips]
     theirs = align_words(recognizer, audio, texts, languages, frames=frames)
@@ -168,22 +166,22 @@ def test_a_student_hears_words_where_its_teacher_does(heard, tiny_en_folder):
     assert apart(timed(chosen)) <= 0.04 < apart(timed(((0, 0), (0, 1))))
 
 
-def test_what_has_no_words(heard):
-    recognizer, _, texts, audio = heard
+def test_what_has_no_words(decoded):
+    recognizer, _, texts, audio = decoded
     eot = recognizer.tokens.eot
     rows = align_words(
         recognizer, audio, [[], [eot + 200], texts[0]], ["en"] * 3, frames=[100, 100, 1]
     )
     assert rows == [[], [], []]
     assert align_words(recognizer, audio, [], []) == []
-    assert assign_words([], [TextSpan((), 1.0, 2.0)], 0.0, 0.0, lambda token: token < eot) == [
-        (1.0, 2.0, ())
-    ]
+    nothing = text_segment((), 1.0, 2.0)
+    timed = assign_words([], [nothing], 0.0, 0.0, lambda token: token < eot)
+    assert timed == [replace(nothing, words=())]
 
 
-def test_a_text_that_fills_the_context_has_words(heard):
+def test_a_text_that_fills_the_context_has_words(decoded):
     """With the end of text and the task it is longer than the context; the rest has no times."""
-    recognizer, _, texts, audio = heard
+    recognizer, _, texts, audio = decoded
     (words,) = align_words(recognizer, audio[:1], [(texts[0] * 50)[:447]], ["en"])
     assert sum(len(word.tokens) for word in words) == 448 - 3
 
@@ -191,7 +189,7 @@ def test_a_text_that_fills_the_context_has_words(heard):
 def test_punctuation_is_merged_where_no_word_has_a_length():
     words = [Aligned(" so", (1,), 0.02, 0.02, 0.9), Aligned(".", (2,), 0.02, 0.02, 0.9)]
     (timed,) = assign_words(
-        words, [TextSpan((1, 2), 0.0, 0.02)], 0.0, 0.0, lambda token: token < 99
+        words, [text_segment((1, 2), 0.0, 0.02)], 0.0, 0.0, lambda token: token < 99
     )
     assert [word.word for word in timed.words] == [" so."]
 
@@ -201,7 +199,7 @@ def test_a_word_after_a_pause_is_cut():
     words = [Aligned(" So", (1,), 0.0, 5.0, 0.9), Aligned(" it", (2,), 5.0, 5.3, 0.9)]
     words += [Aligned(f" w{i}", (i,), i / 4 + 4.3, i / 4 + 4.55, 0.9) for i in range(4, 9)]
     (timed,) = assign_words(
-        words, [TextSpan(range(1, 8), 0.0, 7.0)], 0.0, 0.0, lambda token: token < 99
+        words, [text_segment(range(1, 8), 0.0, 7.0)], 0.0, 0.0, lambda token: token < 99
     )
     assert timed.words[0].start == pytest.approx(4.5)
     assert (timed.start, timed.end) == (timed.words[0].start, timed.words[-1].end)
