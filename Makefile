@@ -14,6 +14,9 @@ setup: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	# A browser for the tests of report.html, which are skipped where there is none.
+	which chromium-headless-shell chromium google-chrome >/dev/null || { apt-get -qq update && \
+	  apt-get -qq install --no-install-recommends chromium-headless-shell >/dev/null; } || true
 	touch $@
 
 demo: setup

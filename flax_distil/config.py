@@ -434,25 +434,51 @@ class RunsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationDataConfig(DataConfig):
+    """One dataset of an evaluation."""
+
+    name: str | None = None
+    """Name in the report; by default the last part of the source, its configuration and split."""
+    group: str | None = None
+    """Group whose mean is reported, such as in-distribution."""
+    reference: bool = False
+    """Whether effective robustness is measured against this dataset."""
+    join: float | None = None
+    """Also evaluate recordings of about this many seconds, made of consecutive clips."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluate models on the same clips: error rates, speed, parameters."""
+    """Evaluate models on the same audio: error rates with confidence intervals, long recordings,
+    noise, prompts, audio without speech, speed. Writes report.html, report.md and report.json."""
 
     models: tuple[str, ...]
-    """Folders, fetched names or hub names; speeds are relative to the first."""
-    datasets: tuple[str, ...]
+    """Folders, fetched names or hub names; compared with the first. LIBRARY:FOLDER is a model of
+    another library: transformers, openai-whisper, faster-whisper or faster-whisper-int8."""
+    datasets: tuple[str, ...] = ()
     """Hub names, folders, JSONL manifests or Parquet files, as pseudo-label reads them."""
     output_dir: Path = Path("runs/evaluate")
-    """Folder for report.json, report.md and transcripts.jsonl."""
+    """Folder for the reports and results; the same command again continues a killed evaluation."""
+    data: Fixed[tuple[EvaluationDataConfig, ...]] = ()
+    """Datasets with their own configuration, split, columns, name and group: an [[evaluate.data]]
+    table each in the recipe."""
+    overwrite: bool = False
+    """Replace results of other models, datasets or options in output_dir."""
     names: tuple[str, ...] = ()
     """Names of the models in the report, in order; by default the last part of each path."""
+    assistant: str | None = None
+    """A student or smaller model: adds the first model with it (speculative decoding), whose texts
+    are compared with those of the first model alone."""
+    config: str | None = None
+    """Configuration of the datasets named above, such as clean."""
     split: str | None = None
-    """Split to evaluate on, of datasets with several."""
+    """Their split, of datasets with several."""
     text_column: str | None = None
     """Column of the reference text; by default the first usual name that exists."""
     max_clips: int | None = None
     """Evaluate only the first clips of each dataset."""
     batch_size: int = 8
-    """Clips per batch."""
+    """Clips or recordings per batch."""
     language: str | None = None
     """Language spoken, such as en; by default each clip's own, else English. Also selects the
     normaliser."""
@@ -461,12 +487,44 @@ class EvaluateConfig:
     between words (zh, ja, th, lo, my, yue, km, bo), else words."""
     character_errors: bool = False
     """Report the CER besides the WER."""
+    methods: tuple[Literal["sequential", "chunked"], ...] = ("sequential", "chunked")
+    """How recordings over 30 s are transcribed."""
+    chunk_lengths: tuple[float, ...] = (30.0,)
+    """Seconds of a chunk of the chunked method; each is a row."""
+    join: float | None = None
+    """Also evaluate recordings of about this many seconds, made of consecutive clips."""
+    noise: tuple[float, ...] = ()
+    """Signal-to-noise ratios in dB at which clips are decoded too."""
+    noise_kinds: tuple[Literal["white", "babble"], ...] = ("white", "babble")
+    """Kinds of that noise: white, or other clips of the dataset at the same time."""
+    noise_recordings: str | None = None
+    """A dataset of noise, as a further kind."""
+    prompts: tuple[int, ...] = ()
+    """Tokens of previous text, given as a prompt, with which clips are decoded too."""
+    non_speech: int = 0
+    """Generated clips of silence, noise, hum and music, to count what is hallucinated on them.
+    Datasets with speech = false are evaluated in the same way."""
+    latency: tuple[int, ...] = ()
+    """Batch sizes for which speed and memory are measured on their own, compilation apart."""
+    full: bool = False
+    """Everything that the paper measures: noise from 40 to -10 dB, prompts of 50, 100 and 200
+    tokens, 60 clips without speech, chunks of 30 to 10 s, latency at batch 1, 4 and 16."""
     passes: int = 1
     """How many times each batch is timed; the median counts."""
     max_tokens: int = 224
     """Longest transcript in tokens."""
     dtype: Dtype = "float32"
     """Precision of the models; softmax and layer norms are always float32."""
+    resamples: int = 1_000
+    """Resamples of the bootstrap that gives confidence intervals; 0 gives none."""
+    seed: int = 0
+    """Random seed of noise, prompts and bootstrap."""
+    worst: int = 20
+    """Clips in the report, with audio: those on which the models differ most."""
+    run: Path | None = None
+    """Training run whose loss curves the report shows."""
+    strict: bool = False
+    """Exit with status 1 if a clip was skipped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -586,7 +644,7 @@ class DemoConfig:
     """Demo: train and evaluate a student on this machine, from fetching to transcribing."""
 
     output_dir: Path = Path("runs/demo")
-    """Folder for speech, labels, student, report.json and report.md."""
+    """Folder for speech, labels, student and report.html."""
     teacher: Literal["whisper-tiny.en", "whisper-base"] = "whisper-tiny.en"
     """Teacher. The multilingual one takes longer; the report then also shows how often the student
     detects the same language."""
@@ -613,7 +671,9 @@ class DemoConfig:
     """Peak learning rate; a higher one forgets more than a short run can teach."""
     max_tokens: int = 128
     """Longest label and transcript in tokens."""
-    pause: float = 0.5
-    """Seconds of silence between held-out clips that are joined to one recording."""
+    join: float = 600.0
+    """Held-out clips are also joined to recordings of this many seconds."""
+    heldout_non_speech: int = 10
+    """Clips of silence, noise and music on which the models are evaluated."""
     seed: int = 0
     """Random seed of the split, the voices and the training order."""

@@ -76,7 +76,7 @@ def run(demo: DemoConfig) -> Report:
     report = evaluate(demo, speech, models)
     text = transcribe(clip, trained).text.strip()
     console.print(f"\n{clip.name}, transcribed by the exported student: {text}")
-    console.print(report.table())
+    report.print(console)
     for key, value in report.settings.items():
         console.print(f"{key}: {value}", highlight=False)
     log.info("done in %.1f minutes: see %s", (time.monotonic() - start) / 60, folder)
@@ -171,38 +171,34 @@ def train(demo: DemoConfig, teacher: Path, student: Path, labels: tuple[Path, ..
 
 
 def evaluate(demo: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Report:
-    """All models on synthetic and human speech, clip by clip and as one recording; also how often
-    PyTorch's texts are the student's, and how near its language and no-speech probabilities are to
-    its teacher's."""
-    sets = heldout(speech)
+    """Teacher and student on synthetic and human speech, clip by clip and as one recording, and on
+    clips without speech; also the untrained student's error rate, how often PyTorch's texts are the
+    student's, and how near its language and no-speech probabilities are to its teacher's."""
+    sets, both = heldout(speech), ("teacher", "student")
+    common = config.EvaluateConfig(
+        (str(models["untrained"]),), tuple(map(str, sets)), max_tokens=demo.max_tokens
+    )
+    untrained = evaluator.evaluate_models(common)
     report = evaluator.evaluate_models(
-        config.EvaluateConfig(
-            models=tuple(map(str, models.values())),
-            names=tuple(models),
-            datasets=tuple(map(str, sets)),
-            max_tokens=demo.max_tokens,
+        dataclasses.replace(
+            common,
+            models=tuple(str(models[name]) for name in both),
+            names=both,
+            methods=("sequential",),
+            join=demo.join,
+            non_speech=demo.heldout_non_speech,
+            run=demo.output_dir / "distill",
         )
     )
-    recognizers = {
-        name: make_recognizer(load_checkpoint(models[name])) for name in ("teacher", "student")
-    }
-    details: dict[str, object] = {"speech": speech.sources}
-    pause = np.zeros(round(demo.pause * SAMPLE_RATE), np.float32)
-    clips, normalize = [], normalizer("en")
-    for source in sets:
-        utterances = list(read_dataset(source).iter_from(0))
-        waveforms = [load_waveform(one) for one in utterances]
-        recording = np.concatenate([part for one in waveforms for part in (one, pause)])
-        reference, rates = " ".join(normalize(one.text or "") for one in utterances), []
-        for name, recognizer in recognizers.items():
-            text = normalize(transcribe(recording, recognizer, language="en").text)
-            rates.append(f"{name} {100 * word_errors([reference], [text]).rate:.1f}")
-        details[f"WER of {source.stem} as one recording, sequential method"] = ", ".join(rates)
-        clips += waveforms
+    clips = [load_waveform(one) for source in sets for one in read_dataset(source).iter_from(0)]
     same = len(clips) - len(differing_texts(models["student"], clips, demo.max_tokens))
-    details["in PyTorch"] = f"{same} of {len(clips)} of the student's texts are the same"
-    close = agreement(recognizers["teacher"], recognizers["student"], clips, seed=demo.seed)
-    details["student and teacher"] = str(close)
+    teacher, student = (make_recognizer(load_checkpoint(models[name])) for name in both)
+    details = {
+        "speech": speech.sources,
+        "untrained student": f"error rate {untrained.models[0]['wer']:.1f} %",
+        "in PyTorch": f"{same} of {len(clips)} of the student's texts are the same",
+        "student and teacher": str(agreement(teacher, student, clips, seed=demo.seed)),
+    }
     report = dataclasses.replace(report, settings=report.settings | details)
     report.save(demo.output_dir)
     return report

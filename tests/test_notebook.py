@@ -34,6 +34,7 @@ def test_the_notebook_runs(clips, random_folders, tmp_path, monkeypatch):
         "DATASET": clips,
         "OUTPUT": tmp_path / "out",
         "MAX_CLIPS": 2,
+        "NON_SPEECH": 2,
     }.items():
         monkeypatch.setenv(name, str(value))
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -1,6 +1,6 @@
-"""Evaluate models on the same clips: `evaluator` runs them, `report` holds the results."""
+"""Models on the same audio: error rates, long recordings, noise, hallucination, speed; reports."""
 
-from flax_distil.evaluate.evaluator import run
-from flax_distil.evaluate.report import ClipResult, DatasetResult, ModelResult, Report
+from flax_distil.evaluate.evaluator import evaluate_models, run
+from flax_distil.evaluate.report import Report
 
-__all__ = ["ClipResult", "DatasetResult", "ModelResult", "Report", "run"]
+__all__ = ["Report", "evaluate_models", "run"]

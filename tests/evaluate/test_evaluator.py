@@ -1,3 +1,5 @@
+"""Evaluations from end to end: counted as jiwer does, repeatable, continued after a kill."""
+
 import dataclasses
 import json
 import threading
@@ -8,18 +10,12 @@ import numpy as np
 import pytest
 
 from flax_distil.audio.load import SAMPLE_RATE, encode_flac
-from flax_distil.config import EvaluateConfig
-from flax_distil.decode.recognizer import Recognizer
-from flax_distil.decode.search import Hypothesis
-from flax_distil.errors import InputError
+from flax_distil.config import EvaluateConfig, EvaluationDataConfig
+from flax_distil.errors import InputError, SomeFailed
 from flax_distil.evaluate import evaluator
-from flax_distil.evaluate.evaluator import (
-    ReferenceClip,
-    batches,
-    model_names,
-    run,
-    transcribe_batches,
-)
+from flax_distil.evaluate.conditions import ReferenceClip
+from flax_distil.evaluate.evaluator import batches, evaluate_models, model_names, run, set_names
+from flax_distil.evaluate.results import Output
 from flax_distil.text.normalize import normalizer
 
 TEXTS = ["One two three.", "Mister O'Neil paid $20, colour!", "It's the fourth of May.", "Yes"]
@@ -27,11 +23,11 @@ TEXTS = ["One two three.", "Mister O'Neil paid $20, colour!", "It's the fourth o
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Four good clips and four that nobody can be judged on."""
+    """Four good clips, a recording, and four that no model can be evaluated on."""
     rng = np.random.default_rng(0)
     rows = []
-    for number, text in enumerate([*TEXTS, "", " . ", "too long", "broken"]):
-        seconds = 30.5 if text == "too long" else 0.5 + number / 10
+    for number, text in enumerate([*TEXTS, "", " . ", "a long one", "broken"]):
+        seconds = 31.5 if text == "a long one" else 0.5 + number / 10
         waveform = rng.normal(0, 0.1, round(seconds * SAMPLE_RATE)).astype(np.float32)
         data = encode_flac(waveform) if text != "broken" else b"nothing"
         (tmp_path / f"{number}.flac").write_bytes(data)
@@ -41,87 +37,176 @@ def manifest(tmp_path):
     return path
 
 
-def clip(number: int, language: str = "en") -> ReferenceClip:
-    return ReferenceClip(str(number), np.zeros(SAMPLE_RATE, np.float32), TEXTS[0], language, 1.0)
+class ScriptedModel:
+    """Answers by the length of the clip; `source` may name languages that it lacks."""
+
+    parameters = 1_000_000
+
+    def __init__(self, name, source, dtype="float32", assistant=None, answers=None):
+        self.name, self.source, self.answers = name, source, answers or {}
+        self.calls = 0
+
+    def unsupported(self, language):
+        return f"it lacks {language}" if language in self.source else None
+
+    def recognize(self, waveforms_BN, language, previous=(), max_tokens=224):
+        self.calls += 1
+        lengths = [int(np.flatnonzero(row)[-1]) + 1 for row in waveforms_BN]
+        texts = [self.answers.get(round(n / SAMPLE_RATE, 1), "well") for n in lengths]
+        return [Output(text=text, no_speech_probability=0.5) for text in texts]
+
+    def transcribe(self, waveforms, language, method, batch_size):
+        return ["a long long one"] * len(waveforms)
 
 
-def hypothesis(text: str) -> Hypothesis:
-    return Hypothesis((1,), text, "en", -0.1, 0.0, 1.0)
+@pytest.fixture
+def scripted(monkeypatch):
+    """Models that answer the four clips, the second of them with errors."""
+    answers = ["won two three three", "Mr. O'Neil paid twenty dollars, color", "", "no yes"]
+    by_seconds = {round(0.5 + n / 10, 1): answer for n, answer in enumerate(answers)}
+    right = {round(0.5 + n / 10, 1): text for n, text in enumerate(TEXTS)}
+    made = {}
+
+    def load(name, source, *rest):
+        made[name] = ScriptedModel(
+            name, source, *rest, answers=right if name == "right" else by_seconds
+        )
+        return made[name]
+
+    monkeypatch.setattr(evaluator, "load_model", load)
+    return made
 
 
-def test_real_models_are_judged_from_end_to_end(random_folders, manifest, tmp_path, capsys):
+def rows(report, name: str) -> list[dict]:
+    return report.to_json()["tables"][name]
+
+
+def test_error_rates_are_jiwers_over_the_normalised_texts(scripted, manifest):
+    config = EvaluateConfig(("right", "wrong"), (str(manifest),), character_errors=True)
+    report = evaluate_models(dataclasses.replace(config, batch_size=3, resamples=200))
+    answers = list(scripted["wrong"].answers.values())
+    reference, given = ([*map(normalizer("en"), one)] for one in (TEXTS, answers))
+    oracle = jiwer.process_words(reference, given)
+    right, wrong = rows(report, "datasets")
+    words = sum(len(text.split()) for text in reference)
+    assert right["WER %"]["value"] == 0
+    assert wrong["WER %"]["value"] == pytest.approx(100 * oracle.wer)
+    assert wrong["WER %"]["low"] < wrong["WER %"]["value"] < wrong["WER %"]["high"]
+    for name in ("substitutions", "deletions", "insertions"):
+        assert wrong[name[:3]] == pytest.approx(100 * getattr(oracle, name) / words)
+        assert wrong[name[:3]] > 0
+    assert wrong["CER %"] == pytest.approx(100 * jiwer.cer(reference, given))
+    long = rows(report, "long")
+    assert [row["method"] for row in long] == ["sequential"] * 2 + ["chunked, 30 s"] * 2
+    assert long[0]["IER"] == pytest.approx(100 / 3)  # "long" twice
+    reasons = "\n".join(report.skipped[manifest.stem])
+    for part in ("clip4: no reference", "clip5: no ref", "clip7: "):
+        assert part in reasons
+    assert len(report.skipped[manifest.stem]) == 3
+    assert report.worst[0].rates["wrong"] == 200.0  # two digits joined, and another word
+    assert report.worst[0].waveform is not None
+
+
+def test_real_models_from_end_to_end(random_folders, manifest, tmp_path, capsys):
+    """Every test at once; the second run continues the first, and a new folder has the same."""
     teacher, student = map(str, random_folders)
     config = EvaluateConfig(
-        (teacher, student), (str(manifest),), tmp_path / "out", batch_size=3, max_tokens=9
-    )
-    report = run(config)
-    first, second = report.to_json()["models"]
-    assert first["name"] == "teacher"
-    assert first["relative_speed"] == 1.0
-    assert second["parameters"] < first["parameters"]
-    assert first["rtf"] > 0
-    assert first["datasets"][0]["clips"] == 4
-    reasons = "\n".join(report.skipped[manifest.stem])
-    for part in ("clip4: no reference", "clip5: no ref", "clip6: 30.5 s is over", "clip7: "):
-        assert part in reasons
-    assert "teacher" in capsys.readouterr().out
-    lines = (tmp_path / "out" / "transcripts.jsonl").read_text().splitlines()
-    assert len(lines) == 8
-
-
-def test_wer_equals_jiwer_over_the_normalised_texts(
-    monkeypatch, random_folders, manifest, tmp_path
-):
-    answers = ["won two three three", "Mr. O'Neil paid twenty dollars, color", "", "no yes"]
-    texts = {TEXTS[n]: answer for n, answer in enumerate(answers)}
-
-    def transcribe_batches(recognizers, batches, config):
-        for batch in batches:
-            said = [hypothesis(texts[clip.reference]) for clip in batch]
-            yield evaluator.BatchResult(batch, dict.fromkeys(recognizers, said), {"teacher": 0.5})
-
-    monkeypatch.setattr(evaluator, "transcribe_batches", transcribe_batches)
-    config = EvaluateConfig(
-        (str(random_folders[0]),),
+        (teacher, student),
         (str(manifest),),
-        tmp_path / "out",
+        output_dir=tmp_path / "out",
+        assistant=student,
+        noise=(0.0,),
+        prompts=(20,),
+        non_speech=2,
+        methods=("chunked",),
+        chunk_lengths=(20.0,),
         batch_size=3,
-        character_errors=True,
+        max_tokens=6,
+        resamples=50,
     )
     report = run(config)
-    normal = normalizer("en")
-    reference, answer = [list(map(normal, one)) for one in (TEXTS, answers)]
-    oracle = jiwer.process_words(reference, answer)
-    score = report.models[0].datasets[0]
-    assert score.wer == pytest.approx(100 * oracle.wer, abs=1e-9)
-    assert score.cer == pytest.approx(100 * jiwer.cer(reference, answer), abs=1e-9)
-    assert score.words.deletions == oracle.deletions > 0
-    assert score.words.insertions == oracle.insertions > 0
-    assert score.words.substitutions == oracle.substitutions > 0
-    assert report.clips[1].wer == 0  # the normaliser makes the two texts equal
-    assert score.rtf == pytest.approx(1.0 / score.audio_seconds)
+    names = ["teacher", "student", "teacher with student"]
+    assert [one["name"] for one in report.models] == names
+    assert report.models[0]["relative_speed"] == 1.0
+    assert report.models[1]["parameters"] < report.models[0]["parameters"]
+    # Of random weights every language's likelihood is as good; texts are those of greedy search.
+    texts = {
+        name: [
+            json.loads(line)["text"]
+            for line in (tmp_path / "out/results/clips.jsonl").read_text().splitlines()
+            if json.loads(line)["model"] == name
+        ]
+        for name in names
+    }
+    assert texts["teacher with student"] == texts["teacher"]
+    assert len(texts["teacher"]) == 4 * (1 + 2 + 1) + 2 + 1
+    for name in ("summary", "datasets", "long", "noise", "prompts", "non-speech"):
+        assert rows(report, name)
+    assert "Without speech" in capsys.readouterr().out
+    page = (tmp_path / "out/report.html").read_text()
+    assert "<svg" in page
+    assert "data:audio/mpeg" in page
+    again = run(dataclasses.replace(config, output_dir=tmp_path / "again"))
+    assert again.to_json()["tables"]["noise"] == rows(report, "noise")
+    kept = [(tmp_path / name / "results/clips.jsonl").read_bytes() for name in ("out", "again")]
+    assert kept[0] == kept[1]
 
 
-def test_hosts_hear_a_part_each_and_together_what_one_hears(monkeypatch, random_folders, manifest):
-    """Two threads that think they are hosts."""
-    config = EvaluateConfig((str(random_folders[0]),), (str(manifest),), batch_size=3, max_tokens=9)
-    alone = evaluator.evaluate_models(config)
-    place, met, told = threading.local(), threading.Barrier(2, timeout=60), {}
+def test_a_killed_evaluation_continues(scripted, manifest, tmp_path, monkeypatch):
+    config = EvaluateConfig(
+        ("right", "wrong"), (str(manifest),), tmp_path / "out", batch_size=1, noise=(10.0,)
+    )
+    whole = run(dataclasses.replace(config, output_dir=tmp_path / "whole"))
+    recognize, left = ScriptedModel.recognize, iter(range(11))
+
+    def dying(self, *given):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return recognize(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ScriptedModel, "recognize", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    before = len((tmp_path / "out/results/batches.jsonl").read_text().splitlines())
+    assert 0 < before < 12
+    report = run(config)
+    assert sum(model.calls for model in scripted.values()) < 2 * (12 - before + 2)
+    for name in ("clips.jsonl", "settings.json"):
+        ours, theirs = (tmp_path / path / "results" / name for path in ("out", "whole"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert rows(report, "noise") == rows(whole, "noise")
+    # More noise: what is there is kept; another batch size is another evaluation.
+    run(dataclasses.replace(config, noise=(10.0, 5.0)))
+    assert scripted["right"].calls <= 2 * 4 + 2
+    with pytest.raises(InputError, match=r"other models, datasets or options: .*--overwrite"):
+        run(dataclasses.replace(config, batch_size=2))
+    run(dataclasses.replace(config, batch_size=2, overwrite=True))
+
+
+def test_each_host_decodes_its_part_and_all_report_the_whole(monkeypatch, random_folders, manifest):
+    """Two threads that act as hosts."""
+    config = EvaluateConfig(
+        (str(random_folders[0]),), (str(manifest),), batch_size=3, max_tokens=9, methods=()
+    )
+    alone = evaluate_models(config)
+    place, met, values = threading.local(), threading.Barrier(2, timeout=60), {}
     opened: dict[int, list[str]] = {0: [], 1: []}
     load_waveform = evaluator.load_waveform
 
     def from_all_hosts(value):
-        told[place.host] = value
+        values[place.host] = value
         met.wait()
-        return [told[0], told[1]]
+        return [values[0], values[1]]
 
     def host(number):
         place.host = number
-        return evaluator.evaluate_models(config)
+        return evaluate_models(dataclasses.replace(config, worst=0))
 
     monkeypatch.setattr(evaluator.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(evaluator.jax, "process_index", lambda: place.host)
+    monkeypatch.setattr(evaluator.jax, "process_index", lambda: getattr(place, "host", 0))
     monkeypatch.setattr(evaluator, "from_all_hosts", from_all_hosts)
+    monkeypatch.setattr(evaluator, "prefetch", lambda items, _: items)  # in this thread
     monkeypatch.setattr(
         evaluator, "load_waveform", lambda u: opened[place.host].append(u.id) or load_waveform(u)
     )
@@ -129,159 +214,130 @@ def test_hosts_hear_a_part_each_and_together_what_one_hears(monkeypatch, random_
         reports = list(hosts.map(host, (0, 1)))
     assert opened == {0: ["clip0", "clip2", "clip6"], 1: ["clip1", "clip3", "clip7"]}
     for report in reports:
-        ours, theirs = ({one.id: one.text for one in it.clips} for it in (report, alone))
-        assert ours == theirs
-        assert report.models[0].datasets[0].words == alone.models[0].datasets[0].words
+        (ours,), (theirs,) = (rows(one, "datasets") for one in (report, alone))
+        assert ours["WER %"]["value"] == theirs["WER %"]["value"]
         assert sorted(*report.skipped.values()) == sorted(*alone.skipped.values())
 
 
-def test_the_language_asked_for_is_that_of_all_clips(manifest):
-    rows = [json.loads(line) | {"language": "de"} for line in manifest.read_text().splitlines()]
-    manifest.write_text("\n".join(map(json.dumps, rows)))
+def test_the_language_asked_for_is_that_of_all_clips(scripted, manifest, monkeypatch):
+    lines = [json.loads(line) | {"language": "de"} for line in manifest.read_text().splitlines()]
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    recognize = ScriptedModel.recognize
     for asked, expected in ((None, "de"), ("French", "fr")):
-        config = EvaluateConfig((), (), language=asked)
-        clips = evaluator.usable_clips(evaluator.open_set(str(manifest), config), [], config, {})
-        assert {one.language for one in clips} == {expected}
+        given = []
+        monkeypatch.setattr(
+            ScriptedModel,
+            "recognize",
+            lambda self, waveforms, language, *rest: (
+                given.append(language)  # noqa: B023
+                or recognize(self, waveforms, language, *rest)
+            ),
+        )
+        evaluate_models(EvaluateConfig(("right",), (str(manifest),), language=asked))
+        assert set(given) == {expected}
 
 
-def test_a_language_that_a_model_lacks_ends_no_evaluation(random_folders, manifest, tmp_path):
+def test_a_language_that_a_model_lacks_ends_no_evaluation(scripted, manifest, tmp_path):
     """Its clips are left out for all models, with the model and the reason."""
-    rows = [json.loads(line) for line in manifest.read_text().splitlines()][:4]
-    for row, language in zip(rows, ("en", "de", "tlh", None), strict=True):
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()][:4]
+    for row, language in zip(lines, ("en", "de", "tlh", None), strict=True):
         row["language"] = language
-    rows.append({"audio": "missing.flac", "text": "here", "id": "gone"})
-    manifest.write_text("\n".join(map(json.dumps, rows)))
-    config = EvaluateConfig(
-        (str(random_folders[1]),), (str(manifest),), tmp_path / "out", max_tokens=4
-    )
+    lines.append({"audio": "missing.flac", "text": "here", "id": "gone"})
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    config = EvaluateConfig(("right", "lacks de"), (str(manifest),), tmp_path / "out")
     report = run(config)
-    assert report.models[0].datasets[0].clips == 2
+    assert rows(report, "datasets")[0]["clips"] == 2
     german, klingon, gone = report.skipped[manifest.stem]
-    assert german.startswith("clip1: student: an English-only checkpoint cannot transcribe German")
+    assert german == "clip1: lacks de: it lacks de"
     assert klingon.startswith('clip2: Whisper has no language "tlh"')
     assert gone.startswith("gone: ")
-    with pytest.raises(InputError, match="student: an English-only checkpoint cannot tr"):
-        run(dataclasses.replace(config, language="fr"))
+    with pytest.raises(SomeFailed, match="3 clips were skipped"):
+        run(dataclasses.replace(config, strict=True))
+    with pytest.raises(InputError, match="lacks de: it lacks de"):
+        run(dataclasses.replace(config, language="de", overwrite=True))
 
 
-def test_clips_are_judged_in_the_unit_of_their_language(random_folders, monkeypatch, tmp_path):
+def test_a_dataset_without_usable_clips_is_reported(scripted, manifest, tmp_path):
+    """One of two; with all of them empty there is nothing to report."""
+    (tmp_path / "empty.jsonl").write_text('{"audio": "0.flac", "text": ""}')
+    empty = str(tmp_path / "empty.jsonl")
+    report = evaluate_models(EvaluateConfig(("right",), (str(manifest), empty)))
+    assert report.skipped["empty"] == ["0.flac: no reference"]
+    assert {row["dataset"] for row in rows(report, "datasets")} == {"clips"}
+    with pytest.raises(InputError, match=r"no clip can be used; empty skipped 1, the first: 0\."):
+        evaluate_models(EvaluateConfig(("right",), (empty,)))
+
+
+def test_clips_are_judged_in_the_unit_of_their_language(scripted, tmp_path, monkeypatch):
     texts = {"今天天气很好": ("zh", "今天天汽很好"), "we went home": ("en", "we went hum")}
-
-    def transcribe_batches(recognizers, batches, config):
-        for batch in batches:
-            said = [hypothesis(texts[clip.reference][1]) for clip in batch]
-            yield evaluator.BatchResult(batch, dict.fromkeys(recognizers, said), {"student": 0.5})
-
-    monkeypatch.setattr(evaluator, "transcribe_batches", transcribe_batches)
-    monkeypatch.setattr(evaluator, "unsupported", lambda recognizers, language: None)
     sets = []
-    (tmp_path / "0.flac").write_bytes(encode_flac(np.zeros(SAMPLE_RATE, np.float32)))
-    for text, (language, _) in texts.items():
+    for number, (text, (language, answer)) in enumerate(texts.items()):
+        seconds = 1.0 + number
+        sound = np.full(round(seconds * SAMPLE_RATE), 0.1, np.float32)
+        (tmp_path / f"{number}.flac").write_bytes(encode_flac(sound))
         sets.append(str(tmp_path / f"{language}.jsonl"))
-        row = {"audio": "0.flac", "text": text, "language": language}
+        row = {"audio": f"{number}.flac", "text": text, "language": language}
         (tmp_path / f"{language}.jsonl").write_text(json.dumps(row))
-    config = EvaluateConfig((str(random_folders[1]),), tuple(sets), character_errors=True)
-    report = evaluator.evaluate_models(config)
-    chinese, english = report.models[0].datasets
-    assert (chinese.rate, english.rate, report.rate) == ("CER", "WER", "WER/CER")
-    assert (chinese.words.reference_words, chinese.wer) == (6, pytest.approx(100 / 6))
-    assert chinese.cer == chinese.wer
-    assert english.wer == pytest.approx(100 / 3)
-    assert [one.rate for one in report.clips] == ["CER", "WER"]
-    heads, rows = report.rows()
-    assert heads[3] == "WER/CER %"
-    assert [row[2] for row in rows] == ["zh (CER)", "en (WER)", "mean"]
-    report = evaluator.evaluate_models(dataclasses.replace(config, error_rate="cer"))
-    assert [score.rate for score in report.models[0].datasets] == ["CER", "CER"]
-    assert report.rows()[0][3] == "CER %"
-    assert (
-        "CER, substitutions, deletions and insertions are percent of the reference characters"
-        in report.to_markdown()
+        monkeypatch.setitem(SPOKEN, seconds, answer)
+    monkeypatch.setattr(
+        evaluator, "load_model", lambda *given: ScriptedModel(*given, answers=SPOKEN)
     )
+    config = EvaluateConfig(("m",), tuple(sets), character_errors=True, resamples=0)
+    chinese, english = rows(evaluate_models(config), "datasets")
+    assert (chinese["dataset"], english["dataset"]) == ("zh (CER)", "en (WER)")
+    assert chinese["WER/CER %"] == chinese["CER %"] == pytest.approx(100 / 6)
+    assert english["WER/CER %"] == pytest.approx(100 / 3)
+    report = evaluate_models(dataclasses.replace(config, error_rate="cer"))
+    assert [row["CER %"] > 0 for row in rows(report, "datasets")] == [True, True]
 
 
-def test_results_are_not_lost_over_a_folder_that_is_none(manifest, tmp_path):
-    (tmp_path / "out").touch()
-    with pytest.raises(InputError, match=r"cannot write to .*out: choose"):
-        run(EvaluateConfig(("no model",), (str(manifest),), tmp_path / "out"))
+SPOKEN: dict[float, str] = {}
 
 
-def test_batches_have_one_language_and_lose_no_clip():
-    languages = ["en", "de", "en", "en", "de", "fr", "en", "en"]
-    clips = [clip(number, language) for number, language in enumerate(languages)]
-    made = list(batches(clips, 3))
-    assert [[one.id for one in batch] for batch in made] == [
-        ["0", "2", "3"],
-        ["1", "4"],
-        ["5"],
-        ["6", "7"],
+def test_groups_and_effective_robustness(scripted, manifest):
+    """Named sets of one file: the reference has no errors, the others have."""
+    good, bad = (
+        EvaluationDataConfig(str(manifest), limit=limit, name=name, group=group, reference=first)
+        for limit, name, group, first in ((1, "near", "in", True), (4, "far", "out", False))
+    )
+    scripted.clear()
+    report = evaluate_models(EvaluateConfig(("right", "wrong"), data=(good, bad), resamples=0))
+    right, wrong = rows(report, "groups")
+    assert (right["in %"], right["out %"], right["gap"]) == (0, 0, 0)
+    near, far = (row for row in rows(report, "datasets") if row["model"] == "wrong")
+    assert (wrong["in %"], wrong["out %"]) == (near["WER %"], far["WER %"])
+    assert wrong["gap"] == pytest.approx(wrong["out %"] - wrong["in %"])
+
+
+def test_a_dataset_without_speech(scripted, manifest):
+    """Its texts are hallucinated, whatever the manifest has."""
+    data = EvaluationDataConfig(str(manifest), speech=False, name="noise")
+    (row,) = rows(evaluate_models(EvaluateConfig(("right",), data=(data,))), "non-speech")
+    assert row["clips"] == 6
+    assert row["with text %"] == 100
+    assert row["words a minute"] > 60
+
+
+def test_batches_have_one_language_and_keep_the_order():
+    clip = lambda n, language: ReferenceClip(str(n), np.zeros(1, np.float32), "x", language)
+    clips = [clip(n, "fr" if n in (1, 4) else "en") for n in range(6)]
+    found = [[one.id for one in batch] for batch in batches(clips, 3)]
+    assert found == [["0", "2", "3"], ["1", "4"], ["5"]]
+
+
+def test_names_tell_models_and_datasets_apart():
+    config = EvaluateConfig(("a/student", "b/teacher"), ("x",), assistant="a/student")
+    assert list(model_names(config)) == ["student", "teacher", "student with student"]
+    with pytest.raises(InputError, match=r"same name \(student, student\): add --names"):
+        model_names(EvaluateConfig(("a/student", "b/student"), ("x",)))
+    with pytest.raises(InputError, match="1 names for 2 models"):
+        model_names(EvaluateConfig(("a", "b"), ("x",), names=("c",)))
+    with pytest.raises(InputError, match="at least one model"):
+        model_names(EvaluateConfig(("a",)))
+    data = [
+        EvaluationDataConfig("librispeech_asr", config="clean", split="test"),
+        EvaluationDataConfig("en/clips.jsonl"),
+        EvaluationDataConfig("fr/clips.jsonl"),
     ]
-
-
-def test_times_are_paired_medians_without_compilation(monkeypatch):
-    """A clock of our own: a takes 4 s, b 2 s, the first call of a size 100 s more."""
-    now, seen, calls = [0.0], set(), []
-
-    models = {name: object.__new__(Recognizer) for name in "ab"}
-
-    def recognize(model, waveforms_BN, options, **_):
-        name = next(name for name in models if models[name] is model)
-        calls.append(name)
-        slow = (name, len(waveforms_BN)) not in seen
-        seen.add((name, len(waveforms_BN)))
-        now[0] += {"a": 4.0, "b": 2.0}[name] + 100 * slow + (50 if len(calls) == 5 else 0)
-        return [hypothesis("x")] * len(waveforms_BN)
-
-    monkeypatch.setattr(evaluator, "recognize", recognize)
-    monkeypatch.setattr(evaluator.time, "perf_counter", lambda: now[0])
-    config = EvaluateConfig(("a", "b"), ("d",), passes=3)
-    clips = [[clip(0)] * 2, [clip(1)] * 2, [clip(2)]]
-    rounds = list(transcribe_batches(models, clips, config))
-    assert [one.seconds for one in rounds] == [{"a": 4.0, "b": 2.0}] * 3
-    assert calls[:2] == ["a", "b"]
-    assert calls[8:10] == ["b", "a"]  # the second batch begins with the other model
-
-
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"models": ("a/student", "b/student")}, "have the same name"),
-        ({"names": ("one", "two", "three")}, "3 names for 2 models"),
-        ({"datasets": ()}, "at least one model"),
-        ({"batch_size": 0}, "batch_size is 0: use 1 or more"),
-        ({"datasets": ("none.jsonl",)}, r"none\.jsonl"),
-        ({"datasets": ("a/b/c.jsonl", "x/b/c.jsonl")}, r"c\.jsonl"),
-    ],
-)
-def test_what_cannot_be_judged_is_refused_before_anything_is_loaded(changes, complaint):
-    config = {"models": ("a", "b"), "datasets": ("d",)} | changes
-    with pytest.raises(InputError, match=complaint):
-        run(EvaluateConfig(**config))
-
-
-def test_datasets_are_called_by_as_much_of_their_name_as_tells_them_apart():
-    assert list(evaluator.dataset_names(("a/b/c.jsonl", "org/set_16.1"))) == ["c", "set_16.1"]
-    assert list(evaluator.dataset_names(("a/c.parquet", "b/c.parquet"))) == [
-        "a/c.parquet",
-        "b/c.parquet",
-    ]
-
-
-def test_a_dataset_without_references_is_refused(tmp_path):
-    path = tmp_path / "clips.jsonl"
-    path.write_text('{"audio": "x.flac"}\n')
-    with pytest.raises(InputError, match="no reference text"):
-        run(EvaluateConfig(("a",), (str(path),)))
-
-
-def test_a_dataset_of_which_nothing_is_left_says_why(tmp_path, random_folders):
-    path = tmp_path / "clips.jsonl"
-    path.write_text('{"audio": "x.flac", "text": "hello", "id": "one"}\n')
-    config = EvaluateConfig((str(random_folders[1]),), (str(path),), tmp_path / "out")
-    with pytest.raises(InputError, match="none of its 1 clips can be used; the first: one: "):
-        run(config)
-
-
-def test_names_come_from_the_folders_or_from_the_user():
-    config = EvaluateConfig(("runs/x/student", "openai/whisper-base"), ("d",))
-    assert list(model_names(config)) == ["student", "whisper-base"]
+    assert set_names(data[:2]) == ["librispeech_asr clean test", "clips"]
+    assert set_names(data)[1:] == ["en/clips", "fr/clips"]

@@ -1,0 +1,127 @@
+"""Speed and memory of one model at a time, at fixed batch sizes, compilation apart.
+
+On CPUs every model is measured in a process of its own, so that its peak memory is its own.
+"""
+
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from flax_distil.audio.load import SAMPLE_RATE, pad_or_trim
+from flax_distil.config import EvaluateConfig
+from flax_distil.evaluate.models import FlaxModel, load_model
+from flax_distil.files import write_whole
+from flax_distil.parallel.multihost import is_main_host
+
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One model at one batch size; seconds are medians over rounds of a batch."""
+
+    model: str
+    batch: int
+    seconds: float
+    audio_seconds: float
+    tokens: int | None
+    first_seconds: float
+    """Of the first call: compilation, or taking the program from the cache, and one batch."""
+    peak_bytes: int | None
+    """Of the process on a CPU, with libraries; else of the device."""
+    acceptance: float | None = None
+    """Share of the assistant's draft tokens that were accepted."""
+    texts: tuple[str, ...] = ()
+
+
+def measure_latency(
+    config: EvaluateConfig,
+    sources: Mapping[str, tuple[str, str | None]],
+    waveforms: Sequence[np.ndarray],
+    folder: Path | None,
+) -> list[Latency]:
+    """All models at all batch sizes, on the first host; an earlier run's are kept.
+
+    waveforms: of clips, each at most 30 s; repeated where a batch is larger.
+    """
+    if not (config.latency and waveforms and is_main_host()):
+        return []
+    kept = None if folder is None else folder / "latency.json"
+    asked = json.dumps([config.latency, sources])
+    if kept is not None and kept.is_file() and not config.overwrite:
+        saved = json.loads(kept.read_text())
+        if saved["asked"] == asked:
+            return [Latency(**one) for one in saved["results"]]
+    results: list[Latency] = []
+    language = config.language or "en"
+    for name, (source, assistant) in tqdm(sources.items(), "latency", unit="model"):
+        given = (name, source, config.dtype, assistant, waveforms, config.latency, language)
+        if jax.default_backend() == "cpu":
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, context) as pool:
+                results += pool.submit(measure_model, *given, config.max_tokens).result()
+        else:
+            results += measure_model(*given, config.max_tokens)
+    if kept is not None:
+        contents = {"asked": asked, "results": [asdict(one) for one in results]}
+        write_whole(kept, json.dumps(contents, indent=1).encode(errors="backslashreplace"))
+    return results
+
+
+def measure_model(
+    name: str,
+    source: str,
+    dtype: str,
+    assistant: str | None,
+    waveforms: Sequence[np.ndarray],
+    sizes: Sequence[int],
+    language: str,
+    max_tokens: int,
+) -> list[Latency]:
+    """One model at all batch sizes."""
+    model = load_model(name, source, dtype, assistant)
+    results = []
+    for size in sizes:
+        clips = [waveforms[row % len(waveforms)] for row in range(size)]
+        batch_BN = np.stack([pad_or_trim(clip) for clip in clips])
+        times, outputs = [], []
+        for _ in range(1 + ROUNDS):
+            begun = time.perf_counter()
+            outputs = model.recognize(batch_BN, language, (), max_tokens)
+            times.append(time.perf_counter() - begun)
+        counts = [one.tokens for one in outputs if one.tokens is not None]
+        drafted = model.acceptance if isinstance(model, FlaxModel) else None
+        results.append(
+            Latency(
+                model=name,
+                batch=size,
+                seconds=statistics.median(times[1:]),
+                audio_seconds=sum(clip.size for clip in clips) / SAMPLE_RATE,
+                tokens=sum(counts) if len(counts) == size else None,
+                first_seconds=times[0],
+                peak_bytes=peak_memory(),
+                acceptance=drafted and drafted.rate,
+                texts=tuple(one.text for one in outputs),
+            )
+        )
+    return results
+
+
+def peak_memory() -> int | None:
+    """Bytes: the device's peak where it is reported, else the process's."""
+    statistics_ = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in statistics_:
+        return statistics_["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

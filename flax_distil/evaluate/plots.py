@@ -1,0 +1,122 @@
+"""Figures of a report, with matplotlib."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from flax_distil.evaluate.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def figures(report: Report) -> Iterator[tuple[str, "Figure"]]:
+    """Title and figure of everything that the report can show."""
+    measured = [one for one in report.models if one["wer"] is not None]
+    if len(measured) > 1:
+        yield "Error rate and speed", plot_speed(measured)
+    if measured:
+        yield "Kinds of errors", plot_errors(measured)
+    for table in report.tables:
+        if table.name == "noise":
+            kinds = list(dict.fromkeys(str(row[0]) for row in table.rows))
+            levels = [float(column.title.removesuffix(" dB")) for column in table.columns[2:]]
+            yield "Added noise", plot_noise(kinds, levels, table.rows)
+    if report.losses:
+        yield "Training losses", plot_losses(report.losses)
+
+
+def plot_speed(models: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Error rate with its interval against speed; a model's area grows with its parameters."""
+    figure, axes = new_figure()
+    for one in models:
+        speed, wer = one["relative_speed"], one["wer"]
+        axes.scatter(speed, wer, s=4 * (one["parameters"] / 1e6) ** 0.75, zorder=3)
+        if isinstance(one["interval"], dict):
+            axes.vlines(speed, one["interval"]["low"], one["interval"]["high"], color="gray")
+        axes.annotate(one["name"], (speed, wer), xytext=(8, 8), textcoords="offset points")
+    axes.set_xlabel(f"speed relative to {models[0]['name']}")
+    axes.set_ylabel("error rate, %")
+    axes.margins(0.25)
+    return figure
+
+
+def plot_errors(models: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Bars of the mean error rate, divided into substitutions, deletions and insertions."""
+    names = [one["name"] for one in models]
+    figure, axes = new_figure(height=1.2 + 0.45 * len(names))
+    left = [0.0] * len(names)
+    for part in ("substitutions", "deletions", "insertions"):
+        widths = [
+            sum(data[part] for data in one["datasets"]) / len(one["datasets"]) for one in models
+        ]
+        axes.barh(names, widths, left=left, label=part, height=0.6)
+        left = [low + width for low, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("error rate, %")
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
+
+
+def plot_noise(
+    kinds: Sequence[str], levels: Sequence[float], rows: Sequence[Sequence[Any]]
+) -> "Figure":
+    """Error rate against the signal-to-noise ratio, a panel a kind of noise (paper figure 3)."""
+    figure, *panels = new_figure(columns=len(kinds))
+    for kind, axes in zip(kinds, panels, strict=True):
+        for _, model, *rates in (row for row in rows if row[0] == kind):
+            axes.plot(levels, rates, marker="o", markersize=4, label=model)
+        axes.set_title(kind, fontsize="medium")
+        axes.set_xlabel("signal-to-noise ratio, dB")
+        axes.invert_xaxis()
+    panels[0].set_ylabel("error rate, %")
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def plot_losses(lines: Sequence[Mapping[str, Any]]) -> "Figure":
+    """The training losses, and the validation error rate where there is one."""
+    figure, axes = new_figure()
+    for name in ("loss", "kl", "ce"):
+        points = [(one["step"], one[name]) for one in lines if one.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name)
+    axes.set_xlabel("update")
+    axes.set_ylabel("training loss")
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+    rates = [(one["step"], one["validation/wer"]) for one in lines if "validation/wer" in one]
+    if rates:
+        right = axes.twinx()
+        right.plot(*zip(*rates, strict=True), "o--", color="gray")
+        right.set_ylabel("validation error rate, % (dashed)")
+    return figure
+
+
+def new_figure(columns: int = 1, height: float = 3.6) -> "tuple[Figure, *tuple[Axes, ...]]":
+    """A figure and its panels, without a window."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 + 3.2 * columns, height), layout="constrained")
+    panels = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return (figure, *panels)
+
+
+def to_svg(figure: "Figure") -> str:
+    """The figure as SVG that takes the page's colours and font."""
+    from matplotlib import rc_context
+
+    text = StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "flax-distil"}):
+        figure.savefig(
+            text,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+        )
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :].replace("#000000", "currentColor")
