@@ -19,7 +19,7 @@ from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, pad_or_trim
 from flax_distil.config import EvaluateConfig, EvaluationDataConfig
 from flax_distil.data.packing import identity_digest
 from flax_distil.data.utterances import Utterances, UtteranceStream, load_waveform, read_dataset
-from flax_distil.data.windows import prefetch
+from flax_distil.data.workers import prefetch
 from flax_distil.distill.runs import RECIPE
 from flax_distil.errors import InputError, SomeFailed, check_writable, writing
 from flax_distil.evaluate.conditions import (

@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flax_distil.config import EvaluateConfig
-from flax_distil.distill.comparison import read_metrics
-from flax_distil.distill.tracking import METRICS
+from flax_distil.distill.tracking import METRICS, read_metrics
 from flax_distil.evaluate.latency import Latency
 from flax_distil.evaluate.results import ClipResult, Results
-from flax_distil.evaluate.scores import Difference, Estimate
+from flax_distil.evaluate.scores import Difference, Interval
 from flax_distil.evaluate.tables import ReportTable, Scored, Scores, all_tables, error_parts
 from flax_distil.files import write_whole
 
@@ -211,7 +210,7 @@ def settings(config: EvaluateConfig) -> dict[str, Any]:
 
 def plain(cell: Any) -> Any:
     """A cell as JSON holds it."""
-    return cell._asdict() if isinstance(cell, Estimate | Difference) else cell
+    return cell._asdict() if isinstance(cell, Interval | Difference) else cell
 
 
 def markdown_table(table: ReportTable) -> str:

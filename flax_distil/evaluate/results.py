@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 from flax_distil.errors import InputError, writing
 from flax_distil.files import write_whole
@@ -96,7 +96,7 @@ class Results:
     """Batches of each part that an earlier run finished."""
 
     @classmethod
-    def open(cls, folder: Path, settings: dict[str, Any], overwrite: bool = False) -> Self:
+    def open(cls, folder: Path, settings: dict[str, Any], overwrite: bool = False) -> "Results":
         """The results in `folder`, up to the last whole batch, to be continued.
 
         Raises:

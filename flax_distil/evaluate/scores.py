@@ -18,7 +18,7 @@ from flax_distil.text.wer import ErrorCounts
 CONFIDENCE = 0.95
 
 
-class Estimate(NamedTuple):
+class Interval(NamedTuple):
     """A value with its confidence interval."""
 
     value: float
@@ -94,7 +94,7 @@ def interval(samples_R: Float64[np.ndarray, "R"]) -> tuple[float, float]:
 
 def estimates(
     datasets: Sequence[Errors], resamples: int, seed: int = 0
-) -> list[tuple[Estimate, Difference]]:
+) -> list[tuple[Interval, Difference]]:
     """Of each model: its error rate, and the difference from the first model's."""
     rates_M, samples_MR = macro_rate(datasets), bootstrap(datasets, resamples, seed)
     scores = []
@@ -104,7 +104,7 @@ def estimates(
         tails = (1 + np.sum(apart_R <= 0), 1 + np.sum(apart_R >= 0))
         p = min(1.0, 2 * float(min(tails)) / (resamples + 1))
         difference = Difference(float(rate - rates_M[0]), *interval(apart_R), p)
-        scores.append((Estimate(float(rate), *interval(samples_R)), difference))
+        scores.append((Interval(float(rate), *interval(samples_R)), difference))
     return scores
 
 

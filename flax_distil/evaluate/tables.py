@@ -14,7 +14,7 @@ from flax_distil.evaluate.results import BatchTime, ClipResult, Part, Results
 from flax_distil.evaluate.scores import (
     Difference,
     Errors,
-    Estimate,
+    Interval,
     area_under_curve,
     clip_errors,
     estimates,
@@ -23,7 +23,7 @@ from flax_distil.evaluate.scores import (
 )
 from flax_distil.text.wer import ErrorCounts, ErrorRate, error_rate
 
-Cell = str | int | float | Estimate | Difference | None
+Cell = str | int | float | Interval | Difference | None
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Column:
             return "–"
         if isinstance(cell, str):
             return cell
-        if not isinstance(cell, Estimate | Difference):
+        if not isinstance(cell, Interval | Difference):
             return self.format.format(cell)
         value, low, high = (self.format.format(one) for one in cell[:3])
-        if isinstance(cell, Estimate):
+        if isinstance(cell, Interval):
             return f"{value} ({low} to {high})"
         sign = "+" if cell.value > 0 else ""
         return f"{sign}{value} ({low} to {high}), p {cell.p:.3f}"
