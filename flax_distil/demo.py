@@ -8,11 +8,9 @@ import logging
 import time
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from flax_distil import config, export
-from flax_distil.audio.load import SAMPLE_RATE
 from flax_distil.config import DataConfig, DemoConfig
 from flax_distil.data.utterances import load_waveform, read_dataset
 from flax_distil.decode.recognizer import make_recognizer
@@ -30,8 +28,6 @@ from flax_distil.parallel.mesh import make_mesh
 from flax_distil.pseudo_label import filter as filtering
 from flax_distil.pseudo_label import labeller
 from flax_distil.recipe import load_recipe, save_recipe
-from flax_distil.text.normalize import normalizer
-from flax_distil.text.wer import word_errors
 from flax_distil.transcribe import transcribe
 
 log = logging.getLogger(__name__)

@@ -74,9 +74,9 @@ def test_what_neither_recipe_nor_flags_give_is_asked_for(tmp_path, capsys):
     recipe = tmp_path / "run.toml"
     recipe.write_text("[evaluate]\nbatch_size = 3\n")
     with pytest.raises(SystemExit) as stop:
-        cli.main(["evaluate", "--recipe", str(recipe), "--models", "a"])
+        cli.main(["evaluate", "--recipe", str(recipe), "--datasets", "a"])
     assert stop.value.code == 2
-    assert "--datasets" in capsys.readouterr().err
+    assert "--models" in capsys.readouterr().err
 
 
 def test_a_table_for_each_dataset_of_a_mixture(tmp_path):

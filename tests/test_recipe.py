@@ -76,11 +76,11 @@ def test_the_fields_of_one_stage_may_stand_alone(tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("[evaluate]\nmodles = []", r"no field modles \(did you mean models\?\)"),
+        ("[evaluate]\nmodles = []", r"no field modles \(did you mean models or methods\?\)"),
         ("[evaluat]\nmodels = []", "no field evaluat"),
         ("[evaluate]\n[destill]", r"no stage destill \(did you mean distill\?\)"),
         ("[distill]\nx = 1", r"no table \[evaluate\]; it has distill"),
-        ("models = ['a']", "no datasets: EvaluateConfig needs it"),
+        ("datasets = ['a']", "no models: EvaluateConfig needs it"),
         ("models = 'a'", "models = 'a': must be a valid array"),
         ("models = [1]", r"models\[0\] = 1: must be a valid string"),
         ("batch_size = true", "batch_size = True: must be a valid integer"),

@@ -1,7 +1,7 @@
 """What is evaluated: our models, alone or with an assistant, and those of other libraries."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +13,6 @@ from jaxtyping import Float32
 
 from flax_distil.audio.load import SAMPLE_RATE
 from flax_distil.decode.assistant import load_assistant
-from flax_distil.decode.hypothesis import Acceptance, Window
 from flax_distil.decode.recognizer import (
     Recognizer,
     decode,
@@ -23,6 +22,7 @@ from flax_distil.decode.recognizer import (
     pad_batch,
     prepare,
 )
+from flax_distil.decode.search import Acceptance, Window
 from flax_distil.errors import InputError
 from flax_distil.evaluate.results import Output
 from flax_distil.model.checkpoint import load_checkpoint
@@ -399,7 +399,7 @@ def load_model(name: str, source: str, dtype: str, assistant: str | None = None)
     if library not in PEERS or not rest:
         recognizer = make_recognizer(load_checkpoint(source), dtype)
         if assistant is not None:
-            recognizer = recognizer.with_assistant(load_assistant(recognizer, assistant))
+            recognizer = replace(recognizer, assistant=load_assistant(recognizer, assistant))
         return FlaxModel(name, source, recognizer)
     model = PEERS[library](name, rest)
     try:
