@@ -607,6 +607,8 @@ class TranscribeConfig:
     """Cut out pauses by voice-activity detection first (extra vad); times are the recording's."""
     voice: OmitArgPrefixes[options.VoiceOptions] = options.VoiceOptions()
     """Voice-activity detection."""
+    layout: OmitArgPrefixes[options.SubtitleLayout] = options.SubtitleLayout()
+    """Layout of subtitles with word timestamps."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,10 @@ class DecodeOptions:
     """Words to expect; put before the previous text of every window."""
     prefix: str | None = None
     """Beginning of the text: of the first window, or of every chunk. The result includes it."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens less probable that the window's text contains already."""
+    no_repeat_ngram: int = 0
+    """No sequence of this many tokens occurs twice in a window; 0 allows it."""
 
     def __post_init__(self):
         for name, value, least in (
@@ -46,11 +50,13 @@ class DecodeOptions:
             ("max_initial_timestamp", self.max_initial_timestamp, 0),
             ("beams", self.beams, 1),
             ("best_of", self.best_of, 1),
+            ("no_repeat_ngram", self.no_repeat_ngram, 0),
         ):
             if not value >= least:
                 raise InputError(f"{name} is {value}: it must be at least {least}")
-        if not 0 < self.patience < math.inf:
-            raise InputError(f"patience is {self.patience}: it must be a number above 0")
+        for name in ("patience", "repetition_penalty"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}: it must be a number above 0")
         if not 0 <= (self.length_penalty or 0) <= 1:
             raise InputError(f"length_penalty is {self.length_penalty}: it must be from 0 to 1")
         if round(self.beams * self.patience) < 1:
@@ -147,3 +153,17 @@ class VoiceOptions:
         for name in ("hysteresis", "min_silence", "min_speech", "padding"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be a number from 0 on")
+
+
+@dataclass(frozen=True)
+class SubtitleLayout:
+    """Layout of subtitles where words have times; by default a segment is a subtitle."""
+
+    max_line_width: int | None = None
+    """Most characters of a line."""
+    max_line_count: int | None = None
+    """Most lines of a subtitle; needs a width."""
+    max_words_per_line: int | None = None
+    """Most words of a line, where no width is given."""
+    highlight_words: bool = False
+    """Underline each word while it is spoken."""

@@ -94,7 +94,7 @@ def beam(
         going._replace(sums=going.sums.at[:, 0].set(0)),  # at first all beams are one
         _empty(clips, collected, max_tokens, rules.end),
         ~batch.active_B,
-        rules.start(clips * beams),
+        rules.start(clips * beams, max_tokens),
     )
     loop = jax.lax.while_loop(more, write, start)
     text, ended_B = best_text(loop.beams, loop.ended, length_penalty)

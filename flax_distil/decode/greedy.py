@@ -77,7 +77,7 @@ def greedy(
         jnp.repeat(logits_B2V[:, 1], copies, axis=0),
         empty,
         jnp.repeat(~batch.active_B, copies),
-        rules.start(rows),
+        rules.start(rows, max_tokens),
     )
     result = jax.lax.while_loop(more, write, start).result
     return result if copies == 1 else best_copy(result, copies, length_penalty)

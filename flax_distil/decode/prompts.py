@@ -99,4 +99,6 @@ def rule_set(tokens: WhisperTokens, options: DecodeOptions) -> RuleSet:
         max_initial=round(options.max_initial_timestamp / TIMESTAMP_STEP),
         prefixed=options.timestamps and bool(prefix_ids(tokens, options)),
         timestamp_end=tokens.times.stop if tokens.words else None,
+        repetition_penalty=options.repetition_penalty,
+        no_repeat_ngram=options.no_repeat_ngram,
     )

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+NOTHING = np.iinfo(np.int32).max  # no token: beyond any vocabulary, so that scatters drop it
+
 
 class TextProgress(NamedTuple):
     """The state of the text that rules depend on, prompt excluded.
@@ -18,12 +20,14 @@ class TextProgress(NamedTuple):
     index: number of tokens: a scalar where all rows have the same, else one a row.
     last, before: the last token and the one before it (-1 where there is none).
     latest: the latest timestamp token, or -1.
+    written: all tokens, padded with `NOTHING`; only where a rule looks back further.
     """
 
     index: Int[Array, "..."]
     last: Int[Array, " B"]
     before: Int[Array, " B"]
     latest: Int[Array, " B"]
+    written: Int[Array, "B L"] | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class RuleSet:
     timestamp_end: the first token after that of 30 s, where a vocabulary has words after it.
     max_initial: the largest first timestamp, in steps of 0.02 s.
     prefixed: with timestamps, the prompt ends in 0.00 s and the first words of the text.
+    repetition_penalty: divides positive and multiplies negative logits of earlier tokens.
+    no_repeat_ngram: no sequence of this many tokens occurs twice; 0 allows it.
     """
 
     end: int
@@ -45,22 +51,31 @@ class RuleSet:
     max_initial: int = 50
     prefixed: bool = False
     timestamp_end: int | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
 
-    def start(self, rows: int) -> TextProgress:
-        """The state of rows without text."""
-        nothing_B = jnp.full((rows,), -1, jnp.int32)
-        return TextProgress(jnp.zeros((), jnp.int32), nothing_B, nothing_B, nothing_B)
+    def start(self, rows: int, room: int) -> TextProgress:
+        """The state of rows without text. room: most tokens of a text."""
+        nothing_B, written_BL = jnp.full((rows,), -1, jnp.int32), None
+        if self.repetition_penalty != 1 or self.no_repeat_ngram:
+            written_BL = jnp.full((rows, room), NOTHING, jnp.int32)
+        return TextProgress(jnp.zeros((), jnp.int32), nothing_B, nothing_B, nothing_B, written_BL)
 
     def advance(self, progress: TextProgress, token_B: Int[Array, " B"]) -> TextProgress:
         """The state after one more token a row."""
         latest_B = progress.latest
         if self.timestamp_begin is not None:
             latest_B = jnp.where(self._is_time(token_B), token_B, latest_B)
-        return TextProgress(progress.index + 1, token_B, progress.last, latest_B)
+        written_BL = progress.written
+        if written_BL is not None:
+            written_BL = written_BL.at[jnp.arange(len(token_B)), progress.index].set(token_B)
+        return TextProgress(progress.index + 1, token_B, progress.last, latest_B, written_BL)
 
     def apply(self, logits_BV: Float[Array, "B V"], progress: TextProgress) -> Float[Array, "B V"]:
         """The logits of the next token, -inf where a rule forbids it."""
         vocab = logits_BV.shape[-1]
+        if progress.written is not None:
+            logits_BV = self._repetition(logits_BV, progress.index, progress.written)
         # A text begins neither blank nor ended.
         first = jnp.reshape(progress.index == 0, (-1, 1))
         hit = _among(self.suppressed_first, vocab) & first
@@ -70,6 +85,25 @@ class RuleSet:
             return logits_BV
         logits_BV = jnp.where(_among((self.no_timestamps,), vocab), -jnp.inf, logits_BV)
         return self._timestamps(logits_BV, progress, self.timestamp_begin)
+
+    def _repetition(self, logits_BV: Array, index: Array, written_BL: Array) -> Array:
+        """Earlier tokens are less probable (Keskar et al. 2019, section 4.1), and none completes a
+        sequence of `no_repeat_ngram` tokens for the second time."""
+        if (penalty := self.repetition_penalty) != 1:
+            penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+            logits_BV = jnp.where(_marked(written_BL, logits_BV), penalized_BV, logits_BV)
+        size, (rows, room) = self.no_repeat_ngram, written_BL.shape
+        if not 0 < size <= room:
+            return logits_BV
+        count_B1 = jnp.broadcast_to(index, (rows,))[:, None]
+        starts = room - size + 1
+        same_BS = jnp.arange(starts)[None] + size <= count_B1  # sequences that are complete
+        for offset in range(size - 1):
+            place_B1 = jnp.maximum(count_B1 - size + 1 + offset, 0)
+            recent_B1 = jnp.take_along_axis(written_BL, place_B1, axis=1)
+            same_BS &= written_BL[:, offset : offset + starts] == recent_B1
+        repeated_BS = jnp.where(same_BS, written_BL[:, size - 1 :], NOTHING)
+        return jnp.where(_marked(repeated_BS, logits_BV), -jnp.inf, logits_BV)
 
     def _timestamps(self, logits_BV: Array, progress: TextProgress, begin: int) -> Array:
         """Timestamps come in pairs, never go back, open the text, and win where their mass is
@@ -106,6 +140,12 @@ class RuleSet:
         assert self.timestamp_begin is not None
         is_time = token >= self.timestamp_begin
         return is_time if self.timestamp_end is None else is_time & (token < self.timestamp_end)
+
+
+def _marked(tokens_BL: Int[Array, "B L"], logits_BV: Float[Array, "B V"]) -> Bool[Array, "B V"]:
+    """A mask of each row's tokens."""
+    rows_B1 = jnp.arange(len(tokens_BL))[:, None]
+    return jnp.zeros(logits_BV.shape, bool).at[rows_B1, tokens_BL].set(True, mode="drop")
 
 
 def _among(tokens: Sequence[int], vocab: int) -> Bool[np.ndarray, "1 V"]:

@@ -80,7 +80,7 @@ def speculative(
         text=DraftedText(
             tokens=jnp.pad(prompt.tokens, ((0, 0), (0, room))),
             length=start_B,
-            progress=rules.start(rows)._replace(index=zeros_B),
+            progress=rules.start(rows, max_tokens)._replace(index=zeros_B),
         ),
         log_probability_B=jnp.zeros(rows),
         done_B=~batch.active_B,
@@ -179,7 +179,8 @@ def _keep(loop: _Loop, verified: Verified, rules: RuleSet, limit_B: Array) -> _L
     kept_B = jnp.minimum(verified.accepted_B + 1, until_end_B)
     kept_B = jnp.where(loop.done_B, 0, jnp.minimum(kept_B, limit_B - acceptance.written))
     last_B = jnp.maximum(kept_B - 1, 0)
-    pick = lambda leaf_BK: jnp.take_along_axis(leaf_BK, last_B[:, None], axis=1)[:, 0]
+    like = lambda one_B, leaf: jnp.expand_dims(one_B, tuple(range(1, leaf.ndim)))
+    pick = lambda leaf: jnp.take_along_axis(leaf, like(last_B, leaf), axis=1)[:, 0]
     token_B = pick(verified.tokens_BK)
     advanced = rules.advance(jax.tree.map(pick, verified.progress), token_B)
     on_B = kept_B > 0
@@ -187,7 +188,9 @@ def _keep(loop: _Loop, verified: Verified, rules: RuleSet, limit_B: Array) -> _L
     text = DraftedText(
         tokens=jax.vmap(write)(text.tokens, verified.tokens_BK, text.length),
         length=text.length + kept_B,
-        progress=jax.tree.map(partial(jnp.where, on_B), advanced, text.progress),
+        progress=jax.tree.map(
+            lambda new, old: jnp.where(like(on_B, new), new, old), advanced, text.progress
+        ),
     )
     gains_BK = jnp.where(jnp.arange(count)[None] < kept_B[:, None], verified.gains_BK, 0)
     acceptance = Acceptance(

@@ -147,6 +147,8 @@ def check_flags(config: TranscribeConfig) -> None:
     table = [  # a flag, whether it is given, and the options that have no effect without it
         ("--method sequential", config.method == "sequential", "sequential", ""),
         ("--method chunked", config.method == "chunked", "chunked", ""),
+        ("--word-timestamps", config.sequential.word_timestamps, "layout", ""),
+        ("--max-line-width", config.layout.max_line_width is not None, "layout", "max_line_count"),
         ("--vad", config.vad, "voice", ""),
         ("--assistant", config.assistant, "", "draft_tokens"),
         ("--beams", beams > 1, "search", "patience"),
@@ -172,7 +174,7 @@ def write_transcript(transcript: Transcript, target: Path, config: TranscribeCon
     with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         for extension, path in zip(extensions, paths, strict=True):
-            path.write_text(WRITERS[extension](transcript), encoding="utf-8")
+            path.write_text(WRITERS[extension](transcript, config.layout), encoding="utf-8")
     return paths
 
 

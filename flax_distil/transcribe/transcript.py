@@ -1,11 +1,16 @@
 """Transcripts, with openai-whisper's names, and its file formats, character by character."""
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from flax_distil.decode.search import Acceptance
+from flax_distil.options import SubtitleLayout
+
+LONG_PAUSE = 3.0  # seconds between words that begin another subtitle
+UNLIMITED = 1000  # characters or words in a line
 
 
 @dataclass(frozen=True)
@@ -58,23 +63,23 @@ class Transcript:
         return result
 
 
-def to_txt(transcript: Transcript) -> str:
+def to_txt(transcript: Transcript, layout: SubtitleLayout) -> str:
     """One segment a line."""
     return "".join(f"{segment.text.strip()}\n" for segment in transcript.segments)
 
 
-def to_srt(transcript: Transcript) -> str:
+def to_srt(transcript: Transcript, layout: SubtitleLayout) -> str:
     """SubRip subtitles."""
-    entries = enumerate(cues(transcript, lambda seconds: clock(seconds, "{:02d}:", ",")), 1)
-    return "".join(f"{number}\n{cue}" for number, cue in entries)
+    entries = cues(transcript, layout, lambda seconds: clock(seconds, "{:02d}:", ","))
+    return "".join(f"{number}\n{cue}" for number, cue in enumerate(entries, 1))
 
 
-def to_vtt(transcript: Transcript) -> str:
+def to_vtt(transcript: Transcript, layout: SubtitleLayout) -> str:
     """WebVTT subtitles."""
-    return "WEBVTT\n\n" + "".join(cues(transcript, clock))
+    return "WEBVTT\n\n" + "".join(cues(transcript, layout, clock))
 
 
-def to_tsv(transcript: Transcript) -> str:
+def to_tsv(transcript: Transcript, layout: SubtitleLayout) -> str:
     """A table of start and end in milliseconds, and text."""
     rows = ["start\tend\ttext\n"]
     for one in transcript.segments:
@@ -83,12 +88,12 @@ def to_tsv(transcript: Transcript) -> str:
     return "".join(rows)
 
 
-def to_json(transcript: Transcript) -> str:
+def to_json(transcript: Transcript, layout: SubtitleLayout) -> str:
     """Text, segments and language."""
     return json.dumps(transcript.as_dict())
 
 
-WRITERS: dict[str, Callable[[Transcript], str]] = {
+WRITERS: dict[str, Callable[[Transcript, SubtitleLayout], str]] = {
     "txt": to_txt,
     "srt": to_srt,
     "vtt": to_vtt,
@@ -107,15 +112,54 @@ def clock(seconds: float, hours: str = "", decimal_mark: str = ".") -> str:
     return f"{before}{minutes:02d}:{whole:02d}{decimal_mark}{thousandths:03d}"
 
 
-def cues(transcript: Transcript, at: Callable[[float], str]) -> Iterator[str]:
-    """A subtitle for each segment, from its first to its last word where words have times."""
-    for segment in transcript.segments:
-        if segment.words is None:
-            start, end = segment.start, segment.end
-            text = segment.text.strip().replace("-->", "->")
-        elif segment.words:
-            start, end = segment.words[0].start, segment.words[-1].end
-            text = "".join(word.word for word in segment.words).strip()
-        else:
+def cues(
+    transcript: Transcript, layout: SubtitleLayout, at: Callable[[float], str]
+) -> Iterator[str]:
+    """All subtitles: the segments, or what `layout` makes of the words where they have times."""
+    cue = lambda start, end, text: f"{at(start)} --> {at(end)}\n{text}\n\n"
+    segments = transcript.segments
+    if not segments or segments[0].words is None:
+        for segment in segments:
+            yield cue(segment.start, segment.end, segment.text.strip().replace("-->", "->"))
+        return
+    for words in subtitles(segments, layout):
+        texts, last = [word.word for word in words], words[0].start
+        if not layout.highlight_words:
+            yield cue(last, words[-1].end, "".join(texts))
             continue
-        yield f"{at(start)} --> {at(end)}\n{text}\n\n"
+        for index, word in enumerate(words):  # a cue each, and one for each pause before
+            if at(word.start) != at(last):
+                yield cue(last, word.start, "".join(texts))
+            underlined = re.sub(r"^(\s*)(.*)$", r"\1<u>\2</u>", word.word)
+            parts = [*texts[:index], underlined, *texts[index + 1 :]]
+            yield cue(word.start, word.end, "".join(parts))
+            last = word.end
+
+
+def subtitles(segments: Iterable[Segment], layout: SubtitleLayout) -> Iterator[list[Word]]:
+    """Words of each subtitle, line breaks among them."""
+    by_segment = layout.max_line_count is None or layout.max_line_width is None
+    width, most = layout.max_line_width or UNLIMITED, layout.max_words_per_line or UNLIMITED
+    subtitle: list[Word] = []
+    filled, lines = 0, 1  # characters in the line, lines in the subtitle
+    before = None
+    numbered = (pair for segment in segments for pair in enumerate(segment.words or ()))
+    for index, word in numbered:
+        pause = not by_segment and before is not None and word.start - before > LONG_PAUSE
+        breaks = index % most == 0 and bool(subtitle) and by_segment
+        before = word.start
+        if filled and filled + len(word.word) <= width and not pause and not breaks:
+            filled += len(word.word)
+        else:
+            text = word.word.strip()
+            filled_before, filled = filled, len(text)
+            full = layout.max_line_count is not None and (pause or lines >= layout.max_line_count)
+            if (subtitle and full) or breaks:
+                yield subtitle
+                subtitle, lines = [], 1
+            elif filled_before:
+                lines, text = lines + 1, "\n" + text
+            word = replace(word, word=text)
+        subtitle.append(word)
+    if subtitle:
+        yield subtitle

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_timestamps_behind_a_prefix_equal_openai_s_behind_written_text(length, b
 
 
 def ours(rules: RuleSet, logits: np.ndarray, history: np.ndarray, by_row: bool) -> np.ndarray:
-    progress = rules.start(len(history))
+    progress = rules.start(len(history), 32)
     if by_row:
         progress = progress._replace(index=jnp.zeros(len(history), jnp.int32))
     for token_B in history.T:
@@ -124,3 +125,34 @@ def test_plain_text_equals_openai():
         logits = rng.normal(size=(5, VOCAB)).astype(np.float32)
         expected = theirs(filters, logits, history)
         np.testing.assert_array_equal(ours(rules, logits, history, False), expected)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 9, 30])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_repetition_rules_equal_transformers(length, by_row):
+    from transformers.generation.logits_process import (
+        NoRepeatNGramLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+    )
+
+    rng = np.random.default_rng(length)
+    history = rng.integers(0, 5, (50, length))  # few tokens, so that much is repeated
+    logits = rng.normal(size=(50, VOCAB)).astype(np.float32)
+    for penalty, size in ((1.3, 0), (1.0, 3), (0.8, 2), (1.0, 1)):
+        rules = RuleSet(END, 36, (), (), repetition_penalty=penalty, no_repeat_ngram=size)
+        expected, tokens = torch.from_numpy(logits.copy()), torch.from_numpy(history)
+        if penalty != 1:
+            expected = RepetitionPenaltyLogitsProcessor(penalty)(tokens, expected)
+        if size:
+            expected = NoRepeatNGramLogitsProcessor(size)(tokens, expected)
+        found = ours(rules, logits, history, by_row)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+def test_runs_longer_than_any_text_cost_nothing():
+    """A million steps would be compiled for a million tokens that nobody writes."""
+    logits, steps = jnp.ones((1, VOCAB)), []
+    for size in (0, 10**6):
+        rules = RuleSet(END, 36, (), (), no_repeat_ngram=size)
+        steps.append(len(jax.make_jaxpr(rules.apply)(logits, rules.start(1, 32)).eqns))
+    assert steps[0] == steps[1]

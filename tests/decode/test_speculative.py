@@ -31,7 +31,7 @@ from flax_distil.options import DecodeOptions
 DIMS = WhisperDims(8, 97, 32, 1, 4, 2, 2, 48, 64, audio_positions=20, text_positions=40)
 SPEC = Spec(DIMS)
 RULES = RuleSet(50, 51, (3, 4), (5, 50), no_timestamps=52, max_initial=10)
-TIMES = dataclasses.replace(RULES, timestamp_begin=60)
+TIMES = dataclasses.replace(RULES, timestamp_begin=60, no_repeat_ngram=2)
 ONE_PROMPT = Prompt(jnp.array([[7, 8, 9]] * 4), jnp.int32(3), jnp.int32(1))
 PROMPTS = Prompt(jnp.array([[7, 8, 9, 1]] * 4), jnp.array([4, 4, 4, 1]), jnp.array([1, 1, 1, 0]))
 ACTIVE = jnp.array([True, True, False, True])
@@ -130,7 +130,7 @@ def test_samples_are_the_teachers(certain):
         scores = jax.nn.log_softmax(jnp.stack([q[start], q[first]], 1) / temperature)
         drafts = Drafts(jnp.stack([first, second], 1), scores)
     read = jnp.concatenate([start[:, None], drafts.tokens], axis=1)
-    progress = rules.start(rows)._replace(index=start)
+    progress = rules.start(rows, 32)._replace(index=start)
     verified = verify(p[read], progress, drafts, rules, sampling)
     accepted = np.asarray(verified.accepted_B)
     assert {*accepted} == {0, 1, 2}
@@ -188,7 +188,7 @@ def test_at_temperature_0_a_row_is_greedy_and_seeds_are_its_own(pair):
 
 def test_looks_up_what_followed_the_last_time():
     text = jnp.array([[1, 2, 3, 9, 2, 3, 4, 2, 3, 0, 0], [5, 6, 7, 8, 7, 8, 0, 0, 0, 0, 0]])
-    text = DraftedText(text, jnp.array([9, 6]), RULES.start(2))
+    text = DraftedText(text, jnp.array([9, 6]), RULES.start(2, 32))
     drafts, _ = LookupDrafter().propose(None, text, 4, RULES, None)
     # "2 3" was followed by 9 and, later, by "4 2 3"; a loop goes on as a loop.
     np.testing.assert_array_equal(drafts.tokens, [[4, 2, 3, 4], [7, 8, 7, 8]])

@@ -254,6 +254,11 @@ def test_what_cannot_be_written_does_not_stop_the_others(random_folders, tmp_pat
         (dict(method="chunked", word_timestamps=True), "--word-timestamps .* --method sequential"),
         (dict(method="chunked", clips=(1.0,)), "--clips would .* add --method sequential"),
         (dict(chunk_length=15.0, stride=2.0), "--chunk-length, --stride .* add --method chunked"),
+        (
+            dict(highlight_words=True),
+            "--highlight-words would have no effect: add --word-timestamps",
+        ),
+        (dict(word_timestamps=True, max_line_count=2), "add --max-line-width"),
         (dict(vad_padding=0.1), "--vad-padding would have no effect: add --vad"),
         (dict(draft_tokens=2), "add --assistant"),
         (dict(patience=2.0), "add --beams"),
@@ -271,5 +276,6 @@ def test_flags_that_go_together_and_the_dictionary():
     plain = TranscribeConfig((), "m")
     check_flags(plain)
     check_flags(with_flags(plain, vad=True, vad_padding=0.1, beams=2, patience=2.0))
+    check_flags(with_flags(plain, word_timestamps=True, max_line_width=9, max_line_count=2))
     check_flags(with_flags(plain, method="chunked", chunk_length=15.0))
     assert isinstance(Transcript("", (), "en").as_dict()["segments"], tuple)

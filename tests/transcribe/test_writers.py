@@ -8,6 +8,7 @@ import pysubs2
 import pytest
 import whisper.utils
 
+from flax_distil.options import SubtitleLayout
 from flax_distil.transcribe.transcript import WRITERS, Segment, Transcript, Word, clock
 
 
@@ -30,10 +31,10 @@ def transcript(words: bool) -> Transcript:
     return Transcript("".join(texts), tuple(segments), "de")
 
 
-def theirs(extension: str, made: Transcript) -> str:
+def theirs(extension: str, made: Transcript, **layout) -> str:
     file = io.StringIO()
     result = json.loads(json.dumps(made.as_dict()))
-    whisper.utils.get_writer(extension, ".").write_result(result, file)
+    whisper.utils.get_writer(extension, ".").write_result(result, file, **layout)
     return file.getvalue()
 
 
@@ -41,7 +42,25 @@ def theirs(extension: str, made: Transcript) -> str:
 @pytest.mark.parametrize("extension", WRITERS)
 def test_files_equal_those_of_openai(extension, words):
     for made in (transcript(words), Transcript("", (), "en")):
-        assert WRITERS[extension](made) == theirs(extension, made)
+        assert WRITERS[extension](made, SubtitleLayout()) == theirs(extension, made)
+
+
+@pytest.mark.parametrize("extension", ["srt", "vtt"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(highlight_words=True),
+        dict(max_words_per_line=2),
+        dict(max_words_per_line=3, highlight_words=True),
+        dict(max_line_width=9),
+        dict(max_line_width=9, max_line_count=1),
+        dict(max_line_width=14, max_line_count=2, highlight_words=True),
+        dict(max_line_count=2),
+    ],
+)
+def test_words_are_set_as_openai_sets_them(extension, layout):
+    made = transcript(True)
+    assert WRITERS[extension](made, SubtitleLayout(**layout)) == theirs(extension, made, **layout)
 
 
 @pytest.mark.parametrize("seconds", [0, 0.0004, 0.9996, 59.9999, 3599.9996, 3600, 363_599.999])
@@ -50,15 +69,17 @@ def test_the_clock_is_openai_s(seconds):
     assert clock(seconds, "{:02d}:", ",") == whisper.utils.format_timestamp(seconds, True, ",")
 
 
-@pytest.mark.parametrize("words", [False, True])
 @pytest.mark.parametrize("extension", ["srt", "vtt"])
-def test_a_subtitle_library_reads_what_is_written(extension, words):
+@pytest.mark.parametrize(
+    "layout", [SubtitleLayout(), SubtitleLayout(max_line_width=14, max_line_count=2)]
+)
+def test_a_subtitle_library_reads_what_is_written(extension, layout):
     """pysubs2 finds every text, in segments at its time."""
-    made = transcript(words)
-    read = pysubs2.SSAFile.from_string(WRITERS[extension](made), format_=extension)
+    made = transcript(words=layout != SubtitleLayout())
+    read = pysubs2.SSAFile.from_string(WRITERS[extension](made, layout), format_=extension)
     found = [(cue.start, cue.end, cue.plaintext) for cue in read if cue.plaintext]
     at = lambda seconds: round(1000 * seconds)
-    if not words:
+    if layout == SubtitleLayout():
         assert found == [
             (at(one.start), at(one.end), one.text.strip().replace("-->", "->"))
             for one in made.segments
