@@ -4,15 +4,19 @@
     <run>/best/<step>/          params, progress
 
 Orbax writes them beside the run, asynchronously, and renames a complete one into place: a kill or a
-full disk leaves the one before as it was.
+full disk leaves the one before as it was. `progress` holds sums of the bits of all that is saved.
 """
 
+import json
+import logging
 import os
 import re
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flax_distil.data.loader import LoaderState, gather_state
+from flax_distil.distill import integrity
 from flax_distil.distill.step import TrainState
 from flax_distil.errors import InputError, writing
 
@@ -46,6 +51,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self.folder, self.failed = folder.absolute(), False
         options = partial(ocp.CheckpointManagerOptions, cleanup_tmp_directories=True)
+        quieten()
         with writing(self.folder):
             self.latest = ocp.CheckpointManager(
                 self.folder / LATEST, options=options(max_to_keep=keep)
@@ -58,7 +64,7 @@ class Checkpoints:
         best: save the parameters alone, as the best so far.
 
         Raises:
-            InputError: the disk is full.
+            InputError: the disk is full, or copies of an array on different devices differ.
         """
         manager, step = self.best if best else self.latest, int(state.step)
         if step in manager.all_steps():
@@ -67,9 +73,10 @@ class Checkpoints:
         trees: dict[str, Any] = {"params": state.params}
         if not best:
             trees["rest"] = state._replace(params=None)
-        progress = replace(progress, loader=gather_state(progress.loader))
+        values = asdict(replace(progress, loader=gather_state(progress.loader)))
+        sums = integrity.check_replicas(trees, step) | {"progress": integrity.json_sum(values)}
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        items["progress"] = ocp.args.JsonSave(asdict(progress))
+        items["progress"] = ocp.args.JsonSave(values | {"sums": sums})
         with self._writing():
             manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -91,12 +98,16 @@ class Checkpoints:
             rest=ocp.args.StandardRestore(like._replace(params=None)),
             progress=ocp.args.JsonRestore(),
         )
-        with readable(self.folder / LATEST / str(step)):
+        folder = self.folder / LATEST / str(step)
+        with readable(folder):
             found = self.latest.restore(step, args=arguments)
-            saved = dict(found["progress"])
-            saved.pop("sums", None)  # of older versions
-            progress = RunProgress(LoaderState(**saved.pop("loader")), **saved)
-            return found["rest"]._replace(params=found["params"]), progress
+            values = dict(found["progress"])
+            sums = values.pop("sums", None)
+            fields: dict[str, Any] = values | {"loader": LoaderState(**values["loader"])}
+            progress = RunProgress(**fields)
+        arrays = {name: found[name] for name in ("params", "rest")}
+        integrity.check_sums(arrays, values, sums, folder)
+        return found["rest"]._replace(params=found["params"]), progress
 
     def wait(self) -> None:
         """Until everything is on disk. Raises InputError when it could not be written."""
@@ -130,6 +141,29 @@ class Checkpoints:
             ) from error
 
 
+@cache
+def quieten() -> None:
+    """Let nothing print the tracebacks of Orbax's threads, for the rest of the process: `wait`
+    raises the first of their errors, and the others follow from it.
+
+    Orbax logs them through absl, asyncio those that a thread left behind, and TensorStore tells the
+    unraisable hook that nobody waits for its writes any more.
+    """
+
+    def of_others(record: logging.LogRecord) -> bool:
+        caught = record.exc_info[1] if record.exc_info else None
+        text = "".join(traceback.format_exception(caught)) if caught else ""
+        return record.levelno < logging.ERROR or "orbax" not in record.pathname + text
+
+    def hook(unraisable: Any, before: Any = sys.unraisablehook) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(of_others)
+    sys.unraisablehook = hook
+
+
 def has_checkpoints(folder: Path) -> bool:
     """Whether a run's folder has a checkpoint to resume from."""
     return bool(steps(folder / LATEST))
@@ -156,6 +190,8 @@ def read_params(
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
     with readable(folder), ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(folder / "params", like)
+        sums = json.loads((folder / "progress" / "metadata").read_text()).get("sums")
+    integrity.check_sums({"params": params}, None, sums, folder)
     return int(folder.name), jax.tree.map(np.asarray, params)
 
 

@@ -1,5 +1,6 @@
 """What is on disk after a kill, a full disk, a change of mesh."""
 
+import json
 import resource
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_distil.config import OptimizerConfig
 from flax_distil.data.loader import LoaderState
-from flax_distil.distill.checkpoints import Checkpoints, RunProgress, has_checkpoints
+from flax_distil.distill.checkpoints import Checkpoints, RunProgress, has_checkpoints, read_params
 from flax_distil.distill.step import initial_state
 from flax_distil.errors import InputError
 from flax_distil.parallel.mesh import make_mesh
@@ -67,8 +68,49 @@ def test_restores_on_another_mesh(tmp_path):
     checkpoints.close()
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
-    """One sentence, and closing raises nothing more."""
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [("params", "params.decoder.layers.0.kernel"), ("rest", "rest.optimizer"), ("progress", "pro")],
+)
+def test_a_flipped_bit_on_the_disk_is_noticed(tmp_path, part, named):
+    """In the middle of the numbers, which compression leaves as they are: they are random."""
+    noise = lambda x: jax.random.normal(jax.random.key(1), x.shape) if x.ndim == 2 else x
+    state = jax.tree.map(noise, state_at(1, 512))
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save_and_wait(checkpoints, state)
+    folder = tmp_path / "checkpoints" / "1"
+    files = [path for path in (folder / part).rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    place = content.index(b'"position": 0') + 12 if part == "progress" else len(content) // 2
+    content[place] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(InputError, match=f"1 is damaged: {named}.*cannot be what was saved"):
+        checkpoints.restore(state_at(0, 512))
+    if part == "params":
+        with pytest.raises(InputError, match=f"1 is damaged: {named}"):
+            read_params(tmp_path, state.params)
+    checkpoints.close()
+
+
+def test_a_checkpoint_without_sums_can_be_read(tmp_path):
+    """As versions wrote it that took none."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save_and_wait(checkpoints, state_at(1))
+    written = tmp_path / "checkpoints" / "1" / "progress" / "metadata"
+    values = json.loads(written.read_text())
+    assert set(values.pop("sums")) >= {"progress", "params.decoder.layers.0.kernel", "rest.step"}
+    written.write_text(json.dumps(values))
+    state, progress = checkpoints.restore(state_at(0))
+    checkpoints.close()
+    assert (int(state.step), progress) == (1, RunProgress(LoaderState()))
+    step, params = read_params(tmp_path, state.params)
+    assert step == 1
+    assert np.all(params["decoder"]["layers"][0]["kernel"] == 1)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, caplog, capfd):
+    """One sentence, no traceback of Orbax's threads, and closing raises nothing more."""
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(state_at(1, 4096), RunProgress(LoaderState(position=1)))
     checkpoints.wait()
@@ -84,6 +126,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     checkpoints.close()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert capfd.readouterr().err == ""
     again = Checkpoints(tmp_path, keep=1)
     state, progress = again.restore(state_at(0, 4096))
     again.close()
