@@ -67,10 +67,9 @@ def write_tokenizer(path: Path, folder: Path, dims: WhisperDims) -> None:
             )
     # Not special: Transformers takes the last special token + 1 for the first timestamp.
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
-    times = [f"<|{step * TIMESTAMP_STEP:.2f}|>" for step in range(TIMESTAMPS)]
     added = tokenizer["added_tokens"] + [
         {"id": id, "content": time, "normalized": True, **plain}
-        for id, time in enumerate(times, ids["notimestamps"] + 1)
+        for id, time in enumerate(TIMES, ids["notimestamps"] + 1)
         if time not in tokens
     ]
     added.sort(key=lambda token: token["id"])
@@ -91,7 +90,12 @@ def write_tokenizer(path: Path, folder: Path, dims: WhisperDims) -> None:
         "tokenizer_class": "WhisperTokenizer",
     }
     whole = tokenizer | {"added_tokens": added}
-    for name, content in (("tokenizer.json", whole), ("tokenizer_config.json", config)):
+    for name, content in {
+        "tokenizer.json": whole,
+        "tokenizer_config.json": config,
+        # whisper.cpp's converter reads it.
+        "added_tokens.json": {token["content"]: token["id"] for token in added},
+    }.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     Tokenizer.from_file(str(path)).model.save(str(folder))  # vocab.json, merges.txt
     spellings = files("whisper_normalizer") / "normalizers" / "english.json"
