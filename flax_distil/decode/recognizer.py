@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Num
 
 from flax_distil.audio.log_mel import log_mel
@@ -278,6 +279,8 @@ def decode(
         prompts.make_sampling(windows, rows),
     )
     where = jax.tree.leaves(recognizer.params)[0].sharding
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec())
     batch = search.SearchInput(states.model_BSD, *jax.device_put(arguments, where))
     # The same for any prompt, since it decides the program: a search ends where the context does.
     room = min(options.max_tokens, context)

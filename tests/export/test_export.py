@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_distil.config import ComputeConfig, DistillConfig, ExportConfig
+from flax_distil.config import ComputeConfig, DistillConfig, EvaluateConfig, ExportConfig
 from flax_distil.data.loader import LoaderState
 from flax_distil.decode.recognizer import make_recognizer, recognize
 from flax_distil.distill.checkpoints import Checkpoints, RunProgress
@@ -16,14 +16,14 @@ from flax_distil.distill.runs import RECIPE
 from flax_distil.distill.setup import trainable_part
 from flax_distil.distill.step import initial_state
 from flax_distil.errors import InputError
-from flax_distil.evaluate.report import DatasetResult, ModelResult, Report
+from flax_distil.evaluate.report import make_report
+from flax_distil.evaluate.results import BatchTime, ClipResult, Results
 from flax_distil.export import formats, run
 from flax_distil.export.verify import differing_texts, largest_difference, synthetic_clip
 from flax_distil.model.checkpoint import load_checkpoint, save_checkpoint
 from flax_distil.model.student import same_arrays
 from flax_distil.options import DecodeOptions
 from flax_distil.recipe import save_recipe
-from flax_distil.text.wer import ErrorCounts
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +149,15 @@ def test_verification_passes_a_good_export_and_stops_a_bad_one(
 def test_the_card_has_the_figures_and_a_head_that_the_hub_reads(random_folders, tmp_path):
     from huggingface_hub import ModelCard
 
-    score = DatasetResult("clean", 2, 10.0, 1.0, ErrorCounts(2, 1, 1, 40))
-    Report((ModelResult("student", "s", 30_000_000, 1.5, (score,)),), {}, {}).save(tmp_path)
-    report = tmp_path / "report.json"
+    part, report = {"test": "short", "setting": "", "dataset": "clean"}, tmp_path / "report.json"
+    about = dict(id="c", speaker=None, language="en", seconds=10.0, reference="the " * 10)
+    texts, models = "the " * 9, {"teacher": ("t", 40_000_000), "student": ("s", 30_000_000)}
+    clips = [ClipResult(**part, **about, model=name, text=texts) for name in models]
+    seconds = {"teacher": 1.5, "student": 1.0}
+    results = Results()
+    results.add(clips, BatchTime(**part, clips=1, audio_seconds=10.0, windows=1, seconds=seconds))
+    config = EvaluateConfig(tuple(models), ("clean",), resamples=10)
+    make_report(config, models, {}, results, {}, []).save(tmp_path)
     run(ExportConfig(str(random_folders[1]), tmp_path / "my", report=report, license="mit"))
     card = ModelCard.load(tmp_path / "my" / "README.md")
     assert (card.data.license, card.data.language, card.data.metrics) == ("mit", "en", ["wer"])
