@@ -208,7 +208,7 @@ class Evaluation:
                 self.recordings(Part("long", setting, one.name), method, clips)
             if join:
                 recordings = joined(self.usable(one, [], []), join)
-                part = Part("long", setting, f"{one.name}, joined to {join:g} s")
+                part = Part("long", setting, f"{one.name} joined")
                 self.recordings(part, method, recordings)
 
     def usable(

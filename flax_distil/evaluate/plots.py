@@ -33,7 +33,7 @@ def plot_speed(models: Sequence[Mapping[str, Any]]) -> "Figure":
     for one in models:
         speed, wer = one["relative_speed"], one["wer"]
         axes.scatter(speed, wer, s=4 * (one["parameters"] / 1e6) ** 0.75, zorder=3)
-        if isinstance(one["interval"], dict):
+        if one["interval"]["low"] is not None:
             axes.vlines(speed, one["interval"]["low"], one["interval"]["high"], color="gray")
         axes.annotate(one["name"], (speed, wer), xytext=(8, 8), textcoords="offset points")
     axes.set_xlabel(f"speed relative to {models[0]['name']}")

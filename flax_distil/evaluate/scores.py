@@ -1,7 +1,7 @@
 """Error rates, their confidence intervals and other scores: pure functions of results.
 
 Rates are percent. A confidence interval is the percentile interval of a bootstrap over clips, or
-over speakers where every clip has one; models are compared on the same resampled clips (paired
+over speakers where every clip has one and there are ten or more; models are compared on the same resampled clips (paired
 bootstrap; Bisani and Ney, ICASSP 2004).
 """
 
@@ -16,23 +16,25 @@ from flax_distil.evaluate.results import ClipResult
 from flax_distil.text.wer import ErrorCounts
 
 CONFIDENCE = 0.95
+FEWEST_SPEAKERS = 10  # with fewer, clips are resampled, not speakers
+FEWEST_CLUSTERS = 5  # with fewer, an interval would say nothing
 
 
 class Interval(NamedTuple):
-    """A value with its confidence interval."""
+    """A value with its confidence interval; None where there is none."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
 
 class Difference(NamedTuple):
     """A difference with its confidence interval and two-sided p-value against 0."""
 
     value: float
-    low: float
-    high: float
-    p: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
 
 
 class Errors(NamedTuple):
@@ -49,7 +51,8 @@ class Errors(NamedTuple):
 
 def clip_errors(counts: Sequence[Sequence[ErrorCounts]], speakers: Sequence[str | None]) -> Errors:
     """Errors by clip. counts: of each model, of each clip. speakers: of each clip."""
-    names = [str(n) for n in range(len(speakers))] if None in speakers else speakers
+    by_speaker = None not in speakers and len(set(speakers)) >= FEWEST_SPEAKERS
+    names = speakers if by_speaker else [str(n) for n in range(len(speakers))]
     return Errors(
         np.array([[one.errors for one in row] for row in counts], np.int64),
         np.array([one.reference_words for one in counts[0]], np.int64),
@@ -95,16 +98,23 @@ def interval(samples_R: Float64[np.ndarray, "R"]) -> tuple[float, float]:
 def estimates(
     datasets: Sequence[Errors], resamples: int, seed: int = 0
 ) -> list[tuple[Interval, Difference]]:
-    """Of each model: its error rate, and the difference from the first model's."""
-    rates_M, samples_MR = macro_rate(datasets), bootstrap(datasets, resamples, seed)
-    scores = []
-    for rate, samples_R in zip(rates_M, samples_MR, strict=True):
+    """Of each model: its error rate, and the difference from the first model's.
+
+    Without intervals for no resamples, or fewer than five clips or speakers of a dataset.
+    """
+    rates_M = macro_rate(datasets)
+    apart_M = rates_M - rates_M[0]
+    if not resamples or min(one.clusters_N.max() + 1 for one in datasets) < FEWEST_CLUSTERS:
+        pairs = zip(rates_M.tolist(), apart_M.tolist(), strict=True)
+        return [(Interval(rate), Difference(apart)) for rate, apart in pairs]
+    samples_MR, scores = bootstrap(datasets, resamples, seed), []
+    for rate, apart, samples_R in zip(rates_M.tolist(), apart_M.tolist(), samples_MR, strict=True):
         apart_R = samples_R - samples_MR[0]
         # The observed difference counts as one more sample, so that p is never 0.
         tails = (1 + np.sum(apart_R <= 0), 1 + np.sum(apart_R >= 0))
         p = min(1.0, 2 * float(min(tails)) / (resamples + 1))
-        difference = Difference(float(rate - rates_M[0]), *interval(apart_R), p)
-        scores.append((Interval(float(rate), *interval(samples_R)), difference))
+        difference = Difference(apart, *interval(apart_R), p)
+        scores.append((Interval(rate, *interval(samples_R)), difference))
     return scores
 
 

@@ -41,11 +41,12 @@ class Column:
             return cell
         if not isinstance(cell, Interval | Difference):
             return self.format.format(cell)
-        value, low, high = (self.format.format(one) for one in cell[:3])
-        if isinstance(cell, Interval):
-            return f"{value} ({low} to {high})"
-        sign = "+" if cell.value > 0 else ""
-        return f"{sign}{value} ({low} to {high}), p {cell.p:.3f}"
+        sign = "+" if isinstance(cell, Difference) and cell.value > 0 else ""
+        value = sign + self.format.format(cell.value)
+        if cell.low is None or cell.high is None:
+            return value
+        value += f" ({self.format.format(cell.low)} to {self.format.format(cell.high)})"
+        return f"{value}, p {cell.p:.3f}" if isinstance(cell, Difference) else value
 
 
 @dataclass(frozen=True)
@@ -187,12 +188,7 @@ class Scores:
             )
             for one in parts
         ]
-        scores = estimates(errors, max(self.config.resamples, 1), self.config.seed)
-        if not self.config.resamples:
-            return {
-                name: (rate.value, apart.value)
-                for name, (rate, apart) in zip(names, scores, strict=True)
-            }
+        scores = estimates(errors, self.config.resamples, self.config.seed)
         return dict(zip(names, scores, strict=True))
 
     def average(self, parts: Sequence[Scored], model: str) -> float | None:
@@ -262,10 +258,11 @@ def summary(scores: Scores) -> ReportTable:
         rows.append((*row, scores.relative_speed(model, test)))
     note = (
         "Error rates are macro-averages over the datasets, after Whisper's normaliser, with 95 % "
-        "confidence intervals of a bootstrap over clips (speakers, where all are known); the "
-        "difference is paired. RTF is processing time over audio time, without loading and "
-        "compilation; speed is relative to the first model, the median over batches that all "
-        "models decoded in turn. Language: clips whose detected language is the dataset's."
+        "confidence intervals of a bootstrap over clips (speakers, where ten or more are known), "
+        "from five clips on; the difference is paired. RTF is processing time over audio time, "
+        "without loading and compilation; speed is relative to the first model, the median over "
+        "batches that all models decoded in turn. Language: clips whose detected language is the "
+        "dataset's."
     )
     return table("summary", "Summary", columns, rows, note)
 

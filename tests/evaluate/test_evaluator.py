@@ -91,7 +91,7 @@ def test_error_rates_are_jiwers_over_the_normalised_texts(scripted, manifest):
     words = sum(len(text.split()) for text in reference)
     assert right["WER %"]["value"] == 0
     assert wrong["WER %"]["value"] == pytest.approx(100 * oracle.wer)
-    assert wrong["WER %"]["low"] < wrong["WER %"]["value"] < wrong["WER %"]["high"]
+    assert wrong["WER %"]["low"] is None  # four clips are too few for an interval
     for name in ("substitutions", "deletions", "insertions"):
         assert wrong[name[:3]] == pytest.approx(100 * getattr(oracle, name) / words)
         assert wrong[name[:3]] > 0
@@ -285,10 +285,10 @@ def test_clips_are_judged_in_the_unit_of_their_language(scripted, tmp_path, monk
     config = EvaluateConfig(("m",), tuple(sets), character_errors=True, resamples=0)
     chinese, english = rows(evaluate_models(config), "datasets")
     assert (chinese["dataset"], english["dataset"]) == ("zh (CER)", "en (WER)")
-    assert chinese["WER/CER %"] == chinese["CER %"] == pytest.approx(100 / 6)
-    assert english["WER/CER %"] == pytest.approx(100 / 3)
+    assert chinese["WER/CER %"]["value"] == chinese["CER %"] == pytest.approx(100 / 6)
+    assert english["WER/CER %"]["value"] == pytest.approx(100 / 3)
     report = evaluate_models(dataclasses.replace(config, error_rate="cer"))
-    assert [row["CER %"] > 0 for row in rows(report, "datasets")] == [True, True]
+    assert all(row["CER %"] for row in rows(report, "datasets"))
 
 
 SPOKEN: dict[float, str] = {}
@@ -303,10 +303,10 @@ def test_groups_and_effective_robustness(scripted, manifest):
     scripted.clear()
     report = evaluate_models(EvaluateConfig(("right", "wrong"), data=(good, bad), resamples=0))
     right, wrong = rows(report, "groups")
-    assert (right["in %"], right["out %"], right["gap"]) == (0, 0, 0)
+    assert (right["in %"]["value"], right["out %"]["value"], right["gap"]) == (0, 0, 0)
     near, far = (row for row in rows(report, "datasets") if row["model"] == "wrong")
     assert (wrong["in %"], wrong["out %"]) == (near["WER %"], far["WER %"])
-    assert wrong["gap"] == pytest.approx(wrong["out %"] - wrong["in %"])
+    assert wrong["gap"] == pytest.approx(wrong["out %"]["value"] - wrong["in %"]["value"])
 
 
 def test_a_dataset_without_speech(scripted, manifest):

@@ -101,7 +101,7 @@ def test_files(report, tmp_path):
     report.save(tmp_path / "deep" / "er")
     written = json.loads((tmp_path / "deep/er/report.json").read_text())
     assert written["models"][0]["name"] == "teacher"
-    assert written["tables"]["summary"][1]["difference"]["p"] <= 1
+    assert written["tables"]["summary"][1]["difference"]["value"] == 75
     text = (tmp_path / "deep/er/report.md").read_text()
     assert "student \\| 2" in text
     assert "x: no reference" in text

@@ -67,6 +67,19 @@ def test_clips_of_one_speaker_are_resampled_together():
     assert widths[1] == pytest.approx(spread, rel=0.1)
 
 
+def test_few_clips_have_no_interval_and_few_speakers_are_not_resampled():
+    """Thirty clips of one speaker are as uncertain as thirty clips; of four clips nothing is."""
+    draw = np.random.default_rng(0)
+    errors = counts(draw.binomial(20, 0.1, 30), np.full(30, 20))
+    (one,), (none,) = (
+        estimates([clip_errors([errors], speakers)], 500) for speakers in (["s"] * 30, [None] * 30)
+    )
+    assert one == none
+    assert one[0].low < one[0].value < one[0].high
+    ((rate, apart),) = estimates([clip_errors([errors[:4]], [None] * 4)], 500)
+    assert (rate.low, rate.high, apart.p) == (None, None, None)
+
+
 def test_the_mean_is_over_datasets_not_over_clips():
     small = clip_errors([counts([1], [10])], [None])
     large = clip_errors([counts([30] * 9, [100] * 9)], [None] * 9)
