@@ -1,8 +1,8 @@
 """Error rates, their confidence intervals and other scores: pure functions of results.
 
 Rates are percent. A confidence interval is the percentile interval of a bootstrap over clips, or
-over speakers where every clip has one and there are ten or more; models are compared on the same resampled clips (paired
-bootstrap; Bisani and Ney, ICASSP 2004).
+over speakers where every clip has one and there are ten or more; models are compared on the same
+resampled clips (paired bootstrap; Bisani and Ney, ICASSP 2004).
 """
 
 from collections import Counter
