@@ -5,9 +5,7 @@ On CPUs every model is measured in a process of its own, so that its peak memory
 
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -120,8 +118,11 @@ def measure_model(
 
 def peak_memory() -> int | None:
     """Bytes: the device's peak where it is reported, else the process's."""
-    statistics_ = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in statistics_:
-        return statistics_["peak_bytes_in_use"]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    device = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in device:
+        return device["peak_bytes_in_use"]
+    # Not getrusage: on Linux its peak includes the parent's at the fork.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    peak = next((line for line in lines if line.startswith("VmHWM:")), None)
+    return None if peak is None else 1024 * int(peak.split()[1])
