@@ -103,6 +103,10 @@ def evaluate_models(config: EvaluateConfig, folder: Path | None = None) -> Repor
     for name in ("batch_size", "passes", "max_tokens"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
+    for name in ("latency", "prompts"):
+        if min(getattr(config, name), default=1) < 1:
+            raise InputError(f"{name} are {getattr(config, name)}: use 1 or more")
+    methods(config)  # raises for a chunk that is too long, before any work
     sources, sets = model_names(config), open_sets(config)
     noise = noise_conditions(config.noise, config.noise_kinds, config.noise_recordings)
     models = {

@@ -1,7 +1,7 @@
 """The tables of a report, from the results of all clips and batches."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
 from typing import Any, Literal
@@ -138,7 +138,6 @@ class Scores:
     """Parameters by name."""
     parts: list[Scored]
     latency: Sequence[Latency] = ()
-    tables: list[ReportTable] = field(default_factory=list)
 
     @classmethod
     def of(

@@ -318,6 +318,22 @@ def test_a_dataset_without_speech(scripted, manifest):
     assert row["words a minute"] > 60
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"chunk_lengths": (40.0,)}, "chunk_length is 40.0 s"),
+        ({"latency": (0, 4)}, r"latency are \(0, 4\): use 1 or more"),
+        ({"prompts": (0,)}, "prompts are"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_options_are_checked_before_anything_is_loaded(scripted, manifest, change, complaint):
+    config = dataclasses.replace(EvaluateConfig(("right",), (str(manifest),)), **change)
+    with pytest.raises(InputError, match=complaint):
+        evaluate_models(config)
+    assert not scripted
+
+
 def test_batches_have_one_language_and_keep_the_order():
     clip = lambda n, language: ReferenceClip(str(n), np.zeros(1, np.float32), "x", language)
     clips = [clip(n, "fr" if n in (1, 4) else "en") for n in range(6)]
