@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from flax_distil import ChunkedOptions, SequentialOptions, transcribe
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, load_audio, pad_or_trim
 from flax_distil.cache import cache_folder
 from flax_distil.decode.assistant import make_assistant
@@ -48,8 +49,7 @@ from flax_distil.model.weights import to_hf
 from flax_distil.options import DecodeOptions
 from flax_distil.parallel.platform import name_platform
 from flax_distil.text.wer import word_errors
-from flax_distil.transcribe import ChunkedOptions, SequentialOptions, transcribe
-from flax_distil.transcribe.recordings import LongForm
+from flax_distil.transcription.recordings import LongForm
 
 Engine = Callable[[np.ndarray], list[str]]  # windows of 30 s to texts
 OURS = "flax-distil float32"

@@ -30,6 +30,7 @@ import whisper
 from foreign_speech import FOREIGN, foreign_prompts
 from tqdm import tqdm
 
+from flax_distil import ChunkedOptions, SequentialOptions, transcribe
 from flax_distil.audio.load import AudioError, load_audio, pad_or_trim
 from flax_distil.audio.log_mel import HOP
 from flax_distil.cache import cache_folder
@@ -53,10 +54,9 @@ from flax_distil.parallel.platform import name_platform
 from flax_distil.text.normalize import normalizer
 from flax_distil.text.tokens import WhisperTokens
 from flax_distil.text.wer import word_errors
-from flax_distil.transcribe import ChunkedOptions, SequentialOptions, transcribe
-from flax_distil.transcribe.chunked import Chunk, cut_all, decode_chunks
-from flax_distil.transcribe.long_form import LongFormJob, split_segments
-from flax_distil.transcribe.words import align_words
+from flax_distil.transcription.chunked import Chunk, cut_all, decode_chunks
+from flax_distil.transcription.long_form import LongFormJob, split_segments
+from flax_distil.transcription.words import align_words
 
 TOKENS = 128  # written at most for a clip
 EVERYTHING = ["language", "search", "chunked", "sequential", "words"]

@@ -1,8 +1,10 @@
-"""Distil-Whisper (arXiv 2311.00430) in JAX and Flax: label, filter, distil, judge, export.
+"""Distil-Whisper (arXiv 2311.00430) in JAX and Flax: label, filter, distil, evaluate, export.
 
-The public names, imported when they are first used, so that `import flax_distil` is instant.
-Every stage has `run(config)` in its room; `flax_distil.transcribe` has `transcribe`.
+The public names are imported when they are first used, so that `import flax_distil` is instant.
+Every stage of the command line is also a function `run(config)` of its package.
 """
+
+# ruff: noqa: F401
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -14,38 +16,37 @@ if TYPE_CHECKING:
     from flax_distil.errors import InputError
     from flax_distil.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from flax_distil.model.student import init_student
-    from flax_distil.options import DecodeOptions
+    from flax_distil.options import ChunkedOptions, DecodeOptions, SequentialOptions, VoiceOptions
+    from flax_distil.text.wer import error_rate
+    from flax_distil.transcription.recordings import transcribe
+    from flax_distil.transcription.transcript import Transcript
 
-__all__ = [
-    "Checkpoint",
-    "DecodeOptions",
-    "Hypothesis",
-    "InputError",
-    "Recognizer",
-    "init_student",
-    "load_audio",
-    "load_checkpoint",
-    "make_recognizer",
-    "recognize",
-    "save_checkpoint",
-]
-
-_HOMES = {
-    "flax_distil.audio.load": ("load_audio",),
-    "flax_distil.decode.search": ("Hypothesis",),
-    "flax_distil.decode.recognizer": ("Recognizer", "make_recognizer", "recognize"),
-    "flax_distil.errors": ("InputError",),
-    "flax_distil.model.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
-    "flax_distil.model.student": ("init_student",),
-    "flax_distil.options": ("DecodeOptions",),
+_MODULES = {
+    "Checkpoint": "model.checkpoint",
+    "ChunkedOptions": "options",
+    "DecodeOptions": "options",
+    "Hypothesis": "decode.search",
+    "InputError": "errors",
+    "Recognizer": "decode.recognizer",
+    "SequentialOptions": "options",
+    "Transcript": "transcription.transcript",
+    "VoiceOptions": "options",
+    "error_rate": "text.wer",
+    "init_student": "model.student",
+    "load_audio": "audio.load",
+    "load_checkpoint": "model.checkpoint",
+    "make_recognizer": "decode.recognizer",
+    "recognize": "decode.recognizer",
+    "save_checkpoint": "model.checkpoint",
+    "transcribe": "transcription.recordings",
 }
+__all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(home), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

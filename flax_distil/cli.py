@@ -63,7 +63,7 @@ VERBS = {
     "runs": Verb(config.RunsConfig, "distill.runs", "runs --json"),
     "evaluate": Verb(config.EvaluateConfig, "evaluate", EVALUATE),
     "export": Verb(config.ExportConfig, "export", "runs/distill --output-dir student --verify"),
-    "transcribe": Verb(config.TranscribeConfig, "transcribe", TRANSCRIBE),
+    "transcribe": Verb(config.TranscribeConfig, "transcription", TRANSCRIBE),
     "plan": Verb(config.PlanConfig, "plan", PLAN),
     "demo": Verb(config.DemoConfig, "demo", "--output-dir runs/demo"),
 }

@@ -28,7 +28,7 @@ from flax_distil.parallel.mesh import make_mesh
 from flax_distil.pseudo_label import filter as filtering
 from flax_distil.pseudo_label import labeller
 from flax_distil.recipe import load_recipe, save_recipe
-from flax_distil.transcribe import transcribe
+from flax_distil.transcription.recordings import transcribe
 
 log = logging.getLogger(__name__)
 

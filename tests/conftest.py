@@ -20,7 +20,7 @@ else:
             "flax_distil.parallel",
             "flax_distil.model",
             "flax_distil.decode",
-            "flax_distil.transcribe",
+            "flax_distil.transcription",
             "flax_distil.pseudo_label",
             "flax_distil.distill",
             "flax_distil.evaluate",

@@ -202,7 +202,8 @@ def test_the_package_exports_its_names_lazily():
         "import sys, flax_distil\n"
         "assert not {'jax', 'numpy'} & set(sys.modules)\n"
         "assert flax_distil.InputError.__name__ == 'InputError'\n"
-        "assert 'recognize' in dir(flax_distil)"
+        "assert 'recognize' in dir(flax_distil)\n"
+        "assert not {'jax', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -212,6 +213,7 @@ def test_every_public_name_is_there():
 
     for name in flax_distil.__all__:
         assert getattr(flax_distil, name).__name__ == name
+        assert not (Path(flax_distil.__file__).parent / name).exists()  # a package of this name
     with pytest.raises(AttributeError, match="nothing"):
         _ = flax_distil.nothing
 

@@ -41,7 +41,7 @@ from flax_distil.pseudo_label.jobs import fingerprint
 from flax_distil.recipe import save_recipe
 from flax_distil.text.languages import to_language_code
 from flax_distil.text.wer import error_rate
-from flax_distil.transcribe.recordings import LongForm
+from flax_distil.transcription.recordings import LongForm
 
 log = logging.getLogger(__name__)
 

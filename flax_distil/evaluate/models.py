@@ -28,7 +28,7 @@ from flax_distil.evaluate.results import Output
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.options import ChunkedOptions, DecodeOptions, SequentialOptions
 from flax_distil.text.wer import compression_ratio
-from flax_distil.transcribe.recordings import LongForm, transcribe_all
+from flax_distil.transcription.recordings import LongForm, transcribe_all
 
 
 @runtime_checkable

@@ -30,7 +30,7 @@ from flax_distil.model.processor import copy_processor
 from flax_distil.model.tensors import import_torch, to_openai
 from flax_distil.model.weights import to_hf
 from flax_distil.text.tokens import load_tokens
-from flax_distil.transcribe.alignment import heads_like
+from flax_distil.transcription.alignment import heads_like
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.model.student import init_student
 from flax_distil.options import DecodeOptions
 from flax_distil.text.tokens import load_tokens
-from flax_distil.transcribe import Segment
-from flax_distil.transcribe.alignment import heads_like, median_filter, time_warp
-from flax_distil.transcribe.words import (
+from flax_distil.transcription import Segment
+from flax_distil.transcription.alignment import heads_like, median_filter, time_warp
+from flax_distil.transcription.words import (
     Aligned,
     align_words,
     assign_words,

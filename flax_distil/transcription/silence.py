@@ -15,7 +15,7 @@ from jaxtyping import Float32
 from flax_distil.audio.load import SAMPLE_RATE
 from flax_distil.errors import InputError
 from flax_distil.options import VoiceOptions
-from flax_distil.transcribe.transcript import Segment, Transcript, Word
+from flax_distil.transcription.transcript import Segment, Transcript, Word
 
 BLOCK = SAMPLE_RATE // 100  # samples that are silent or not together: 10 ms
 CHUNK = 512  # samples of one of the detector's probabilities

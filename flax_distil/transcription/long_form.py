@@ -13,7 +13,7 @@ from flax_distil.decode.recognizer import Recognizer
 from flax_distil.decode.search import Window
 from flax_distil.model.dims import CHUNK_FRAMES
 from flax_distil.options import ChunkedOptions, DecodeOptions, SequentialOptions
-from flax_distil.transcribe.transcript import Transcript
+from flax_distil.transcription.transcript import Transcript
 
 EDGE = 2 * HOP  # samples on both sides of a piece that its first and last frames depend on
 FRAME_RATE = SAMPLE_RATE // HOP  # 100 a second

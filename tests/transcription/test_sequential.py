@@ -19,15 +19,15 @@ from flax_distil.model.spec import Spec
 from flax_distil.model.student import init_student
 from flax_distil.options import DecodeOptions
 from flax_distil.text.wer import word_errors
-from flax_distil.transcribe import (
+from flax_distil.transcription import (
     ChunkedOptions,
     SequentialOptions,
     sequential,
     transcribe,
     transcribe_all,
 )
-from flax_distil.transcribe.long_form import LongFormJob, split_segments
-from flax_distil.transcribe.sequential import (
+from flax_distil.transcription.long_form import LongFormJob, split_segments
+from flax_distil.transcription.sequential import (
     RecordingState,
     begin_recording,
     needs_fallback,

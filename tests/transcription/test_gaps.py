@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from flax_distil.transcribe import Segment, Transcript, Word
-from flax_distil.transcribe.silence import digital_silence, trim_silence
+from flax_distil.transcription import Segment, Transcript, Word
+from flax_distil.transcription.silence import digital_silence, trim_silence
 
 RATE = 16_000
 

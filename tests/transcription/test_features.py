@@ -3,7 +3,7 @@ import pytest
 import whisper
 
 from flax_distil.audio.log_mel import log_mel
-from flax_distil.transcribe.long_form import pad_window, recording_mel
+from flax_distil.transcription.long_form import pad_window, recording_mel
 
 
 @pytest.mark.parametrize("samples", [0, 100, 800, 480_000, 480_160, 1_000_007])

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from flax_distil.transcribe.transcript import Segment, Word
-from flax_distil.transcribe.words import anomaly, drop_hallucinations, is_anomalous
+from flax_distil.transcription.transcript import Segment, Word
+from flax_distil.transcription.words import anomaly, drop_hallucinations, is_anomalous
 
 
 def segment(start: float, end: float, probability: float = 0.9, count: int = 4) -> Segment:

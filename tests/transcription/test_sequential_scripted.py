@@ -19,8 +19,8 @@ from flax_distil.model.dims import WhisperDims
 from flax_distil.model.spec import Spec
 from flax_distil.options import DecodeOptions
 from flax_distil.text.tokens import load_tokens
-from flax_distil.transcribe import SequentialOptions, Word, long_form, sequential
-from flax_distil.transcribe.long_form import LongFormJob
+from flax_distil.transcription import SequentialOptions, Word, long_form, sequential
+from flax_distil.transcription.long_form import LongFormJob
 
 FRAMES = 9_000
 BEGIN = 50_363  # the English tokens' 0.00 s

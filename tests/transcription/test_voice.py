@@ -11,7 +11,7 @@ from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.text.wer import word_errors
-from flax_distil.transcribe import (
+from flax_distil.transcription import (
     ChunkedOptions,
     Segment,
     SequentialOptions,
@@ -20,7 +20,7 @@ from flax_distil.transcribe import (
     Word,
     transcribe,
 )
-from flax_distil.transcribe.silence import TimeMap, restored, speech_spans, voiced
+from flax_distil.transcription.silence import TimeMap, restored, speech_spans, voiced
 
 RATE = 16_000
 SHARP = VoiceOptions(min_silence=0.064, min_speech=0.064, padding=0)  # two detector chunks

@@ -11,8 +11,8 @@ from flax_distil.decode.search import Hypothesis
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.options import DecodeOptions
-from flax_distil.transcribe import ChunkedOptions, chunked, transcribe, transcribe_all
-from flax_distil.transcribe.chunked import ChunkSpan, cut_chunks, merge, merge_timed
+from flax_distil.transcription import ChunkedOptions, chunked, transcribe, transcribe_all
+from flax_distil.transcription.chunked import ChunkSpan, cut_chunks, merge, merge_timed
 
 
 def test_merging_equals_transformers():

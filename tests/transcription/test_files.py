@@ -14,7 +14,7 @@ from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.errors import InputError, SomeFailed
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.options import DecodeOptions
-from flax_distil.transcribe import (
+from flax_distil.transcription import (
     ChunkedOptions,
     Segment,
     SequentialOptions,
@@ -25,7 +25,7 @@ from flax_distil.transcribe import (
     transcribe,
     transcribe_all,
 )
-from flax_distil.transcribe.files import check_flags, target_paths
+from flax_distil.transcription.files import check_flags, target_paths
 
 SHORT = DecodeOptions(max_tokens=6)
 

@@ -20,11 +20,11 @@ from flax_distil.decode.recognizer import (
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.options import ChunkedOptions, DecodeOptions, SequentialOptions, VoiceOptions
-from flax_distil.transcribe.chunked import transcribe_in_chunks
-from flax_distil.transcribe.long_form import LongFormJob, Progress, Samples
-from flax_distil.transcribe.sequential import transcribe_sequentially
-from flax_distil.transcribe.silence import restored, voiced
-from flax_distil.transcribe.transcript import Transcript
+from flax_distil.transcription.chunked import transcribe_in_chunks
+from flax_distil.transcription.long_form import LongFormJob, Progress, Samples
+from flax_distil.transcription.sequential import transcribe_sequentially
+from flax_distil.transcription.silence import restored, voiced
+from flax_distil.transcription.transcript import Transcript
 
 LongForm = SequentialOptions | ChunkedOptions
 WHISPER = SequentialOptions()

@@ -18,9 +18,9 @@ from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.decode.search import Acceptance
 from flax_distil.errors import InputError, SomeFailed, check_writable, writing
 from flax_distil.model.checkpoint import load_checkpoint
-from flax_distil.transcribe.recordings import transcribe_all
-from flax_distil.transcribe.silence import digital_silence, load_detector, trim_silence
-from flax_distil.transcribe.transcript import WRITERS, Transcript
+from flax_distil.transcription.recordings import transcribe_all
+from flax_distil.transcription.silence import digital_silence, load_detector, trim_silence
+from flax_distil.transcription.transcript import WRITERS, Transcript
 
 log = logging.getLogger(__name__)
 

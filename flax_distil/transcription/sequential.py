@@ -28,10 +28,10 @@ from flax_distil.decode.search import Acceptance, Hypothesis, Window
 from flax_distil.model.dims import CHUNK_FRAMES, CHUNK_SECONDS
 from flax_distil.options import SequentialOptions
 from flax_distil.text.tokens import WhisperTokens
-from flax_distil.transcribe import long_form
-from flax_distil.transcribe.long_form import LogMel, LongFormJob, Progress, Samples
-from flax_distil.transcribe.transcript import Segment, Transcript
-from flax_distil.transcribe.words import align_words, assign_words, drop_hallucinations
+from flax_distil.transcription import long_form
+from flax_distil.transcription.long_form import LogMel, LongFormJob, Progress, Samples
+from flax_distil.transcription.transcript import Segment, Transcript
+from flax_distil.transcription.words import align_words, assign_words, drop_hallucinations
 
 FORGET_ABOVE = 0.5  # a text drawn at a higher temperature is not in the next window's prompt
 

@@ -9,7 +9,7 @@ import pytest
 import whisper.utils
 
 from flax_distil.options import SubtitleLayout
-from flax_distil.transcribe.transcript import WRITERS, Segment, Transcript, Word, clock
+from flax_distil.transcription.transcript import WRITERS, Segment, Transcript, Word, clock
 
 
 def transcript(words: bool) -> Transcript:

@@ -22,9 +22,9 @@ from flax_distil.decode.search import Acceptance, Hypothesis, Window
 from flax_distil.options import ChunkedOptions
 from flax_distil.text.tokens import TIMESTAMP_STEP, WhisperTokens
 from flax_distil.text.wer import compression_ratio
-from flax_distil.transcribe import long_form
-from flax_distil.transcribe.long_form import LogMel, LongFormJob, Progress, Samples
-from flax_distil.transcribe.transcript import Segment, Transcript
+from flax_distil.transcription import long_form
+from flax_distil.transcription.long_form import LogMel, LongFormJob, Progress, Samples
+from flax_distil.transcription.transcript import Segment, Transcript
 
 LONGER_IS_BETTER = 10_000  # 1 / the weight of an overlap's length beside its share of matches
 

@@ -15,13 +15,13 @@ from jaxtyping import Array, Float
 from flax_distil.decode.recognizer import Recognizer
 from flax_distil.model.dims import CHUNK_SECONDS
 from flax_distil.text.tokens import TIMESTAMP_STEP, WhisperTokens
-from flax_distil.transcribe.alignment import (
+from flax_distil.transcription.alignment import (
     attention_inputs,
     heads_of,
     time_warp,
     token_attention,
 )
-from flax_distil.transcribe.transcript import Segment, Word
+from flax_distil.transcription.transcript import Segment, Word
 
 PREPENDED = "\"'“¿([{-"  # punctuation that belongs to the word after it
 APPENDED = "\"'.。,，!！?？:：”)]}、"  # and that to the word before it
