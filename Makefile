@@ -6,7 +6,7 @@ BIN := .venv/bin
 # (docs/LOG.md); other C libraries ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo test lint format bench plan clean
+.PHONY: setup demo test lint format bench plan docs clean
 
 setup: .venv/installed
 
@@ -41,6 +41,9 @@ bench: setup
 plan: setup
 	$(BIN)/flax-distil plan recipes/small-12-4.toml recipes/large-v2-32-2.toml \
 	  --topology v4-8 v5e-8 --programs train --answers tests/plan/golden
+
+docs: setup
+	NO_COLOR=1 $(BIN)/zensical build --strict
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
