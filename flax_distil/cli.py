@@ -66,6 +66,7 @@ VERBS = {
     "transcribe": Verb(config.TranscribeConfig, "transcription", TRANSCRIBE),
     "plan": Verb(config.PlanConfig, "plan", PLAN),
     "demo": Verb(config.DemoConfig, "demo", "--output-dir runs/demo"),
+    "doctor": Verb(config.DoctorConfig, "doctor", "--no-network"),
 }
 
 DESCRIPTION = """Distil-Whisper in JAX: label speech with a teacher, train a student, evaluate and \

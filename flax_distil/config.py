@@ -679,3 +679,13 @@ class DemoConfig:
     """Clips of silence, noise and music on which the models are evaluated."""
     seed: int = 0
     """Random seed of the split, the voices and the training order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorConfig:
+    """Report what works on this machine: devices, audio, cache, hub and optional packages."""
+
+    network: bool = True
+    """Look whether the Hugging Face Hub can be reached."""
+    json: bool = False
+    """Print JSON instead of text."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "flax_distil"
 ORDER = """errors, files, cache, recipe, options, config, parallel, text, audio, model, decode, \
-transcription, data, pseudo_label, distill, evaluate, export, plan, fetch, demo, cli"""
+transcription, data, pseudo_label, distill, evaluate, export, plan, fetch, demo, doctor, cli"""
 ROOMS = ORDER.split(", ")
 
 
