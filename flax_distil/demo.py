@@ -13,17 +13,14 @@ from rich.console import Console
 from flax_distil import config, export
 from flax_distil.config import DataConfig, DemoConfig
 from flax_distil.data.utterances import load_waveform, read_dataset
-from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.distill import trainer
 from flax_distil.distill.flops import measured_peak
 from flax_distil.errors import Stopped, check_writable
 from flax_distil.evaluate import Report, evaluator
-from flax_distil.evaluate.agreement import agreement
 from flax_distil.export.verify import differing_texts
 from flax_distil.fetch.speech import DemoSpeech, demo_speech
 from flax_distil.fetch.weights import fetch_weights
 from flax_distil.model import student
-from flax_distil.model.checkpoint import load_checkpoint
 from flax_distil.parallel.mesh import make_mesh
 from flax_distil.pseudo_label import filter as filtering
 from flax_distil.pseudo_label import labeller
@@ -168,8 +165,8 @@ def train(demo: DemoConfig, teacher: Path, student: Path, labels: tuple[Path, ..
 
 def evaluate(demo: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> Report:
     """Teacher and student on synthetic and human speech, clip by clip and as one recording, and on
-    clips without speech; also the untrained student's error rate, how often PyTorch's texts are the
-    student's, and how near its language and no-speech probabilities are to its teacher's."""
+    clips without speech; also the untrained student's error rate, and how often PyTorch's texts are
+    the student's."""
     sets, both = heldout(speech), ("teacher", "student")
     common = config.EvaluateConfig(
         (str(models["untrained"]),), tuple(map(str, sets)), max_tokens=demo.max_tokens
@@ -188,12 +185,10 @@ def evaluate(demo: DemoConfig, speech: DemoSpeech, models: dict[str, Path]) -> R
     )
     clips = [load_waveform(one) for source in sets for one in read_dataset(source).iter_from(0)]
     same = len(clips) - len(differing_texts(models["student"], clips, demo.max_tokens))
-    teacher, student = (make_recognizer(load_checkpoint(models[name])) for name in both)
     details = {
         "speech": speech.sources,
         "untrained student": f"error rate {untrained.models[0]['wer']:.1f} %",
         "in PyTorch": f"{same} of {len(clips)} of the student's texts are the same",
-        "student and teacher": str(agreement(teacher, student, clips, seed=demo.seed)),
     }
     report = dataclasses.replace(report, settings=report.settings | details)
     report.save(demo.output_dir)

@@ -49,8 +49,8 @@ def test_the_student_is_read_by_both_methods(folder):
     assert len(rows) == 2 * (1 + human)
     assert all(row["WER %"]["value"] < 25 for row in rows if row["model"] == "teacher")
     assert (folder / "report.html").is_file()
-    settings = report["settings"]
-    assert re.search(r"speech 0\.\d+, silence 0\.\d+, noise", settings["student and teacher"])
+    (start,) = report["tables"]["agreement"]
+    assert all(0 <= start[f"Δ no-speech, {kind}"] <= 1 for kind in ("speech", "non-speech"))
 
 
 def test_silence_and_noise_are_among_the_labels(folder):

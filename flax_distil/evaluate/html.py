@@ -82,9 +82,10 @@ def table_html(table: ReportTable) -> str:
     rows = "".join(
         "<tr>"
         + "".join(
-            f'<td class={"n" if column.format else "t"} data-v="{escape(str(sort_value(cell)))}">'
-            f"{escape(column.text(cell))}</td>"
-            for column, cell in zip(table.columns, row, strict=True)
+            f"<td class={'n' if column.format else 't'} "
+            f'data-v="{escape(str(sort_value(row[column.title])))}">'
+            f"{escape(column.text(row[column.title]))}</td>"
+            for column in table.columns
         )
         + "</tr>"
         for row in table.rows

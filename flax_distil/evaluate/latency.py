@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from flax_distil.audio.load import SAMPLE_RATE, pad_or_trim
+from flax_distil.audio.load import pad_or_trim
 from flax_distil.config import EvaluateConfig
-from flax_distil.evaluate.models import FlaxModel, load_model
+from flax_distil.evaluate.conditions import ReferenceClip
+from flax_distil.evaluate.models import ClipBatch, FlaxModel, load_model
 from flax_distil.files import write_whole
-from flax_distil.parallel.multihost import is_main_host
 
 ROUNDS = 5
 
@@ -46,15 +46,14 @@ class Latency:
 def measure_latency(
     config: EvaluateConfig,
     sources: Mapping[str, tuple[str, str | None]],
-    waveforms: Sequence[np.ndarray],
+    clips: Sequence[ReferenceClip],
     folder: Path | None,
 ) -> list[Latency]:
-    """All models at all batch sizes, on the first host; an earlier run's are kept.
+    """All models at the batch sizes of `config.latency`; an earlier run's results are kept.
 
-    waveforms: of clips, each at most 30 s; repeated where a batch is larger.
+    sources: name → model and its assistant. clips: of one language, each at most 30 s; repeated
+    where a batch is larger. folder: where results are kept.
     """
-    if not (config.latency and waveforms and is_main_host()):
-        return []
     kept = None if folder is None else folder / "latency.json"
     asked = json.dumps([config.latency, sources])
     if kept is not None and kept.is_file() and not config.overwrite:
@@ -62,15 +61,12 @@ def measure_latency(
         if saved["asked"] == asked:
             return [Latency(**one) for one in saved["results"]]
     results: list[Latency] = []
-    language = config.language or "en"
-    for name, (source, assistant) in tqdm(sources.items(), "latency", unit="model"):
-        given = (name, source, config.dtype, assistant, waveforms, config.latency, language)
+    for name, source in tqdm(sources.items(), "latency", unit="model"):
         if jax.default_backend() == "cpu":
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, context) as pool:
-                results += pool.submit(measure_model, *given, config.max_tokens).result()
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                results += pool.submit(measure_model, config, name, source, clips).result()
         else:
-            results += measure_model(*given, config.max_tokens)
+            results += measure_model(config, name, source, clips)
     if kept is not None:
         contents = {"asked": asked, "results": [asdict(one) for one in results]}
         write_whole(kept, json.dumps(contents, indent=1).encode(errors="backslashreplace"))
@@ -78,25 +74,21 @@ def measure_latency(
 
 
 def measure_model(
+    config: EvaluateConfig,
     name: str,
-    source: str,
-    dtype: str,
-    assistant: str | None,
-    waveforms: Sequence[np.ndarray],
-    sizes: Sequence[int],
-    language: str,
-    max_tokens: int,
+    source: tuple[str, str | None],
+    clips: Sequence[ReferenceClip],
 ) -> list[Latency]:
-    """One model at all batch sizes."""
-    model = load_model(name, source, dtype, assistant)
-    results = []
-    for size in sizes:
-        clips = [waveforms[row % len(waveforms)] for row in range(size)]
-        batch_BN = np.stack([pad_or_trim(clip) for clip in clips])
+    """One model at all batch sizes. source: the model and its assistant."""
+    model, results = load_model(name, source[0], config.dtype, source[1]), []
+    for size in config.latency:
+        some = [clips[row % len(clips)] for row in range(size)]
+        waveforms_BN = np.stack([pad_or_trim(clip.waveform) for clip in some])
+        batch = ClipBatch(waveforms_BN, some[0].language, max_tokens=config.max_tokens)
         times, outputs = [], []
         for _ in range(1 + ROUNDS):
             begun = time.perf_counter()
-            outputs = model.recognize(batch_BN, language, (), max_tokens)
+            outputs = model.recognize(batch)
             times.append(time.perf_counter() - begun)
         counts = [one.tokens for one in outputs if one.tokens is not None]
         drafted = model.acceptance if isinstance(model, FlaxModel) else None
@@ -105,7 +97,7 @@ def measure_model(
                 model=name,
                 batch=size,
                 seconds=statistics.median(times[1:]),
-                audio_seconds=sum(clip.size for clip in clips) / SAMPLE_RATE,
+                audio_seconds=sum(clip.seconds for clip in some),
                 tokens=sum(counts) if len(counts) == size else None,
                 first_seconds=times[0],
                 peak_bytes=peak_memory(),

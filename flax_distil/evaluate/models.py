@@ -31,9 +31,32 @@ from flax_distil.text.wer import compression_ratio
 from flax_distil.transcription.recordings import LongForm, transcribe_all
 
 
+@dataclass(frozen=True)
+class ClipBatch:
+    """Clips of one language, padded to 30 s, at 16 kHz.
+
+    previous: text before each clip, given as its prompt; () for none.
+    """
+
+    waveforms_BN: Float32[np.ndarray, "B N"]
+    language: str
+    previous: Sequence[str] = ()
+    max_tokens: int = 224
+
+
+@dataclass(frozen=True)
+class RecordingBatch:
+    """Recordings of one language, of any length, at 16 kHz. batch_size: windows decoded at once."""
+
+    waveforms: Sequence[Float32[np.ndarray, "_"]]
+    language: str
+    method: LongForm
+    batch_size: int = 8
+
+
 @runtime_checkable
 class Model(Protocol):
-    """A model that transcribes clips of at most 30 s, and recordings of any length."""
+    """What is evaluated: a model of this library or of another one."""
 
     name: str
     source: str
@@ -47,23 +70,12 @@ class Model(Protocol):
         """Why it cannot transcribe a language; None where it can."""
         ...
 
-    def recognize(
-        self,
-        waveforms_BN: Float32[np.ndarray, "B N"],
-        language: str,
-        previous: Sequence[str],
-        max_tokens: int,
-    ) -> list[Output]:
-        """Greedy transcripts of windows of 30 s, without timestamps.
-
-        previous: text before each clip, as its prompt; () for none.
-        """
+    def recognize(self, batch: ClipBatch) -> list[Output]:
+        """Greedy transcripts of the clips, without timestamps."""
         ...
 
-    def transcribe(
-        self, waveforms: Sequence[np.ndarray], language: str, method: LongForm, batch_size: int
-    ) -> list[str] | None:
-        """Transcripts of recordings; None where the library lacks the method."""
+    def transcribe(self, batch: RecordingBatch) -> list[str] | None:
+        """Transcripts of the recordings; None where the library lacks the method."""
         ...
 
 
@@ -82,27 +94,19 @@ class FlaxModel:
         return sum(leaf.size for leaf in jax.tree.leaves(self.recognizer.params))
 
     def unsupported(self, language: str) -> str | None:
-        """Why it cannot transcribe a language; None where it can."""
         return self.recognizer.tokens.unsupported(language)
 
-    def recognize(
-        self,
-        waveforms_BN: Float32[np.ndarray, "B N"],
-        language: str,
-        previous: Sequence[str] = (),
-        max_tokens: int = 224,
-    ) -> list[Output]:
-        """Greedy transcripts of windows of 30 s, without timestamps."""
-        model, options = self.recognizer, DecodeOptions(max_tokens=max_tokens)
-        tokens = model.tokens
-        start = prepare(model, options, len(waveforms_BN), language)
-        states = encode_audio(model, pad_batch(waveforms_BN))
-        detected: list[str] | list[None] = [None] * len(waveforms_BN)
-        if tokens.multilingual and not previous:
-            detected = likeliest_languages(model, states.model_BSD)[: len(waveforms_BN)]
+    def recognize(self, batch: ClipBatch) -> list[Output]:
+        model, rows = self.recognizer, len(batch.waveforms_BN)
+        options, tokens = DecodeOptions(max_tokens=batch.max_tokens), model.tokens
+        language = prepare(model, options, rows, batch.language).language
+        states = encode_audio(model, pad_batch(batch.waveforms_BN))
+        detected: list[str] | list[None] = [None] * rows
+        if tokens.multilingual and not batch.previous:
+            detected = likeliest_languages(model, states.model_BSD)[:rows]
         windows = [
-            Window(start.language, tuple(tokens.encode(" " + text)) if text else ())
-            for text in previous or [""] * len(waveforms_BN)
+            Window(language, tuple(tokens.encode(" " + text)) if text else ())
+            for text in batch.previous or [""] * rows
         ]
         hypotheses = decode(model, states, options, windows)
         self.acceptance = Acceptance.total(one.acceptance for one in hypotheses)
@@ -119,22 +123,16 @@ class FlaxModel:
             for one, code in zip(hypotheses, detected, strict=True)
         ]
 
-    def transcribe(
-        self, waveforms: Sequence[np.ndarray], language: str, method: LongForm, batch_size: int
-    ) -> list[str]:
-        """Transcripts of recordings, whose windows share batches."""
-        finished = {
-            number: transcript.text.strip()
-            for number, _, transcript in transcribe_all(
-                self.recognizer,
-                waveforms,
-                long_form=method,
-                language=language,
-                batch_size=batch_size,
-            )
-            if transcript is not None
-        }
-        return [finished[number] for number in range(len(waveforms))]
+    def transcribe(self, batch: RecordingBatch) -> list[str]:
+        progress = transcribe_all(
+            self.recognizer,
+            batch.waveforms,
+            long_form=batch.method,
+            language=batch.language,
+            batch_size=batch.batch_size,
+        )
+        texts = {number: one.text.strip() for number, _, one in progress if one is not None}
+        return [texts[number] for number in range(len(batch.waveforms))]
 
 
 @dataclass(eq=False)
@@ -157,64 +155,43 @@ class TransformersModel:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters."""
         return self.pipeline.model.num_parameters()
 
     def unsupported(self, language: str) -> str | None:
-        """Why it cannot transcribe a language; None where it can."""
         known = getattr(self.pipeline.model.generation_config, "lang_to_id", {"<|en|>": 0})
         return None if f"<|{language}|>" in known else f"its vocabulary lacks {language}"
 
-    def _options(self, language: str) -> dict[str, Any]:
+    def options(self, language: str) -> dict[str, Any]:
+        """What its `generate` is given, beside the sound."""
         multilingual = self.pipeline.model.generation_config.is_multilingual
-        return {"language": language, "task": "transcribe"} if multilingual else {}
+        task = {"language": language, "task": "transcribe"} if multilingual else {}
+        return {"num_beams": 1, **task}
 
-    def recognize(
-        self,
-        waveforms_BN: Float32[np.ndarray, "B N"],
-        language: str,
-        previous: Sequence[str] = (),
-        max_tokens: int = 224,
-    ) -> list[Output]:
-        """Greedy transcripts of windows of 30 s, without timestamps."""
+    def recognize(self, batch: ClipBatch) -> list[Output]:
         model, tokenizer = self.pipeline.model, self.pipeline.tokenizer
-
-        def generate(waveforms: Sequence[np.ndarray], **prompt: Any) -> list[str]:
-            features = self.pipeline.feature_extractor(
-                list(waveforms), sampling_rate=SAMPLE_RATE, return_tensors="pt"
-            ).input_features.to(model.device)
-            ids = model.generate(
-                features,
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                num_beams=1,
-                **self._options(language),
-                **prompt,
-            )
-            return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-        if previous:  # it takes one prompt a call
-            prompts = (tokenizer.get_prompt_ids(text, return_tensors="pt") for text in previous)
-            texts = [
-                generate([waveform], prompt_ids=ids.to(model.device))[0]
-                for waveform, ids in zip(waveforms_BN, prompts, strict=True)
+        features = self.pipeline.feature_extractor(
+            list(batch.waveforms_BN), sampling_rate=SAMPLE_RATE, return_tensors="pt"
+        ).input_features.to(model.device)
+        options = {"max_new_tokens": batch.max_tokens, "do_sample": False}
+        options |= self.options(batch.language)
+        if batch.previous:  # it takes one prompt a call
+            prompts = [tokenizer.get_prompt_ids(one, return_tensors="pt") for one in batch.previous]
+            ids = [
+                model.generate(features[[row]], prompt_ids=prompt.to(model.device), **options)[0]
+                for row, prompt in enumerate(prompts)
             ]
         else:
-            texts = generate(list(waveforms_BN))
-        return [text_output(text) for text in texts]
+            ids = model.generate(features, **options)
+        return [text_output(tokenizer.decode(one, skip_special_tokens=True)) for one in ids]
 
-    def transcribe(
-        self, waveforms: Sequence[np.ndarray], language: str, method: LongForm, batch_size: int
-    ) -> list[str]:
-        """Transcripts of recordings; its defaults but for one beam."""
+    def transcribe(self, batch: RecordingBatch) -> list[str]:
+        """With its defaults but for one beam."""
         options: dict[str, Any] = {"return_timestamps": True}
-        if isinstance(method, ChunkedOptions):
-            options = {"chunk_length_s": method.chunk_length, "batch_size": batch_size}
-        generate = {"num_beams": 1, **self._options(language)}
-        return [
-            self.pipeline(one.copy(), generate_kwargs=generate, **options)["text"].strip()
-            for one in waveforms
-        ]
+        if isinstance(batch.method, ChunkedOptions):
+            seconds = batch.method.chunk_length
+            options = {"chunk_length_s": seconds, "batch_size": batch.batch_size}
+        options["generate_kwargs"] = self.options(batch.language)
+        return [self.pipeline(one.copy(), **options)["text"].strip() for one in batch.waveforms]
 
 
 @dataclass(eq=False)
@@ -232,40 +209,41 @@ class OpenAIModel:
         return whisper.load_model(self.source)
 
     @property
+    def half(self) -> bool:
+        """Whether it computes in float16, as it does on a GPU."""
+        return self.model.device.type == "cuda"
+
+    @property
     def parameters(self) -> int:
-        """Number of parameters."""
         return sum(one.numel() for one in self.model.parameters())
 
     def unsupported(self, language: str) -> str | None:
-        """Why it cannot transcribe a language; None where it can."""
         if language == "en" or self.model.is_multilingual:
             return None
         return f"it is English-only, and the clip is in {language}"
 
-    def recognize(
-        self,
-        waveforms_BN: Float32[np.ndarray, "B N"],
-        language: str,
-        previous: Sequence[str] = (),
-        max_tokens: int = 224,
-    ) -> list[Output]:
-        """Greedy transcripts of windows of 30 s, without timestamps."""
+    def recognize(self, batch: ClipBatch) -> list[Output]:
         import torch
 
         whisper: Any = import_module("whisper")
         # One spectrogram at a time: the loudest frame of a batch would set the floor for all.
-        mels = [whisper.log_mel_spectrogram(one, self.model.dims.n_mels) for one in waveforms_BN]
-        options: dict[str, Any] = {
-            "language": language,
-            "without_timestamps": True,
-            "fp16": self.model.device.type == "cuda",
-            "sample_len": max_tokens,
-        }
-        groups: Sequence[tuple[list[Any], dict[str, Any]]] = (
-            [([mel], {"prompt": text}) for mel, text in zip(mels, previous, strict=True)]
-            if previous
-            else [(mels, {})]
-        )
+        mels = torch.stack(
+            [whisper.log_mel_spectrogram(one, self.model.dims.n_mels) for one in batch.waveforms_BN]
+        ).to(self.model.device)
+
+        def read(mel: Any, prompt: str | None) -> list[Any]:
+            options = whisper.DecodingOptions(
+                language=batch.language,
+                prompt=prompt,
+                without_timestamps=True,
+                fp16=self.half,
+                sample_len=batch.max_tokens,
+            )
+            return whisper.decode(self.model, mel, options)
+
+        results = read(mels, None) if not batch.previous else []
+        for row, text in enumerate(batch.previous):  # it takes one prompt a call
+            results += read(mels[[row]], text)
         return [
             text_output(
                 one.text,
@@ -273,26 +251,17 @@ class OpenAIModel:
                 mean_log_probability=one.avg_logprob,
                 no_speech_probability=one.no_speech_prob,
             )
-            for group, prompt in groups
-            for one in whisper.decode(
-                self.model,
-                torch.stack(group).to(self.model.device),
-                whisper.DecodingOptions(**options, **prompt),
-            )
+            for one in results
         ]
 
-    def transcribe(
-        self, waveforms: Sequence[np.ndarray], language: str, method: LongForm, batch_size: int
-    ) -> list[str] | None:
-        """Transcripts of recordings by its sequential algorithm, with its defaults."""
+    def transcribe(self, batch: RecordingBatch) -> list[str] | None:
+        """By its sequential algorithm, with its defaults."""
         whisper: Any = import_module("whisper")
-        if not isinstance(method, SequentialOptions):
+        if not isinstance(batch.method, SequentialOptions):
             return None
-        half = self.model.device.type == "cuda"
-        return [
-            whisper.transcribe(self.model, one, language=language, fp16=half)["text"].strip()
-            for one in waveforms
-        ]
+        options = {"language": batch.language, "fp16": self.half}
+        texts = [whisper.transcribe(self.model, one, **options) for one in batch.waveforms]
+        return [one["text"].strip() for one in texts]
 
 
 @dataclass(eq=False)
@@ -316,37 +285,32 @@ class FasterWhisperModel:
         return sum(leaf.size for leaf in jax.tree.leaves(load_checkpoint(self.source).params))
 
     def unsupported(self, language: str) -> str | None:
-        """Why it cannot transcribe a language; None where it can."""
         known = self.model.supported_languages
         return None if language in known else f"its vocabulary lacks {language}"
 
-    def recognize(
-        self,
-        waveforms_BN: Float32[np.ndarray, "B N"],
-        language: str,
-        previous: Sequence[str] = (),
-        max_tokens: int = 224,
-    ) -> list[Output]:
-        """Greedy transcripts of windows of 30 s, without timestamps: its feature extractor, engine
-        and tokenizer, without its loop over long audio."""
+    def recognize(self, batch: ClipBatch) -> list[Output]:
+        """With its feature extractor, engine and tokenizer, without its loop over long audio."""
         from faster_whisper.tokenizer import Tokenizer
 
         model = self.model
         tokenizer = Tokenizer(
-            model.hf_tokenizer, model.model.is_multilingual, task="transcribe", language=language
+            model.hf_tokenizer,
+            model.model.is_multilingual,
+            task="transcribe",
+            language=batch.language,
         )
         prompts = [
             model.get_prompt(
                 tokenizer, tokenizer.encode(" " + text) if text else [], without_timestamps=True
             )
-            for text in previous or [""] * len(waveforms_BN)
+            for text in batch.previous or [""] * len(batch.waveforms_BN)
         ]
-        features = [model.feature_extractor(one, padding=False) for one in waveforms_BN]
+        features = [model.feature_extractor(one, padding=False) for one in batch.waveforms_BN]
         generated = model.model.generate(
             model.encode(np.stack(features)),
             prompts,
             beam_size=1,
-            max_length=max(map(len, prompts)) + max_tokens,
+            max_length=max(map(len, prompts)) + batch.max_tokens,
             suppress_blank=True,
             return_scores=True,
             return_no_speech_prob=True,
@@ -361,19 +325,18 @@ class FasterWhisperModel:
             for one in generated
         ]
 
-    def transcribe(
-        self, waveforms: Sequence[np.ndarray], language: str, method: LongForm, batch_size: int
-    ) -> list[str]:
-        """Transcripts of recordings with one beam and otherwise its defaults; chunked is its
-        batched pipeline."""
+    def transcribe(self, batch: RecordingBatch) -> list[str]:
+        """With one beam and otherwise its defaults; chunked is its batched pipeline."""
         from faster_whisper import BatchedInferencePipeline
 
-        options: dict[str, Any] = {"language": language, "beam_size": 1}
+        options: dict[str, Any] = {"language": batch.language, "beam_size": 1}
         run = self.model.transcribe
-        if isinstance(method, ChunkedOptions):
+        if isinstance(batch.method, ChunkedOptions):
             run = BatchedInferencePipeline(self.model).transcribe
-            options |= {"chunk_length": round(method.chunk_length), "batch_size": batch_size}
-        return ["".join(part.text for part in run(one, **options)[0]).strip() for one in waveforms]
+            options["chunk_length"] = round(batch.method.chunk_length)
+            options["batch_size"] = batch.batch_size
+        segments = (run(one, **options)[0] for one in batch.waveforms)
+        return ["".join(one.text for one in some).strip() for some in segments]
 
 
 def text_output(text: str, **rest: Any) -> Output:

@@ -20,9 +20,7 @@ def figures(report: Report) -> Iterator[tuple[str, "Figure"]]:
         yield "Kinds of errors", plot_errors(measured)
     for table in report.tables:
         if table.name == "noise":
-            kinds = list(dict.fromkeys(str(row[0]) for row in table.rows))
-            levels = [float(column.title.removesuffix(" dB")) for column in table.columns[2:]]
-            yield "Added noise", plot_noise(kinds, levels, table.rows)
+            yield "Added noise", plot_noise(table.rows)
     if report.losses:
         yield "Training losses", plot_losses(report.losses)
 
@@ -59,14 +57,15 @@ def plot_errors(models: Sequence[Mapping[str, Any]]) -> "Figure":
     return figure
 
 
-def plot_noise(
-    kinds: Sequence[str], levels: Sequence[float], rows: Sequence[Sequence[Any]]
-) -> "Figure":
+def plot_noise(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """Error rate against the signal-to-noise ratio, a panel a kind of noise (paper figure 3)."""
+    kinds = list(dict.fromkeys(row["noise"] for row in rows))
     figure, *panels = new_figure(columns=len(kinds))
+    for row in rows:
+        axes = panels[kinds.index(row["noise"])]
+        rates = {float(name[:-3]): rate for name, rate in row.items() if name.endswith(" dB")}
+        axes.plot([*rates], [*rates.values()], marker="o", markersize=4, label=row["model"])
     for kind, axes in zip(kinds, panels, strict=True):
-        for _, model, *rates in (row for row in rows if row[0] == kind):
-            axes.plot(levels, rates, marker="o", markersize=4, label=model)
         axes.set_title(kind, fontsize="medium")
         axes.set_xlabel("signal-to-noise ratio, dB")
         axes.invert_xaxis()

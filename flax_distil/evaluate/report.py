@@ -19,8 +19,8 @@ from flax_distil.config import EvaluateConfig
 from flax_distil.distill.tracking import METRICS, read_metrics
 from flax_distil.evaluate.latency import Latency
 from flax_distil.evaluate.results import ClipResult, Results
-from flax_distil.evaluate.scores import Difference, Interval
-from flax_distil.evaluate.tables import ReportTable, Scored, Scores, all_tables, error_parts
+from flax_distil.evaluate.scores import Difference, Interval, Scored, Scores
+from flax_distil.evaluate.tables import ReportTable, all_tables, error_parts
 from flax_distil.files import write_whole
 
 
@@ -55,12 +55,7 @@ class Report:
         return {
             "models": self.models,
             "tables": {
-                one.name: [
-                    dict(
-                        zip((column.title for column in one.columns), map(plain, row), strict=True)
-                    )
-                    for row in one.rows
-                ]
+                one.name: [{title: plain(cell) for title, cell in row.items()} for row in one.rows]
                 for one in self.tables
             },
             "skipped": self.skipped,
@@ -129,10 +124,10 @@ def make_report(
 ) -> Report:
     """The report of these results. models: source and parameters by name. sets: by name, the
     group, and whether effective robustness is measured against it."""
-    scores = Scores.of(config, {n: size for n, (_, size) in models.items()}, results, sets, latency)
+    scores = Scores.of(config, {n: size for n, (_, size) in models.items()}, results, sets)
     return Report(
         models=[model_scores(scores, name, source) for name, (source, _) in models.items()],
-        tables=all_tables(scores),
+        tables=all_tables(scores, latency),
         settings=settings(config),
         skipped={name: reasons for name, reasons in skipped.items() if reasons},
         worst=worst_clips(scores, config.worst),

@@ -47,19 +47,12 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipResult(Output):
-    """One model on one clip."""
+class OfPart:
+    """What belongs to a part of the evaluation."""
 
     test: Test
     setting: str
     dataset: str
-    id: str
-    speaker: str | None
-    model: str
-    language: str
-    seconds: float
-    """Of audio."""
-    reference: str
 
     @property
     def part(self) -> Part:
@@ -68,21 +61,26 @@ class ClipResult(Output):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchTime:
+class ClipResult(Output, OfPart):
+    """One model on one clip."""
+
+    id: str
+    speaker: str | None
+    model: str
+    language: str
+    seconds: float
+    """Of audio."""
+    reference: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTime(OfPart):
     """Seconds that each model took for the clips of one batch, log-mel included."""
 
-    test: Test
-    setting: str
-    dataset: str
     clips: int
     audio_seconds: float
     windows: int
     seconds: dict[str, float]
-
-    @property
-    def part(self) -> Part:
-        """The part of the evaluation that it belongs to."""
-        return Part(self.test, self.setting, self.dataset)
 
 
 @dataclass
@@ -113,7 +111,13 @@ class Results:
                         f"{folder} holds results of other models, datasets or options: choose "
                         "another --output-dir, or replace them with --overwrite"
                     )
-                results._resume()
+                results.batches = [
+                    BatchTime(**line) for line in whole_lines(folder / "batches.jsonl")
+                ]
+                wanted = sum(batch.clips * len(batch.seconds) for batch in results.batches)
+                lines = whole_lines(folder / "clips.jsonl", wanted)
+                results.clips = [ClipResult(**line) for line in lines]
+                results.resumed = Counter(batch.part for batch in results.batches)
             else:
                 for name in ("clips.jsonl", "batches.jsonl"):
                     (folder / name).unlink(missing_ok=True)
@@ -128,15 +132,6 @@ class Results:
             with writing(self.folder):
                 append(self.folder / "clips.jsonl", clips)
                 append(self.folder / "batches.jsonl", [batch])
-
-    def _resume(self) -> None:
-        """Read the batches that are whole, and cut off what a kill left of another."""
-        assert self.folder is not None
-        batches = [BatchTime(**line) for line in whole_lines(self.folder / "batches.jsonl")]
-        wanted = sum(batch.clips * len(batch.seconds) for batch in batches)
-        lines = whole_lines(self.folder / "clips.jsonl", wanted)
-        self.clips, self.batches = [ClipResult(**line) for line in lines], batches
-        self.resumed = Counter(batch.part for batch in batches)
 
 
 def append(path: Path, records: Iterable[Any]) -> None:

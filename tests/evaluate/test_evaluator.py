@@ -13,8 +13,8 @@ from flax_distil.audio.load import SAMPLE_RATE, encode_flac
 from flax_distil.config import EvaluateConfig, EvaluationDataConfig
 from flax_distil.errors import InputError, SomeFailed
 from flax_distil.evaluate import evaluator
-from flax_distil.evaluate.conditions import ReferenceClip
-from flax_distil.evaluate.evaluator import batches, evaluate_models, model_names, run, set_names
+from flax_distil.evaluate.evaluator import evaluate_models, run
+from flax_distil.evaluate.jobs import model_names, set_names
 from flax_distil.evaluate.results import Output
 from flax_distil.text.normalize import normalizer
 
@@ -49,14 +49,14 @@ class ScriptedModel:
     def unsupported(self, language):
         return f"it lacks {language}" if language in self.source else None
 
-    def recognize(self, waveforms_BN, language, previous=(), max_tokens=224):
+    def recognize(self, batch):
         self.calls += 1
-        lengths = [int(np.flatnonzero(row)[-1]) + 1 for row in waveforms_BN]
+        lengths = [int(np.flatnonzero(row)[-1]) + 1 for row in batch.waveforms_BN]
         texts = [self.answers.get(round(n / SAMPLE_RATE, 1), "well") for n in lengths]
         return [Output(text=text, no_speech_probability=0.5) for text in texts]
 
-    def transcribe(self, waveforms, language, method, batch_size):
-        return ["a long long one"] * len(waveforms)
+    def transcribe(self, batch):
+        return ["a long long one"] * len(batch.waveforms)
 
 
 @pytest.fixture
@@ -228,10 +228,7 @@ def test_the_language_asked_for_is_that_of_all_clips(scripted, manifest, monkeyp
         monkeypatch.setattr(
             ScriptedModel,
             "recognize",
-            lambda self, waveforms, language, *rest: (
-                given.append(language)  # noqa: B023
-                or recognize(self, waveforms, language, *rest)
-            ),
+            lambda self, batch: given.append(batch.language) or recognize(self, batch),  # noqa: B023
         )
         evaluate_models(EvaluateConfig(("right",), (str(manifest),), language=asked))
         assert set(given) == {expected}
@@ -303,10 +300,11 @@ def test_groups_and_effective_robustness(scripted, manifest):
     scripted.clear()
     report = evaluate_models(EvaluateConfig(("right", "wrong"), data=(good, bad), resamples=0))
     right, wrong = rows(report, "groups")
-    assert (right["in %"]["value"], right["out %"]["value"], right["gap"]) == (0, 0, 0)
+    assert (right["in %"]["value"], right["out %"]["value"], right["gap"]["value"]) == (0, 0, 0)
     near, far = (row for row in rows(report, "datasets") if row["model"] == "wrong")
     assert (wrong["in %"], wrong["out %"]) == (near["WER %"], far["WER %"])
-    assert wrong["gap"] == pytest.approx(wrong["out %"]["value"] - wrong["in %"]["value"])
+    gap = wrong["out %"]["value"] - wrong["in %"]["value"]
+    assert wrong["gap"]["value"] == wrong["gap difference"]["value"] == pytest.approx(gap)
 
 
 def test_a_dataset_without_speech(scripted, manifest):
@@ -332,13 +330,6 @@ def test_options_are_checked_before_anything_is_loaded(scripted, manifest, chang
     with pytest.raises(InputError, match=complaint):
         evaluate_models(config)
     assert not scripted
-
-
-def test_batches_have_one_language_and_keep_the_order():
-    clip = lambda n, language: ReferenceClip(str(n), np.zeros(1, np.float32), "x", language)
-    clips = [clip(n, "fr" if n in (1, 4) else "en") for n in range(6)]
-    found = [[one.id for one in batch] for batch in batches(clips, 3)]
-    assert found == [["0", "2", "3"], ["1", "4"], ["5"]]
 
 
 def test_names_tell_models_and_datasets_apart():

@@ -6,7 +6,7 @@ import pytest
 from flax_distil.audio.load import pad_or_trim
 from flax_distil.config import ExportConfig
 from flax_distil.errors import InputError
-from flax_distil.evaluate.models import FlaxModel, Model, load_model
+from flax_distil.evaluate.models import ClipBatch, FlaxModel, Model, RecordingBatch, load_model
 from flax_distil.export import formats
 from flax_distil.options import ChunkedOptions, SequentialOptions
 from flax_distil.text.normalize import normalizer
@@ -38,7 +38,7 @@ def test_every_library_returns_the_same_greedy_text(models, human_clips):
     clips = [waveform for waveform, _ in (*human_clips[:2], *human_clips[-2:])]
     windows = np.stack([pad_or_trim(clip) for clip in clips])
     texts = {
-        name: " ".join(one.text for one in model.recognize(windows, "en", (), 224))
+        name: " ".join(one.text for one in model.recognize(ClipBatch(windows, "en")))
         for name, model in models.items()
     }
     words = [text.split() for text in texts.values()]
@@ -55,7 +55,9 @@ def test_every_library_reads_a_prompt(models, human_clips):
     waveform, text = human_clips[0]
     windows = pad_or_trim(waveform)[None]
     for name, model in models.items():
-        (output,) = model.recognize(windows, "en", ["Zanzibar and Timbuktu are far away."], 224)
+        (output,) = model.recognize(
+            ClipBatch(windows, "en", ["Zanzibar and Timbuktu are far away."])
+        )
         assert "Zanzibar" not in output.text, name
         reference, given = normalizer("en")(text), normalizer("en")(output.text)
         assert word_errors([reference], [given]).rate < 0.4, name
@@ -72,7 +74,7 @@ def test_every_library_transcribes_a_recording(models, human_clips, method):
             break
     reference, rates = normalizer("en")(" ".join(texts)), {}
     for name, model in models.items():
-        result = model.transcribe([np.concatenate(chosen)], "en", method, 2)
+        result = model.transcribe(RecordingBatch([np.concatenate(chosen)], "en", method, 2))
         if result is None:
             assert (name, type(method)) == ("openai-whisper", ChunkedOptions)
             continue
@@ -89,7 +91,7 @@ def test_an_assistant_changes_no_text(sources, tiny_en_folder, human_clips):
         for assistant in (None, str(tiny_en_folder))
     )
     windows = pad_or_trim(human_clips[0][0])[None]
-    texts = [model.recognize(windows, "en", (), 224)[0].text for model in (alone, helped)]
+    texts = [model.recognize(ClipBatch(windows, "en"))[0].text for model in (alone, helped)]
     assert texts[0] == texts[1] != ""
     assert isinstance(helped, FlaxModel)
     assert helped.acceptance is not None
