@@ -14,7 +14,7 @@ from flax_distil.evaluate.models import FlaxModel, Model
 from flax_distil.options import ChunkedOptions, SequentialOptions
 from flax_distil.pseudo_label.jobs import fingerprint
 from flax_distil.text.languages import to_language_code
-from flax_distil.transcribe.recordings import LongForm
+from flax_distil.transcription.recordings import LongForm
 
 # What `full` stands for, where an option has its default.
 FULL = {
