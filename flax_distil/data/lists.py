@@ -1,10 +1,9 @@
-"""Lists of clips in text files: JSONL, JSON, CSV and TSV, compressed or not, in any UTF.
+"""Lists of clips in text files: JSONL, JSON, CSV and TSV, compressed or not, in any UTF; wav.scp.
 
 The CSV reader of `datasets` is not used because it loses rows of common files: with a comma in an
 unquoted text it takes the file name for an index, and an unclosed quote swallows the rows after it.
 """
 
-import bz2
 import codecs
 import csv
 import gzip
@@ -16,14 +15,15 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import chain, takewhile, zip_longest
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_distil.config import DataConfig
-from flax_distil.data.table import AUDIO_SUFFIXES, USUAL, Row
+from flax_distil.data.paths import is_file, join, read_file
+from flax_distil.data.table import AUDIO_SUFFIXES, USUAL, PlacedRow, Row
+from flax_distil.data.toolkits import WAV_SCP, is_lhotse, kaldi_rows, lhotse_rows
 from flax_distil.errors import InputError
 
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED = (".gz", ".bz2", ".xz")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 OTHER_DELIMITERS = ("|", "\t", ";", ",")
@@ -37,31 +37,34 @@ MARKS = {
 }
 LONGEST_FIELD = 100  # lines of a quoted field: a quote that stays open for longer is text
 WITHOUT_HEADER = ("file_name", "text", "normalized_text")  # the columns of LJSpeech
-SUBFOLDERS = ("", "clips", "wavs", "audio", "wav", "..")  # where files are, relative to their list
+# Where files are, relative to their list; Kaldi's recipes run two folders above it.
+SUBFOLDERS = ("", "clips", "wavs", "audio", "wav", "..", "../..")
 USUAL_SUFFIXES = ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")  # that names may omit
 PROBED = 20  # names of a list that are tried
 SURROGATE = re.compile("[\ud800-\udfff]")
-
-PlacedRow = tuple[str, Row]
-"""A row and its place in the file, such as "line 2"."""
+BESIDE = ("txt", "normalized.txt", "lab", "json")  # suffixes of files that tell of one clip
 
 
-def list_kind(path: Path) -> str | None:
-    """The suffix of a list without that of its compression; None for other files."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in (*JSON_SUFFIXES, *DELIMITERS) else None
+def list_kind(path: str) -> str | None:
+    """The suffix of a list without that of its compression, or wav.scp; None for other files."""
+    if os.path.basename(path) == WAV_SCP:
+        return WAV_SCP
+    stem, suffix = os.path.splitext(path.lower())
+    suffix = os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix
+    return suffix if suffix in (*JSON_SUFFIXES, *DELIMITERS) else None
 
 
-def read_list(path: Path, config: DataConfig) -> tuple[list[Row], tuple[str, ...]]:
+def read_list(path: str, config: DataConfig) -> tuple[list[Row], tuple[str, ...]]:
     """The rows of a list as they are written, and notes of what was guessed in reading them.
 
     Raises:
         InputError: it cannot be read; the message names the line, the reason and the remedy.
     """
-    text, guesses = read_text(path), {}
-    if list_kind(path) in DELIMITERS:
+    guesses: dict[str, list[int]] = {}
+    text = read_text(path)
+    if list_kind(path) == WAV_SCP:
+        placed = kaldi_rows(path)
+    elif list_kind(path) in DELIMITERS:
         placed = _delimited_rows(path, text, config, guesses)
     else:
         placed = _json_rows(path, text)
@@ -69,14 +72,8 @@ def read_list(path: Path, config: DataConfig) -> tuple[list[Row], tuple[str, ...
     for place, row in placed:
         for name, value in row.items() if not_utf8 else ():
             # File names may be any bytes.
-            if (
-                name not in (*USUAL["audio"], *USUAL["id"])
-                and isinstance(value, str)
-                and SURROGATE.search(value)
-            ):
-                raise InputError(
-                    f"{path} is not UTF-8 text ({place}, column {name}): save it as UTF-8"
-                )
+            if isinstance(value, str) and name not in (*USUAL["audio"], *USUAL["id"]):
+                check_utf8(value, f"{path} is not UTF-8 text ({place}, column {name})")
         rows.append(row)
     notes = [
         f"{what}: {len(lines):,} (line {', '.join(map(str, lines[:3]))}{', …' * (len(lines) > 3)})"
@@ -85,8 +82,10 @@ def read_list(path: Path, config: DataConfig) -> tuple[list[Row], tuple[str, ...
     return rows, tuple(notes)
 
 
-def names_audio(path: Path, config: DataConfig) -> bool:
+def names_audio(path: str, config: DataConfig) -> bool:
     """Whether a file is a list of audio files, judged by its first row."""
+    if list_kind(path) == WAV_SCP:
+        return True
     try:
         text = read_text(path)
         if list_kind(path) in DELIMITERS:
@@ -98,39 +97,76 @@ def names_audio(path: Path, config: DataConfig) -> bool:
     return any(name in names for name in audio_names(config))
 
 
-def read_text(path: Path) -> str:
+def read_text(path: str) -> str:
     """The text of a file, decompressed and decoded; bytes that are not UTF-8 become surrogates.
 
     Raises:
         InputError: compression or encoding is damaged.
     """
-    opener: Any = COMPRESSED.get(path.suffix.lower(), open)
     try:
-        with opener(path, "rb") as file:
-            data = file.read()
-        encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
-        if encoding == "utf-8" and 0 in data[:2]:  # UTF-16 without a mark
-            encoding = "utf-16-be" if data[0] == 0 else "utf-16-le"
-        return data.decode(encoding, "surrogateescape")
+        return decode_text(read_file(path))
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, UnicodeError) as error:
         raise InputError(f"{path} is damaged ({error}): write it again") from None
 
 
-def audio_base(folder: Path, names: Sequence[str]) -> tuple[Path, str]:
+def decode_text(data: bytes) -> str:
+    """Text in UTF-8, -16 or -32, with or without a byte order mark."""
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and 0 in data[:2]:  # UTF-16 without a mark
+        encoding = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    return data.decode(encoding, "surrogateescape")
+
+
+def check_utf8(text: str, problem: str) -> str:
+    """The text. Raises InputError where bytes of it were not UTF-8."""
+    if SURROGATE.search(text):
+        raise InputError(f"{problem}: save it as UTF-8")
+    return text
+
+
+def cells_beside(suffix: str, text: str, path: str) -> Row:
+    """What a file beside audio tells of it by its suffix: the text, or the cells of a JSON object
+    under usual names."""
+    check_utf8(text, f"{path} is not UTF-8 text")
+    if suffix != "json":
+        return {"text": text.strip()}
+    _, row = next(_json_rows(path, text), ("", {}))
+    return {k: v for k, v in usual_names(row, DataConfig("")).items() if k not in ("id", "audio")}
+
+
+def usual_names(row: Row, config: DataConfig) -> Row:
+    """A row under the usual names of columns, where `config` names no other; of several columns the
+    first with a value."""
+    renamed = dict(row)
+    for kind in ("audio", "text", "speaker", "language", "recording"):
+        if getattr(config, f"{kind}_column") is None:
+            known = (name for name in USUAL[kind] if name != config.transcript_column)
+            name = next((name for name in known if row.get(name) is not None), kind)
+            if name != kind:
+                renamed[kind] = renamed.pop(name)
+    return renamed
+
+
+def audio_base(folder: str, names: Sequence[str]) -> tuple[str, str]:
     """The folder that the relative names of a list start at, and the suffix that they omit.
 
     The first name that is found decides, in the working directory last. If none is found, names
     start at the list's folder.
     """
     for name in names[:PROBED]:
-        for base in (*(folder / sub for sub in SUBFOLDERS), Path()):
+        for base in (*(join(folder, sub) if sub else folder for sub in SUBFOLDERS), ""):
             for suffix in USUAL_SUFFIXES:
-                if os.path.isfile(base / (name + suffix)):
+                if is_file(join(base, name + suffix)):
                     return base, suffix
     return folder, ""
 
 
-def is_audio(name: str | Path) -> bool:
+def is_relative(name: str) -> bool:
+    """Whether a name of a file starts at the folder of its list."""
+    return bool(name) and "://" not in name and not os.path.isabs(name)
+
+
+def is_audio(name: str) -> bool:
     """Whether a name has the suffix of an audio file."""
     return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES
 
@@ -143,15 +179,19 @@ def audio_names(config: DataConfig) -> tuple[str, ...]:
 # --- JSON ---------------------------------------------------------------------------------------
 
 
-def _json_rows(path: Path, text: str) -> Iterator[PlacedRow]:
-    """The objects of JSON lines, of an array, or of an array in an object (`{"data": [...]}`)."""
+def _json_rows(path: str, text: str) -> Iterator[PlacedRow]:
+    """The objects of JSON lines, of an array, or of an array in an object (`{"data": [...]}`), with
+    Lhotse's cuts as clips."""
     for place, row in _json_values(path, text):
         if not isinstance(row, dict):
             raise InputError(f"{path} {place} must be an object such as {{...}}")
-        yield place, row
+        if is_lhotse(row) and not set(USUAL["audio"]).intersection(row):
+            yield from ((place, clip) for clip in lhotse_rows(row, f"{path} {place}"))
+        else:
+            yield place, row
 
 
-def _json_values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _json_values(path: str, text: str) -> Iterator[tuple[str, Any]]:
     is_array = text.lstrip().startswith("[")
     if is_array or list_kind(path) == ".json":
         try:
@@ -200,7 +240,7 @@ class Header(NamedTuple):
     """Position of the column with the names of audio files."""
 
 
-def _header(path: Path, line: str, config: DataConfig) -> Header:
+def _header(path: str, line: str, config: DataConfig) -> Header:
     """The header in the first line; a line that begins with a file is a row, without a header."""
     line = line.rstrip("\r\n")
     named = {value for name, value in vars(config).items() if name.endswith("_column")}
@@ -219,7 +259,7 @@ def _header(path: Path, line: str, config: DataConfig) -> Header:
         first = first if first.columns else header
     for delimiter in delimiters:
         name, *others = line.split(delimiter)
-        if others and (is_audio(name) or audio_base(path.parent, [name])[1]):
+        if others and (is_audio(name) or audio_base(os.path.dirname(path), [name])[1]):
             if len(others) >= len(WITHOUT_HEADER):
                 raise InputError(
                     f"{path} has {len(others) + 1} columns without names: add a first line such as "
@@ -230,7 +270,7 @@ def _header(path: Path, line: str, config: DataConfig) -> Header:
 
 
 def _delimited_rows(
-    path: Path, text: str, config: DataConfig, guesses: dict[str, list[int]]
+    path: str, text: str, config: DataConfig, guesses: dict[str, list[int]]
 ) -> Iterator[PlacedRow]:
     """The rows of a CSV or TSV file. guesses: receives what was guessed, and in which lines."""
     lines = list(io.StringIO(text, newline=""))
@@ -285,7 +325,7 @@ def _record(lines: Sequence[str], at: int, header: Header) -> tuple[list[str], i
 
 
 def _rejoined(
-    path: Path, number: int, fields: list[str], header: Header, config: DataConfig
+    path: str, number: int, fields: list[str], header: Header, config: DataConfig
 ) -> list[str]:
     """As many fields as columns: surplus delimiters belong to the text, or to the file name.
 

@@ -1,16 +1,17 @@
 """Random access to rows of Parquet files, with lists of numbers as arrays over Arrow's memory."""
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flax_distil.data.paths import file_system, is_url
 from flax_distil.data.table import USUAL, Row
 from flax_distil.errors import InputError
 
@@ -24,10 +25,10 @@ class ParquetRows(Sequence[Row]):
     KEPT = 4  # row groups in memory
     FOOTERS = 128  # parsed ones in memory: parsing takes as long as reading a row group
 
-    def __init__(self, files: Sequence[Path]):
+    def __init__(self, files: Sequence[str]):
         self.files = tuple(files)
         self.columns = ()
-        self._groups: list[tuple[Path, int]] = []  # file and its row group
+        self._groups: list[tuple[str, int]] = []  # file and its row group
         self._nulls: list[dict[str, int]] = []  # of each file's text columns
         sizes = []
         for path in self.files:
@@ -38,7 +39,7 @@ class ParquetRows(Sequence[Row]):
             self._groups += [(path, group) for group in groups]
             sizes += [metadata.row_group(group).num_rows for group in groups]
         self._starts = [0, *accumulate(sizes)]
-        self._footer = lru_cache(self.FOOTERS)(pq.read_metadata)
+        self._footer = lru_cache(self.FOOTERS)(lambda path: parquet_footer(path)[0])
         self._read = lru_cache(self.KEPT)(self._read_group)
 
     def __reduce__(self):
@@ -56,22 +57,27 @@ class ParquetRows(Sequence[Row]):
             for name, column in zip(row.column_names, row.columns, strict=True)
         }
 
-    def folder(self, index: int) -> Path:
+    def folder(self, index: int) -> str:
         """The folder of the file that a row lies in."""
-        return self._groups[self._place(index)[0]][0].parent
+        return os.path.dirname(self._groups[self._place(index)[0]][0])
 
-    def column(self, name: str) -> Iterator[pa.Array]:
-        """One column, read without the others; nulls where a file lacks it."""
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of one column, read without the others."""
+        return (value for part in self._arrays(name) for value in part.to_pylist())
+
+    def _arrays(self, name: str) -> Iterator[pa.Array]:
+        """One column; nulls where a file lacks it."""
         for path in self.files:
-            if name in pq.read_schema(path).names:
-                yield from pq.read_table(path, columns=[name]).column(0).chunks
-            else:
-                yield pa.nulls(self._footer(path).num_rows)
+            with _opened(path) as file:
+                if name in file.schema_arrow.names:
+                    yield from file.read([name]).column(0).chunks
+                else:
+                    yield pa.nulls(file.metadata.num_rows)
 
     def list_lengths(self, column: str) -> np.ndarray:
         """Lengths of a list column, -1 where it is null, read without the others."""
         lengths = [np.zeros(0, np.int32)]
-        for values in self.column(column):
+        for values in self._arrays(column):
             lists = values.cast(pa.list_(pa.int32())) if pa.types.is_null(values.type) else values
             lengths.append(lists.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False))
         return np.concatenate(lengths).astype(np.int32)
@@ -80,7 +86,7 @@ class ParquetRows(Sequence[Row]):
         """Rows without a value, from the files' statistics where they exist."""
         if all(column in nulls for nulls in self._nulls):
             return sum(nulls[column] for nulls in self._nulls)
-        return sum(values.null_count for values in self.column(column))
+        return sum(values.null_count for values in self._arrays(column))
 
     def _place(self, index: int) -> tuple[int, int]:
         """The row group of a row, and its number there."""
@@ -92,17 +98,22 @@ class ParquetRows(Sequence[Row]):
         path, group = self._groups[number]
         # Opened each time: thousands of shards must not keep thousands of files open.
         try:
-            footer = self._footer(path)
-            with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
+            with _opened(
+                path, metadata=self._footer(path), page_checksum_verification=True
+            ) as file:
                 return file.read_row_group(group)
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path} is damaged ({error}): write it again") from None
 
 
-def parquet_footer(path: Path) -> tuple[pq.FileMetaData, pa.Schema]:
+def _opened(path: str, **options: Any) -> pq.ParquetFile:
+    return pq.ParquetFile(path, filesystem=file_system(path) if is_url(path) else None, **options)
+
+
+def parquet_footer(path: str) -> tuple[pq.FileMetaData, pa.Schema]:
     """Metadata and schema of a file. Raises InputError where it is not a complete Parquet file."""
     try:
-        with pq.ParquetFile(path) as file:
+        with _opened(path) as file:
             return file.metadata, file.schema_arrow
     except (OSError, pa.ArrowException) as error:
         raise InputError(

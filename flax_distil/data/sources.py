@@ -1,74 +1,93 @@
-"""Opens a dataset as a `Table`: from the hub, a saved dataset, a folder, a list or Parquet.
+"""Opens a dataset as a `Table`: from the hub, a saved dataset, or files of any form.
 
 Audio is not decoded here, and no source holds audio in memory.
 """
 
-import glob
 import os
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from flax_distil.config import DataConfig
-from flax_distil.data.folders import check_split, list_table, read_files, read_folder
+from flax_distil.data.folders import check_split, read_files, wanted_names
 from flax_distil.data.lists import COMPRESSED, list_kind
-from flax_distil.data.parquet import ParquetRows
+from flax_distil.data.paths import (
+    PATTERN,
+    address,
+    is_file,
+    is_folder,
+    is_url,
+    join,
+    list_files,
+    matching,
+)
 from flax_distil.data.table import Table
 from flax_distil.errors import InputError
+
+FORMS = (
+    "a folder, a list (.jsonl, .json, .csv, .tsv, each also .gz, or wav.scp), .parquet, .tar, a "
+    "pattern of files or a hub name"
+)
 
 
 def read_table(config: DataConfig) -> Table:
     """The rows of `config.source`. Raises InputError where it is not a dataset."""
-    source = config.source
-    path = Path(source).expanduser()
-    for name in ("config", "revision", "streaming"):
-        if getattr(config, name) and path.exists():
-            raise InputError(f"{source} is a local dataset and {name} is for the hub: leave it out")
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _saved(path, config)
-        return read_folder(path, config)
-    if path.is_file():
-        check_split(path, config)
-        if path.suffix == ".parquet":
-            rows = ParquetRows([path])
-            return Table(rows.columns, rows)
-        if list_kind(path):
-            return list_table(path, config)
+    source = address(config.source)
+    try:
+        return _read(source, config)
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if not is_url(source):
+            raise
+        raise InputError(f"cannot read {source} ({type(error).__name__}: {error})") from error
+
+
+def _read(source: str, config: DataConfig) -> Table:
+    is_known = list_kind(source) or source.endswith((".parquet", ".tar"))
+    folder, file = is_folder(source), is_file(source)
+    pattern = not folder and not file and PATTERN.search(source) is not None
+    if not (folder or file or pattern or is_url(source)):
+        if source.startswith((".", "/")) or source.count("/") > 1 or is_known:
+            raise InputError(f"{config.source}: no such file or folder")
+        if source.endswith(COMPRESSED):
+            raise InputError(f"{config.source}: no such file; a dataset is {FORMS}")
+        return _hub(config)
+    for name in ("config", "revision"):
+        if getattr(config, name):
+            raise InputError(
+                f"{config.source} is a local dataset and {name} is for the hub: leave it out"
+            )
+    if folder and any(is_file(join(source, name)) for name in ("dataset_dict.json", "state.json")):
+        return _saved(source, config)
+    if folder:
+        files, root = list_files(source), source
+    elif pattern:
+        files, root = matching(source)
+    else:
+        files, root = [source] if file else [], os.path.dirname(source)
+    if not files and not folder:
         raise InputError(
-            f"{source}: a dataset is a folder, a list (.jsonl, .json, .csv, .tsv, each also .gz), "
-            f".parquet or a hub name, not a {path.suffix or 'nameless'} file"
+            f"{config.source}: no {'file matches' if pattern else 'such file or folder'}"
         )
-    if any(sign in source for sign in "*?["):
-        return _matching(path, config)
-    is_file = path.suffix in (".parquet", *COMPRESSED) or list_kind(path)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or is_file:
-        raise InputError(f"{source}: no such file or folder")
-    return _hub(config)
-
-
-def _matching(pattern: Path, config: DataConfig) -> Table:
-    """The files that match a pattern; the existing folders in it are taken literally."""
-    root = pattern.parent
-    while not root.is_dir():
-        root = root.parent
-    below = os.path.join(glob.escape(str(root)), pattern.relative_to(root))
-    names = sorted(glob.glob(below, recursive=True))
-    if not (files := [Path(name) for name in names if os.path.isfile(name)]):
-        raise InputError(f"{config.source}: no file matches")
+    if file and not is_known:
+        kind = os.path.splitext(source)[1] or "nameless"
+        raise InputError(f"{config.source}: a dataset is {FORMS}, not a {kind} file")
+    if file:
+        check_split(source, config)
+        config = replace(config, split=None)
     return read_files(files, root, config)
 
 
 # --- Hugging Face -------------------------------------------------------------------------------
 
 
-def _saved(folder: Path, config: DataConfig) -> Table:
+def _saved(folder: str, config: DataConfig) -> Table:
     import datasets
 
-    saved = datasets.load_from_disk(str(folder))
+    saved = datasets.load_from_disk(folder)
     if isinstance(saved, datasets.DatasetDict):
-        saved = saved[_one_split(config, [str(name) for name in saved])]
+        splits = _splits(config, [str(name) for name in saved])
+        saved = datasets.concatenate_datasets([saved[name] for name in splits])
     return replace(_undecoded(saved), folder=folder)
 
 
@@ -78,10 +97,17 @@ def _hub(config: DataConfig) -> Table:
     name, _, written = config.source.partition("@")
     options: dict[str, Any] = {"revision": config.revision or written or None}
     try:
-        splits = [config.split] if config.split else None
-        splits = splits or datasets.get_dataset_split_names(name, config.config, **options)
-        options |= {"split": _one_split(config, splits), "streaming": config.streaming}
-        return _undecoded(datasets.load_dataset(name, config.config, **options))
+        known = (
+            None
+            if config.split
+            else datasets.get_dataset_split_names(name, config.config, **options)
+        )
+        options |= {"streaming": config.streaming}
+        parts = [
+            datasets.load_dataset(name, config.config, split=split, **options)
+            for split in (wanted_names(config) if known is None else _splits(config, known))
+        ]
+        return _undecoded(parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts))
     except InputError:
         raise
     except ConnectionError:
@@ -96,12 +122,18 @@ def _hub(config: DataConfig) -> Table:
         ) from None
 
 
-def _one_split(config: DataConfig, splits: Sequence[str]) -> str:
-    split = config.split or (splits[0] if len(splits) == 1 else None)
-    if split is not None and split in splits:
-        return split
-    problem = f"no split {config.split}" if config.split else "several splits"
-    raise InputError(f"{config.source} has {problem}: name one of {', '.join(splits)}")
+def _splits(config: DataConfig, splits: list[str]) -> list[str]:
+    """The splits that are named, or the only one."""
+    if config.split is None and len(splits) == 1:
+        return splits
+    wanted = wanted_names(config) if config.split else []
+    missing = [name for name in wanted if name not in splits]
+    if wanted and not missing:
+        return wanted
+    problem = f"no split {'+'.join(missing)}" if wanted else "several splits"
+    raise InputError(
+        f"{config.source} has {problem}: name one of {', '.join(splits)}, or several as A+B"
+    )
 
 
 def _undecoded(found: Any) -> Table:

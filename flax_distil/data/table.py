@@ -5,7 +5,6 @@ None stands for a missing value.
 
 import base64
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from flax_distil.errors import InputError
 from flax_distil.text.languages import to_language_code
 
 Row = dict[str, Any]
+PlacedRow = tuple[str, Row]
+"""A row and its place in its file, such as "line 2"."""
 
 # Formats of recorded speech that FFmpeg can open, with those of videos.
 SUFFIXES = """
@@ -69,7 +70,7 @@ class Table:
     rows: Rows | Iterable[Row]
     notes: tuple[str, ...] = ()
     """What its reader left out, added or corrected, with counts."""
-    folder: Path | None = None
+    folder: str | None = None
     """The folder that relative paths in its cells start at."""
 
 
@@ -217,14 +218,6 @@ def cell_path(value: Any) -> str:
     if isinstance(value, dict):
         value = None if value.get("bytes") else value.get("path")
     return value if isinstance(value, str) else ""
-
-
-def resolve_path(path: str, folder: Path | None) -> str:
-    """The path of a file that a row names, relative to the table's folder or its parent."""
-    if folder is None or "://" in path or os.path.isabs(path):
-        return path
-    bases = (folder, folder.parent, Path())
-    return str(next((base for base in bases if os.path.isfile(base / path)), folder) / path)
 
 
 def array_to_waveform(samples: np.ndarray, rate: float, name: str) -> Float32[np.ndarray, "n"]:

