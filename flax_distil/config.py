@@ -28,15 +28,16 @@ class DataConfig:
 
     source: Positional[str]
     """Hub name, folder of audio (with lists, with text files, or neither), list (JSONL, JSON, CSV,
-    TSV), Parquet file, pattern of such files, folder saved by `datasets`, or label store."""
+    TSV), Kaldi's wav.scp, Lhotse cuts, WebDataset tar, Parquet file, pattern or URL of such files,
+    folder saved by `datasets`, or label store."""
     config: str | None = None
     """Configuration of a hub dataset, such as clean."""
     split: str | None = None
-    """Split to read; required if there are several."""
+    """Split to read, or several (train+test); required if there are several."""
     revision: str | None = None
     """Commit or tag of a hub dataset; may also follow its name (NAME@COMMIT)."""
     streaming: bool = False
-    """Read a hub dataset while it downloads, without keeping it on disk."""
+    """Read a hub dataset or tars while they download, without keeping them on disk."""
     limit: int | None = None
     """Read only the first LIMIT utterances."""
     language: str | None = None
