@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "flax_distil"
-ORDER = """errors, files, cache, recipe, options, config, parallel, text, audio, model, decode, \
-transcription, data, pseudo_label, distill, evaluate, export, plan, fetch, demo, doctor, cli"""
+ORDER = """errors, files, cache, terminal, recipe, options, config, parallel, text, audio, model, \
+decode, transcription, data, pseudo_label, distill, evaluate, export, plan, fetch, demo, doctor, \
+cli"""
 ROOMS = ORDER.split(", ")
 
 

@@ -12,9 +12,6 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from flax_distil.config import DistillConfig, RunsConfig
 from flax_distil.data.loader import LoaderState
 from flax_distil.data.mixing import TrainingSource
@@ -36,6 +33,7 @@ from flax_distil.files import remove_partial, write_changed
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.parallel.multihost import barrier, is_main_host
 from flax_distil.recipe import load_recipe, save_recipe
+from flax_distil.terminal import print_table
 from flax_distil.text.tokens import WhisperTokens
 
 log = logging.getLogger(__name__)
@@ -217,17 +215,15 @@ def run(config: RunsConfig) -> list[dict[str, Any]]:
     if config.json:
         print(json.dumps({"runs": runs, "differing": differing}, indent=2, default=str))
         return runs
-    tables = [Table(*(heading for heading, _, _ in COLUMNS))]
-    for one in runs:
-        figures = ((one[name], form) for _, name, form in COLUMNS)
-        tables[0].add_row(
-            *("" if value is None else format(value, form) for value, form in figures)
-        )
+    figures = [[(one[name], form) for _, name, form in COLUMNS] for one in runs]
+    print_table(
+        [heading for heading, _, _ in COLUMNS],
+        [["" if cell is None else format(cell, form) for cell, form in row] for row in figures],
+    )
     if differing:
-        tables.append(Table("recipes differ in", *(one["name"] for one in runs)))
-        for name in differing:
-            tables[1].add_row(name, *(str(one[name]) for one in recipes))
-    Console().print(*tables, sep="\n")
+        names = [one["name"] for one in runs]
+        rows = [[name, *(str(one[name]) for one in recipes)] for name in differing]
+        print_table(["recipes differ in", *names], rows)
     return runs
 
 

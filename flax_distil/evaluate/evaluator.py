@@ -10,7 +10,6 @@ from statistics import median
 
 import jax
 import numpy as np
-from rich.console import Console
 from tqdm import tqdm
 
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, pad_or_trim
@@ -59,7 +58,7 @@ def run(config: EvaluateConfig) -> Report:
     report = evaluate_models(config, config.output_dir / "results")
     if not is_main_host():
         return report
-    report.print(Console())
+    report.print()
     with writing(config.output_dir):
         save_recipe(config, config.output_dir / RECIPE)
         report = replace(report, recipe=(config.output_dir / RECIPE).read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -11,22 +11,44 @@ from typing import Any
 import numpy as np
 
 from flax_distil.audio import SAMPLE_RATE
+from flax_distil.evaluate.differences import AlignedWord, align_words
 from flax_distil.evaluate.plots import figures, to_svg
 from flax_distil.evaluate.report import Report, WorstClip
-from flax_distil.evaluate.tables import Cell, ReportTable
-from flax_distil.text.wer import error_rate
+from flax_distil.evaluate.tables import Cell, Column, ReportTable
+
+KINDS = {"equal": "span", "substitute": "mark", "delete": "del", "insert": "ins"}
 
 
 def to_html(report: Report) -> str:
-    """The page. Without matplotlib it has no figures."""
+    """The page."""
     template = Template(files("flax_distil.evaluate").joinpath("report.html").read_text("utf-8"))
-    sections = [section(one.name, one.title, table_html(one)) for one in report.tables]
-    sections[1:1] = list(figure_sections(report))
+    sections = list(report_sections(report))
+    names = [escape(one["name"]) for one in report.models]
+    return template.substitute(
+        title=" · ".join(names),
+        about=about(report),
+        models="".join(map(model_html, report.models)),
+        links="".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections),
+        sections="\n".join(
+            f'<section id="{name}"><h2>{title}</h2>{body}</section>'
+            for name, title, body in sections
+        ),
+    )
+
+
+def report_sections(report: Report) -> Iterator[tuple[str, str, str]]:
+    """Id, heading and content of each section."""
+    first, *rest = [(one.name, escape(one.title), table_html(one)) for one in report.tables]
+    yield first
+    drawn = [
+        f"<figure><figcaption>{escape(title)}</figcaption>{to_svg(one)}</figure>"
+        for title, one in figures(report)
+    ]
+    if drawn:
+        yield "figures", "Figures", f"<div class=figures>{''.join(drawn)}</div>"
+    yield from rest
     if report.worst:
-        clips = clips_html(report.worst)
-        note = "<p class=note>Words that differ from the reference are marked.</p>"
-        title = "Clips on which the models differ most"
-        sections.append(section("clips", title, note + clips))
+        yield "clips", "Clips on which the models differ most", clips_html(report.worst)
     if report.skipped:
         lists = [
             f"<details><summary>{escape(name)}: {len(reasons)}</summary><ul>"
@@ -34,42 +56,41 @@ def to_html(report: Report) -> str:
             + "</ul></details>"
             for name, reasons in report.skipped.items()
         ]
-        sections.append(section("skipped", "Skipped clips", "".join(lists)))
+        yield "skipped", "Skipped clips", "".join(lists)
     pairs = "".join(
         f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>"
         for name, value in report.settings.items()
     )
     recipe = f"<details><summary>Recipe</summary><pre>{escape(report.recipe)}</pre></details>"
-    settings = f"<dl>{pairs}</dl>{recipe if report.recipe else ''}"
-    sections.append(section("settings", "Settings", settings))
-    names = ", ".join(one["name"] for one in report.models)
-    links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections)
-    return template.substitute(
-        title=escape(names),
-        links=links,
-        sections="\n".join(
-            f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>'
-            for name, title, body in sections
-        ),
+    yield "settings", "Settings", f"<dl>{pairs}</dl>{recipe if report.recipe else ''}"
+
+
+def about(report: Report) -> str:
+    """Datasets, clips and device in one line."""
+    sets = report.models[0]["datasets"]
+    minutes = sum(one["audio_seconds"] for one in sets) / 60
+    parts = [f"{len(sets)} datasets" if len(sets) > 1 else "".join(one["name"] for one in sets)]
+    parts += [f"{sum(one['clips'] for one in sets):,} clips", f"{minutes:,.1f} minutes"]
+    parts = [*parts, str(report.settings["device"]), str(report.settings["precision"])]
+    return escape(" · ".join(filter(None, parts)))
+
+
+def model_html(model: Mapping[str, Any]) -> str:
+    """The most important figures of a model."""
+    column = Column("")
+    unit = "/".join(dict.fromkeys(one["rate"] for one in model["datasets"]))
+    rate, apart = model["interval"] or {}, model["difference"] or {}
+    lines = [f"{rate['low']:.1f} to {rate['high']:.1f}" if rate.get("low") is not None else ""]
+    if apart.get("value"):
+        lines.append(f"{apart['value']:+.1f} points against the first model")
+    speed, size = model["relative_speed"], model["parameters"] / 1e6
+    lines.append(" · ".join([f"{speed:.2f}× speed"] * (speed is not None) + [f"{size:.1f} M"]))
+    return (
+        f"<div class=model><h3>{escape(model['name'])}</h3>"
+        f"<p class=rate>{column.text(model['wer'])} <small>% {unit}</small></p>"
+        + "".join(f"<p>{line}</p>" for line in lines if line)
+        + "</div>"
     )
-
-
-def section(name: str, title: str, body: str) -> tuple[str, str, str]:
-    """A section's id, heading and HTML."""
-    return name, title, body
-
-
-def figure_sections(report: Report) -> Iterator[tuple[str, str, str]]:
-    """A section with the figures, if matplotlib is installed."""
-    try:
-        drawn = [
-            f"<figure>{to_svg(one)}<figcaption>{escape(title)}</figcaption></figure>"
-            for title, one in figures(report)
-        ]
-    except ImportError:
-        drawn = ["<p>Figures need matplotlib: pip install matplotlib.</p>"]
-    if drawn:
-        yield section("figures", "Figures", f"<div class=figures>{''.join(drawn)}</div>")
 
 
 def table_html(table: ReportTable) -> str:
@@ -80,14 +101,7 @@ def table_html(table: ReportTable) -> str:
         for column in table.columns
     )
     rows = "".join(
-        "<tr>"
-        + "".join(
-            f"<td class={'n' if column.format else 't'} "
-            f'data-v="{escape(str(sort_value(row[column.title])))}">'
-            f"{escape(column.text(row[column.title]))}</td>"
-            for column in table.columns
-        )
-        + "</tr>"
+        "<tr>" + "".join(cell_html(one, row[one.title]) for one in table.columns) + "</tr>"
         for row in table.rows
     )
     note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
@@ -97,60 +111,56 @@ def table_html(table: ReportTable) -> str:
     )
 
 
-def sort_value(cell: Cell) -> Any:
-    """What a cell is sorted by."""
-    if isinstance(cell, tuple):
-        return cell[0]
-    return "" if cell is None else cell
+def cell_html(column: Column, cell: Cell) -> str:
+    """A cell with its interval, and the value it is sorted by."""
+    value = cell[0] if isinstance(cell, tuple) else "" if cell is None else cell
+    interval = column.interval(cell)
+    return (
+        f'<td class={"n" if column.format else "t"} data-v="{escape(str(value))}">'
+        f"{escape(column.value(cell))}{f' <small>{interval}</small>' if interval else ''}</td>"
+    )
 
 
 def clips_html(clips: Sequence[WorstClip]) -> str:
     """Clips one below the other."""
-    return "\n".join(clip_html(one, number) for number, one in enumerate(clips))
+    return (
+        "<p class=note>Words under the reference's: <mark>substituted</mark>, <del>deleted</del>, "
+        "<ins>inserted</ins>. Percentages are error rates.</p>"
+        + "\n".join(clip_html(one, number) for number, one in enumerate(clips))
+    )
 
 
 def clip_html(clip: WorstClip, number: int) -> str:
-    """A clip: audio, reference, and every model's text with its differences."""
-    first = next(iter(clip.results.values()))
-    player = ""
+    """A clip: audio, and the models' words aligned with those of the reference."""
+    first, player = next(iter(clip.results.values())), ""
     if clip.waveform is not None:
         data = base64.b64encode(encode_mp3(clip.waveform)).decode()
         player = (
             f'<audio controls preload=metadata aria-label="{escape(first.id)}" '
             f'src="data:audio/mpeg;base64,{data}"></audio>'
         )
-    lines = "".join(
-        f"<dt>{escape(model)} <small>{clip.rates[model]:.0f} %</small></dt>"
-        f"<dd>{difference_html(result.reference, result.text, result.language)}</dd>"
-        for model, result in clip.results.items()
+    names = "".join(
+        f'<span title="{escape(name)}">{rate:.0f} % {escape(name)}</span>'
+        for name, rate in clip.rates.items()
+    )
+    texts = [one.text for one in clip.results.values()]
+    words = "".join(
+        f"<div><span>{escape(column.reference)}</span>{''.join(map(word_html, column.words))}</div>"
+        for column in align_words(first.reference, texts, first.language)
     )
     return (
-        f'<article class=clip id="clip-{number}"><h3>{escape(first.dataset)} · '
-        f"{escape(first.id)}</h3>{player}<dl><dt>reference</dt>"
-        f"<dd>{escape(first.reference)}</dd>{lines}</dl></article>"
+        f'<article class=clip id="clip-{number}"><h3>{escape(first.id)}'
+        f"<small>{escape(first.dataset)} · {first.seconds:.1f} s</small></h3>{player}"
+        f"<div class=aligned><div class=names><span>reference</span>{names}</div>{words}</div>"
+        "</article>"
     )
 
 
-def difference_html(reference: str, text: str, language: str) -> str:
-    """The normalised text, word by word: inserted words, substituted and deleted ones are marked
-    with what the reference has."""
-    from jiwer import process_words
-
-    normalize = error_rate(language, "wer").normalize
-    wanted, given = normalize(reference), normalize(text)
-    if not wanted or not given:
-        return f"<ins>{escape(given)}</ins>" if given else f"<del>{escape(wanted)}</del>"
-    output, parts = process_words([wanted], [given]), list[str]()
-    ours, theirs = output.hypotheses[0], output.references[0]
-    for chunk in output.alignments[0]:
-        words = escape(" ".join(ours[chunk.hyp_start_idx : chunk.hyp_end_idx]))
-        missing = escape(" ".join(theirs[chunk.ref_start_idx : chunk.ref_end_idx]))
-        if chunk.type == "equal":
-            parts.append(words)
-            continue
-        parts += [f"<del>{missing}</del>"] if missing else []
-        parts += [f"<ins>{words}</ins>"] if words else []
-    return " ".join(parts)
+def word_html(word: AlignedWord | None) -> str:
+    """A word, marked by its kind."""
+    if word is None:
+        return "<span></span>"
+    return f"<{KINDS[word.kind]}>{escape(word.text)}</{KINDS[word.kind]}>"
 
 
 def encode_mp3(waveform: Sequence[float] | np.ndarray) -> bytes:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")  # matplotlib's first
+
+
 def figures(report: Report) -> Iterator[tuple[str, "Figure"]]:
     """Title and figure of everything that the report can show."""
     measured = [one for one in report.models if one["wer"] is not None]
@@ -30,13 +33,15 @@ def plot_speed(models: Sequence[Mapping[str, Any]]) -> "Figure":
     figure, axes = new_figure()
     for one in models:
         speed, wer = one["relative_speed"], one["wer"]
-        axes.scatter(speed, wer, s=4 * (one["parameters"] / 1e6) ** 0.75, zorder=3)
+        dot = axes.scatter(speed, wer, s=4 * (one["parameters"] / 1e6) ** 0.75, zorder=3)
         if one["interval"]["low"] is not None:
-            axes.vlines(speed, one["interval"]["low"], one["interval"]["high"], color="gray")
+            ends = one["interval"]["low"], one["interval"]["high"]
+            axes.vlines(speed, *ends, color=dot.get_facecolor(), alpha=0.6)
         axes.annotate(one["name"], (speed, wer), xytext=(8, 8), textcoords="offset points")
     axes.set_xlabel(f"speed relative to {models[0]['name']}")
     axes.set_ylabel("error rate, %")
     axes.margins(0.25)
+    axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
     return figure
 
 
@@ -118,4 +123,7 @@ def to_svg(figure: "Figure") -> str:
             metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
         )
     svg = text.getvalue()
-    return svg[svg.index("<svg") :].replace("#000000", "currentColor")
+    svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
+    for number, colour in enumerate(COLOURS):
+        svg = svg.replace(colour, f"var(--c{number})")
+    return svg

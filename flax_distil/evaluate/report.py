@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from flax_distil.config import EvaluateConfig
 from flax_distil.distill.tracking import METRICS, read_metrics
@@ -22,6 +20,7 @@ from flax_distil.evaluate.results import ClipResult, Results
 from flax_distil.evaluate.scores import Difference, Interval, Scored, Scores
 from flax_distil.evaluate.tables import ReportTable, all_tables, error_parts
 from flax_distil.files import write_whole
+from flax_distil.terminal import print_table
 
 
 class WorstClip(NamedTuple):
@@ -87,18 +86,15 @@ class Report:
                 lines.append(f"  - {model} ({one.rates[model]:.0f} %): {result.text}")
         return "\n".join(lines)
 
-    def print(self, console: Console) -> None:
-        """Print the tables; long names are wrapped."""
+    def print(self, console: Console | None = None) -> None:
+        """Print the tables."""
+        console = console or Console()
         for one in self.tables:
-            shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=one.title)
-            for column in one.columns:
-                text = not column.format
-                shown.add_column(column.title, justify="left" if text else "right", overflow="fold")
-            for row in one.texts():
-                shown.add_row(*row)
-            console.print(shown)
+            headings = [column.title for column in one.columns]
+            print_table(headings, one.texts(), one.keys, one.title, console)
         for dataset, reasons in self.skipped.items():
-            console.print(f"{dataset}: {len(reasons)} clips skipped, the first: {reasons[0]}")
+            line = f"{dataset}: {len(reasons)} clips skipped, the first: {reasons[0]}"
+            console.print(line, markup=False, highlight=False)
 
     def save(self, folder: Path) -> None:
         """Write report.json, report.md and report.html."""

@@ -69,6 +69,12 @@ class ReportTable:
     rows: tuple[Row, ...]
     note: str = ""
 
+    @property
+    def keys(self) -> int:
+        """Number of the first columns, which name a row: up to the model's name."""
+        titles = [column.title for column in self.columns]
+        return titles.index("model") + 1 if "model" in titles else 1
+
     def texts(self) -> list[list[str]]:
         """The cells as they are printed."""
         return [[column.text(row[column.title]) for column in self.columns] for row in self.rows]

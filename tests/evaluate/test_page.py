@@ -91,7 +91,30 @@ def test_a_clip_plays(opened):
     page.wait_for_function("document.querySelector('audio').currentTime > 0.2")
     length = page.evaluate("document.querySelector('audio').duration")
     assert length == pytest.approx(1.0, abs=0.2)
-    assert page.locator("ins", has_text="at the").count() == 1
+
+
+def test_words_are_aligned_and_every_line_names_its_models(opened):
+    """Columns stand at one place in all rows, and marks are read without colour."""
+    page = opened(360)
+    block = page.locator(".aligned").first
+    assert block.locator("ins").all_text_contents() == ["at", "the"]
+    column = block.locator("div", has=page.locator("ins", has_text="at"))
+    places = [one.bounding_box()["x"] for one in column.locator("> *").all()]
+    assert max(places) - min(places) < 1
+    plus = "getComputedStyle(document.querySelector('.aligned ins'), '::before').content"
+    assert page.evaluate(plus) == '"+"'
+    for selector, line in (("mark", "underline"), ("del", "line-through")):
+        style = f"getComputedStyle(document.querySelector('.note {selector}')).textDecorationLine"
+        assert page.evaluate(style) == line
+    page.evaluate("""() => {
+        const block = document.querySelector('.aligned'), word = block.lastElementChild;
+        for (let n = 0; n < 60; n++) block.append(word.cloneNode(true));
+        nameLines() }""")
+    lines = page.evaluate("""() => {
+        const words = [...document.querySelector('.aligned').children];
+        const tops = new Set(words.filter((one) => one.tagName === 'DIV').map((o) => o.offsetTop));
+        return [tops.size, words.filter((one) => one.classList.contains('names')).length] }""")
+    assert lines[0] == lines[1] > 3
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -99,6 +122,7 @@ def test_a_clip_plays(opened):
 def test_it_fits_and_can_be_read(opened, width, scheme):
     page = opened(width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator(".model .rate").all_text_contents() == ["0.0 % WER", "75.0 % WER"]
     colours = page.evaluate(
         """() => [document.body, document.querySelector("figure svg text")].map(
             (one) => getComputedStyle(one).color)

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from flax_distil.config import EvaluateConfig
-from flax_distil.evaluate.html import difference_html, encode_mp3, to_html
+from flax_distil.evaluate.html import encode_mp3, to_html
 from flax_distil.evaluate.latency import Latency
 from flax_distil.evaluate.report import Report, make_report
 from flax_distil.evaluate.results import BatchTime, ClipResult, Results, Test
@@ -120,14 +120,6 @@ def test_texts_are_escaped_and_the_page_needs_nothing_else(report):
     assert not re.search(r"(src|href|url)\W{1,2}(http|//)", page.replace('xmlns="http', ""))
     assert page.count("<table>") == len(report.tables)
     assert "75.0" in page
-
-
-def test_differences_are_marked():
-    assert difference_html("The big dog sat.", "the pig dog sat down", "en") == (
-        "the <del>big</del> <ins>pig</ins> dog sat <ins>down</ins>"
-    )
-    assert difference_html("", "thank you", "en") == "<ins>thank you</ins>"
-    assert difference_html("hello", "", "en") == "<del>hello</del>"
 
 
 def test_mp3_is_the_clip():
