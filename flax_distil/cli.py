@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Union, get_type_hints
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from docstring_parser import parse_from_object
@@ -30,7 +30,7 @@ from flax_distil import config
 from flax_distil.cache import keep_programs
 from flax_distil.errors import InputError
 from flax_distil.parallel.platform import name_platform
-from flax_distil.recipe import recipe_values, stage_name
+from flax_distil.recipe import recipe_values, stage_name, suggest
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 BROKEN_PIPE = 141  # and for a program that writes to a closed pipe
@@ -72,8 +72,10 @@ VERBS = {
 DESCRIPTION = """Distil-Whisper in JAX: label speech with a teacher, train a student, evaluate and \
 export it.
 
-Help on a verb: flax-distil VERB --help. Every verb takes --recipe FILE.toml; flags override its \
-values. Version: flax-distil --version."""
+Help on a command: flax-distil COMMAND --help. Every command takes --recipe: a TOML file, or the \
+name of a published recipe, such as large-v2-32-2; flags override its values. Version: flax-distil \
+--version. Completion in the shell: flax-distil --tyro-write-completion bash (zsh, fish) FILE."""
+SYNONYMS = {"train": "distill", "label": "pseudo-label", "download": "fetch", "convert": "export"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,16 +139,28 @@ def parse(arguments: Sequence[str]) -> Any:
     """The config of the verb that the arguments name; exits like any parser on `--help`.
 
     Raises:
-        InputError: the recipe cannot be used.
+        InputError: there is no such verb, or the recipe cannot be used.
     """
     reader = ArgumentParser(prog="flax-distil", add_help=False, allow_abbrev=False)
     reader.add_argument("--recipe")
     given, arguments = reader.parse_known_args(arguments)
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
+    chosen = arguments[0].replace("_", "-") if arguments else "--help"
+    if not chosen.startswith("-") and chosen not in VERBS:
+        begins = (verb for verb in VERBS if verb.startswith(chosen))
+        near = SYNONYMS.get(chosen) or next(begins, None)
+        name = f"{chosen} (did you mean {near}?)" if near else suggest(chosen, VERBS)
+        raise InputError(f"there is no command {name}: flax-distil --help lists all")
     verbs, values = [], {}
     for name, verb in VERBS.items():
-        if given.recipe is not None and arguments[:1] == [name]:
-            values = {verb.config: recipe_values(given.recipe, verb.config)}
-        help = f"{verb.config.__doc__}\n\nExample: flax-distil {name} {verb.example}"
+        help = " ".join((verb.config.__doc__ or "").split())
+        if name != chosen:
+            help = help.partition(". ")[0].removesuffix(".")
+        else:
+            help += f"\n\nExample: flax-distil {name} {verb.example}"
+            if given.recipe is not None:
+                values = {verb.config: recipe_values(given.recipe, verb.config)}
         verbs.append(Annotated[verb.config, tyro.conf.subcommand(name, description=help)])
     return tyro.cli(
         Union[tuple(verbs)],  # type: ignore[arg-type]  # noqa: UP007
@@ -173,10 +187,26 @@ def _registry(values: Mapping[type, Mapping[str, Any]]) -> ConstructorRegistry:
             name = field.name
             default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
             default = given.get(name, getattr(info.default, name, default))
-            fields.append(StructFieldSpec(name, hints[name], default, helps[name]))
+            hint: Any = hints[name]
+            if (metavar := _metavar(hint)) is not None:
+                known = default is not tyro.MISSING
+                shown = (
+                    f"(default: {' '.join(map(str, default)) or 'none'})" if known else "(required)"
+                )
+                hint = Annotated[hint, tyro.conf.arg(metavar=metavar, help_behavior_hint=shown)]
+            fields.append(StructFieldSpec(name, hint, default, helps[name]))
         return StructConstructorSpec(info.type, tuple(fields))
 
     return registry
+
+
+def _metavar(hint: Any) -> str | None:
+    """How the help shows a field of any number of values; None for other fields."""
+    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if get_origin(hint) is not tuple or get_args(hint)[-1] is not Ellipsis:
+        return None
+    choices = ",".join(map(str, get_args(get_args(hint)[0])))
+    return f"{{{choices}}} ..." if choices else f"{get_args(hint)[0].__name__.upper()} ..."
 
 
 def _field_helps(cls: type) -> dict[str, str]:

@@ -9,7 +9,8 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -23,6 +24,9 @@ from flax_distil.files import write_changed
 
 Config = TypeVar("Config")
 
+PUBLISHED = Path(__file__).parent / "recipes"
+HEADING = re.compile(r"\s*(\[\[?)([^\[\]]+)\]")
+FIELD = re.compile(r"\s*([\w.\"' -]+?)\s*=")
 STAGES = ("fetch", "pseudo-label", "filter", "init-student", "distill", "runs", "evaluate")
 STAGES += ("export", "transcribe", "plan", "demo")
 
@@ -32,7 +36,7 @@ def load_recipe(path: str | Path, cls: type[Config]) -> Config:
 
     Raises:
         InputError: the file cannot be read, or has unknown keys, values of a wrong type, or lacks
-            fields without a default; the message names all of them.
+            fields without a default; the message names all of them, with their lines.
     """
     values = recipe_values(path, cls)
     fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -44,23 +48,27 @@ def load_recipe(path: str | Path, cls: type[Config]) -> Config:
 
 def recipe_values(path: str | Path, cls: type) -> dict[str, Any]:
     """The fields of `cls` that a recipe sets, converted to their types; see `load_recipe`."""
-    stage, tables, where = stage_name(cls), _read(path), str(path)
-    others = [name for name in tables if name in STAGES]
+    stage, (text, tables) = stage_name(cls), _read(path)
     if stage in tables:
         if unknown := [name for name in tables if name not in STAGES]:
-            raise InputError(f"{path} has no stage {_suggest(unknown[0], STAGES)}")
-        table, where = tables[stage], f"{path} [{stage}]"
-    elif others:
+            place = _place(text, [unknown[0]])
+            raise InputError(f"{path}{place} has no stage {suggest(unknown[0], STAGES)}")
+        table, above, where = tables[stage], [stage], f" [{stage}]"
+    elif others := [name for name in tables if name in STAGES]:
         raise InputError(f"{path} has no table [{stage}]; it has {', '.join(others)}")
     else:
-        table = tables
+        table, above, where = tables, [], ""
     if not isinstance(table, dict):
-        raise InputError(f"{where} = {table!r} must be a table with the fields of {cls.__name__}")
+        raise InputError(
+            f"{path}{where} = {table!r} must be a table with the fields of {cls.__name__}"
+        )
     table, hints = _plain(table), get_type_hints(cls, include_extras=True)
+    written = {}  # the name in the recipe of a field with another one
     for field in dataclasses.fields(cls):  # may be a list of tables, of which another takes all
         several, given = field.metadata.get("several"), table.get(field.name)
         if several and isinstance(given, list) and given:
             table |= {field.name: given[0], several: given}
+            written[several] = field.name
     optional = [(name, hint, dataclasses.field(default=None)) for name, hint in hints.items()]
     strict = {"__pydantic_config__": {"extra": "forbid"}}
     adapter = TypeAdapter(dataclasses.make_dataclass(cls.__name__, optional, namespace=strict))
@@ -70,14 +78,18 @@ def recipe_values(path: str | Path, cls: type) -> dict[str, Any]:
         schema = adapter.json_schema()
         tables_of = [schema, *schema.get("$defs", {}).values()]
         known = {name for one in tables_of for name in one.get("properties", ())}
-        problems = {_problem(dict(one), known) for one in error.errors()}
-        raise InputError("; ".join(f"{where} {one}" for one in sorted(problems))) from None
+        problems = set()
+        for one in error.errors():
+            loc = [written.get(str(name), name) for name in one["loc"]]
+            place, problem = _place(text, [*above, *loc]), _problem(one | {"loc": loc}, known)
+            problems.add(f"{path}{place}{where} {problem}")
+        raise InputError("; ".join(sorted(problems))) from None
     return {name: value for name, value in vars(stage_values).items() if name in table}
 
 
 def recipe_stages(path: str | Path) -> tuple[str, ...]:
     """The stages that a recipe has a table for. Raises InputError: the file cannot be read."""
-    return tuple(name for name in _read(path) if name in STAGES)
+    return tuple(name for name in _read(path)[1] if name in STAGES)
 
 
 def save_recipe(config: Any, path: str | Path) -> None:
@@ -102,15 +114,50 @@ def stage_name(cls: type) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__.removesuffix("Config")).lower()
 
 
-def _read(path: str | Path) -> dict[str, Any]:
-    """A recipe's tables and fields, named as on the command line."""
+def _read(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """A recipe's text, and its tables and fields, named as on the command line.
+
+    path: of a file, else the name of a published recipe, with or without `recipes/` and `.toml`.
+    """
+    path = Path(path)
+    published = PUBLISHED / f"{path.name.removesuffix('.toml')}.toml"
+    if not path.exists() and str(path.parent) in (".", "recipes") and published.is_file():
+        path = published
     try:
-        document = tomlkit.parse(Path(path).read_text(encoding="utf-8")).unwrap()
+        text = path.read_text(encoding="utf-8")
+        document = tomlkit.parse(text).unwrap()
     except OSError as error:
-        raise InputError(f"the recipe {path} cannot be read: {error.strerror}") from None
+        raise InputError(
+            f"the recipe {path} cannot be read: {error.strerror}; published recipes are "
+            f"{', '.join(sorted(one.stem for one in PUBLISHED.glob('*.toml')))}"
+        ) from None
     except (ParseError, UnicodeDecodeError) as error:
         raise InputError(f"the recipe {path} is not valid TOML: {error}") from None
-    return {name.replace("_", "-"): table for name, table in document.items()}
+    return text, {name.replace("_", "-"): table for name, table in document.items()}
+
+
+def _place(text: str, wanted: Sequence[str | int]) -> str:
+    """ ", line N" of the field or table at a path in a recipe, or of the table that should have it.
+
+    The fields of the first of several tables may be named without its number.
+    """
+    plain = lambda name: name.strip(" \"'").replace("-", "_")
+    lines: dict[tuple[str, ...], int] = {}
+    table, counts = (), defaultdict(int)
+    for number, line in enumerate(text.splitlines(), 1):
+        if found := HEADING.match(line):
+            table = tuple(map(plain, found[2].split(".")))
+            lines.setdefault(table, number)
+            if found[1] == "[[":
+                counts[table] += 1
+                table = (*table, str(counts[table] - 1))
+                lines[table] = number
+        elif found := FIELD.match(line):
+            lines.setdefault((*table, *map(plain, found[1].split("."))), number)
+    path = tuple(plain(str(one)) for one in wanted)
+    near = (path[:length] for length in range(len(path), 0, -1))
+    number = next((lines[one] for one in near if one in lines), None)
+    return "" if number is None else f", line {number}"
 
 
 def _plain(value: Any) -> Any:
@@ -131,14 +178,14 @@ def _problem(error: dict[str, Any], known: Iterable[str]) -> str:
     name = str(error["loc"][-1])
     place = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in error["loc"])[1:]
     if error["type"] == "unexpected_keyword_argument":
-        return f"has no field {place.removesuffix(name)}{_suggest(name, known)}"
+        return f"has no field {place.removesuffix(name)}{suggest(name, known)}"
     if error["type"] == "missing":
         return f"has no {place}"
     message = error["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
     return f"{place} = {error['input']!r}: {message}"
 
 
-def _suggest(unknown: str, known: Iterable[str]) -> str:
+def suggest(unknown: str, known: Iterable[str]) -> str:
     """An unknown name with its close matches."""
     near = difflib.get_close_matches(unknown, known, n=2)
     return f"{unknown} (did you mean {' or '.join(near)}?)" if near else unknown

@@ -38,6 +38,26 @@ def test_help_names_every_verb_and_each_verb_shows_an_example(capsys):
         assert f"flax-distil {verb} " in help_of(capsys, verb)
 
 
+def test_unknown_verbs(capsys):
+    for verb, near in (("transribe", "transcribe"), ("train", "distill"), ("init", "init-student")):
+        assert cli.main([verb, "x"]) == 2
+        assert f"no command {verb} (did you mean {near}?)" in capsys.readouterr().err
+    for arguments, shown in ((["help"], "subcommands"), (["help", "filter"], "--max-wer")):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert (stop.value.code, shown in capsys.readouterr().out) == (0, True)
+    student = cli.parse(["init_student", "--teacher", "a", "--output-dir", "b"])
+    assert student.decoder_layers == 2
+
+
+def test_help_of_fields_with_several_values(capsys):
+    shown = help_of(capsys, "evaluate") + help_of(capsys, "transcribe")
+    assert "--datasets STR ..." in shown
+    assert "--methods {sequential,chunked} ..." in shown
+    for ugly in ("[STR", "(default: )", "[PATH", "[FLOAT"):
+        assert ugly not in shown
+
+
 def test_help_does_not_keep_the_line_breaks_of_the_source(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert "so that distill --stored-teacher does" in help_of(capsys, "pseudo-label")

@@ -1,8 +1,12 @@
 """The laws of docs/design.md that can be checked by reading the code."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "flax_distil"
@@ -62,6 +66,23 @@ def test_a_class_name_has_one_meaning():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(str(path.relative_to(ROOT)))
     assert not {name: files for name, files in places.items() if len(files) > 1}
+
+
+def test_every_import_is_declared():
+    """Without conditions, or with an extra where the import is inside a function."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    name = lambda requirement: re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")
+    always = set(map(name, project["dependencies"]))
+    anywhere = always.union(*(map(name, one) for one in project["optional-dependencies"].values()))
+    packages = packages_distributions()
+    for path, tree in sources():
+        for node in ast.walk(tree):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for module in {one.split(".")[0] for one in modules} - sys.stdlib_module_names:
+                declared = always if node in tree.body else anywhere
+                found = {name(one) for one in packages.get(module, [module])}
+                assert module == ROOT.name or found & declared, f"{path} imports {module}"
 
 
 def test_sizes_are_printed(capsys):

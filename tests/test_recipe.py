@@ -6,7 +6,7 @@ import pytest
 
 from flax_distil.config import EvaluateConfig, FilterConfig
 from flax_distil.errors import InputError
-from flax_distil.recipe import load_recipe, save_recipe, stage_name
+from flax_distil.recipe import load_recipe, recipe_stages, save_recipe, stage_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +121,52 @@ def test_nested_and_alternative_types_are_checked_too(tmp_path, text, complaint)
         load_recipe(path, DistillConfig)
 
 
+def test_the_line_of_each_problem_is_named(tmp_path):
+    """Of the field, else of the table that lacks it; of the right one of several tables."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        """# models = 3
+[evaluate]
+models = ["a"]
+"max-clips" = "all"
+
+[[evaluate.data]]
+source = "x"  # [1]
+
+[[evaluate.data]]
+split = "test"
+
+[distill]
+more.warm_up = 2.5
+
+[destill]
+"""
+    )
+    with pytest.raises(InputError, match="line 15 has no stage destill"):
+        load_recipe(path, EvaluateConfig)
+    path.write_text(path.read_text().replace("[destill]", ""))
+    with pytest.raises(InputError) as error:
+        load_recipe(path, EvaluateConfig)
+    assert "line 4 [evaluate] max_clips = 'all'" in str(error.value)
+    assert "line 9 [evaluate] has no data[1].source" in str(error.value)
+    with pytest.raises(InputError, match=r"line 13 \[distill\] more.warm_up = 2.5: must be"):
+        load_recipe(path, DistillConfig)
+
+
 def test_a_missing_recipe_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"none\.toml cannot be read"):
+    with pytest.raises(InputError, match=r"none\.toml cannot be read.* are base-6-2, large-v2"):
         load_recipe(tmp_path / "none.toml", EvaluateConfig)
+
+
+def test_published_recipes_have_names(tmp_path, monkeypatch):
+    """Wherever the package is installed; a file of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("large-v2-32-2", "large-v2-32-2.toml", "recipes/large-v2-32-2.toml"):
+        assert recipe_stages(name)[0] == "pseudo-label"
+    (tmp_path / "large-v2-32-2.toml").write_text("[evaluate]\n")
+    assert recipe_stages("large-v2-32-2.toml") == ("evaluate",)
+    with pytest.raises(InputError, match="cannot be read"):
+        recipe_stages("other/large-v2-32-2.toml")
 
 
 def test_stages_are_named_after_their_verbs():

@@ -24,7 +24,7 @@ main() {
   worker_command 0 true >/dev/null
   on_workers worker_receives "$pack" || die "the project could not be copied"
   on_workers worker_script "$SCRIPTS/worker/setup.sh" \
-    "$commit" "${TPU_PYTHON:-3.11}" "${TPU_EXTRAS:-tpu}" "${TPU_BUCKET:-}" ||
+    "$commit" "${TPU_PYTHON:-3.12}" "${TPU_EXTRAS:-tpu}" "${TPU_BUCKET:-}" ||
     die "the environment could not be created"
   send_secrets
   say "$TPU_NAME is set up at ${commit:0:12}: run launch.sh next"

@@ -45,9 +45,9 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         self.wandb = wandb_run(config, run.wandb) if run.wandb else None
         if run.tensorboard:
-            from tensorboard.summary import Writer  # needs neither TensorFlow nor PyTorch
+            from tensorboardX import SummaryWriter
 
-            self.tensorboard = Writer(str(folder / "tensorboard"))
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
         kept = [one for one in read_metrics(folder / METRICS) if one["step"] <= start]
         with writing(folder):
             write_changed(folder / METRICS, "".join(json.dumps(one) + "\n" for one in kept))

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,28 @@ from flax_distil.model.dims import WhisperDims, dims_to_hf
 from flax_distil.model.generation import completed
 from flax_distil.model.processor import copy_processor
 from flax_distil.model.spec import Params
-from flax_distil.model.tensors import SHARDS, WEIGHTS, open_transformers, read_openai, whisper_names
+from flax_distil.model.tensors import (
+    OLD_WEIGHTS,
+    SHARDS,
+    WEIGHTS,
+    open_transformers,
+    read_openai,
+    whisper_names,
+)
 from flax_distil.model.weights import dims_of, from_hf, to_hf
 from flax_distil.text.tokens import WhisperTokens, load_tokens
 
 log = logging.getLogger(__name__)
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
+# Transformers' default, which a configuration may leave out; the weights have all other sizes.
+HEADS = {"encoder_attention_heads": 6, "decoder_attention_heads": 6}
+# Fetched models whose tokenizer is that of all published models with as many tokens.
+TOKENIZERS = {51_864: "whisper-tiny.en", 51_865: "whisper-base"}
 HUB_FILES = ["*.json", "*.txt", WEIGHTS, SHARDS, "adapter_model.safetensors"]
+OTHER_WEIGHTS = (*OLD_WEIGHTS, "model.bin")  # tried in turn where a hub model has no safetensors
 # They would be read in place of the new weights.
-STALE = (f"{WEIGHTS}.index.json", SHARDS, "pytorch_model*.bin*")
+STALE = (f"{WEIGHTS}.index.json", SHARDS, *(f"{pattern}*" for pattern in OLD_WEIGHTS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +68,11 @@ class Checkpoint:
 def load_checkpoint(name_or_folder: str | Path) -> Checkpoint:
     """The Whisper in a Transformers or CTranslate2 folder, in an OpenAI `.pt`, or by name.
 
-    A name is one of `flax-distil fetch` (whisper-tiny.en) or of the Hugging Face hub
-    (openai/whisper-base.en, or openai/whisper-base.en@REVISION for a branch, tag or commit). A LoRA
-    adapter's folder gives its base model with the adapter merged. Weights of any float type become
-    float32.
+    What a checkpoint of Transformers' Trainer or of Accelerate lacks (configuration, tokenizer) is
+    taken from the folder above it. A LoRA adapter's folder gives its base model with the adapter
+    merged. A name is one of `flax-distil fetch` (whisper-tiny.en) or of the Hugging Face hub
+    (openai/whisper-base.en, or openai/whisper-base.en@REVISION for a branch, tag or commit).
+    Weights of any float type become float32.
 
     Raises:
         InputError: it does not exist, cannot be read, or the tensors do not fit.
@@ -70,6 +84,7 @@ def load_checkpoint(name_or_folder: str | Path) -> Checkpoint:
         raise InputError(
             f"{source} has tie_word_embeddings false, and its proj_out.weight is missing"
         )
+    source = _tokenizer_folder(source, dims)
     generation = completed(generation, config, dims, source)
     return Checkpoint(dims, from_hf(dims, tensors), config, generation, source)
 
@@ -90,8 +105,13 @@ def _find(name_or_folder: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    download = partial(snapshot_download, name, revision=revision or None)
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+        folder = Path(download(allow_patterns=HUB_FILES))
+        for pattern in OTHER_WEIGHTS:
+            if not any(folder.glob(one) for one in ("*.safetensors", *OTHER_WEIGHTS)):
+                download(allow_patterns=[pattern])
+        return folder
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
@@ -113,15 +133,39 @@ def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Any], dict[str, Any]
         except InputError as error:
             raise InputError(f"{path} is a LoRA adapter of {name}: {error}") from None
         tensors = merge_adapter(whisper_names(tensors), matrices, scale)
-        source = path if (path / "tokenizer.json").is_file() else source
+        source = path if (path / TOKENIZER).is_file() else source
         return config, tensors, generation, source
     if path.is_dir() and not (path / CONFIG).is_file():
         alone = sorted(path.glob("*.pt"))
         path = alone[0] if len(alone) == 1 else path
+        if steps := [one.name for one in path.glob("checkpoint-*") if one.is_dir()]:
+            raise InputError(
+                f"{path} has no model and {', '.join(sorted(steps))}: name one of them"
+            )
     if path.is_file():
         return *read_openai(path), {}, path.parent
-    generation = read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
-    return read_json(path / CONFIG), open_transformers(path), generation, path
+    generation = _here_or_above(path, GENERATION)
+    facts = read_json(generation) if generation.is_file() else {}
+    config = HEADS | read_json(_here_or_above(path, CONFIG))
+    return config, open_transformers(path), facts, path
+
+
+def _here_or_above(folder: Path, name: str) -> Path:
+    """A file of a folder, or where it is missing that of the folder above."""
+    own, above = folder / name, folder.resolve().parent / name
+    return above if above.is_file() and not own.is_file() else own
+
+
+def _tokenizer_folder(folder: Path, dims: WhisperDims) -> Path:
+    """The folder with the tokenizer of the model in `folder`: itself, the one above, or that of a
+    fetched model with the same vocabulary."""
+    if (path := _here_or_above(folder, TOKENIZER)).is_file():
+        return path.parent
+    fetched = model_folder(TOKENIZERS.get(dims.vocab, ""))
+    if not (fetched / TOKENIZER).is_file():
+        return folder
+    log.info("%s has no tokenizer.json: that of %s is used", folder, fetched.name)
+    return fetched
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, dtype: str = "float32") -> None:

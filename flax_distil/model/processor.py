@@ -8,8 +8,15 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from flax_distil.audio import SAMPLE_RATE
 from flax_distil.errors import InputError, read_json
-from flax_distil.model.dims import WhisperDims
+from flax_distil.model.dims import (
+    CHUNK_FRAMES,
+    CHUNK_SAMPLES,
+    CHUNK_SECONDS,
+    HOP_LENGTH,
+    WhisperDims,
+)
 from flax_distil.model.generation import special_ids
 from flax_distil.text.tokens import TIMESTAMP_STEP, TIMESTAMPS, added_tokens
 
@@ -20,6 +27,19 @@ FILES = (
     "special_tokens_map.json", "normalizer.json", "preprocessor_config.json",
     "processor_config.json",
 )  # fmt: skip
+FEATURES = {  # Transformers' WhisperFeatureExtractor
+    "chunk_length": CHUNK_SECONDS,
+    "dither": 0.0,
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "hop_length": HOP_LENGTH,
+    "n_fft": 400,
+    "n_samples": CHUNK_SAMPLES,
+    "nb_max_frames": CHUNK_FRAMES,
+    "padding_side": "right",
+    "padding_value": 0.0,
+    "return_attention_mask": False,
+    "sampling_rate": SAMPLE_RATE,
+}
 TIMES = [f"<|{step * TIMESTAMP_STEP:.2f}|>" for step in range(TIMESTAMPS)]  # 0.00 to 30.00 s
 
 
@@ -37,15 +57,15 @@ def copy_processor(source: Path, folder: Path, dims: WhisperDims) -> None:
         shutil.copyfile(path, folder / path.name)
     if not names & {"tokenizer.json", "vocab.json"}:
         log.warning(
-            "%s has no tokenizer.json: add the one of a Whisper with %d tokens to use %s",
-            *(source, dims.vocab, folder.name),
+            "%s has no tokenizer.json, so the new model has none: add that of a Whisper with "
+            "%d tokens to it",
+            *(source, dims.vocab),
         )
     elif "tokenizer_config.json" not in names:
         write_tokenizer(source / "tokenizer.json", folder, dims)
     if not names & {"preprocessor_config.json", "processor_config.json"}:
-        from transformers import WhisperFeatureExtractor
-
-        WhisperFeatureExtractor(feature_size=dims.mels).save_pretrained(folder)
+        text = json.dumps(FEATURES | {"feature_size": dims.mels}, indent=2)
+        (folder / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def write_tokenizer(path: Path, folder: Path, dims: WhisperDims) -> None:

@@ -1,4 +1,4 @@
-"""Tensors of checkpoints by name, in safetensors and PyTorch's pickles: read when needed."""
+"""Tensors of checkpoints by name, in safetensors, PyTorch's pickles and Flax's msgpack."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.serialization import msgpack_restore
+from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError, safe_open
 
 from flax_distil.errors import InputError
@@ -16,7 +18,11 @@ from flax_distil.model.weights import names, names_in
 WEIGHTS = "model.safetensors"
 # Not model*.safetensors: large-v3 has a second copy in float32, model.fp32-*.safetensors, of 6 GB.
 SHARDS = "model-*-of-*.safetensors"
+# Where there are no safetensors, as in checkpoints of 2022.
+OLD_WEIGHTS = ["pytorch_model*.bin", "flax_model*.msgpack"]
 LFS = b"version https://git-lfs"
+FLAX_KINDS = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+SCANNED = re.compile(r"Flax(En|De)coderScanLayers")  # of distil-whisper's Flax models
 # Wrappers (torch.compile, DataParallel, PEFT) add a prefix to Whisper's names.
 NAME = re.compile(r"(?:^|\.)((?:encoder|decoder)\.(?:layers|conv[12]|embed_\w+|layer_norm)\.\S+)$")
 
@@ -33,24 +39,50 @@ class Stored:
         return np.asarray(self.read(), dtype)
 
 
-def open_transformers(folder: Path) -> dict[str, Stored]:
-    """The tensors of a Transformers folder: safetensors, whole or in shards, else PyTorch's pickle.
+def open_transformers(folder: Path) -> dict[str, Any]:
+    """The tensors of a Transformers folder, `Stored` or arrays: safetensors, whole or in shards,
+    else PyTorch's pickle, else Flax's msgpack.
 
     Raises:
         InputError: there is none, a shard is missing, or one is damaged.
     """
-    for whole, shards in ((WEIGHTS, SHARDS), ("pytorch_model.bin", "pytorch_model-*-of-*.bin")):
+    for whole, shards, read in (
+        (WEIGHTS, SHARDS, open_safetensors),
+        ("pytorch_model.bin", "pytorch_model-*-of-*.bin", _open_pickle),
+        ("flax_model.msgpack", "flax_model-*-of-*.msgpack", open_flax),
+    ):
         files = [folder / whole] if (folder / whole).is_file() else sorted(folder.glob(shards))
         total = files[0].stem.rpartition("-of-")[2] if files else ""
         if total.isdigit() and len(files) != int(total):
             raise InputError(f"{folder} has {len(files)} of {int(total)} shards: fetch it again")
-        tensors: dict[str, Stored] = {}
-        for file in files:
-            safe = file.suffix == ".safetensors"
-            tensors |= open_safetensors(file) if safe else _stored(file, _load_torch(file))
-        if tensors:
+        if tensors := {name: tensor for file in files for name, tensor in read(file).items()}:
             return tensors
     raise InputError(f"{folder} has no {WEIGHTS}: it is not a Transformers checkpoint")
+
+
+def open_flax(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a Flax Whisper of Transformers 4 or distil-whisper, under PyTorch's names.
+
+    The tree's path is PyTorch's name, but for its last part. Scanned layers are one array with a
+    leading axis. Nothing in msgpack can run code.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        tree: dict[str, Any] = dict(flatten_dict(msgpack_restore(file.read_bytes()), sep="/"))
+        for key, array in tree.items():
+            *path, kind = key.split("/")
+            name = ".".join([*path, FLAX_KINDS.get(kind, kind)])
+            for layer, one in enumerate(array if SCANNED.search(name) else [array]):
+                one = one.T if kind == "kernel" else one
+                tensors[SCANNED.sub(str(layer), name)] = np.asarray(one)
+    except Exception as error:  # msgpack has a dozen kinds
+        raise InputError(
+            f"{file} is not a Flax checkpoint ({error!r:.200}): fetch it again"
+        ) from None
+    return tensors
 
 
 def open_safetensors(file: Path) -> dict[str, Stored]:
@@ -93,6 +125,10 @@ def _load_torch(path: Path) -> Any:
     except Exception as error:  # torch raises a dozen kinds for a damaged or unsafe file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} cannot be read as PyTorch weights: {reason[:200]}") from error
+
+
+def _open_pickle(path: Path) -> dict[str, Stored]:
+    return _stored(path, _load_torch(path))
 
 
 def _stored(path: Path, state: Any) -> dict[str, Stored]:

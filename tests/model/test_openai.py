@@ -130,9 +130,14 @@ def test_sizes_are_compared_with_the_tensors(theirs, tmp_path, key):
 
 
 def test_a_folder_that_holds_one_file_is_that_model(file, theirs):
-    folder = load_checkpoint(file.parent)
-    assert folder.dims == load_checkpoint(file).dims
-    assert folder.source == file.parent
+    assert load_checkpoint(file.parent).dims == load_checkpoint(file).dims
+
+
+def test_the_tokenizer_is_that_of_a_fetched_model(file, base_folder, theirs, caplog):
+    """51,865 tokens are those of all multilingual models up to large-v2; the file has none."""
+    checkpoint = load_checkpoint(file)
+    assert checkpoint.source == base_folder
+    assert checkpoint.tokens().multilingual
 
 
 def test_odd_feed_forward_has_no_openai_form():

@@ -1,10 +1,15 @@
 """Weights as others keep them: prefixes, PyTorch's pickle, odd types and names of shards."""
 
 import json
+import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax.serialization import msgpack_serialize
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from flax_distil.errors import InputError
@@ -136,3 +141,90 @@ def test_many_faults_are_shortened(folder):
     with pytest.raises(InputError, match=r"and \d\d more") as caught:
         load_checkpoint(folder)
     assert len(str(caught.value)) < 1200
+
+
+def flax_tree(folder, scanned):
+    """The tensors as FlaxWhisperForConditionalGeneration of Transformers 4 names them."""
+    tree = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        *path, kind = name.split(".")
+        if kind == "weight" and tensor.ndim > 1 and "embed_" not in name:
+            kind, tensor = "kernel", tensor.T
+        elif kind == "weight":
+            kind = "embedding" if "embed_" in name else "scale"
+        tree[*path, kind] = tensor
+    if scanned:  # as distil-whisper's models, where the layers are one array
+        for half in ("Encoder", "Decoder"):
+            for path in [path for path in tree if path[1:4] == (half.lower(), "layers", "0")]:
+                names = [(*path[:3], str(layer), *path[4:]) for layer in range(9)]
+                stacked = np.stack([tree.pop(name) for name in names if name in tree])
+                tree[*path[:3], f"Flax{half}ScanLayers", *path[4:]] = stacked
+    return unflatten_dict(tree)
+
+
+@pytest.mark.parametrize("kind", ["plain", "scanned", "shards", "bfloat16", "bare"])
+def test_flax_checkpoints(teacher, folder, kind):
+    tree = flax_tree(folder, scanned=kind == "scanned")
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").write_text(json.dumps(old_config(folder)))
+    files = {"flax_model.msgpack": tree["model"] if kind == "bare" else tree}
+    if kind == "shards":
+        files = {
+            f"flax_model-0000{number}-of-00002.msgpack": {"model": {half: tree["model"][half]}}
+            for number, half in ((1, "encoder"), (2, "decoder"))
+        }
+    if kind == "bfloat16":
+        files = jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), files)
+    for name, content in files.items():
+        (folder / name).write_bytes(msgpack_serialize(jax.tree.map(np.asarray, content)))
+    loaded, wanted = load_checkpoint(folder), teacher.params
+    if kind == "bfloat16":
+        wanted = jax.tree.map(lambda array: np.asarray(jnp.bfloat16(array), np.float32), wanted)
+    assert same_arrays(loaded.params, wanted)
+    save_checkpoint(loaded, folder)
+    assert not list(folder.glob("*.msgpack"))
+
+
+def old_config(folder):
+    """Without the keys that a Whisper configuration of those years may lack."""
+    config = json.loads((folder / "config.json").read_text())
+    return {key: value for key, value in config.items() if key not in ("num_mel_bins", "dtype")}
+
+
+def test_damaged_flax_checkpoints(folder):
+    (folder / "model.safetensors").unlink()
+    for content in (b"", b"\x81", msgpack_serialize({"a": 1}), b"\xc1" * 100):
+        (folder / "flax_model.msgpack").write_bytes(content)
+        with pytest.raises(InputError, match=r"not a Flax checkpoint|not a Whisper's"):
+            load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("trainer", ["Trainer", "Accelerate"])
+def test_checkpoints_of_trainers(teacher, random_folders, tmp_path, trainer):
+    """Transformers' Trainer keeps no tokenizer, Accelerate neither it nor a configuration."""
+    for kept, name in (("config.json", "run"), ("tokenizer.json", "run")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        shutil.copy(random_folders[0] / kept, tmp_path / name)
+    own = tmp_path / "run" / "checkpoint-10"
+    own.mkdir()
+    shutil.copy(random_folders[0] / "model.safetensors", own)
+    for other in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin"):
+        (own / other).touch()
+    if trainer == "Trainer":
+        (tmp_path / "run" / "config.json").rename(own / "config.json")
+    loaded = load_checkpoint(own)
+    assert same_arrays(loaded.params, teacher.params)
+    assert loaded.tokens().eot == teacher.tokens().eot
+    if trainer == "Trainer":
+        with pytest.raises(InputError, match="has no model and checkpoint-10: name one of them"):
+            load_checkpoint(own.parent)
+
+
+def test_heads_that_a_configuration_leaves_out_are_transformers_default(teacher, folder):
+    """6, which this model's width does not divide by: the error names both."""
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("encoder_attention_heads", "num_mel_bins", "d_model", "max_target_positions"):
+        config.pop(key)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="width 16 does not divide over 6 encoder heads"):
+        load_checkpoint(folder)

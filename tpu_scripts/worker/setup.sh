@@ -15,7 +15,10 @@ main() {
   # The images have Python 3.10, which is too old; uv installs a newer one.
   command -v uv >/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   uv venv --quiet --allow-existing --python "$python" "$project/.venv"
-  uv pip install --quiet --python "$project/.venv/bin/python" --editable "${project}[$extras]"
+  local pinned=$project/constraints-$python.txt
+  [[ -f $pinned ]] || pinned=/dev/null # another Python: the newest versions
+  uv pip install --quiet --python "$project/.venv/bin/python" --constraint "$pinned" \
+    --editable "${project}[$extras]"
 
   if [[ -n $bucket ]]; then
     mount_bucket "$bucket"
