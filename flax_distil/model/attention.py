@@ -90,7 +90,7 @@ class Attention(nnx.Module):
         x_BLD: Float[Array, "B L D"],
         kv: AnyKeyValues,
         mask_QS: Bool[Array, "... L S"] | None = None,
-        kv_length: int | None = None,
+        kv_length: int | Int[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """What the positions x take from `kv`; mask and kv_length as of `attend`."""
         scale = (x_BLD.shape[-1] // self.heads) ** -0.5
@@ -164,7 +164,7 @@ def attend(
     k_BHSK: Float[Array, "C H S K"],
     v_BHSK: Float[Array, "C H S K"],
     mask_QS: Bool[Array, "... Q S"] | None = None,
-    kv_length: int | None = None,
+    kv_length: int | Int[Array, " B"] | None = None,
     backend: Backend = "xla",
 ) -> Float[Array, "B H Q K"]:
     """Softmax(q kᵀ) v; `q` comes scaled.
@@ -174,7 +174,7 @@ def attend(
         k_BHSK: keys.
         v_BHSK: values.
         mask_QS: true where a query may attend to a key.
-        kv_length: keys that count; those behind them are padding (`pad_to_block`).
+        kv_length: keys that count, of all clips or of each; those behind them are padding.
         backend: of unmasked attention of many queries, the encoder's, whose scores are the
             model's largest tensor and never exist whole.
     """
@@ -189,9 +189,10 @@ def attend(
         return mixed_BHQK.reshape(beams.shape).swapaxes(1, 2).reshape(q_BHQK.shape)
     if takes_kernel(backend, queries, q_BHQK.dtype):
         return _by_splash(q_BHQK, k_BHSK, v_BHSK, kv_length)
+    lengths_B = None if kv_length is None or isinstance(kv_length, int) else kv_length
     if queries <= QUERY_BLOCK:
-        return _attend(q_BHQK, k_BHSK, v_BHSK)
-    return IN_PARTS[backend](q_BHQK, k_BHSK, v_BHSK)
+        return _attend(q_BHQK, k_BHSK, v_BHSK, lengths_B=lengths_B)
+    return IN_PARTS[backend](q_BHQK, k_BHSK, v_BHSK, lengths_B)
 
 
 def takes_kernel(backend: Backend, queries: int, dtype: Any) -> bool:
@@ -242,9 +243,17 @@ def attend_merged(
     return (mixed_CQHD * own_11HD).sum(axis=2).reshape(q_BQD.shape).astype(q_BQD.dtype)
 
 
-def _attend(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, mask_QS: Array | None = None) -> Array:
+def _attend(
+    q_BHQK: Array,
+    k_BHSK: Array,
+    v_BHSK: Array,
+    mask_QS: Array | None = None,
+    lengths_B: Array | None = None,
+) -> Array:
     """Normalises after the value product: dividing [Q, K] numbers instead of [Q, S]."""
     scores = product("bhqk,bhsk->bhqs", q_BHQK, k_BHSK)
+    if lengths_B is not None:
+        mask_QS = jnp.arange(k_BHSK.shape[2]) < lengths_B.reshape(-1, 1, 1, 1)
     if mask_QS is not None:
         mask_BHQS = jax.lax.expand_dims(mask_QS, range(4 - mask_QS.ndim))
         scores = jnp.where(mask_BHQS, scores, jnp.finfo(scores.dtype).min)
@@ -255,38 +264,47 @@ def _attend(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, mask_QS: Array | None =
     return (mixed / total).astype(q_BHQK.dtype)
 
 
-def _by_head(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
+def _by_head(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, lengths_B: Array | None = None) -> Array:
     """One head of one clip after the other: on CPUs, a part has to stay in the cache."""
-    heads = [x.reshape(-1, 1, 1, *x.shape[2:]) for x in (q_BHQK, k_BHSK, v_BHSK)]
-    head_by_head = jax.checkpoint(lambda qkv: _attend(*qkv))
-    return jax.lax.map(head_by_head, tuple(heads)).reshape(q_BHQK.shape)
+    heads = tuple(x.reshape(-1, 1, 1, *x.shape[2:]) for x in (q_BHQK, k_BHSK, v_BHSK))
+    lengths = None if lengths_B is None else jnp.repeat(lengths_B, q_BHQK.shape[1])
+    head_by_head = jax.checkpoint(lambda given: _attend(*given[0], lengths_B=given[1]))
+    return jax.lax.map(head_by_head, (heads, lengths)).reshape(q_BHQK.shape)
 
 
-def _by_query_block(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
+def _by_query_block(
+    q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, lengths_B: Array | None = None
+) -> Array:
     """A block of queries of all heads and clips after the other; at once if they do not divide."""
     batch, heads, queries, size = q_BHQK.shape
     if queries % QUERY_BLOCK:
-        return _attend(q_BHQK, k_BHSK, v_BHSK)
+        return _attend(q_BHQK, k_BHSK, v_BHSK, lengths_B=lengths_B)
     blocks = q_BHQK.reshape(batch, heads, -1, QUERY_BLOCK, size)
-    block_by_block = jax.checkpoint(lambda q_BHQK: _attend(q_BHQK, k_BHSK, v_BHSK))
+    block_by_block = jax.checkpoint(
+        lambda q_BHQK: _attend(q_BHQK, k_BHSK, v_BHSK, lengths_B=lengths_B)
+    )
     mixed = jax.lax.map(block_by_block, jnp.moveaxis(blocks, 2, 0))
     return jnp.moveaxis(mixed, 0, 2).reshape(q_BHQK.shape)
 
 
-def _by_cudnn(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array) -> Array:
+def _by_cudnn(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, lengths_B: Array | None = None) -> Array:
     """cuDNN's flash attention."""
 
-    def attend(*qkv: Array) -> Array:
-        q_BQHK, k_BSHK, v_BSHK = (x.swapaxes(1, 2) for x in qkv)
-        return jax.nn.dot_product_attention(
-            q_BQHK, k_BSHK, v_BSHK, scale=1.0, implementation="cudnn"
-        ).swapaxes(1, 2)
+    def attend(*given: Array) -> Array:
+        q_BQHK, k_BSHK, v_BSHK = (x.swapaxes(1, 2) for x in given[:3])
+        options: dict[str, Any] = {"scale": 1.0, "implementation": "cudnn"}
+        if given[3:]:
+            options |= {"key_value_seq_lengths": given[3]}
+            options |= {"query_seq_lengths": jnp.full_like(given[3], q_BQHK.shape[1])}
+        return jax.nn.dot_product_attention(q_BQHK, k_BSHK, v_BSHK, **options).swapaxes(1, 2)
 
-    return on_each_device(attend, q_BHQK, k_BHSK, v_BHSK)
+    return on_each_device(
+        attend, q_BHQK, k_BHSK, v_BHSK, *(() if lengths_B is None else (lengths_B,))
+    )
 
 
 # Of unmasked attention of many queries; `splash` comes here in float32 only.
-IN_PARTS: dict[Backend, Callable[[Array, Array, Array], Array]] = {
+IN_PARTS: dict[Backend, Callable[[Array, Array, Array, Array | None], Array]] = {
     "xla": _by_query_block,
     "cpu": _by_head,
     "cudnn": _by_cudnn,
@@ -294,18 +312,31 @@ IN_PARTS: dict[Backend, Callable[[Array, Array, Array], Array]] = {
 }
 
 
-def _by_splash(q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, kv_length: int | None = None) -> Array:
-    """Splash attention, whose scores stay on the chip."""
+def _by_splash(
+    q_BHQK: Array, k_BHSK: Array, v_BHSK: Array, kv_length: int | Array | None = None
+) -> Array:
+    """Splash attention, whose scores stay on the chip.
 
-    def attend(*qkv: Array) -> Array:
-        queries, keys = qkv[0].shape[2], qkv[1].shape[2]
-        blocks = (
-            jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % _block(x.shape[2])), (0, 0))) for x in qkv
-        )
-        kernel = _splash(qkv[0].shape[1], queries, keys, kv_length or keys)
+    Keys of a clip behind its own length are of another segment than all queries.
+    """
+    whole = kv_length if isinstance(kv_length, int) else None
+    lengths = () if kv_length is None or isinstance(kv_length, int) else (kv_length,)
+
+    def attend(*given: Array) -> Array:
+        queries, keys = given[0].shape[2], given[1].shape[2]
+        blocks: list[Any] = [
+            jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % _block(x.shape[2])), (0, 0)))
+            for x in given[:3]
+        ]
+        kernel = _splash(given[0].shape[1], queries, keys, whole or keys)
+        if given[3:]:
+            padded_q, padded_kv = blocks[0].shape[2], blocks[1].shape[2]
+            behind_BS = jnp.arange(padded_kv) >= given[3][:, None]
+            own_BQ = jnp.zeros((len(behind_BS), padded_q), jnp.int32)
+            blocks.append(splash.SegmentIds(own_BQ, behind_BS.astype(jnp.int32)))
         return jax.vmap(kernel)(*blocks)[:, :, :queries]
 
-    return on_each_device(attend, q_BHQK, k_BHSK, v_BHSK)
+    return on_each_device(attend, q_BHQK, k_BHSK, v_BHSK, *lengths)
 
 
 @cache

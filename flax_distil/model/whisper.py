@@ -66,15 +66,24 @@ class Encoder(nnx.Module):
         self.remat = remat
         self.attention: Backend = attention
 
-    def __call__(self, mel_BTM: Float[Array, "B T M"]) -> Float[Array, "B S D"]:
-        """Log-mel frames to audio states, T = 2 S."""
+    def __call__(
+        self, mel_BTM: Float[Array, "B T M"], lengths_B: Int[Array, " B"] | None = None
+    ) -> Float[Array, "B S D"]:
+        """Log-mel frames to audio states, T = 2 S.
+
+        lengths_B: positions of each clip: states behind them mean nothing and change no other.
+        """
+        if lengths_B is not None:
+            inside_BT1 = jnp.arange(mel_BTM.shape[1])[None, :, None] < 2 * lengths_B[:, None, None]
+            mel_BTM = jnp.where(inside_BT1, mel_BTM, 0)
         x_BSD = gelu(self.conv2(gelu(self.conv1(mel_BTM))))
-        x_BSD = x_BSD + self.positions[...].astype(x_BSD.dtype)[None]
-        kv_length = x_BSD.shape[1]
-        x_BSD = pad_to_block(x_BSD, kv_length, self.attention)
+        length = x_BSD.shape[1]
+        x_BSD = x_BSD + self.positions[...].astype(x_BSD.dtype)[None, :length]
+        kv_length = length if lengths_B is None else lengths_B
+        x_BSD = pad_to_block(x_BSD, length, self.attention)
         forward = lambda layer, x_BSD, _: (layer(x_BSD, kv_length=kv_length), None)
         x_BSD, _ = apply_layers(self.layers, forward, x_BSD, self.remat)
-        return self.norm(x_BSD[:, :kv_length])
+        return self.norm(x_BSD[:, :length])
 
 
 class Decoder(nnx.Module):
@@ -104,17 +113,19 @@ class Decoder(nnx.Module):
         audio_BSD: Float[Array, "B S D"],
         embedded_BLD: Float[Array, "B L D"] | None = None,
         dropout: "Dropout | None" = None,
+        lengths_B: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Any]:
         """The final hidden states and those after every layer (a tuple, or stacked when scanned).
 
         embedded_BLD: the tokens' embeddings, where the caller has looked them up. dropout: in
-        training, for unrolled layers alone.
+        training, for unrolled layers alone. lengths_B: audio positions of each clip.
         """
         length = tokens_BL.shape[1]
         x_BLD = self.tokens(tokens_BL) if embedded_BLD is None else embedded_BLD
         x_BLD = x_BLD + self.positions(jnp.arange(length)[None])
         mask_LL = jnp.tril(jnp.ones((length, length), bool))
-        kv_length, padded_BSD = audio_BSD.shape[1], pad_to_block(audio_BSD, length, self.attention)
+        kv_length = audio_BSD.shape[1] if lengths_B is None else lengths_B
+        padded_BSD = pad_to_block(audio_BSD, length, self.attention)
         numbers = None
         if dropout is not None:
             x_BLD = dropout(x_BLD, 0)
@@ -253,7 +264,7 @@ class Layer(nnx.Module):
         own: AnyKeyValues | None = None,
         cross: AnyKeyValues | None = None,
         mask_QS: Bool[Array, "... L T"] | None = None,
-        kv_length: int | None = None,
+        kv_length: int | Int[Array, " B"] | None = None,
         drop: Callable[[Array, int], Array] = lambda y_BLD, _: y_BLD,
     ) -> Float[Array, "B L D"]:
         """own: keys and values of `x` and the tokens before it; those of `x` alone if None.

@@ -121,18 +121,17 @@ def in_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
-def on_each_device(function: Callable[..., Array], *arrays_BH: Array) -> Array:
-    """`function` on every device's own clips and heads: [B, H, …] arrays in and out.
+def on_each_device(function: Callable[..., Array], *arrays: Array) -> Array:
+    """`function` on every device's own clips and heads: [B, H, …] or [B] arrays in, [B, H, …] out.
 
     For kernels, which XLA does not partition. Where there is no mesh, or each device runs a program
     of its own already, it is called as it is.
     """
     if not in_mesh() or jax.sharding.get_abstract_mesh().are_all_axes_manual:
-        return function(*arrays_BH)
+        return function(*arrays)
     part = PartitionSpec(("data", "fsdp"), "tensor")
-    return jax.shard_map(
-        function, in_specs=(part,) * len(arrays_BH), out_specs=part, check_vma=False
-    )(*arrays_BH)
+    places = tuple(part if x.ndim > 1 else BATCH for x in arrays)
+    return jax.shard_map(function, in_specs=places, out_specs=part, check_vma=False)(*arrays)
 
 
 def for_each_shard(x: Array, shards: int) -> Array:

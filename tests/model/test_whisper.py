@@ -178,6 +178,43 @@ def test_padding_of_the_kernels_blocks_is_masked_out(monkeypatch):
     assert sizes == [[256, 256, 256], [130, 256, 256]]
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("half", [(), HALVES])
+def test_a_shorter_clip_in_a_batch_is_what_it_is_alone(twins, inputs, half):
+    """In float64, with layers in a list and stacked: no frame behind a clip's length is read."""
+    mel, tokens = jnp.asarray(inputs[0]), jnp.asarray(inputs[1])
+    params = {h: stack_layers(p) if half else p for h, p in twins.params.items()}
+    spec = Spec(twins.dims, "float64", half)
+    encoder, decoder = spec.encoder(params["encoder"]), spec.decoder(params["decoder"])
+    lengths = jnp.array([20, 7])
+    audio = encoder(mel, lengths)
+    hidden, _ = decoder.hidden_states(tokens, audio, lengths_B=lengths)
+    for row, length in enumerate(lengths.tolist()):
+        alone = encoder(mel[row : row + 1, : 2 * length])
+        np.testing.assert_allclose(audio[row : row + 1, :length], alone, atol=1e-12)
+        text = decoder(tokens[row : row + 1], alone)
+        np.testing.assert_allclose(hidden[row : row + 1], text, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "xla", "cudnn", "splash"])
+def test_keys_behind_a_clips_length_are_not_read(backend, monkeypatch):
+    """In every backend; XLA computes cuDNN's part, and the TPU's kernel is interpreted."""
+    on_a_tpu = attention._splash
+    monkeypatch.setattr(attention, "_splash", lambda *sizes: on_a_tpu(*sizes, interpret=True))
+    monkeypatch.setattr(attention, "takes_kernel", lambda backend, *_: backend == "splash")
+    by_xla = jax.nn.dot_product_attention
+    without = lambda *x, implementation, **options: by_xla(*x, **options)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", without)
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 2, 2 * QUERY_BLOCK, 8))
+    lengths = [2 * QUERY_BLOCK, 130]
+    for queries in (2 * QUERY_BLOCK, 140):
+        found = attend(q[:, :, :queries], k, v, None, jnp.array(lengths), backend)
+        for row, length in enumerate(lengths):
+            keys, values = k[row : row + 1, :, :length], v[row : row + 1, :, :length]
+            alone = _attend(q[row : row + 1, :, :queries], keys, values)
+            np.testing.assert_allclose(found[row : row + 1], alone, atol=1e-5)
+
+
 def test_cudnn_is_asked_for_the_same(monkeypatch):
     """Its own kernel needs a GPU: XLA computes what it is asked for."""
     asked = []
