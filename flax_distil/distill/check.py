@@ -18,14 +18,14 @@ from jax.sharding import Mesh
 
 from flax_distil.config import DistillConfig, OptimizerConfig
 from flax_distil.data.augment import uses_spec_augment
-from flax_distil.data.mixing import TrainingSource, training_sources
+from flax_distil.data.mixing import TrainingSource, audio_hours, training_sources
 from flax_distil.data.utterances import Concatenated, Utterances
 from flax_distil.distill.checkpoints import has_checkpoints
 from flax_distil.errors import InputError, check_writable
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.student import same_arrays
-from flax_distil.parallel.mesh import check_batch, check_heads
+from flax_distil.parallel.mesh import check_batch, check_heads, data_shards, make_mesh
 from flax_distil.pseudo_label.jobs import fingerprint
 from flax_distil.pseudo_label.store import SETTINGS, read_settings
 from flax_distil.text.languages import to_language_code
@@ -37,9 +37,13 @@ log = logging.getLogger(__name__)
 NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "1 or more": (
         lambda value: value >= 1,
-        "batch_size lanes max_skipped compute.accumulation compute.fsdp compute.tensor "
+        "lanes max_skipped compute.accumulation compute.fsdp compute.tensor "
         "run.save_every run.keep run.log_every run.workers "
         "validation.every validation.batch_size validation.max_tokens",
+    ),
+    "1 or more, or -1": (
+        lambda value: value >= 1 or value == -1,
+        "batch_size optimizer.steps",
     ),
     "between 0 and 1": (
         lambda value: 0 <= value <= 1,
@@ -51,6 +55,11 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
         "loss.temperature optimizer.epochs optimizer.learning_rate optimizer.max_gradient_norm",
     ),
 }
+
+# The paper's run (table 15; its 80,000 updates are eight epochs), and the longest published
+# student's epochs, distil-large-v3.5's.
+STEPS, BATCH, WARMUP, EPOCHS, MOST_EPOCHS = 80_000, 256, 500, 8.0, 80
+SMALL_BATCH = 4
 
 
 def check_config(config: DistillConfig) -> None:
@@ -67,13 +76,15 @@ def check_config(config: DistillConfig) -> None:
 def check(
     config: DistillConfig, teacher: Checkpoint, student: Checkpoint
 ) -> tuple[DistillConfig, tuple[TrainingSource, ...]]:
-    """The configuration with its epochs as steps, and the opened datasets.
+    """The configuration `with_defaults`, and the opened datasets; logs what the run will be.
 
-    Logs a warning where labels are another teacher's, or no clip has a text before it.
+    Logs a warning where labels are another teacher's, no clip has a text before it, or the run has
+    more epochs than any published one.
 
     Raises:
         InputError: a dataset cannot be read, labels are of another task, vocabulary or teacher than
-            they have to be, audio states cannot be used, or a stream is to last for epochs.
+            they have to be, audio states cannot be used, a stream is to last for epochs, or the
+            mesh does not fit the devices.
     """
     tokens = student.tokens()
     check_labels(config, teacher, tokens)
@@ -81,9 +92,34 @@ def check(
     check_audio_states(config, teacher, student, sources)
     check_ids(sources, tokens)
     warn_of_prompts(config, sources)
-    config = with_steps(config, [source.size for source in sources])
+    compute, sizes = config.compute, [source.size for source in sources]
+    clips = None if None in sizes else sum(size or 0 for size in sizes)
+    mesh = make_mesh(compute.data, compute.fsdp, compute.tensor)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    config = with_defaults(config, clips, data_shards(mesh), on_cpu)
     check_warmup(config.optimizer)
+    hours = None if clips is None else sum(audio_hours(source.utterances) for source in sources)
+    log_length(config, clips, hours)
     return config, sources
+
+
+def log_length(config: DistillConfig, clips: int | None, hours: float | None) -> None:
+    """Logs what the run will be, and a warning for more epochs than any published run had."""
+    steps, batch = config.optimizer.steps, config.batch_size
+    if clips is None:
+        log.info("%d updates of %d clips from streams", steps, batch)
+        return
+    epochs, change = steps * batch / clips, "--optimizer.epochs, --optimizer.steps or --batch-size"
+    log.info(
+        "%d clips, %.2f hours of audio; %d updates of %d clips, %.3g epochs (change with %s)",
+        *(clips, hours, steps, batch, epochs, change),
+    )
+    if epochs > MOST_EPOCHS:
+        log.warning(
+            "the run has %.0f epochs of %d clips, and published students have %g to %d: set "
+            "--optimizer.epochs, or add data",
+            *(epochs, clips, EPOCHS, MOST_EPOCHS),
+        )
 
 
 def check_fit(
@@ -118,7 +154,8 @@ def check_numbers(config: DistillConfig) -> None:
         )
     if not buckets or not all(1 <= one <= 448 for one in buckets):
         raise InputError(f"label_buckets {buckets}: name lengths from 1 to 448 tokens")
-    check_warmup(config.optimizer)
+    if -1 not in (config.optimizer.steps, config.optimizer.warmup_steps):
+        check_warmup(config.optimizer)
     for kind, (holds, names) in NUMBERS.items():
         for name in names.split():
             value = attrgetter(name)(config)
@@ -289,21 +326,37 @@ def knows_previous(source: TrainingSource) -> bool:
     return (columns.speaker, columns.recording) != (None, None)
 
 
-def with_steps(config: DistillConfig, sizes: Sequence[int | None]) -> DistillConfig:
-    """The configuration with its epochs as steps, rounded up to whole batches.
+def with_defaults(
+    config: DistillConfig, clips: int | None, shards: int, on_cpu: bool
+) -> DistillConfig:
+    """The configuration with the batch, updates and warm-up that data and machine decide.
 
-    sizes: of the sources. Raises InputError for a stream, whose clips are not counted.
+    clips: of all datasets; None if unknown, as of streams. shards: parts that a batch is cut into.
+
+    Raises InputError for epochs of an unknown number of clips.
     """
-    epochs, clips = config.optimizer.epochs, sum(size or 0 for size in sizes)
-    if epochs is None:
-        return config
-    if None in sizes:
+    optimizer, batch, steps = config.optimizer, config.batch_size, config.optimizer.steps
+    if batch == -1:
+        hundredth = BATCH if clips is None else 1 << (clips // 100).bit_length() >> 1
+        batch = SMALL_BATCH if on_cpu else min(max(hundredth, SMALL_BATCH), BATCH)
+        parts = shards * config.compute.accumulation
+        batch = -(-batch // parts) * parts
+    if optimizer.epochs is not None and clips is None:
         raise InputError(
-            f"epochs is {epochs:g} and the length of a stream is not known: give steps instead"
+            f"epochs is {optimizer.epochs:g} and the number of clips is not known, as of streams: "
+            "give --optimizer.steps instead, or to plan, --clips"
         )
-    steps = math.ceil(round(epochs * clips, 6) / config.batch_size)
-    log.info("%g epochs of %d clips: %d steps", epochs, clips, steps)
-    return replace(config, optimizer=replace(config.optimizer, steps=steps))
+    if clips is None:
+        steps = STEPS if steps == -1 else steps
+    elif optimizer.epochs is not None or steps == -1:
+        passes = optimizer.epochs or EPOCHS
+        steps = math.ceil(round(passes * clips, 6) / batch)
+        steps = min(steps, STEPS) if optimizer.epochs is None else steps
+    warmup = optimizer.warmup_steps
+    if warmup == -1:
+        warmup = min(WARMUP, steps // 10)
+    optimizer = replace(optimizer, steps=steps, warmup_steps=warmup)
+    return replace(config, batch_size=batch, optimizer=optimizer)
 
 
 def datasets_of(sources: Sequence[TrainingSource]) -> Iterator[Any]:

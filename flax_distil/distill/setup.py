@@ -4,6 +4,7 @@ The trainer takes all of it over arrays, the planner over shapes alone.
 """
 
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,10 +24,12 @@ from flax_distil.data.mixing import TrainingSource
 from flax_distil.data.utterances import Utterance
 from flax_distil.distill.check import check_fit
 from flax_distil.distill.step import Frozen, TrainSpec, TrainState, initial_state, train_step
+from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import WhisperDims
 from flax_distil.model.spec import HALVES, Params, Spec, unstack_layers
 from flax_distil.model.student import layer_map, same_arrays
+from flax_distil.parallel.chips import free_memory
 from flax_distil.parallel.mesh import (
     data_shards,
     make_mesh,
@@ -39,6 +42,8 @@ from flax_distil.parallel.mesh import (
 from flax_distil.text.tokens import WhisperTokens
 
 log = logging.getLogger(__name__)
+
+GIB = 2.0**30
 
 
 @runtime_checkable
@@ -56,7 +61,10 @@ class Batches(Protocol):
 
 
 class TrainProgram(NamedTuple):
-    """What stays the same from step to step; `step` is `train_step`, compiled, state donated."""
+    """What stays the same from step to step.
+
+    step: `train_step`, compiled for each length of labels, state donated; see `within_memory`.
+    """
 
     spec: TrainSpec
     mesh: Mesh
@@ -100,7 +108,7 @@ def prepare(
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     begin = jax.jit(partial(initial_state, config=config.optimizer), out_shardings=placed)
     options = overlap_options(mesh) if compute.overlap else {}
-    step = compile_step(spec, mesh, state, options)
+    step = within_memory(compile_step(spec, mesh, state, options), spec)
     return TrainProgram(spec, mesh, frozen, step), begin(place(trainable, placed.params))
 
 
@@ -231,6 +239,45 @@ def compile_step(
         out_shardings=(placed, replicated(mesh)),
         compiler_options=options or None,
     )
+
+
+def within_memory(step: Any, spec: TrainSpec) -> Any:
+    """`step`, which raises InputError where a program needs more memory than is free.
+
+    That is checked for each length of labels, before its first run.
+    """
+    lengths: set[int] = set()
+
+    def checked(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
+        clips, length = batch.tokens.shape
+        if length not in lengths:
+            sizes = step.lower(state, frozen, batch).compile().memory_analysis()
+            needed = sizes.temp_size_in_bytes + sizes.output_size_in_bytes
+            needed -= sizes.alias_size_in_bytes
+            if jax.local_devices()[0].platform == "cpu":  # whose devices share one memory
+                needed *= jax.local_device_count()
+            check_memory(needed, free_memory(), clips, length, spec)
+            lengths.add(length)
+        return step(state, frozen, batch)
+
+    return checked
+
+
+def check_memory(needed: int, free: int, clips: int, length: int, spec: TrainSpec) -> None:
+    """Raises InputError if an update of `clips` labels of `length` tokens needs more bytes than are
+    free, else logs both. The message has the accumulation with which it fits."""
+    sizes = (
+        f"an update of {clips} clips with {length} tokens needs {needed / GIB:.1f} GiB beside the "
+        f"models, and {free / GIB:.1f} GiB are free"
+    )
+    room = max(0.9 * free, 1)  # the rest is for audio, checkpoints and other programs
+    if needed <= room:
+        log.info(sizes)
+        return
+    rows, least = clips // spec.data_shards, spec.accumulation * math.ceil(needed / room)
+    micro = next((f"{n}" for n in range(least, rows + 1) if rows % n == 0), None)
+    remedy = f"--compute.accumulation {micro} (the same result)" if micro else "--compute.remat"
+    raise InputError(f"{sizes}: set {remedy}, or a smaller --batch-size")
 
 
 def parameter_table(trained: Params, frozen: Frozen) -> Table:

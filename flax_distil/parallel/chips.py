@@ -1,7 +1,11 @@
-"""Published peaks of accelerators, by the name that JAX gives a device."""
+"""What devices have: published peaks, by the name that JAX gives a device, and free memory."""
 
+import os
 import re
+from pathlib import Path
 from typing import NamedTuple
+
+import jax
 
 
 class Peak(NamedTuple):
@@ -72,3 +76,23 @@ def published_peak(device_kind: str, dtype: str) -> float | None:
         found = (GPUS[name] for name in GPUS if re.search(rf"\b{name}\b", device_kind))
         peak = next(found, None)
     return peak and getattr(peak, dtype)
+
+
+def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can still be allocated on the first device; for a CPU, on this machine.
+
+    cgroup: of the container, whose limit counts as well.
+    """
+    device = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in device:
+        return device["bytes_limit"] - device["bytes_in_use"]
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if Path("/proc/meminfo").is_file():  # Linux
+        available = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+        free = 1024 * int(available[1]) if available else free
+    limit = cgroup / "memory.max"
+    if limit.is_file() and (most := limit.read_text().strip()).isdigit():
+        used = int((cgroup / "memory.current").read_text())
+        cached = re.search(r"inactive_file (\d+)", (cgroup / "memory.stat").read_text())
+        free = min(free, int(most) - used + int(cached[1] if cached else 0))
+    return free

@@ -18,6 +18,7 @@ from flax_distil.config import (
 )
 from flax_distil.data.batches import bucket_for
 from flax_distil.decode.recognizer import batch_bucket
+from flax_distil.distill.check import with_defaults
 from flax_distil.errors import InputError, read_json
 from flax_distil.model.dims import PUBLISHED, WhisperDims, dims_from_hf
 from flax_distil.model.student import kept_layers
@@ -48,7 +49,9 @@ def plan(recipe: Path, topology: str, config: PlanConfig) -> Plan:
         raise InputError(f"{recipe} has no table [distill]: a plan starts from it")
     distill = load_recipe(recipe, DistillConfig)
     sizes = sizes_of(recipe, distill)
-    chips = devices(target)
+    chips, compute = devices(target), distill.compute
+    mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, chips)
+    distill = with_defaults(distill, config.clips, data_shards(mesh), on_cpu=False)
     programs: list[Estimate | TooLarge] = []
     if "train" in config.programs:
         programs += train(config, distill, sizes, target, chips)

@@ -1,5 +1,6 @@
 """Options that are off by default: schedules, frozen positions, a teacher that fades, epochs."""
 
+import logging
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from flax_distil.config import DistillConfig, LossConfig, OptimizerConfig
-from flax_distil.distill.check import check_numbers, with_steps
+from flax_distil.distill.check import check_numbers, log_length, with_defaults
 from flax_distil.distill.step import decayed, initial_state, learning_rate, train_step
 from flax_distil.errors import InputError
 from flax_distil.model.whisper import Dropout
@@ -73,14 +74,44 @@ def test_the_teachers_weight_goes_to_its_end(train_spec, parameters, make_batch,
 
 
 def test_epochs_become_steps(config):
+    given = OptimizerConfig(steps=300, warmup_steps=0)
     for epochs, steps in ((1.0, 4), (2.0, 8), (0.1, 1), (8 / 30, 1)):
-        asked = replace(config, optimizer=OptimizerConfig(epochs=epochs))
-        assert with_steps(asked, [20, 10]).optimizer.steps == steps
-    assert with_steps(config, [20, 10]) == config
-    with pytest.raises(
-        InputError, match=r"epochs is 0\.266667 and the length of a stream is not known: give steps"
-    ):
-        with_steps(asked, [20, 10, None])
+        asked = replace(config, optimizer=replace(given, epochs=epochs))
+        assert with_defaults(asked, 30, 1, True).optimizer.steps == steps
+    assert with_defaults(replace(config, optimizer=given), 30, 1, True).optimizer == given
+    with pytest.raises(InputError, match=r"epochs is 0\.266667 and the number of clips is not kno"):
+        with_defaults(asked, None, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "shards", "clips", "expected"),
+    [
+        (True, 1, 18, (4, 36, 3)),  # eight passes, a tenth of them warm-up
+        (True, 8, 10**6, (8, 80_000, 500)),  # a batch divides over the shards
+        (False, 4, 300, (4, 600, 60)),
+        (False, 1, 1_300, (8, 1_300, 130)),
+        (False, 4, 10_000, (64, 1_250, 125)),
+        (False, 4, 10**7, (256, 80_000, 500)),  # the paper's
+        (False, 6, None, (258, 80_000, 500)),  # a stream
+    ],
+)
+def test_defaults_fit_the_data_and_the_machine(tmp_path, on_cpu, shards, clips, expected):
+    config = DistillConfig("t", "s", tmp_path)
+    check_numbers(config)
+    found = with_defaults(config, clips, shards, on_cpu)
+    optimizer = found.optimizer
+    assert (found.batch_size, optimizer.steps, optimizer.warmup_steps) == expected
+    assert with_defaults(found, clips, 1, True) == found
+
+
+def test_more_epochs_than_published_ones_are_a_warning(config, caplog):
+    for steps, warnings in ((80, 0), (81, 1)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "flax_distil"):
+            log_length(replace(config, optimizer=OptimizerConfig(steps)), 8, 0.014)
+        assert f"8 clips, 0.01 hours of audio; {steps} updates of 8 clips" in caplog.messages[0]
+        assert len(caplog.messages) == 1 + warnings
+    assert "has 81 epochs of 8 clips, and published students have 8 to 80" in caplog.messages[1]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from flax_distil.config import (
 )
 from flax_distil.data.loader import LoaderState
 from flax_distil.data.utterances import Utterance
-from flax_distil.distill import flops, trainer
+from flax_distil.distill import flops, setup, trainer
 from flax_distil.distill.check import check_config
 from flax_distil.distill.checkpoints import read_params
 from flax_distil.distill.flops import batch_flops, peak_flops, vocabulary_flops
@@ -143,7 +143,11 @@ def test_misfits_are_told_before_anything_is_computed(config, teacher, student, 
         ({"compute": ComputeConfig(tensor=4)}, "2 heads, which do not divide over 4"),
         ({"loss": LossConfig(kl=0, ce=0)}, "one must be positive"),
         ({"loss": LossConfig(temperature=0.0)}, "temperature 0 must be positive"),
-        ({"optimizer": OptimizerConfig(steps=10)}, "500 warm-up steps do not fit into 10 steps"),
+        (
+            {"optimizer": OptimizerConfig(10, warmup_steps=11)},
+            "11 warm-up steps do not fit into 10",
+        ),
+        ({"batch_size": 0}, "batch_size 0 must be 1 or more, or -1"),
         ({"optimizer": OptimizerConfig(max_gradient_norm=0.0)}, "max_gradient_norm 0 must be pos"),
         ({"run": RunConfig(save_every=0)}, "save_every 0 must be 1 or more"),
         ({"run": RunConfig(workers=0)}, "workers 0 must be 1 or more"),
@@ -160,6 +164,25 @@ def test_misfits_are_told_before_anything_is_computed(config, teacher, student, 
     other = replace(student, dims=replace(student.dims, vocab=97))
     with pytest.raises(InputError, match="teacher has vocab 96 and the student 97"):
         train(config, teacher, other, Batches(make_batch))
+
+
+def test_an_update_that_needs_more_memory_than_is_free_is_not_begun(
+    config, teacher, student, make_batch, monkeypatch
+):
+    program, state = prepare(config, teacher, student)
+    batch = make_batch(8)
+    monkeypatch.setattr(setup, "free_memory", lambda: 2**10)
+    with pytest.raises(
+        InputError, match=r"an update of 8 clips with 8 tokens needs .* 0\.0 GiB are"
+    ):
+        program.step(state, program.frozen, batch)
+    monkeypatch.setattr(setup, "free_memory", lambda: 2**40)
+    assert program.step(state, program.frozen, batch)[0].step == 1
+    for free, remedy in ((10, "--compute.accumulation 8"), (0, "--compute.remat")):
+        with pytest.raises(
+            InputError, match=rf"needs 50\.0 .* {free}\.0 GiB are free: set {remedy}"
+        ):
+            setup.check_memory(50 * 2**30, free * 2**30, 64, 32, program.spec)
 
 
 def test_the_best_of_the_validations_is_kept(config, teacher, student, make_batch):

@@ -1,6 +1,6 @@
 import pytest
 
-from flax_distil.parallel.chips import published_peak
+from flax_distil.parallel.chips import free_memory, published_peak
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,18 @@ from flax_distil.parallel.chips import published_peak
 def test_known_devices_have_their_published_peak(kind, bfloat16, float32):
     assert published_peak(kind, "bfloat16") == bfloat16
     assert published_peak(kind, "float32") == float32
+
+
+def test_free_memory_is_what_the_container_leaves(tmp_path):
+    """Its limit, less what it uses, of which cached files can be given back."""
+    machine = free_memory(tmp_path)
+    assert machine > 2**28
+    for name, text in (
+        ("max", "1000000\n"),
+        ("current", "600000\n"),
+        ("stat", "inactive_file 1000\n"),
+    ):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_memory(tmp_path) == 401_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(tmp_path) == pytest.approx(machine, rel=0.5)
