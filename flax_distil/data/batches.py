@@ -22,9 +22,9 @@ import jax
 import numpy as np
 from jaxtyping import Float, Float16, Int, Int16, Shaped, UInt32
 
-from flax_distil.data.packing import clip_seconds, part_offsets
 from flax_distil.data.rng import Purpose, generator
 from flax_distil.data.utterances import Utterance
+from flax_distil.data.windows import clip_seconds, part_offsets
 from flax_distil.errors import InputError
 from flax_distil.text.languages import WITHOUT_SPACES, to_language_code
 from flax_distil.text.tokens import WhisperTokens, split_timestamps, strip_special
@@ -172,6 +172,33 @@ def has_speech(utterance: Utterance, target: Literal["label", "text"]) -> bool:
         return any(has_speech(part, target) for part in utterance.parts)
     empty = target == "text" and utterance.text is not None and not strip_special(utterance.text)
     return utterance.speech and not empty
+
+
+def language_reason(language: str | None, tokens: WhisperTokens) -> str | None:
+    """Why a checkpoint cannot learn a language; None where it can."""
+    if language is None and tokens.multilingual:
+        return "no language is named"
+    return tokens.unsupported(language)
+
+
+def not_learnable(
+    utterance: Utterance, options: TargetOptions, tokens: WhisperTokens
+) -> str | None:
+    """Why an utterance has nothing to learn for this checkpoint; None where it has."""
+    speech = has_speech(utterance, options.target)
+    if speech and not has_target(utterance, options.target):
+        return f"no {options.target} to learn"
+    if speech or options.non_speech == "end":
+        return language_reason(utterance.language or options.language, tokens)
+    return None
+
+
+def has_target(utterance: Utterance, target: Literal["label", "text"]) -> bool:
+    """Whether there is a label or text; of a window, for all its parts with speech."""
+    parts = [one for one in utterance.parts or (utterance,) if has_speech(one, target)]
+    if target == "text":
+        return all(part.text is not None for part in parts)
+    return all((part.token_ids, part.transcript) != (None, None) for part in parts)
 
 
 def non_speech_example(

@@ -26,10 +26,9 @@ from flax_distil.data.lists import (
     read_text,
     usual_names,
 )
-from flax_distil.data.parquet import ParquetRows, parquet_footer
 from flax_distil.data.paths import absolute, is_file, is_folder, join, relative
+from flax_distil.data.rows import ParquetRows, parquet_footer, read_tars, stream_tars
 from flax_distil.data.table import Row, Table, cell_path, cell_seconds
-from flax_distil.data.tar import read_tars, stream_tars
 from flax_distil.errors import InputError
 
 SHARD_NAME = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*\.parquet")

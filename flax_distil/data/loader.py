@@ -23,16 +23,22 @@ from flax_distil.data.batches import (
     bucket_for,
     collate,
     example_draws,
+    has_target,
     longest_prompt,
     make_example,
+    not_learnable,
 )
-from flax_distil.data.mixing import STREAMED, ExampleKey, TrainingSource, example_keys, rows_by_lane
-from flax_distil.data.packing import with_durations
+from flax_distil.data.mixing import (
+    STREAMED,
+    ExampleKey,
+    TrainingSource,
+    example_keys,
+    rows_by_lane,
+)
 from flax_distil.data.rng import Purpose, generator
 from flax_distil.data.streams import LanePlace, Streamed, check_lanes, read_lane
-from flax_distil.data.usable import has_target, not_learnable
 from flax_distil.data.utterances import Concatenated, Skipped, Utterance
-from flax_distil.data.windows import decode_clip, pad_samples
+from flax_distil.data.windows import decode_clip, pad_samples, with_durations
 from flax_distil.data.workers import open_pool, prefetch
 from flax_distil.errors import InputError
 from flax_distil.parallel.multihost import from_all_hosts, host_slice

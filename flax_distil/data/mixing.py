@@ -5,8 +5,10 @@ examples of that source determines the utterance. So a run is resumed from one n
 of hosts. Streams have positions of their own (`streams.py`).
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -14,10 +16,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from flax_distil.config import DistillConfig, TrainingDataConfig
-from flax_distil.data.batches import TargetOptions, label_ids
-from flax_distil.data.packing import Packed, clip_seconds, pack
+from flax_distil.data.batches import TargetOptions, label_ids, language_reason, longest_prompt
 from flax_distil.data.rng import Purpose, generator
-from flax_distil.data.usable import usable_rows
+from flax_distil.data.table import cell_bool
 from flax_distil.data.utterances import (
     Concatenated,
     Utterance,
@@ -25,13 +26,14 @@ from flax_distil.data.utterances import (
     UtteranceStream,
     read_dataset,
 )
+from flax_distil.data.windows import Packed, clip_seconds, pack
 from flax_distil.errors import InputError
 from flax_distil.text.tokens import WhisperTokens, strip_special
 
+log = logging.getLogger(__name__)
+
 DRAWS_PER_BLOCK = 1 << 16  # draws of one generator
 CLIPS_FOR_HOURS = 200  # headers that are read of a dataset without durations
-
-
 STREAMED = -1  # in the place of an utterance's number, of a stream
 
 
@@ -167,6 +169,52 @@ def open_source(
             )
         )
     return tuple(sources)
+
+
+def usable_rows(
+    utterances: Utterances,
+    lengths: Int[np.ndarray, "n"],
+    options: TargetOptions,
+    tokens: WhisperTokens,
+    packed: bool = False,
+) -> tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]:
+    """The rows that can be learnt, with speech and without; the others are counted in the log.
+
+    lengths: tokens of each row's target; 0 where it is empty, -1 where there is none.
+    packed: whether rows become parts of windows, which need complete labels.
+
+    Raises:
+        InputError: no row can be learnt; the message gives the reasons.
+    """
+    longest = max(options.buckets) - longest_prompt(tokens)
+    reason_of = cache(lambda language: language_reason(language, tokens) or "")
+    default, target = utterances.config.language or options.language, options.target
+    flags = utterances.column("speech") if utterances.config.speech else [False] * len(lengths)
+    speech = np.array([cell_bool(flag) for flag in flags], bool)
+    speech &= (lengths != 0) | (target != "text")
+    cut = np.array([packed and not cell_bool(value) for value in utterances.column("ended")], bool)
+    languages = utterances.column(utterances.columns.language)
+    why: dict[str, Any] = {
+        f"no {target} to learn": speech & (lengths < 0),
+        f"over {longest} tokens, which is all that a label bucket holds": lengths > longest,
+        "a label that was cut, which cannot be packed with others": speech & cut,
+    }
+    reasons = np.array([reason_of(language or default) for language in languages], object)
+    reasons[~speech & (options.non_speech != "end")] = ""
+    for reason, rows in reversed(why.items()):  # the first one counts
+        reasons[rows & speech] = reason
+    usable = reasons == ""
+    if not usable.all():
+        source, count = utterances.config.source, len(utterances)
+        left_out = {reason: np.flatnonzero(reasons == reason) for reason in reasons[~usable]}
+        listed = "; ".join(
+            f"{reason} ({len(rows)}, first {utterances[rows[0]].id})"
+            for reason, rows in left_out.items()
+        )
+        if not usable.any():
+            raise InputError(f"none of the {count} rows of {source} can be learnt: {listed}")
+        log.warning("%s: %d of %d rows are left out: %s", source, (~usable).sum(), count, listed)
+    return np.flatnonzero(usable & speech), np.flatnonzero(usable & ~speech)
 
 
 def concatenate_sources(parts: Sequence[TrainingSource]) -> TrainingSource:

@@ -1,6 +1,7 @@
 """Utterances: the clips of any dataset, one at a time."""
 
 import logging
+import os
 import reprlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,8 +16,8 @@ from jaxtyping import Float16, Float32, Int
 from flax_distil.audio.load import SAMPLE_RATE, AudioError, load_audio
 from flax_distil.config import DataConfig
 from flax_distil.data.lists import audio_base, is_relative
-from flax_distil.data.parquet import ParquetRows
 from flax_distil.data.paths import is_url, join, read_file
+from flax_distil.data.rows import ParquetRows, TarRows
 from flax_distil.data.sources import read_table
 from flax_distil.data.table import (
     UTTERANCE_NUMBER,
@@ -35,7 +36,6 @@ from flax_distil.data.table import (
     find_columns,
     is_missing,
 )
-from flax_distil.data.tar import TarRows
 from flax_distil.errors import InputError
 from flax_distil.text.languages import to_language_code
 
@@ -104,26 +104,24 @@ class Utterances(Sequence):
     rows: Rows
     columns: Columns
     config: DataConfig
-    taken: Int[np.ndarray, "n"] | None = None
-    """Numbers of the selected rows; None for all."""
     folder: str | None = None
     """The folder that relative paths in the rows start at."""
+    taken: Int[np.ndarray, "n"] = None  # type: ignore[assignment]
+    """Numbers of the selected rows; by default those within `config.limit`."""
+
+    def __post_init__(self):
+        if self.taken is None:
+            object.__setattr__(self, "taken", np.arange(len(self.rows))[: self.config.limit])
 
     def take(self, numbers: Int[np.ndarray, "m"]) -> "Utterances":
         """The utterances of these numbers, as a dataset."""
-        return replace(self, taken=numbers if self.taken is None else self.taken[numbers])
-
-    @property
-    def _rows(self) -> int:
-        limit = self.config.limit
-        return len(self.rows) if limit is None else min(limit, len(self.rows))
+        return replace(self, taken=self.taken[numbers])
 
     def __len__(self) -> int:
-        return self._rows if self.taken is None else len(self.taken)
+        return len(self.taken)
 
     def __getitem__(self, index) -> Any:
-        number = range(len(self))[index]
-        number = number if self.taken is None else int(self.taken[number])
+        number = int(self.taken[index])
         row: Row = self.rows[number]
         folder = self.rows.folder(number) if isinstance(self.rows, ParquetRows) else self.folder
         return to_utterance(row, number, self.columns, self.config, folder)
@@ -146,14 +144,14 @@ class Utterances(Sequence):
             "duration": cell_seconds,
             "offset": cell_seconds,
         }.get(name, lambda cell: cell)
-        values = list(map(read, islice(_cells(self.rows, name), self._rows)))
-        return values if self.taken is None else [values[number] for number in self.taken]
+        end = int(self.taken.max(initial=-1)) + 1
+        values = list(map(read, islice(_cells(self.rows, name), end)))
+        return [values[number] for number in self.taken]
 
     def label_lengths(self) -> np.ndarray:
         """int32[n]: tokens of each label; -1 where there is none."""
         if isinstance(self.rows, ParquetRows) and self.columns.labelled:
-            lengths = self.rows.list_lengths("token_ids")[: self._rows]
-            return lengths if self.taken is None else lengths[self.taken]
+            return self.rows.list_lengths("token_ids")[self.taken]
         ids = self.column("token_ids")
         return np.array([-1 if one is None else len(one) for one in ids], np.int32)
 
@@ -169,13 +167,12 @@ class Utterances(Sequence):
         whose = list(zip(*map(self.column, known), strict=True))
         numbers = self.column(UTTERANCE_NUMBER)
         if not all(isinstance(number, int) for number in numbers):
-            # Rows that were not taken leave gaps.
-            numbers = list(range(len(self))) if self.taken is None else self.taken.tolist()
-        same = [False]
-        for (one, two), (first, second) in zip(pairwise(whose), pairwise(numbers), strict=True):
-            known_pair = one == two and any(name is not None for name in two)
-            same.append(known_pair and second in (first, first + 1))
-        return np.array(same)
+            numbers = self.taken.tolist()  # rows that were not taken leave gaps
+        same = [
+            one == two and any(name is not None for name in two) and second in (first, first + 1)
+            for (one, two), (first, second) in zip(pairwise(whose), pairwise(numbers), strict=True)
+        ]
+        return np.array([False, *same])
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,40 +291,32 @@ def to_utterance(
 
     number: the id of a row without id and path. folder: the start of relative paths.
     """
-
-    def name(column: str | None) -> str | None:
-        return None if column is None else cell_name(row.get(column))
-
-    def text(column: str | None) -> str | None:
-        return None if column is None else cell_text(row.get(column))
-
+    cells: Any = row  # a column that is missing has the name None, and no cell
     audio, path, rate = cell_audio(row.get(columns.audio), row)
     if isinstance(audio, str) and folder is not None and is_relative(audio):
         base, omitted = audio_base(folder, [audio])
         audio = join(base, audio + omitted)
-    suffix = Path(path or "").suffix.lower().lstrip(".")
     offset, previous = cell_seconds(row.get("offset")), row.get("condition_on_prev")
     if isinstance(previous, bool | int):  # a flag of a dataset that is not labelled yet
         previous = None
     states = row.get("teacher_states")
-    language = cell_language(row.get(columns.language)) if columns.language else None
     speech = config.speech and cell_bool(row.get("speech"))
     return Utterance(
-        id=name(columns.id) or (path and escape(path)) or str(number),
+        id=cell_name(cells.get(columns.id)) or (path and escape(path)) or str(number),
         audio=audio,
-        text=text(columns.text) if speech else "",
+        text=cell_text(cells.get(columns.text)) if speech else "",
         duration=cell_seconds(row.get("duration")),
-        speaker=name(columns.speaker),
-        language=language or config.language,
+        speaker=cell_name(cells.get(columns.speaker)),
+        language=cell_language(cells.get(columns.language)) or config.language,
         offset=offset,
-        format="g722" if suffix == "g722" else None,
+        format="g722" if path and path.lower().endswith(".g722") else None,
         rate=rate,
         token_ids=cell_tokens(row.get("token_ids")),
         teacher_states=None if states is None else np.asarray(states, np.float16),
-        transcript=text(columns.transcript),
+        transcript=cell_text(cells.get(columns.transcript)),
         previous=cell_text(previous) if isinstance(previous, str) else cell_tokens(previous),
-        recording=name(columns.recording)
-        or (escape(Path(path).name) if path and offset is not None else None),
+        recording=cell_name(cells.get(columns.recording))
+        or (escape(os.path.basename(path)) if path and offset is not None else None),
         ended=cell_bool(row.get("ended")),
         speech=speech,
         fault=_fault(row, number, columns, config.source),
@@ -373,10 +362,10 @@ def load_waveform(utterance: Utterance, longest: float | None = None) -> Float32
         source = array_to_waveform(source, utterance.rate or SAMPLE_RATE, utterance.id)
         start = round((offset or 0) * SAMPLE_RATE)
         end = None if duration is None else start + round(duration * SAMPLE_RATE)
-        if offset is not None and start >= len(source):
+        if start and start >= len(source):
+            seconds = len(source) / SAMPLE_RATE
             raise AudioError(
-                f"{utterance.id} starts at {offset:g} s, and the audio ends at "
-                f"{len(source) / SAMPLE_RATE:g} s"
+                f"{utterance.id} starts at {offset:g} s, and the audio ends at {seconds:g} s"
             )
         return source[start:end]
     if isinstance(source, str) and is_url(source):

@@ -11,8 +11,8 @@ import numpy as np
 from flax_distil.config import DistillConfig
 from flax_distil.data.audio_states import StateFolder, StoredAudioStates, clip_names, load_or_encode
 from flax_distil.data.mixing import TrainingSource
-from flax_distil.data.packing import identity
 from flax_distil.data.utterances import UTTERANCE_NUMBER, Concatenated, Utterances
+from flax_distil.data.windows import identity
 from flax_distil.decode.recognizer import encode
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.spec import Spec

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flax_distil.config import EvaluateConfig, EvaluationDataConfig
-from flax_distil.data.packing import identity_digest
 from flax_distil.data.utterances import Utterances, UtteranceStream, read_dataset
+from flax_distil.data.windows import identity_digest
 from flax_distil.errors import InputError
 from flax_distil.evaluate.conditions import Condition, PreviousText, noise_conditions
 from flax_distil.evaluate.models import FlaxModel, Model

@@ -42,15 +42,6 @@ TELEPHONE = ("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en")
 AUDIOBOOK = "pocketsphinx-testdata"
 NOT_WORDS = ("letters/", "phonetic/", "silence/")  # spelled signs, code words, nothing
 SHORTEST = 0.4  # seconds
-LICENCE = """\
-Telephone prompts (speaker allison): Asterisk core sounds, recorded by Allison Smith, copyright
-2003-2010, funded by Digium, Inc. Creative Commons Attribution-ShareAlike 3.0:
-https://creativecommons.org/licenses/by-sa/3.0/
-Changed here: G.722 decoded to 16 kHz FLAC; clips without plain words left out.
-
-Audiobook clips (speaker librivox), where they are there: Sense and Sensibility, LibriVox, public
-domain, as in the test data of PocketSphinx.
-"""
 
 
 @dataclass(frozen=True)
@@ -182,8 +173,13 @@ def manifest_clip(path: str, waveform: np.ndarray, text: str, speaker: str) -> M
 
 def sentences() -> list[str]:
     """The demo's English sentences, public domain, from `sentences.txt`."""
-    text = (files("flax_distil.fetch") / "sentences.txt").read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line and not line.startswith("#")]
+    lines = packaged("sentences.txt").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def packaged(name: str) -> str:
+    """A text file of this package."""
+    return (files("flax_distil.fetch") / name).read_text(encoding="utf-8")
 
 
 def synthesise(texts: Sequence[str], folder: str | Path, seed: int = 0) -> Path:
@@ -269,7 +265,7 @@ def human_prompts(folder: str | Path) -> Path | None:
                     continue
                 if len(waveform) >= SHORTEST * SAMPLE_RATE:  # not a mere click
                     clips.append(write_clip(folder, name, waveform, text, speaker))
-        (folder / "LICENCE").write_text(LICENCE)
+        (folder / "LICENCE").write_text(packaged("human-prompts-licence.txt"))
         return write_manifest(manifest, clips)
 
 

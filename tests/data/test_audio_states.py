@@ -8,8 +8,8 @@ import pytest
 
 from flax_distil.data import audio_states as module
 from flax_distil.data.audio_states import StateFolder, clip_names, load_or_encode, write_states
-from flax_distil.data.packing import join_parts
 from flax_distil.data.utterances import Utterance
+from flax_distil.data.windows import join_parts
 from flax_distil.errors import InputError
 
 SHAPE = (3, 4)

@@ -15,8 +15,8 @@ from flax_distil.data.augment import open_noise
 from flax_distil.data.batches import TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import TrainingSource
-from flax_distil.data.packing import join_parts
 from flax_distil.data.utterances import Utterance, read_dataset
+from flax_distil.data.windows import join_parts
 from flax_distil.errors import InputError
 
 SIZE, START = 11, LoaderState(1)

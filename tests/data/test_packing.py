@@ -9,14 +9,13 @@ from test_batches import BEGIN, MULTILINGUAL
 
 from flax_distil.audio.load import SAMPLE_RATE, audio_duration, to_int16
 from flax_distil.config import TrainingDataConfig
-from flax_distil.data import packing
+from flax_distil.data import windows as module
 from flax_distil.data.audio_states import StateFolder, clip_names, load_or_encode
 from flax_distil.data.batches import TargetOptions
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import open_source
-from flax_distil.data.packing import clip_seconds, pack
 from flax_distil.data.utterances import Utterance, load_waveform, read_dataset
-from flax_distil.data.windows import decode_clip
+from flax_distil.data.windows import clip_seconds, decode_clip, pack
 from flax_distil.errors import InputError
 
 CLIPS = [("a", 1.0), ("b", 2.0), ("a", 1.5), ("a", 0.5), ("b", 1.0), ("a", 4.0)]
@@ -81,7 +80,7 @@ def test_what_a_dataset_tells_is_not_read_from_its_audio(manifest, monkeypatch):
     rows = [row | {"duration": seconds} for row, (_, seconds) in zip(rows, CLIPS, strict=True)]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     utterances = read_dataset(manifest)
-    monkeypatch.setattr(packing, "audio_duration", lambda *_: pytest.fail("a header is read"))
+    monkeypatch.setattr(module, "audio_duration", lambda *_: pytest.fail("a header is read"))
     monkeypatch.setattr(type(utterances), "__getitem__", lambda *_: pytest.fail("a row is read"))
     windows = pack(utterances, seconds=3.25, pause=0.25)
     assert list(windows.groups) == [(0, 2), (1, 4), (3,), (5,)]
@@ -90,14 +89,14 @@ def test_what_a_dataset_tells_is_not_read_from_its_audio(manifest, monkeypatch):
 def test_headers_are_read_once(manifest, monkeypatch, tmp_path):
     """What was read is found again, also by another process; not for other data."""
     monkeypatch.setenv("FLAX_DISTIL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(packing, "HEADERS_CACHED", 1)
+    monkeypatch.setattr(module, "HEADERS_CACHED", 1)
     read = []
 
     def counted(source, *arguments):
         read.append(source)
         return audio_duration(source, *arguments)
 
-    monkeypatch.setattr(packing, "audio_duration", counted)
+    monkeypatch.setattr(module, "audio_duration", counted)
     first = pack(read_dataset(manifest), seconds=3.25, pause=0.25)
     assert len(read) == 3  # every second clip has a duration
     assert [window.duration for window in first] == [2.75, 3.25, 0.5, 4.0]

@@ -9,9 +9,9 @@ import pytest
 from test_batches import ENGLISH, MULTILINGUAL
 
 from flax_distil.config import DistillConfig, TrainingDataConfig
+from flax_distil.data.batches import language_reason
 from flax_distil.data.loader import Loader, LoaderState
 from flax_distil.data.mixing import draw_sources, training_sources
-from flax_distil.data.usable import language_reason
 from flax_distil.errors import InputError
 
 

@@ -10,9 +10,15 @@ import pytest
 from flax_distil.audio import load
 from flax_distil.audio.container import decoded_frames
 from flax_distil.audio.load import CLIP_SAMPLES, SAMPLE_RATE, AudioError, encode_flac, to_int16
-from flax_distil.data.packing import join_parts, part_offsets
 from flax_distil.data.utterances import Skipped, Utterance
-from flax_distil.data.windows import DecodedClip, decode_clip, decode_clips, window_batches
+from flax_distil.data.windows import (
+    DecodedClip,
+    decode_clip,
+    decode_clips,
+    join_parts,
+    part_offsets,
+    window_batches,
+)
 from flax_distil.data.workers import map_in_order
 
 

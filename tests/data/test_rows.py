@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flax_distil.data.parquet import ParquetRows, cell
+from flax_distil.data.rows import ParquetRows, cell
 from flax_distil.data.utterances import read_dataset
 
 STATES = np.arange(24, dtype=np.float16).reshape(4, 3, 2)  # rows, tokens, width
