@@ -9,7 +9,7 @@ from typing import Any
 
 from flax_distil.config import DataConfig
 from flax_distil.data.folders import check_split, read_files, wanted_names
-from flax_distil.data.lists import COMPRESSED, list_kind
+from flax_distil.data.lists import list_kind
 from flax_distil.data.paths import (
     PATTERN,
     address,
@@ -25,7 +25,7 @@ from flax_distil.errors import InputError
 
 FORMS = (
     "a folder, a list (.jsonl, .json, .csv, .tsv, each also .gz, or wav.scp), .parquet, .tar, a "
-    "pattern of files or a hub name"
+    "pattern of files or the name of a dataset on the hub"
 )
 
 
@@ -43,38 +43,30 @@ def read_table(config: DataConfig) -> Table:
 
 
 def _read(source: str, config: DataConfig) -> Table:
-    is_known = list_kind(source) or source.endswith((".parquet", ".tar"))
-    folder, file = is_folder(source), is_file(source)
-    pattern = not folder and not file and PATTERN.search(source) is not None
-    if not (folder or file or pattern or is_url(source)):
-        if source.startswith((".", "/")) or source.count("/") > 1 or is_known:
-            raise InputError(f"{config.source}: no such file or folder")
-        if source.endswith(COMPRESSED):
-            raise InputError(f"{config.source}: no such file; a dataset is {FORMS}")
+    known = list_kind(source) or source.endswith((".parquet", ".tar"))
+    if is_folder(source):
+        files, root = list_files(source), source
+    elif is_file(source):
+        if not known:
+            kind = os.path.splitext(source)[1] or "nameless"
+            raise InputError(f"{config.source}: a dataset is {FORMS}, not a {kind} file")
+        check_split(source, config)
+        files, root, config = [source], os.path.dirname(source), replace(config, split=None)
+    elif PATTERN.search(source):
+        files, root = matching(source)
+        if not files:
+            raise InputError(f"{config.source}: no file matches")
+    elif known or is_url(source) or source.startswith((".", "/")) or source.count("/") > 1:
+        raise InputError(f"{config.source}: no such file or folder; a dataset is {FORMS}")
+    else:
         return _hub(config)
     for name in ("config", "revision"):
         if getattr(config, name):
             raise InputError(
                 f"{config.source} is a local dataset and {name} is for the hub: leave it out"
             )
-    if folder and any(is_file(join(source, name)) for name in ("dataset_dict.json", "state.json")):
+    if any(is_file(join(source, name)) for name in ("dataset_dict.json", "state.json")):
         return _saved(source, config)
-    if folder:
-        files, root = list_files(source), source
-    elif pattern:
-        files, root = matching(source)
-    else:
-        files, root = [source] if file else [], os.path.dirname(source)
-    if not files and not folder:
-        raise InputError(
-            f"{config.source}: no {'file matches' if pattern else 'such file or folder'}"
-        )
-    if file and not is_known:
-        kind = os.path.splitext(source)[1] or "nameless"
-        raise InputError(f"{config.source}: a dataset is {FORMS}, not a {kind} file")
-    if file:
-        check_split(source, config)
-        config = replace(config, split=None)
     return read_files(files, root, config)
 
 

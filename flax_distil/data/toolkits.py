@@ -19,7 +19,7 @@ NOT_A_FILE = re.compile(r"\||\.ark(:\d+)?$")  # other commands, and parts of Kal
 
 
 def kaldi_rows(path: str) -> Iterator[PlacedRow]:
-    """The utterances of wav.scp, with text, utt2spk, utt2lang and segments beside it.
+    """The utterances of wav.scp, with text, utt2spk, utt2lang, utt2dur and segments beside it.
 
     Raises:
         InputError: an entry is a command or an archive, or a segment's recording is missing.
@@ -33,11 +33,12 @@ def kaldi_rows(path: str) -> Iterator[PlacedRow]:
                 "these"
             )
     beside = lambda name: os.path.join(os.path.dirname(path), name)
-    kinds = {"text": "text", "speaker": "utt2spk", "language": "utt2lang"}
+    kinds = {"text": "text", "speaker": "utt2spk", "language": "utt2lang", "duration": "utt2dur"}
     known = {kind: _pairs(beside(name)) for kind, name in kinds.items()}
     segments = _pairs(beside("segments"))
     for number, (name, cell) in enumerate((segments or recordings).items(), 1):
         row: Row = {"id": name, "audio": cell}
+        row |= {kind: cells[name] for kind, cells in known.items() if name in cells}
         if segments:
             try:
                 recording, start, end = cell.split()[:3]
@@ -50,7 +51,7 @@ def kaldi_rows(path: str) -> Iterator[PlacedRow]:
                     f"{beside('segments')} line {number} is not “{name} recording start end” with "
                     f"a recording of {WAV_SCP}"
                 ) from None
-        yield f"line {number}", row | {kind: cells.get(name) for kind, cells in known.items()}
+        yield f"line {number}", row
 
 
 def _pairs(path: str) -> dict[str, str]:
@@ -59,13 +60,14 @@ def _pairs(path: str) -> dict[str, str]:
         text = read_file(path).decode() if is_file(path) else ""
     except UnicodeError:
         raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from None
-    lines = (line.strip().partition(" ") for line in text.replace("\t", " ").splitlines())
+    lines = (line.strip().partition(" ") for line in text.replace("\t", " ").split("\n"))
     return {name: rest.strip() for name, _, rest in lines if name}
 
 
 def is_lhotse(row: Row) -> bool:
     """Whether a row is one of Lhotse's manifests."""
-    return not {"supervisions", "tracks", "sources", "recording_id"}.isdisjoint(row)
+    kinds = ["supervisions"], ["tracks"], ["sources", "sampling_rate"], ["recording_id", "channel"]
+    return any(all(name in row for name in names) for names in kinds)
 
 
 def lhotse_rows(cut: dict[str, Any], place: str) -> Iterator[Row]:
@@ -81,10 +83,11 @@ def lhotse_rows(cut: dict[str, Any], place: str) -> Iterator[Row]:
         )
     recording = cut.get("recording") or {}
     sources = [one for one in recording.get("sources", ()) if one.get("type") in ("file", "url")]
-    if "tracks" in cut or len(sources) != 1:
+    one_of_several = cut.get("type") == "MonoCut" and len(recording.get("channel_ids") or ()) > 1
+    if "tracks" in cut or len(sources) != 1 or one_of_several:
         raise InputError(
-            f"{place} is a {cut.get('type', 'cut')} that is not a part of one audio file: write "
-            "its audio to files first (CutSet.save_audios)"
+            f"{place} is a {cut.get('type', 'cut')} that is not a part of one audio file, or one "
+            "channel of several: write its audio to files first (CutSet.save_audios)"
         )
     for part in cut.get("supervisions") or [{}]:
         start = max(cut.get("start", 0.0) + part.get("start", 0.0), 0.0)

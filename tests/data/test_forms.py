@@ -140,6 +140,7 @@ def kaldi(clips, folder: str, data="") -> dict[str, str]:
         f"{data}text": pairs("text"),
         f"{data}utt2spk": pairs("speaker"),
         f"{data}utt2lang": pairs("language"),
+        f"{data}utt2dur": pairs("seconds"),
     }
 
 
@@ -261,13 +262,13 @@ FORMS: dict[str, tuple[Callable[[list[Clip], Any], str], str | None, set[str], d
     "kaldi": (
         lambda c, f: put(f, audio(c, "corpus/") | kaldi(c, "corpus/", "data/all/")),
         NAME,
-        {SPEAKER, LANGUAGE},
+        ALL,
         {},
     ),
     "kaldi-absolute": (
         lambda c, f: put(f, audio(c) | kaldi(c, f"{f}/")) + "/wav.scp",
         NAME,
-        {SPEAKER, LANGUAGE},
+        ALL,
         {},
     ),
     "lhotse": (
@@ -421,7 +422,15 @@ def test_commands_of_kaldi_that_only_decode(clips, tmp_path, command):
             "line 1 is a MixedCut that is not a part of one audio file.*save_audios",
         ),
         (
-            {"s.jsonl": '{"id": "m", "recording_id": "r", "start": 0}'},
+            {
+                "c.jsonl": '{"type": "MonoCut", "supervisions": [], "recording": {"channel_ids": '
+                '[0, 1], "sources": [{"type": "file", "source": "a.wav"}]}}'
+            },
+            "/c.jsonl",
+            "line 1 is a MonoCut that is .* one channel of several: write its audio",
+        ),
+        (
+            {"s.jsonl": '{"id": "m", "recording_id": "r", "start": 0, "channel": 0}'},
             "/s.jsonl",
             "of a Lhotse manifest of recordings or supervisions: join them to cuts",
         ),
