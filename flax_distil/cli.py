@@ -53,6 +53,7 @@ DISTILL = """--teacher whisper-base --student runs/student --labels runs/filtere
 INIT = "--teacher whisper-base --output-dir runs/student --decoder-layers 2"
 EVALUATE = "--models whisper-base runs/student --datasets clips.jsonl podcasts.parquet"
 TRANSCRIBE = "talk.mp3 film.mkv --model whisper-base --format srt --output-dir texts"
+SWEEP = "--recipe recipes/sweep-tiny-en.toml --dry-run"
 PLAN = "recipes/large-v2-32-2.toml --topology v4-8 v5e-256 --batch auto"
 VERBS = {
     "fetch": Verb(config.FetchConfig, "fetch", "whisper-tiny.en whisper-base"),
@@ -63,6 +64,7 @@ VERBS = {
     "runs": Verb(config.RunsConfig, "distill.runs", "runs --json"),
     "evaluate": Verb(config.EvaluateConfig, "evaluate", EVALUATE),
     "export": Verb(config.ExportConfig, "export", "runs/distill --output-dir student --verify"),
+    "sweep": Verb(config.SweepConfig, "sweep", SWEEP),
     "transcribe": Verb(config.TranscribeConfig, "transcription", TRANSCRIBE),
     "plan": Verb(config.PlanConfig, "plan", PLAN),
     "demo": Verb(config.DemoConfig, "demo", "--output-dir runs/demo"),
@@ -161,6 +163,8 @@ def parse(arguments: Sequence[str]) -> Any:
             help += f"\n\nExample: flax-distil {name} {verb.example}"
             if given.recipe is not None:
                 values = {verb.config: recipe_values(given.recipe, verb.config)}
+                if "recipe" in get_type_hints(verb.config):  # the stage reads other tables too
+                    values[verb.config]["recipe"] = Path(given.recipe)
         verbs.append(Annotated[verb.config, tyro.conf.subcommand(name, description=help)])
     return tyro.cli(
         Union[tuple(verbs)],  # type: ignore[arg-type]  # noqa: UP007
@@ -186,6 +190,8 @@ def _registry(values: Mapping[type, Mapping[str, Any]]) -> ConstructorRegistry:
         for field in dataclasses.fields(info.type):
             name = field.name
             default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
             default = given.get(name, getattr(info.default, name, default))
             hint: Any = hints[name]
             if (metavar := _metavar(hint)) is not None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Fixed, OmitArgPrefixes, Positional
 
@@ -181,6 +181,11 @@ class FilterConfig:
     """Keep labels that were cut at the longest label."""
     keep_non_speech: bool = False
     """Keep clips without speech, whatever their label: training can learn silence from them."""
+    max_hours: float | None = None
+    """Keep a random choice of at most this many hours of the clips that pass all else (paper table
+    11); a smaller choice is a part of a larger one."""
+    seed: int = 0
+    """Random seed of that choice."""
     allow_missing_reference: bool = False
     """Keep clips without a reference even if no other criterion applies to them."""
     thresholds: tuple[float, ...] = (5.0, 10.0, 15.0, 20.0, 40.0, 80.0, 100.0)
@@ -529,6 +534,33 @@ class EvaluateConfig:
     """Training run whose loss curves the report shows."""
     strict: bool = False
     """Exit with status 1 if a clip was skipped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """Train and evaluate a student for each value of some recipe fields, and compare them. Writes
+    sweep.html, sweep.md and sweep.json."""
+
+    recipe: Path
+    """Recipe with the tables of the stages from pseudo-label or filter to export and evaluate, and
+    a [sweep] table."""
+    output_dir: Path = Path("runs/sweep")
+    """Folder for all runs and the report; the same command again continues."""
+    fields: Fixed[dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Fields and their values, a [sweep.fields] table in the recipe: filter.max_wer = [5, 10, 20].
+    Fields that change together are named sets: [sweep.fields.objective] with
+    "PL" = {"distill.loss.kl" = 0.0}."""
+    design: Literal["one-at-a-time", "grid"] = "one-at-a-time"
+    """one-at-a-time: change one field and keep the others as the recipe has them, as in the paper.
+    grid: all combinations of the values."""
+    engine: Literal["local", "ray"] = "local"
+    """local: one stage after the other in this process. ray: stages as tasks of a Ray cluster
+    (extra `ray`), whose machines share the disk."""
+    ray_accelerators: int | None = None
+    """Accelerators, or processor cores where there are none, of each task; by default all of a
+    machine."""
+    dry_run: bool = False
+    """Print the runs and their stages, and run nothing."""
 
 
 @dataclasses.dataclass(frozen=True)

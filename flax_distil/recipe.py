@@ -28,17 +28,22 @@ PUBLISHED = Path(__file__).parent / "recipes"
 HEADING = re.compile(r"\s*(\[\[?)([^\[\]]+)\]")
 FIELD = re.compile(r"\s*([\w.\"' -]+?)\s*=")
 STAGES = ("fetch", "pseudo-label", "filter", "init-student", "distill", "runs", "evaluate")
-STAGES += ("export", "transcribe", "plan", "demo")
+STAGES += ("sweep", "export", "transcribe", "plan", "demo")
+
+Tables = dict[str, Any]
+"""A recipe's tables and fields by their names."""
 
 
-def load_recipe(path: str | Path, cls: type[Config]) -> Config:
+def load_recipe(path: str | Path, cls: type[Config], tables: Tables | None = None) -> Config:
     """The stage `cls` as the recipe at `path` sets it.
+
+    tables: of that recipe, with changes, instead of those in the file.
 
     Raises:
         InputError: the file cannot be read, or has unknown keys, values of a wrong type, or lacks
             fields without a default; the message names all of them, with their lines.
     """
-    values = recipe_values(path, cls)
+    values = recipe_values(path, cls, tables)
     fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
     unset = [one.name for one in fields if MISSING is one.default is one.default_factory]
     if missing := [name for name in unset if name not in values]:
@@ -46,9 +51,10 @@ def load_recipe(path: str | Path, cls: type[Config]) -> Config:
     return cls(**values)
 
 
-def recipe_values(path: str | Path, cls: type) -> dict[str, Any]:
+def recipe_values(path: str | Path, cls: type, tables: Tables | None = None) -> dict[str, Any]:
     """The fields of `cls` that a recipe sets, converted to their types; see `load_recipe`."""
-    stage, (text, tables) = stage_name(cls), _read(path)
+    stage, (text, written_tables) = stage_name(cls), read_recipe(path)
+    tables = written_tables if tables is None else tables
     if stage in tables:
         if unknown := [name for name in tables if name not in STAGES]:
             place = _place(text, [unknown[0]])
@@ -89,7 +95,7 @@ def recipe_values(path: str | Path, cls: type) -> dict[str, Any]:
 
 def recipe_stages(path: str | Path) -> tuple[str, ...]:
     """The stages that a recipe has a table for. Raises InputError: the file cannot be read."""
-    return tuple(name for name in _read(path)[1] if name in STAGES)
+    return tuple(name for name in read_recipe(path)[1] if name in STAGES)
 
 
 def save_recipe(config: Any, path: str | Path) -> None:
@@ -114,10 +120,12 @@ def stage_name(cls: type) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__.removesuffix("Config")).lower()
 
 
-def _read(path: str | Path) -> tuple[str, dict[str, Any]]:
+def read_recipe(path: str | Path) -> tuple[str, Tables]:
     """A recipe's text, and its tables and fields, named as on the command line.
 
     path: of a file, else the name of a published recipe, with or without `recipes/` and `.toml`.
+
+    Raises InputError: the file cannot be read, or is not TOML.
     """
     path = Path(path)
     published = PUBLISHED / f"{path.name.removesuffix('.toml')}.toml"

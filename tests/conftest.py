@@ -26,6 +26,7 @@ else:
             "flax_distil.evaluate",
             "flax_distil.export",
             "flax_distil.plan",
+            "flax_distil.sweep",
         ],
         "type_checker.check",
     )

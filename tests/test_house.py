@@ -11,8 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "flax_distil"
 ORDER = """errors, files, cache, terminal, recipe, options, config, parallel, text, audio, model, \
-decode, transcription, data, pseudo_label, distill, evaluate, export, plan, fetch, demo, doctor, \
-cli"""
+decode, transcription, data, pseudo_label, distill, evaluate, export, plan, fetch, sweep, demo, \
+doctor, cli"""
 ROOMS = ORDER.split(", ")
 
 

@@ -36,7 +36,7 @@ def test_a_recipe_s_head_says_command_hardware_and_result(recipe):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_named_after_its_student(recipe):
     """large-v2-32-2: 32 encoder and 2 decoder layers of large-v2; words may follow."""
-    if recipe.stem == "smoke":
+    if recipe.stem == "smoke" or recipe.stem.startswith("sweep"):
         return
     *name, encoder, decoder = re.sub(r"(-[a-z]+)+$", "", recipe.stem).split("-")
     teacher = "-".join(name).removesuffix("-en") + (".en" if name[-1] == "en" else "")

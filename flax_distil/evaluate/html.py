@@ -23,11 +23,11 @@ def to_html(report: Report) -> str:
     """The page."""
     template = Template(files("flax_distil.evaluate").joinpath("report.html").read_text("utf-8"))
     sections = list(report_sections(report))
-    names = [escape(one["name"]) for one in report.models]
+    title = report.title or " · ".join(one["name"] for one in report.models)
     return template.substitute(
-        title=" · ".join(names),
-        about=about(report),
-        models="".join(map(model_html, report.models)),
+        title=escape(title),
+        about=about(report) if report.models else "",
+        models="" if report.title else "".join(map(model_html, report.models)),
         links="".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections),
         sections="\n".join(
             f'<section id="{name}"><h2>{title}</h2>{body}</section>'

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from flax_distil.evaluate.report import Report
+from flax_distil.evaluate.report import Curve, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,9 +16,12 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")  # 
 
 def figures(report: Report) -> Iterator[tuple[str, "Figure"]]:
     """Title and figure of everything that the report can show."""
+    for curve in report.curves:
+        yield f"Error rate and {curve.value}", plot_curve(curve)
     measured = [one for one in report.models if one["wer"] is not None]
-    if len(measured) > 1:
-        yield "Error rate and speed", plot_speed(measured)
+    timed = [one for one in measured if one["relative_speed"] is not None]
+    if len(timed) > 1:
+        yield "Error rate and speed", plot_speed(timed)
     if measured:
         yield "Kinds of errors", plot_errors(measured)
     for table in report.tables:
@@ -42,6 +45,37 @@ def plot_speed(models: Sequence[Mapping[str, Any]]) -> "Figure":
     axes.set_ylabel("error rate, %")
     axes.margins(0.25)
     axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
+    return figure
+
+
+def plot_curve(curve: Curve) -> "Figure":
+    """Error rates with their intervals against a value, a panel a test; the teacher is dashed."""
+    figure, *panels = new_figure(columns=len(curve.panels))
+    for axes, (title, lines) in zip(panels, curve.panels.items(), strict=True):
+        for name, points in lines.items():
+            values, rates = zip(*points, strict=True)
+            dashed = name == "teacher"
+            (line,) = axes.plot(
+                values,
+                [one.value for one in rates],
+                marker="" if dashed else "o",
+                linestyle="--" if dashed else "-",
+                color="gray" if dashed else None,
+                markersize=4,
+                label=name,
+            )
+            for value, rate in points:
+                if rate.low is not None and rate.high is not None:
+                    axes.vlines(value, rate.low, rate.high, color=line.get_color(), alpha=0.5)
+        numbers = sorted({value for points in lines.values() for value, _ in points})
+        if numbers[0] > 0 and numbers[-1] >= 10 * numbers[0]:
+            axes.set_xscale("log")
+        axes.set_xticks(numbers, [f"{one:g}" for one in numbers])
+        axes.minorticks_off()
+        axes.set_xlabel(curve.value)
+        axes.set_title(title.removesuffix(" %"), fontsize="medium")
+    panels[0].set_ylabel("error rate, %")
+    panels[0].legend(frameon=False)
     return figure
 
 

@@ -32,6 +32,13 @@ class WorstClip(NamedTuple):
     """At 16 kHz."""
 
 
+class Curve(NamedTuple):
+    """Error rates against a value that was varied: panel → line → value and error rate."""
+
+    value: str
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, Interval]]]]
+
+
 @dataclass(frozen=True)
 class Report:
     """All results, as they are printed and written."""
@@ -48,6 +55,9 @@ class Report:
     """The options as TOML."""
     losses: Sequence[Mapping[str, Any]] = ()
     """The lines of a training run's metrics."""
+    title: str = ""
+    """By default the names of the models."""
+    curves: Sequence[Curve] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json."""
@@ -96,18 +106,18 @@ class Report:
             line = f"{dataset}: {len(reasons)} clips skipped, the first: {reasons[0]}"
             console.print(line, markup=False, highlight=False)
 
-    def save(self, folder: Path) -> None:
-        """Write report.json, report.md and report.html."""
+    def save(self, folder: Path, name: str = "report") -> None:
+        """Write report.json, report.md and report.html, or files of another name."""
         from flax_distil.evaluate.html import to_html
 
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
-        for name, contents in (
-            ("report.json", text),
-            ("report.md", self.to_markdown()),
-            ("report.html", to_html(self)),
+        for kind, contents in (
+            ("json", text),
+            ("md", self.to_markdown()),
+            ("html", to_html(self)),
         ):  # names of datasets may be paths, which may hold any bytes
-            write_whole(folder / name, contents.encode(errors="backslashreplace"))
+            write_whole(folder / f"{name}.{kind}", contents.encode(errors="backslashreplace"))
 
 
 def make_report(

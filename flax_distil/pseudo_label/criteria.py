@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from flax_distil.config import FilterConfig
 from flax_distil.pseudo_label.store import read_settings, read_shard, shard_files
 from flax_distil.text.wer import error_rate
 
-KEPT = "kept"
+KEPT, HOURS = "kept", "hours"
 OF_ANY_CLIP = ("non-speech", "too long")  # the others need a label, which non-speech does not have
 CLIP = ["utterance_number", "id"]  # a split window has several rows of one number
 TEXTS = [*CLIP, "whisper_transcript", "language"]
@@ -107,7 +107,20 @@ def decide(labels: pd.DataFrame, config: FilterConfig) -> pd.Categorical:
     rows = [
         dropped[reason] if reason in OF_ANY_CLIP else dropped[reason] & speech for reason in dropped
     ]
-    return pd.Categorical(np.select(rows, list(dropped), KEPT), [*dropped, KEPT])
+    return pd.Categorical(np.select(rows, list(dropped), KEPT), [*dropped, HOURS, KEPT])
+
+
+def beyond_hours(labels: pd.DataFrame, config: FilterConfig) -> Bool[np.ndarray, "n"]:
+    """Whether a kept label comes after `max_hours` of kept ones, in a random order of all labels.
+
+    The order depends on `seed` and the number of labels alone, so that choices of other hours or
+    criteria have most clips in common.
+    """
+    kept = (labels["decision"] == KEPT).to_numpy()
+    order = np.random.default_rng(config.seed).permutation(len(labels))
+    hours = np.empty(len(labels))
+    hours[order] = np.cumsum(np.where(kept, labels["duration"].to_numpy(), 0.0)[order]) / 3600
+    return kept & (hours > (np.inf if config.max_hours is None else config.max_hours))
 
 
 def exceeds(labels: pd.DataFrame, max_wer: float) -> pd.Series:

@@ -20,7 +20,9 @@ from flax_distil.config import FilterConfig
 from flax_distil.errors import InputError, check_writable
 from flax_distil.pseudo_label import store as stores
 from flax_distil.pseudo_label.criteria import (
+    HOURS,
     KEPT,
+    beyond_hours,
     decide,
     decides_without_reference,
     exceeds,
@@ -73,8 +75,8 @@ def run(config: FilterConfig) -> FilterReport:
     parts = by_store(config)
     for part in parts:
         check_folders(part)
-    decided = {part: decisions(part) for part in parts}
-    labels = pd.concat(decided.values())
+    labels = pd.concat([decisions(part).assign(store=n) for n, part in enumerate(parts)])
+    labels.loc[beyond_hours(labels, config), "decision"] = HOURS
     missing = int((labels["speech"] & labels["reference_words"].isna()).sum())
     if missing and not decides_without_reference(config):
         raise InputError(
@@ -89,7 +91,8 @@ def run(config: FilterConfig) -> FilterReport:
             f"none of {whole.labels} labels is kept: raise max_wer from {config.max_wer}, or see "
             "in the table what else drops them"
         )
-    for part, own in decided.items():
+    for number, part in enumerate(parts):
+        own = labels[labels["store"] == number]
         if (own["decision"] == KEPT).any():
             write_kept(part, own)
         else:
@@ -163,7 +166,7 @@ def report(labels: pd.DataFrame, config: FilterConfig) -> FilterReport:
     size, hours, wer = counts(labels)
     kept, kept_hours, kept_wer = counts(labels[decision == KEPT])
     extra = () if config.max_wer is None else (config.max_wer,)
-    by_wer, table = labels[decision.isin([KEPT, "WER"])], []
+    by_wer, table = labels[decision.isin([KEPT, HOURS, "WER"])], []
     for max_wer in sorted({*config.thresholds, *extra}) if wer is not None else ():
         below, its_hours, its_wer = counts(by_wer[~exceeds(by_wer, max_wer)])
         dropped_percent = 100 * (1 - below / size)

@@ -38,16 +38,13 @@ class LabelActor:
         return next(label_shards(job, self.teacher, [work]))
 
 
-def start_engines(
-    config: PseudoLabelConfig, load: Load, jobs: Sequence[LabelJob]
-) -> list[Callable[[Iterable[Work], LabelProgress], Iterator[Shard]]]:
-    """An engine for each job, all on the same actors.
+def connect() -> Any:
+    """Ray, connected to the cluster at RAY_ADDRESS, to one on this machine, or to a new one.
 
     Raises InputError where Ray is not installed or the cluster cannot be reached.
     """
     try:
         import ray
-        from ray.util.actor_pool import ActorPool
     except ImportError:
         raise InputError("--engine ray needs Ray: pip install 'flax-distil[ray]'") from None
     if not ray.is_initialized():
@@ -56,6 +53,19 @@ def start_engines(
             ray.init(include_dashboard=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"cannot reach a Ray cluster: {error}") from None
+    return ray
+
+
+def start_engines(
+    config: PseudoLabelConfig, load: Load, jobs: Sequence[LabelJob]
+) -> list[Callable[[Iterable[Work], LabelProgress], Iterator[Shard]]]:
+    """An engine for each job, all on the same actors.
+
+    Raises InputError where Ray is not installed or the cluster cannot be reached.
+    """
+    ray = connect()
+    from ray.util.actor_pool import ActorPool
+
     count, options = placement(ray.cluster_resources(), len(ray.nodes()))
     actor = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **options)(LabelActor)
     pool = ActorPool([actor.remote(load) for _ in range(config.ray_workers or count)])

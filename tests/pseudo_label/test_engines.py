@@ -9,15 +9,19 @@ from pathlib import Path
 
 import pytest
 from fake_teacher import fake_labeller, fake_teacher, label_with
+from test_filter import store
 from test_labeller import contents
 
 from flax_distil.cli import main
+from flax_distil.config import FilterConfig
 from flax_distil.data.utterances import UtteranceStream, read_dataset
 from flax_distil.errors import InputError
 from flax_distil.pseudo_label import labeller
 from flax_distil.pseudo_label.labeller import label
 from flax_distil.pseudo_label.ray_engine import placement, start_engines
 from flax_distil.pseudo_label.store import LabelStore, shard_files
+from flax_distil.sweep.points import SweepStage
+from flax_distil.sweep.stages import run_on_ray
 
 # Ray starts its processes by fork; other tests of this process may have started JAX's threads. A
 # labelling command does not: Ray's driver uses no accelerator.
@@ -99,6 +103,26 @@ def test_the_command_line_writes_the_same_with_ray(config, random_folders, tmp_p
     assert main([*command.split(), str(tmp_path / "local")]) == 0
     assert main([*command.split(), str(tmp_path / "ray"), "--engine", "ray"]) == 0
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+
+
+def test_stages_of_a_sweep_are_tasks(tmp_path, ray):
+    """A stage waits for the one whose folder it reads, and fails with it."""
+
+    def stage(values, source, max_wer, *needs):
+        folder = tmp_path / values / "filter"
+        config = FilterConfig(source, folder, max_wer=max_wer)
+        return SweepStage("filter", values, config, needs, folder.with_suffix(".json"))
+
+    base = stage("base", store(tmp_path / "labels"), 60.0)
+    six = stage("six", base.config.output_dir, 6.0, base.record)
+    none = stage("none", base.config.output_dir, 0.0, base.record)
+    last = stage("last", none.config.output_dir, 60.0, none.record)
+    outcomes = {one.values: outcome for one, outcome in run_on_ray([base, six, none, last], 1)}
+    kept = {name: outcome.result.get("labels") for name, outcome in outcomes.items()}
+    assert kept == {"base": 5, "six": 3, "none": None, "last": None}
+    assert outcomes["last"].error == outcomes["none"].error
+    assert outcomes["none"].error.startswith("filter: none of 5 labels is kept")
+    assert LabelStore(six.config.output_dir).complete()
 
 
 def test_ray_that_is_not_installed_is_named(config, monkeypatch):

@@ -111,6 +111,27 @@ def test_the_table(config):
     assert written["dropped"] == report.dropped
 
 
+def test_a_choice_of_hours_is_random_and_grows(config):
+    """Of five labels of 6, 12, 6, 3 and 30 s: never more than asked, smaller choices in larger."""
+    config = dataclasses.replace(config, max_wer=60.0, overwrite=True)
+    chosen = {}
+    for seconds in (36, 45, 100):
+        report = run(dataclasses.replace(config, max_hours=seconds / 3600))
+        assert report.kept_hours <= seconds / 3600 + 1e-9
+        assert report.kept + report.dropped["hours"] == 5
+        assert {line.max_wer: line.kept for line in report.table}[60.0] == 5  # before the choice
+        chosen[seconds] = set(kept(config))
+    assert chosen[36] <= chosen[45] < chosen[100]
+    assert len(chosen[100]) == 5
+    run(dataclasses.replace(config, max_hours=36 / 3600))
+    assert set(kept(config)) == chosen[36]
+    others = []
+    for seed in range(1, 6):
+        run(dataclasses.replace(config, max_hours=36 / 3600, seed=seed))
+        others.append(set(kept(config)))
+    assert any(one != chosen[36] for one in others)
+
+
 def test_datasets_reads_the_result(config, tmp_path):
     run(config)
     found = load_dataset(str(config.output_dir), split="train", cache_dir=str(tmp_path / "cache"))
