@@ -157,7 +157,8 @@ class FilterConfig:
     output_dir: Path
     """Folder for the kept labels, again a label store."""
     max_wer: float | None = 10.0
-    """Keep labels with a WER below this, in percent; None ignores the references."""
+    """Keep labels with a WER below this (the paper's λ), in percent; None ignores the
+    references."""
     max_duration: float = 30.0
     """Keep clips of at most this many seconds."""
     max_label_tokens: int = 444
@@ -595,7 +596,8 @@ class ExportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TranscribeConfig:
-    """Transcribe audio files or the sound of videos."""
+    """Transcribe audio files or the sound of videos. The RTF that is shown (real-time factor) is
+    processing time over audio time."""
 
     audio: Positional[tuple[Path, ...]]
     """Files of any format that FFmpeg reads, folders of them, or - for standard input."""
@@ -618,10 +620,10 @@ class TranscribeConfig:
     """Language spoken, such as en; by default it is detected."""
     prompt: str | None = None
     """Text before the audio, for names and style."""
-    method: Literal["sequential", "chunked"] = "sequential"
+    method: Literal["auto", "sequential", "chunked"] = "auto"
     """sequential: Whisper's own algorithm, with times, one window of each file at a time. chunked:
     overlapping chunks in batches, fast for one file too, and right for students trained without
-    timestamps."""
+    timestamps. auto: chunked for such students, else sequential."""
     batch_size: int = 8
     """Windows of 30 s decoded at a time."""
     dtype: Dtype = "float32"

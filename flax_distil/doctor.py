@@ -61,7 +61,7 @@ def run(config: DoctorConfig) -> None:
 
 def examine(network: bool = True) -> Iterator[Finding]:
     """All findings in turn. network: whether to look if the model hub can be reached."""
-    names = ("flax-distil", "jax", "jaxlib", "flax", "optax", "transformers", "datasets")
+    names = ("flax-distil", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "datasets")
     packages = ", ".join(f"{name} {version(name)}" for name in names)
     yield Finding("versions", "ok", f"Python {platform.python_version()}, {packages}")
     yield devices()

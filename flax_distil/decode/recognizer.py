@@ -48,6 +48,8 @@ class Recognizer:
     previous_text: whether windows of long recordings get the text before them as prompt; False
         where the generation config says that the model was trained without
         (`condition_on_prev_tokens`).
+    timestamps: whether it learnt them; False where the generation config says that it was trained
+        without (`trained_with_timestamps`).
     assistant: drafts tokens that the model verifies; the texts are the same (`make_assistant`).
     """
 
@@ -57,6 +59,7 @@ class Recognizer:
     alignment_heads: tuple[tuple[int, int], ...] = ()
     language: str | None = None
     previous_text: bool = True
+    timestamps: bool = True
     assistant: Assistant | None = None
 
     @property
@@ -108,6 +111,7 @@ def make_recognizer(checkpoint: Checkpoint, dtype: str = "float32") -> Recognize
         alignment_heads=tuple((layer, head) for layer, head in heads),
         language=language,
         previous_text=generation.get("condition_on_prev_tokens") is not False,
+        timestamps=generation.get("trained_with_timestamps") is not False,
     )
 
 

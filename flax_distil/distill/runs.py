@@ -12,10 +12,13 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from flax_distil.config import DistillConfig, RunsConfig
+from flax_distil.data.batches import label_ids
 from flax_distil.data.loader import LoaderState
 from flax_distil.data.mixing import TrainingSource
-from flax_distil.data.utterances import Utterances
+from flax_distil.data.utterances import Utterances, UtteranceStream
 from flax_distil.distill.check import datasets_of, knows_previous
 from flax_distil.distill.checkpoints import (
     LATEST,
@@ -38,6 +41,7 @@ from flax_distil.text.tokens import WhisperTokens
 
 log = logging.getLogger(__name__)
 
+SAMPLED_LABELS = 64  # of each source, for `teaches_timestamps`
 RECIPE, VERSIONS = "recipe.toml", "versions.json"
 # Fields that may change when a run resumes.
 CHANGEABLE = {"output_dir", "compute", "validation", "run", "max_skipped", "max_skipped_share"}
@@ -110,7 +114,8 @@ def training_facts(
     config: DistillConfig, sources: Sequence[TrainingSource], tokens: WhisperTokens
 ) -> dict[str, Any]:
     """What an exported student records of its training: languages and tasks, sorted, and whether
-    some examples had the text before them as prompt. Languages are None if not all are known."""
+    some examples had the text before them as prompt, or timestamps. Languages are None if not all
+    are known."""
     languages, tasks = set(), set()
     for source in sources:
         if not source.speech:
@@ -130,7 +135,20 @@ def training_facts(
         "languages": None if None in languages else codes,
         "tasks": sorted(tasks),
         "previous_text": bool(config.prompt_probability) and any(map(knows_previous, sources)),
+        "timestamps": any(teaches_timestamps(source, tokens) for source in sources),
     }
+
+
+def teaches_timestamps(source: TrainingSource, tokens: WhisperTokens) -> bool:
+    """Whether labels of a source have timestamps, by a sample of them; a stream's may have."""
+    if not source.options.timestamp_probability or not source.speech:
+        return False
+    if isinstance(source.utterances, UtteranceStream):
+        return source.options.target == "label"
+    rows = np.linspace(0, len(source.utterances) - 1, SAMPLED_LABELS, dtype=int).tolist()
+    samples = (source.utterances[row] for row in dict.fromkeys(rows))
+    labels = (label_ids(one, tokens, source.options.target, one.language) for one in samples)
+    return any(token in tokens.times for label in labels for token in label)
 
 
 def is_run(folder: Path) -> bool:
@@ -164,13 +182,16 @@ def generation_of(run: Path, student: Checkpoint) -> dict[str, Any]:
 
     A multilingual student of one language and task names both. One that was trained without
     previous text transcribes long recordings without it (`condition_on_prev_tokens`, as
-    Transformers calls it).
+    Transformers calls it), one without timestamps in overlapping chunks
+    (`trained_with_timestamps`, which Transformers keeps and does not read).
     """
     facts = read_json(run / VERSIONS) if (run / VERSIONS).is_file() else {}
     languages, tasks = facts.get("languages") or [], facts.get("tasks") or []
     generation = dict(student.generation)
     if facts.get("previous_text") is False:
         generation["condition_on_prev_tokens"] = False
+    if facts.get("timestamps") is False:
+        generation["trained_with_timestamps"] = False
     multilingual = generation.get("is_multilingual", student.dims.multilingual)
     if multilingual and len(languages) == len(tasks) == 1:
         generation.pop("forced_decoder_ids", None)

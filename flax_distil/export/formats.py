@@ -167,9 +167,16 @@ def without_padding(checkpoint: Checkpoint) -> Checkpoint:
 
     Raises:
         InputError: it has added tokens, which openai-whisper and CTranslate2 would read as
-            timestamps.
+            timestamps, or which of its tokens are padding is not known.
     """
     if not (checkpoint.source / "tokenizer.json").is_file():
+        english = checkpoint.generation.get("is_multilingual") is False
+        if english and checkpoint.dims.multilingual:
+            raise InputError(
+                f"an English-only model has {checkpoint.dims.vocab:,} tokens, with which "
+                f"openai-whisper takes it for multilingual, and {checkpoint.source} has no "
+                "tokenizer.json that says which are padding: add the model's"
+            )
         return checkpoint
     tokens = checkpoint.tokens()
     if tokens.words:

@@ -18,6 +18,7 @@ from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.decode.search import Acceptance
 from flax_distil.errors import InputError, SomeFailed, check_writable, writing
 from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.options import SequentialOptions
 from flax_distil.transcription.recordings import transcribe_all
 from flax_distil.transcription.silence import digital_silence, load_detector, trim_silence
 from flax_distil.transcription.transcript import WRITERS, Transcript
@@ -48,6 +49,10 @@ def run(config: TranscribeConfig) -> list[Path]:
     if config.assistant:
         assistant = load_assistant(recognizer, config.assistant, config.draft_tokens)
         recognizer = replace(recognizer, assistant=assistant)
+    asked = config.method == "sequential" or config.sequential != SequentialOptions()
+    sequential = asked or (config.method == "auto" and recognizer.timestamps)
+    if config.method == "auto" and not sequential:
+        log.info("the model was trained without timestamps: --method chunked is used")
     decoded: list[tuple[Path, list[tuple[float, float]]]] = []
     failures: list[str] = []
     written, done, acceptance, begun = [], 0.0, None, time.monotonic()
@@ -55,7 +60,7 @@ def run(config: TranscribeConfig) -> list[Path]:
         recognizer,
         decode_files(config, list(targets), decoded, failures),
         config.search,
-        config.sequential if config.method == "sequential" else config.chunked,
+        config.sequential if sequential else config.chunked,
         language=config.language,
         prompt=config.prompt,
         seed=config.seed,
@@ -145,7 +150,7 @@ def check_flags(config: TranscribeConfig) -> None:
             "the two"
         )
     table = [  # a flag, whether it is given, and the options that have no effect without it
-        ("--method sequential", config.method == "sequential", "sequential", ""),
+        ("--method sequential", config.method != "chunked", "sequential", ""),
         ("--method chunked", config.method == "chunked", "chunked", ""),
         ("--word-timestamps", config.sequential.word_timestamps, "layout", ""),
         ("--max-line-width", config.layout.max_line_width is not None, "layout", "max_line_count"),

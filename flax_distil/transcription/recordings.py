@@ -1,5 +1,6 @@
 """One recording or many, of any length, to transcripts."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,8 @@ from flax_distil.transcription.silence import restored, voiced
 from flax_distil.transcription.transcript import Transcript
 
 LongForm = SequentialOptions | ChunkedOptions
-WHISPER = SequentialOptions()
+
+log = logging.getLogger(__name__)
 
 
 def transcribe(
@@ -41,7 +43,7 @@ def transcribe(
     batch_size: int = 8,
     dtype: str = "float32",
     options: DecodeOptions = GREEDY,
-    long_form: LongForm = WHISPER,
+    long_form: LongForm | None = None,
     assistant: str | Path | Assistant | None = None,
     voice: VoiceOptions | None = None,
 ) -> Transcript:
@@ -55,7 +57,8 @@ def transcribe(
     seed: random seed for sampling.
     options: how windows are decoded. The sequential method always uses timestamps.
     long_form: `SequentialOptions` for Whisper's own algorithm, with times; `ChunkedOptions` for
-        overlapping chunks in batches, which is fast and needs no timestamps.
+        overlapping chunks in batches, which is fast and needs no timestamps. By default the first,
+        or the second for a student that was trained without timestamps.
     assistant: folder or name of a student or smaller Whisper, "lookup", or an `Assistant`:
         speculative decoding, which returns the same text. The transcript's `acceptance` says how
         many draft tokens were accepted.
@@ -87,7 +90,7 @@ def transcribe_all(
     recognizer: Recognizer,
     waveforms: Iterable[Samples],
     options: DecodeOptions = GREEDY,
-    long_form: LongForm = WHISPER,
+    long_form: LongForm | None = None,
     *,
     language: str | None = None,
     prompt: str | None = None,
@@ -104,7 +107,14 @@ def transcribe_all(
         InputError: the model lacks the language or task, the device the memory, the assistant
             cannot be used with this search, or voice-activity detection is not installed.
     """
+    if long_form is None:
+        long_form = SequentialOptions() if recognizer.timestamps else ChunkedOptions()
     if isinstance(long_form, SequentialOptions):
+        if not recognizer.timestamps:
+            log.warning(
+                "the model was trained without timestamps, which the sequential method needs: the "
+                "chunked method is right for it (--method chunked, ChunkedOptions)"
+            )
         if voice is not None and long_form.clips:
             raise InputError(
                 f"clips are {long_form.clips} and voice-activity detection finds its own: leave "

@@ -122,6 +122,7 @@ def test_languages_and_tasks_of_the_data(config, base_folder, tiny_en_folder, tm
 
     named = replace(plain[0], language="de-DE", task="translate")
     alone = {"languages": ["de"], "tasks": ["transcribe"], "previous_text": False}
+    alone |= {"timestamps": False}
     assert found(*german) == alone
     both = found(*german, named)
     assert both == alone | {"tasks": ["transcribe", "translate"]}
@@ -142,6 +143,23 @@ def test_whether_the_text_before_is_learnt(config, tiny_en_folder, tmp_path, ran
         assert generation.get("condition_on_prev_tokens", True) is learnt
         exported = replace(student, generation=generation)
         assert make_recognizer(exported).previous_text is learnt
+
+
+def test_whether_timestamps_are_learnt(config, tiny_en_folder, tmp_path, random_folders):
+    student, tokens = load_checkpoint(random_folders[1]), load_tokens(tiny_en_folder)
+    timed = [tokens.timestamp(0.0), 7, tokens.timestamp(1.0)]
+    for labels, probability, learnt in (
+        (([7], [8]), 0.5, False),
+        (([7], timed), 0.5, True),
+        (([7], timed), 0.0, False),
+    ):
+        data = manifest(tmp_path, *labels)
+        run = replace(config, data=data, prompt_probability=0.0, timestamp_probability=probability)
+        facts = training_facts(run, training_sources(run, tokens), tokens)
+        assert facts["timestamps"] is learnt
+        (tmp_path / "versions.json").write_text(json.dumps(facts))
+        exported = replace(student, generation=generation_of(tmp_path, student))
+        assert make_recognizer(exported).timestamps is learnt
 
 
 def test_a_student_of_one_language_says_so(tmp_path, base_folder, random_folders):

@@ -1,4 +1,5 @@
 import json
+import tomllib
 import warnings
 from dataclasses import replace
 from functools import partial, partialmethod
@@ -8,7 +9,14 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_distil.config import ComputeConfig, DistillConfig, EvaluateConfig, ExportConfig
+from flax_distil.config import (
+    ComputeConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ExportConfig,
+    OptimizerConfig,
+    TrainingDataConfig,
+)
 from flax_distil.data.loader import LoaderState
 from flax_distil.decode.recognizer import make_recognizer, recognize
 from flax_distil.distill.checkpoints import Checkpoints, RunProgress
@@ -19,10 +27,12 @@ from flax_distil.errors import InputError
 from flax_distil.evaluate.report import make_report
 from flax_distil.evaluate.results import BatchTime, ClipResult, Results
 from flax_distil.export import formats, run
+from flax_distil.export.card import hub_name, model_card
 from flax_distil.export.verify import differing_texts, largest_difference, synthetic_clip
 from flax_distil.model.checkpoint import load_checkpoint, save_checkpoint
 from flax_distil.model.student import same_arrays
 from flax_distil.options import DecodeOptions
+from flax_distil.pseudo_label.store import SETTINGS
 from flax_distil.recipe import save_recipe
 
 
@@ -122,7 +132,7 @@ def test_a_training_run_gives_its_trained_numbers(
 
     run(ExportConfig(str(tmp_path / "run"), tmp_path / "out"))
     assert same_arrays(load_checkpoint(tmp_path / "out").params, trained)
-    assert "[distill]" in (tmp_path / "out" / "README.md").read_text()
+    assert "## Recipe" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(InputError, match="no checkpoint 7; it has 2, 3"):
         run(ExportConfig(str(tmp_path / "run"), tmp_path / "out", checkpoint=7))
 
@@ -165,9 +175,69 @@ def test_the_card_has_the_figures_and_a_head_that_the_hub_reads(random_folders, 
     assert "# my" in card.text
 
 
+def test_the_card_of_a_run_has_its_facts_and_no_path_of_this_machine(student, tmp_path):
+    from huggingface_hub import ModelCard
+
+    labels, run_folder = tmp_path / "filtered", tmp_path / "run"
+    labels.mkdir()
+    (labels / SETTINGS).write_text(json.dumps({"data": {"source": "openslr/librispeech_asr"}}))
+    config = DistillConfig(
+        "/cache/models/whisper-tiny.en",
+        str(tmp_path / "student"),
+        run_folder,
+        labels=(labels,),
+        data=(TrainingDataConfig(str(tmp_path / "more.jsonl"), weight=2.0),),
+        batch_size=8,
+        optimizer=OptimizerConfig(steps=300),
+    )
+    save_recipe(config, run_folder / RECIPE)
+    lines = [
+        {"step": 10, "loss": 2.0, "validation/wer": 31.0},
+        {"step": 20, "validation/wer": 30.5},
+    ]
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    generation = student.generation | {"trained_with_timestamps": False}
+    student = replace(student, generation=generation, source=tmp_path)
+    export = ExportConfig(str(run_folder), Path("out"))
+    for format, option in (("transformers", "chunk_length_s=15"), ("openai", "=True")):
+        text = model_card(student, export, format, Path("out"))
+        (tmp_path / "README.md").write_text(text)
+        card = ModelCard.load(tmp_path / "README.md")
+        assert card.data.base_model == "openai/whisper-tiny.en"
+        assert card.data.datasets == ["openslr/librispeech_asr"]
+        assert str(tmp_path) not in text
+        assert "None" not in text
+        assert f"{option})" in text
+        for fact in (
+            "made from those of openai/whisper-tiny.en, whose licence is MIT",
+            "Training data: openslr/librispeech_asr, more.jsonl.",
+            "trained without timestamps",
+            'teacher = "whisper-tiny.en"',
+            "batch_size = 8\noptimizer.steps = 300\n",
+            "Error rate in validation: 30.5 % after 20 updates",
+        ):
+            assert fact in text
+        assert "learning_rate" not in text  # the default
+    assert tomllib.loads(text.split("```toml")[1].split("```")[0])["data"] == [
+        {"source": "more.jsonl", "weight": 2.0}
+    ]
+
+
+def test_base_models_of_cards():
+    for name, base in (
+        ("openai/whisper-base@main", "openai/whisper-base"),
+        ("whisper-base", "openai/whisper-base"),
+        ("/x/models/whisper-large-v3-turbo", "openai/whisper-large-v3-turbo"),
+        ("runs/student", None),
+        ("/x/base", None),
+    ):
+        assert hub_name(name) == base
+
+
 @pytest.mark.parametrize("format", ["transformers", "openai", "ctranslate2"])
-def test_the_first_use_of_each_card_runs(exported, format, monkeypatch, capsys):
-    """Cut down: random numbers write on to the end of the context, at six temperatures."""
+def test_the_first_use_of_each_card_runs(exported, format, monkeypatch, capsys, tmp_path):
+    """Without FFmpeg. Cut down: random numbers write on to the end of the context, at six
+    temperatures."""
     import faster_whisper
     import transformers
     import whisper
@@ -180,11 +250,13 @@ def test_the_first_use_of_each_card_runs(exported, format, monkeypatch, capsys):
         whisper.model.Whisper, "transcribe", partialmethod(whisper.transcribe, **quick)
     )
     monkeypatch.setattr(faster_whisper.WhisperModel, "transcribe", partialmethod(fast, **quick))
+    soundfile.write(tmp_path / "speech.wav", synthetic_clip()[:32_000], 16_000)
+    monkeypatch.chdir(tmp_path)
     code = (exported[format] / "README.md").read_text().split("```")[1].removeprefix("python\n")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # An array in the place of the file, which two of the three need a program to read.
-        exec(code.replace('"speech.wav"', "sound"), {"sound": synthetic_clip()[:32_000]})
+        monkeypatch.setenv("PATH", "")
+        exec(code, {})
     assert capsys.readouterr().out.strip()
 
 
@@ -219,6 +291,9 @@ def test_a_padded_vocabulary_is_cut_and_added_words_have_no_other_form(
         assert load_checkpoint(folders[name]).dims.vocab == vocab
     assert same_arrays(load_checkpoint(folders["openai"]).params, student.params)
 
+    unknown = replace(padded, source=tmp_path)
+    with pytest.raises(InputError, match=r"English-only model has 51,872 tokens.*no tokenizer"):
+        formats.without_padding(unknown)
     tokenizer = json.loads((tmp_path / "padded" / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({"id": 51_864, "content": " poundkey", "special": False})
     (tmp_path / "padded" / "tokenizer.json").write_text(json.dumps(tokenizer))

@@ -12,7 +12,7 @@ from flax_distil.audio.load import SAMPLE_RATE, encode_flac
 from flax_distil.config import TranscribeConfig
 from flax_distil.decode.recognizer import make_recognizer
 from flax_distil.errors import InputError, SomeFailed
-from flax_distil.model.checkpoint import load_checkpoint
+from flax_distil.model.checkpoint import load_checkpoint, save_checkpoint
 from flax_distil.options import DecodeOptions
 from flax_distil.transcription import (
     ChunkedOptions,
@@ -165,6 +165,28 @@ def test_a_bad_file_does_not_stop_the_good_ones(random_folders, tmp_path, capsys
     assert written["text"].strip() in capsys.readouterr().out
     assert set(written) == {"text", "segments", "language"}
     assert set(written["segments"][0]) == set(Segment.__dataclass_fields__) - {"words"}
+
+
+def test_a_student_without_timestamps_is_read_in_chunks(random_folders, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "a.flac").write_bytes(encode_flac(tone(0.5)))
+    student = load_checkpoint(random_folders[1])
+    save_checkpoint(
+        replace(student, generation=student.generation | {"trained_with_timestamps": False}),
+        tmp_path / "student",
+    )
+    auto = TranscribeConfig((tmp_path / "a.flac",), str(tmp_path / "student"))
+    asked = with_flags(auto, method="sequential", temperatures=(0.0,), no_speech_threshold=None)
+    for stage, timed, said in (
+        (auto, False, "--method chunked is used"),
+        (asked, True, "without timestamps, which the sequential method needs"),
+    ):
+        (path,) = run(with_flags(stage, format="json", output_dir=tmp_path, max_tokens=6))
+        segments = json.loads(path.read_text())["segments"]
+        assert segments
+        assert any(token > 50_362 for one in segments for token in one["tokens"]) is timed
+        assert said in caplog.text
+        caplog.clear()
 
 
 @pytest.mark.parametrize("method", ["sequential", "chunked"])
