@@ -39,6 +39,7 @@ SPLITS = {
 }
 LIBRISPEECH_NAME = re.compile(r"(?P<chapter>(?P<speaker>\d+)-\d+)-\d+")
 SPANS = (("start", "end"), ("start_time", "end_time"), ("begin", "end"))  # seconds
+NAMES = (pa.string(), pa.large_string())  # types of columns that can only name audio
 TEXT_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".lab", ".srt", ".vtt", ".stm", ".gz")
 
 
@@ -64,7 +65,7 @@ def read_files(files: Sequence[str], root: str, config: DataConfig) -> Table:
     parquet = [path for path in parquet if not path.endswith("/metadata.parquet")] or parquet
     if audio:  # beside it, Parquet may be of something else
         parquet = [path for path in parquet if _audio_types(path, config)]
-    if audio and all(_is_text(kind) for path in parquet[:1] for kind in _audio_types(path, config)):
+    if audio and all(kind in NAMES for path in parquet[:1] for kind in _audio_types(path, config)):
         lists, shards = parquet, []
     else:
         lists, shards = [], parquet or [path for path in files if path.endswith(".tar")]
@@ -149,11 +150,6 @@ def _audio_types(path: str, config: DataConfig) -> list[pa.DataType]:
     """The types of a Parquet file's columns that hold or name audio."""
     _, schema = parquet_footer(path)
     return [schema.field(name).type for name in audio_names(config) if name in schema.names]
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type can only name audio."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _notes(counts: dict[str, int]) -> tuple[str, ...]:

@@ -182,7 +182,15 @@ def audio_names(config: DataConfig) -> tuple[str, ...]:
 def _json_rows(path: str, text: str) -> Iterator[PlacedRow]:
     """The objects of JSON lines, of an array, or of an array in an object (`{"data": [...]}`), with
     Lhotse's cuts as clips."""
-    for place, row in _json_values(path, text):
+    placed, is_array = _json_lines(path, text), text.lstrip().startswith("[")
+    if is_array or list_kind(path) == ".json":
+        try:
+            rows = _objects(json.loads(text))
+            placed = ((f"row {number}", row) for number, row in enumerate(rows, 1))
+        except (ValueError, RecursionError) as error:
+            if is_array:
+                raise InputError(f"{path} is not JSON: {error}") from None
+    for place, row in placed:
         if not isinstance(row, dict):
             raise InputError(f"{path} {place} must be an object such as {{...}}")
         if is_lhotse(row) and not set(USUAL["audio"]).intersection(row):
@@ -191,17 +199,7 @@ def _json_rows(path: str, text: str) -> Iterator[PlacedRow]:
             yield place, row
 
 
-def _json_values(path: str, text: str) -> Iterator[tuple[str, Any]]:
-    is_array = text.lstrip().startswith("[")
-    if is_array or list_kind(path) == ".json":
-        try:
-            rows = _objects(json.loads(text))
-        except (ValueError, RecursionError) as error:
-            if is_array:
-                raise InputError(f"{path} is not JSON: {error}") from None
-        else:
-            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-            return
+def _json_lines(path: str, text: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(io.StringIO(text, newline=""), 1):
         if line.strip():
             try:

@@ -49,7 +49,9 @@ def _read(source: str, config: DataConfig) -> Table:
     elif is_file(source):
         if not known:
             kind = os.path.splitext(source)[1] or "nameless"
-            raise InputError(f"{config.source}: a dataset is {FORMS}, not a {kind} file")
+            raise InputError(
+                f"{config.source}: a dataset is {FORMS}, not a {kind} file; unpack an archive first"
+            )
         check_split(source, config)
         files, root, config = [source], os.path.dirname(source), replace(config, split=None)
     elif PATTERN.search(source):

@@ -462,6 +462,19 @@ def test_urls_that_cannot_be_opened():
             read_dataset(source)
 
 
+def test_a_label_store_in_a_bucket(clips):
+    """As `distill --labels` names it: a path with one slash."""
+    cells = [{"bytes": clip.flac, "path": None} for clip in clips]
+    file = BytesIO()
+    pq.write_table(pa.table({"audio": cells, "token_ids": [[1], [], [1, 2]]}), file)
+    shards = {"data/00000.parquet": file.getvalue(), "skipped.jsonl": '{"file": "a"}'}
+    put("memory://store", shards | {"labels.json": "{}", "README.md": "x"})
+    found = read_dataset(Path("memory://store"))
+    assert found.columns.labelled
+    assert found.label_lengths().tolist() == [1, 0, 2]
+    assert np.array_equal(to_int16(load_waveform(found[2])), clips[2].samples)
+
+
 def test_patterns_of_numbers(tmp_path):
     put(tmp_path, {f"a-{n:03}.tar": b"" for n in (8, 9, 10, 11)})
     files, root = matching(f"{tmp_path}/a-{{009..010}}.tar")

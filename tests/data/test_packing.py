@@ -231,10 +231,10 @@ def test_a_window_that_grows_is_learnt_in_turns(tmp_path, flac):
 
 def test_a_window_is_read_with_the_one_before(spoken):
     options = {"timestamp_probability": 0.0, "prompt_probability": 0.2}
-    batch = batch_of(spoken, 400, **options)
+    batch = batch_of(spoken, 120, **options)
     prompted = batch.tokens[:, 0] == MULTILINGUAL.previous
     assert not prompted[batch.rows == 0].any()
-    assert abs(prompted[batch.rows == 1].mean() - 0.2) < 0.1  # 200 throws, 3.5 deviations
+    assert abs(prompted[batch.rows == 1].mean() - 0.2) < 0.18  # 60 throws, 3.5 deviations
     tokens = batch.tokens[prompted][0].tolist()
     assert tokens[:6] == [MULTILINGUAL.previous, 7, 8, 9, 10, MULTILINGUAL.sot]
     assert not batch.weights[prompted][:, :5].any()
