@@ -33,16 +33,10 @@ def print_table(
         if parts[-1] and sum(sizes[n] + GAP for n in (*parts[-1], number)) > left:
             parts.append([])
         parts[-1].append(number)
+    if title:
+        console.print(f"[bold]{escape(title)}[/]", highlight=False)
     for part in parts:
-        table = Table(
-            box=SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-            title=escape(title),
-            title_justify="left",
-            title_style="bold",
-        )
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for number in (*range(keys), *part):
             table.add_column(
                 escape(headings[number]),
@@ -53,4 +47,3 @@ def print_table(
         for row in rows:
             table.add_row(*(escape(row[number]) for number in (*range(keys), *part)))
         console.print(table, "")
-        title = ""

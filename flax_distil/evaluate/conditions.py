@@ -4,6 +4,7 @@ Everything that is drawn depends on the seed and the clip's name alone, so that 
 same sound, in every run and on any number of hosts.
 """
 
+import logging
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from flax_distil.data.utterances import load_waveform, read_dataset
 from flax_distil.errors import InputError
 from flax_distil.evaluate.results import Test
 
+log = logging.getLogger(__name__)
+
 BABBLE_VOICES = 6
 BANK_CLIPS = 40  # clips of a dataset from which babble and previous texts are made
-Sound = Float32[np.ndarray, "n"]
+Sound = Float32[np.ndarray, "_"]
 
 
 class ReferenceClip(NamedTuple):
@@ -81,24 +84,31 @@ class AddedNoise:
     def __call__(
         self, clip: ReferenceClip, bank: Sequence[ReferenceClip], draw: np.random.Generator
     ) -> ReferenceClip:
+        if not clip.waveform.any():
+            return clip
+        noise = np.zeros(clip.waveform.size, np.float32)
+        while not noise.any():  # a stretch of a recording may be silent
+            noise = np.asarray(self.sound(clip, bank, draw), np.float32)
+        return clip._replace(waveform=mix_at_snr(clip.waveform, noise, self.snr_db))
+
+    def sound(
+        self, clip: ReferenceClip, bank: Sequence[ReferenceClip], draw: np.random.Generator
+    ) -> np.ndarray:
+        """Noise as long as the clip."""
         length = clip.waveform.size
         if self.kind == "white":
-            noise = draw.standard_normal(length, np.float32)
-        elif self.kind == "babble":
-            voices = [one.waveform for one in bank if one.id != clip.id and one.waveform.any()]
-            if not voices:
-                raise InputError("babble is made of a dataset's other clips, and it has none")
-            chosen = draw.permutation(len(voices))[:BABBLE_VOICES]
-            noise = sum(
-                noise_excerpt(draw, voices[one], length) / np.sqrt(mean_power(voices[one]))
-                for one in chosen
+            return draw.standard_normal(length, np.float32)
+        if self.kind == "recorded":
+            recording = self.recordings[draw.integers(len(self.recordings))]
+            return noise_excerpt(draw, recording, length)
+        voices = [one.waveform for one in bank if one.id != clip.id and one.waveform.any()]
+        if not voices:
+            raise InputError(
+                "babble is made of a dataset's other clips, and it has none: use white noise"
             )
-        else:
-            noise = noise_excerpt(
-                draw, self.recordings[draw.integers(len(self.recordings))], length
-            )
-        noise = np.asarray(noise, np.float32)
-        return clip._replace(waveform=mix_at_snr(clip.waveform, noise, self.snr_db))
+        chosen = [voices[one] for one in draw.permutation(len(voices))[:BABBLE_VOICES]]
+        excerpts = (noise_excerpt(draw, one, length) / np.sqrt(mean_power(one)) for one in chosen)
+        return np.sum(list(excerpts), axis=0)
 
 
 @dataclass(frozen=True)
@@ -125,17 +135,34 @@ class PreviousText:
 def noise_conditions(
     snrs_db: Sequence[float], kinds: Sequence[str], recordings: str | None
 ) -> list[Condition]:
-    """A condition for each kind of noise and ratio. recordings: a dataset of noise.
+    """A condition for each kind of noise and ratio. recordings: a dataset of noise, of any length.
+
+    Recordings that are damaged or silent are left out, with a warning.
 
     Raises:
-        InputError: the recordings cannot be read.
+        InputError: the recordings cannot be read, none can be used, or there is no ratio for them.
     """
-    sounds: tuple[Sound, ...] = ()
-    if recordings and snrs_db:
-        sounds = tuple(load_waveform(one) for one in read_dataset(recordings).iter_from(0))
+    if recordings and not snrs_db:
+        raise InputError(
+            f"noise_recordings is {recordings}, without a ratio to mix it at: add noise"
+        )
+    sounds: list[Sound] = []
+    for one in read_dataset(recordings).iter_from(0) if recordings else ():
+        try:
+            sound = load_waveform(one)
+            if not sound.any():
+                raise InputError("it is silent")
+            sounds.append(sound)
+        except (InputError, OSError) as error:
+            log.warning("noise: %s is left out: %s", one.id, error)
+    if recordings:
+        if not sounds:
+            raise InputError(
+                f"{recordings} has no recording of noise that is not damaged or silent"
+            )
         kinds = (*kinds, "recorded")
     return [
-        Condition("noise", f"{kind}, {snr:g} dB", AddedNoise(snr, kind, sounds))
+        Condition("noise", f"{kind}, {snr:g} dB", AddedNoise(snr, kind, tuple(sounds)))
         for kind in kinds
         for snr in snrs_db
     ]

@@ -163,6 +163,11 @@ class Evaluation:
         bank: list[ReferenceClip] = []
         if len(conditions) > 1:
             bank = list(itertools.islice(self.usable(one, every=True), BANK_CLIPS))
+        if sum(bool(clip.waveform.any()) for clip in bank) < 2:
+            alone = [c for c in conditions if c.setting.startswith("babble")]
+            conditions = [c for c in conditions if c not in alone]
+            if alone:
+                log.warning("%s: no babble, which is made of other clips than the one", one.name)
         usable = self.usable(one, self.skipped[one.name], long)
         self.clips(one.name, usable, conditions, bank)
         join = one.config.join or self.job.config.join

@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -41,14 +42,15 @@ def report_sections(report: Report) -> Iterator[tuple[str, str, str]]:
     first, *rest = [(one.name, escape(one.title), table_html(one)) for one in report.tables]
     yield first
     drawn = [
-        f"<figure><figcaption>{escape(title)}</figcaption>{to_svg(one)}</figure>"
+        f"<figure{' class=wide' if one.get_figwidth() > 7 else ''}>"
+        f"<figcaption>{escape(title)}</figcaption>{to_svg(one)}</figure>"
         for title, one in figures(report)
     ]
     if drawn:
         yield "figures", "Figures", f"<div class=figures>{''.join(drawn)}</div>"
     yield from rest
     if report.worst:
-        yield "clips", "Clips on which the models differ most", clips_html(report.worst)
+        yield "clips", "Clips that differ most", clips_html(report.worst)
     if report.skipped:
         lists = [
             f"<details><summary>{escape(name)}: {len(reasons)}</summary><ul>"
@@ -125,7 +127,7 @@ def clips_html(clips: Sequence[WorstClip]) -> str:
     """Clips one below the other."""
     return (
         "<p class=note>Words under the reference's: <mark>substituted</mark>, <del>deleted</del>, "
-        "<ins>inserted</ins>. Percentages are error rates.</p>"
+        "<ins>inserted</ins>.</p>"
         + "\n".join(clip_html(one, number) for number, one in enumerate(clips))
     )
 
@@ -139,18 +141,18 @@ def clip_html(clip: WorstClip, number: int) -> str:
             f'<audio controls preload=metadata aria-label="{escape(first.id)}" '
             f'src="data:audio/mpeg;base64,{data}"></audio>'
         )
-    names = "".join(
-        f'<span title="{escape(name)}">{rate:.0f} % {escape(name)}</span>'
-        for name, rate in clip.rates.items()
-    )
+    names = "".join(f'<span title="{escape(one)}">{escape(one)}</span>' for one in clip.results)
+    rates = " · ".join(f"{escape(name)} {rate:.0f} %" for name, rate in clip.rates.items())
     texts = [one.text for one in clip.results.values()]
     words = "".join(
         f"<div><span>{escape(column.reference)}</span>{''.join(map(word_html, column.words))}</div>"
         for column in align_words(first.reference, texts, first.language)
     )
     return (
-        f'<article class=clip id="clip-{number}"><h3>{escape(first.id)}'
-        f"<small>{escape(first.dataset)} · {first.seconds:.1f} s</small></h3>{player}"
+        f'<article class=clip id="clip-{number}">'
+        f'<h3 title="{escape(first.id)}">{escape(Path(first.id).name)}</h3>'
+        f"<small>{escape(first.dataset)} · {first.seconds:.1f} s · error rate: {rates}</small>"
+        f"{player}"
         f"<div class=aligned><div class=names><span>reference</span>{names}</div>{words}</div>"
         "</article>"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from flax_distil.config import EvaluateConfig, EvaluationDataConfig
 from flax_distil.data.utterances import Utterances, UtteranceStream, read_dataset
 from flax_distil.data.windows import identity_digest
+from flax_distil.distill.tracking import METRICS
 from flax_distil.errors import InputError
 from flax_distil.evaluate.conditions import Condition, PreviousText, noise_conditions
 from flax_distil.evaluate.models import FlaxModel, Model
@@ -23,6 +24,11 @@ FULL = {
     "non_speech": 60,
     "latency": (1, 4, 16),
     "chunk_lengths": (30.0, 25.0, 20.0, 15.0, 10.0),
+}
+# Smallest value → options.
+LEAST = {
+    1: ("batch_size", "passes", "max_tokens", "max_clips", "join"),
+    0: ("non_speech", "resamples", "worst"),
 }
 # Options that do not change the results of a part of the evaluation.
 IRRELEVANT = ("output_dir", "overwrite", "resamples", "worst", "run", "strict", "latency", "full")
@@ -87,9 +93,13 @@ def prepare(config: EvaluateConfig) -> EvaluationJob:
         config = replace(config, **missing)
     if config.language:
         config = replace(config, language=to_language_code(config.language))
-    for name in ("batch_size", "passes", "max_tokens"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} is {getattr(config, name)}: use 1 or more")
+    for least, names in LEAST.items():
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}: use {least} or more")
+    if config.run and not (config.run / METRICS).is_file():
+        raise InputError(f"{config.run} has no {METRICS}: name the folder of a training run")
     for name in ("latency", "prompts"):
         if min(getattr(config, name), default=1) < 1:
             raise InputError(f"{name} are {getattr(config, name)}: use 1 or more")

@@ -59,7 +59,7 @@ def measure_latency(
     if kept is not None and kept.is_file() and not config.overwrite:
         saved = json.loads(kept.read_text())
         if saved["asked"] == asked:
-            return [Latency(**one) for one in saved["results"]]
+            return [Latency(**one | {"texts": tuple(one["texts"])}) for one in saved["results"]]
     results: list[Latency] = []
     for name, source in tqdm(sources.items(), "latency", unit="model"):
         if jax.default_backend() == "cpu":

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")  # matplotlib's first
+HIGHEST = 120  # percent, on the axis of noise: loops may have many hundreds
 
 
 def figures(report: Report) -> Iterator[tuple[str, "Figure"]]:
@@ -24,23 +25,24 @@ def figures(report: Report) -> Iterator[tuple[str, "Figure"]]:
         yield "Error rate and speed", plot_speed(timed)
     if measured:
         yield "Kinds of errors", plot_errors(measured)
-    for table in report.tables:
-        if table.name == "noise":
-            yield "Added noise", plot_noise(table.rows)
     if report.losses:
         yield "Training losses", plot_losses(report.losses)
+    for table in report.tables:
+        if table.name == "noise":
+            yield f"Added noise (axis up to {HIGHEST} %)", plot_noise(table.rows)
 
 
 def plot_speed(models: Sequence[Mapping[str, Any]]) -> "Figure":
     """Error rate with its interval against speed; a model's area grows with its parameters."""
     figure, axes = new_figure()
-    for one in models:
-        speed, wer = one["relative_speed"], one["wer"]
-        dot = axes.scatter(speed, wer, s=4 * (one["parameters"] / 1e6) ** 0.75, zorder=3)
+    for number, one in enumerate(sorted(models, key=lambda one: one["relative_speed"])):
+        speed, wer, colour = one["relative_speed"], one["wer"], f"C{models.index(one)}"
+        axes.scatter(speed, wer, s=4 * (one["parameters"] / 1e6) ** 0.75, color=colour, zorder=3)
         if one["interval"]["low"] is not None:
             ends = one["interval"]["low"], one["interval"]["high"]
-            axes.vlines(speed, *ends, color=dot.get_facecolor(), alpha=0.6)
-        axes.annotate(one["name"], (speed, wer), xytext=(8, 8), textcoords="offset points")
+            axes.vlines(speed, *ends, color=colour, alpha=0.6)
+        place = (8, -16 if number % 2 else 8)  # models of one speed do not overlap
+        axes.annotate(one["name"], (speed, wer), xytext=place, textcoords="offset points")
     axes.set_xlabel(f"speed relative to {models[0]['name']}")
     axes.set_ylabel("error rate, %")
     axes.margins(0.25)
@@ -82,13 +84,14 @@ def plot_curve(curve: Curve) -> "Figure":
 def plot_errors(models: Sequence[Mapping[str, Any]]) -> "Figure":
     """Bars of the mean error rate, divided into substitutions, deletions and insertions."""
     names = [one["name"] for one in models]
-    figure, axes = new_figure(height=1.2 + 0.45 * len(names))
+    figure, axes = new_figure(height=1.6 + 0.55 * len(names))
     left = [0.0] * len(names)
-    for part in ("substitutions", "deletions", "insertions"):
+    kinds = {"substitutions": "C3", "deletions": "C4", "insertions": "C5"}  # C0 … are models
+    for part, colour in kinds.items():
         widths = [
             sum(data[part] for data in one["datasets"]) / len(one["datasets"]) for one in models
         ]
-        axes.barh(names, widths, left=left, label=part, height=0.6)
+        axes.barh(names, widths, left=left, label=part, height=0.6, color=colour)
         left = [low + width for low, width in zip(left, widths, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("error rate, %")
@@ -108,6 +111,7 @@ def plot_noise(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         axes.set_title(kind, fontsize="medium")
         axes.set_xlabel("signal-to-noise ratio, dB")
         axes.invert_xaxis()
+    panels[0].set_ylim(0, min(panels[0].get_ylim()[1], HIGHEST))
     panels[0].set_ylabel("error rate, %")
     panels[0].legend(frameon=False)
     return figure
@@ -136,7 +140,7 @@ def new_figure(columns: int = 1, height: float = 3.6) -> "tuple[Figure, *tuple[A
     """A figure and its panels, without a window."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 + 3.2 * columns, height), layout="constrained")
+    figure = Figure(figsize=(6.4 if columns == 1 else 5.6 * columns, height), layout="constrained")
     panels = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)

@@ -77,7 +77,7 @@ class Report:
         for one in self.tables:
             parts += [f"## {one.title}", markdown_table(one), one.note]
         if self.worst:
-            parts += ["## Clips on which the models differ most", self._worst_markdown()]
+            parts += ["## Clips that differ most", self._worst_markdown()]
         parts += ["## Settings", "\n".join(f"- {k}: {v}" for k, v in self.settings.items())]
         if self.skipped:
             parts.append("## Skipped clips")

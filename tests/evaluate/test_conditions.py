@@ -52,6 +52,30 @@ def test_the_noise_is_as_loud_as_it_says(kind, recordings):
             assert measured == pytest.approx(asked, abs=0.1)
 
 
+def test_recordings_of_noise_may_have_any_length_and_silence(tmp_path, caplog):
+    """Shorter than the clip, longer, nearly all silent; damaged and silent ones are left out."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 40_000).astype(np.float32)
+    sounds = {"short": noise[:50], "long": noise, "silent": np.zeros(8_000, np.float32)}
+    sounds["gaps"] = np.concatenate([np.zeros(300_000, np.float32), noise[:4_000]])
+    for name, sound in sounds.items():
+        (tmp_path / f"{name}.flac").write_bytes(encode_flac(sound))
+    (tmp_path / "broken.flac").write_bytes(b"nothing")
+    (condition,) = noise_conditions((0.0,), (), str(tmp_path))
+    for name in ("silent", "broken"):
+        assert f"{name}.flac is left out" in caplog.text
+    for before, after in zip(BANK, condition.apply(BANK, BANK, "d", 0), strict=True):
+        added = after.waveform.astype(float) - before.waveform
+        ratio = np.mean(before.waveform.astype(float) ** 2) / np.mean(added**2)
+        assert decibels(ratio) == pytest.approx(0, abs=0.1)
+    for path in tmp_path.glob("*"):
+        if path.stem not in ("silent", "broken"):
+            path.unlink()
+    with pytest.raises(InputError, match="no recording of noise that is not damaged or silent"):
+        noise_conditions((0.0,), (), str(tmp_path))
+    with pytest.raises(InputError, match="without a ratio"):
+        noise_conditions((), ("white",), str(tmp_path))
+
+
 def test_noise_depends_on_seed_and_clip_alone():
     (condition,) = noise_conditions((5.0,), ("babble",), None)
     take = lambda clips, seed=0: [c.waveform for c in condition.apply(clips, BANK, "d", seed)]

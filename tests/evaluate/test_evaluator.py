@@ -4,6 +4,7 @@ import dataclasses
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jiwer
 import numpy as np
@@ -323,6 +324,10 @@ def test_a_dataset_without_speech(scripted, manifest):
         ({"latency": (0, 4)}, r"latency are \(0, 4\): use 1 or more"),
         ({"prompts": (0,)}, "prompts are"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_clips": 0}, "max_clips is 0: use 1 or more"),
+        ({"non_speech": -1}, "non_speech is -1: use 0 or more"),
+        ({"run": Path("nowhere")}, r"nowhere has no metrics.jsonl"),
+        ({"noise_recordings": "noise"}, "without a ratio to mix it at"),
     ],
 )
 def test_options_are_checked_before_anything_is_loaded(scripted, manifest, change, complaint):
