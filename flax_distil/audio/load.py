@@ -156,17 +156,10 @@ def decode_range(
             name,
             cancelled,
         )
-    return full_scale(waveform, loudest, name), last
-
-
-def full_scale(
-    waveform: Float32[np.ndarray, "n"], loudest: float, name: str
-) -> Float32[np.ndarray, "n"]:
-    """The samples, divided by the loudest one with a warning where that is far beyond 1."""
     if loudest > LOUDEST:
         logger.warning("%s: samples reach %g, not 1: divided by that", name, loudest)
-        return waveform / np.float32(loudest)
-    return waveform
+        waveform = waveform / np.float32(loudest)
+    return waveform, last
 
 
 def pad_or_trim(waveform: np.ndarray, length: int = CLIP_SAMPLES) -> np.ndarray:

@@ -124,6 +124,7 @@ def _read_lists(
     listed = {absolute(cell_path(row.get(column))) for row in rows.values()}
     unlisted = [path for path in audio if wanted(splits[path]) and absolute(path) not in listed]
     counts = {"clips listed twice": duplicates}
+    counts["tars beside audio not read"] = sum(path.endswith(".tar") for path in files)
     if of_list:
         counts["audio files that the list of this split does not name"] = len(unlisted)
     else:

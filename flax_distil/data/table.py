@@ -4,8 +4,10 @@ None stands for a missing value.
 """
 
 import base64
+import io
 import math
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from flax_distil.audio.container import RATES
-from flax_distil.audio.load import SAMPLE_RATE, AudioError, full_scale
-from flax_distil.audio.samples import SampleBlock, mix_to_mono, resample, split_seconds
+from flax_distil.audio.load import AudioError, load_audio
 from flax_distil.config import DataConfig
 from flax_distil.errors import InputError
 from flax_distil.text.languages import to_language_code
@@ -220,14 +221,20 @@ def cell_path(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def array_to_waveform(samples: np.ndarray, rate: float, name: str) -> Float32[np.ndarray, "n"]:
-    """A dataset's array of samples as a mono waveform at 16 kHz in [-1, 1].
+def array_to_waveform(
+    samples: np.ndarray,
+    rate: float,
+    name: str,
+    offset: float | None = None,
+    duration: float | None = None,
+) -> Float32[np.ndarray, "n"]:
+    """A dataset's array of samples as a mono waveform at 16 kHz in [-1, 1], read as a WAV file.
 
     samples: [n], [channels, n] or [n, channels]; integers have 16 bits where all fit, else 32.
-    rate: Hz.
+    rate: Hz. offset, duration: seconds of the part to return.
 
     Raises:
-        AudioError: the array is not audio.
+        AudioError: the array is not audio, or `offset` is behind its end.
     """
     channels = np.atleast_2d(samples)
     if channels.ndim != 2 or channels.dtype.kind not in "iuf" or rate not in RATES:
@@ -239,9 +246,10 @@ def array_to_waveform(samples: np.ndarray, rate: float, name: str) -> Float32[np
     if channels.dtype.kind in "iu":
         scale = 2.0**15 if np.abs(channels).max(initial=0) <= 2**15 else 2.0**31
         channels = channels / scale
-    if not channels.size or not np.isfinite(channels).all():
-        raise AudioError(f"{name}: there are no samples, or they hold NaN or infinity")
-    whole = SampleBlock(int(rate), 0, np.ascontiguousarray(channels, np.float32))
-    mono = (mix_to_mono(chunk)[0] for chunk in split_seconds([whole]))
-    waveform = np.concatenate([chunk.samples[0] for chunk in resample(mono, SAMPLE_RATE)])
-    return full_scale(waveform, float(np.abs(waveform).max(initial=0)), name)
+    data, width = channels.T.astype("<f4").tobytes(), 4 * len(channels)
+    floats = (3, len(channels), int(rate), int(rate) * width, width, 32)
+    header = struct.pack("<4sI4s4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16)
+    header += struct.pack("<HHIIHH4sI", *floats, b"data", len(data))
+    file = io.BytesIO(header + data)
+    file.name = name  # in messages
+    return load_audio(file, offset=offset, duration=duration)

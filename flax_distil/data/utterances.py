@@ -359,15 +359,8 @@ def load_waveform(utterance: Utterance, longest: float | None = None) -> Float32
     limits = (longest, None if offset is None else utterance.duration or None)
     duration = min((seconds for seconds in limits if seconds is not None), default=None)
     if isinstance(source, np.ndarray):
-        source = array_to_waveform(source, utterance.rate or SAMPLE_RATE, utterance.id)
-        start = round((offset or 0) * SAMPLE_RATE)
-        end = None if duration is None else start + round(duration * SAMPLE_RATE)
-        if start and start >= len(source):
-            seconds = len(source) / SAMPLE_RATE
-            raise AudioError(
-                f"{utterance.id} starts at {offset:g} s, and the audio ends at {seconds:g} s"
-            )
-        return source[start:end]
+        rate = utterance.rate or SAMPLE_RATE
+        return array_to_waveform(source, rate, utterance.id, offset, duration)
     if isinstance(source, str) and is_url(source):
         try:
             source = read_file(source)
