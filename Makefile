@@ -6,7 +6,7 @@ BIN := .venv/bin
 # (docs/LOG.md); other C libraries ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo test lint format bench plan docs clean
+.PHONY: setup demo picture test lint format bench plan docs clean
 
 setup: .venv/installed
 
@@ -21,6 +21,10 @@ setup: .venv/installed
 
 demo: setup
 	$(BIN)/flax-distil demo
+
+# docs/report.png, of the demo's report.
+picture: setup
+	$(BIN)/python docs/report_picture.py runs/demo/report.html docs/report.png
 
 test: setup
 	$(BIN)/pytest -n 2 --dist worksteal

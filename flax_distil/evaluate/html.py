@@ -17,6 +17,21 @@ from flax_distil.evaluate.plots import figures, to_svg
 from flax_distil.evaluate.report import Report, WorstClip
 from flax_distil.evaluate.tables import Cell, Column, ReportTable
 
+# Aligned words; the report has it with its clips, and so has a notebook.
+STYLE = """<style>
+.aligned { display: flex; flex-wrap: wrap; row-gap: .9rem; line-height: 1.7 }
+.aligned > div { display: flex; flex-direction: column; min-width: 0 }
+.aligned > div > * { padding: 0 .22rem; min-height: 1.7em; overflow-wrap: anywhere }
+.aligned > div > :first-child { color: var(--dim, gray); border-bottom: 1px solid #8884 }
+.aligned .names > * { width: clamp(5.4rem, 12vw, 9.5rem); padding: 0 .7rem 0 0; font-size: .85rem;
+  line-height: 2; color: var(--dim, gray); overflow: hidden; white-space: nowrap;
+  text-overflow: ellipsis }
+.aligned hr { flex-basis: 100%; height: 0; margin: 0; border: 0 }
+mark, ins, del { color: inherit; border-radius: .25rem; padding: 0 .22rem; width: fit-content }
+mark { background: #e6a80050; font-weight: 600; text-decoration: underline dotted }
+del { background: #dc3c3240 }
+ins { background: #28a05040; text-decoration: none } ins::before { content: "+" }
+</style>"""
 KINDS = {"equal": "span", "substitute": "mark", "delete": "del", "insert": "ins"}
 
 
@@ -126,8 +141,9 @@ def cell_html(column: Column, cell: Cell) -> str:
 def clips_html(clips: Sequence[WorstClip]) -> str:
     """Clips one below the other."""
     return (
-        "<p class=note>Words under the reference's: <mark>substituted</mark>, <del>deleted</del>, "
-        "<ins>inserted</ins>.</p>"
+        STYLE
+        + "<p class=note>Words under the reference's: <mark>substituted</mark>, "
+        + "<del>deleted</del>, <ins>inserted</ins>.</p>"
         + "\n".join(clip_html(one, number) for number, one in enumerate(clips))
     )
 
