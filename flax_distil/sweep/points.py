@@ -135,7 +135,7 @@ def make_plan(config: SweepConfig) -> SweepPlan:
 def split_field(field: str) -> tuple[str, list[str]]:
     """The stage and the path of a field: init-student.decoder_layers, distill.loss.kl."""
     stage, *path = field.split(".")
-    return stage.replace("_", "-"), path
+    return stage.replace("_", "-"), [name.replace("-", "_") for name in path]
 
 
 def read_axes(config: SweepConfig, tables: Tables) -> tuple[Axis, ...]:
@@ -162,23 +162,22 @@ def read_axes(config: SweepConfig, tables: Tables) -> tuple[Axis, ...]:
 
 def make_axis(config: SweepConfig, tables: Tables, title: str, field: str, given: Any) -> Axis:
     """The axis of one field, or of named sets of fields."""
-    where, own = f"{config.recipe} [sweep.fields] {field}", configured(config, tables, {})
-    values: dict[str, dict[str, Any]] = {}
-    if isinstance(given, dict) and all(isinstance(one, dict) for one in given.values()):
-        values, base = dict(given), RECIPE
+    where, sets = f"{config.recipe} [sweep.fields] {field}", list[dict[str, Any]]()
+    named = isinstance(given, dict) and all(isinstance(one, dict) for one in given.values())
+    if named:
+        sets = list(given.values())
     elif isinstance(given, list | tuple):
-        for one in given:
-            values[label_of(value_of(configured(config, tables, {field: one}), field))] = {
-                field: one
-            }
-        base = label_of(value_of(own, field))
-    if not values:
+        sets = [{field: one} for one in given]
+    if not sets:
         raise InputError(
             f"{where} = {given!r}: give a list of values to a field such as filter.max_wer, or "
             "named sets of fields"
         )
-    same = [label for label, fields in values.items() if configured(config, tables, fields) == own]
-    base = same[0] if same else base
+    own, *read = [configured(config, tables, fields) for fields in ({}, *sets)]
+    labels = list(given) if named else [label_of(value_of(one, field)) for one in read]
+    values = dict(zip(labels, sets, strict=True))
+    same = (label for label, one in zip(labels, read, strict=True) if one == own)
+    base = next(same, RECIPE if named else label_of(value_of(own, field)))
     if config.design == "one-at-a-time":
         values.setdefault(base, {})
     if len({folder_part(label) for label in values}) < len(values):
@@ -193,14 +192,18 @@ def configured(
     tables = copy.deepcopy(tables)
     for field, value in fields.items():
         stage, path = split_field(field)
-        if stage not in tables or stage not in CONFIGS or not path:
+        known = [name for name in CONFIGS if name in tables]
+        place = tables[stage] if stage in known else None
+        for key in path[:-1]:
+            if isinstance(place, list):
+                place = place[int(key)] if key.isdigit() and int(key) < len(place) else None
+            elif isinstance(place, dict):
+                place = place.setdefault(key, {})
+        if not (path and isinstance(place, dict)):
             raise InputError(
                 f"{config.recipe} [sweep.fields] has {field}, which is no field of a table of the "
-                f"recipe: {', '.join(name for name in CONFIGS if name in tables)}"
+                f"recipe: {', '.join(known)}"
             )
-        place = tables[stage]
-        for key in path[:-1]:
-            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
         place[path[-1]] = value
     return {
         name: load_recipe(config.recipe, cls, tables)
@@ -299,7 +302,9 @@ def split_teacher(config: SweepConfig, stages: dict[str, StageConfig]) -> dict[s
     assert isinstance(evaluate, EvaluateConfig)
     made = [stage.output_dir for stage in stages.values()]
     names = evaluate.names or tuple(Path(source).name for source in evaluate.models)
-    pairs = list(zip(evaluate.models, names, strict=False))
+    if len(names) != len(evaluate.models):
+        raise InputError(f"{len(names)} names for {len(evaluate.models)} models")
+    pairs = list(zip(evaluate.models, names, strict=True))
     ours = [pair for pair in pairs if any(Path(pair[0]).is_relative_to(one) for one in made)]
     others = [pair for pair in pairs if pair not in ours]
     if len(ours) != 1 or evaluate.assistant:

@@ -11,6 +11,7 @@ import pytest
 from flax_distil import cli
 from flax_distil.config import EvaluateConfig, FilterConfig, SweepConfig
 from flax_distil.errors import InputError
+from flax_distil.evaluate import html
 from flax_distil.evaluate.results import ClipResult
 from flax_distil.recipe import stage_name
 from flax_distil.sweep import stages
@@ -113,4 +114,5 @@ def script(monkeypatch) -> Script:
     script = Script()
     monkeypatch.setattr(stages, "execute", script)
     monkeypatch.setattr(stages.jax, "clear_caches", lambda: None)
+    monkeypatch.setattr(html, "figures", lambda _: ())  # they take seconds
     return script

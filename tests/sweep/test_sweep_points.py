@@ -127,12 +127,25 @@ def test_seeds_of_two_stages_have_their_full_names(sweep):
             '[sweep.fields.x]\n"a/b" = {}\n"a_b" = {}',
             "two values whose folders would have the same",
         ),
+        ("distill.optimizer.steps.x = [1]", r"optimizer.steps = .*must be a valid integer"),
+        ("distill.data.0.weight = [1.0]", "data = .*must be a valid array"),
         ('"a.b" = [1]', "has a.b, which is no field of a table"),
     ],
 )
 def test_fields_that_cannot_be_swept_are_named(sweep, fields, message):
     with pytest.raises(InputError, match=message):
         make_plan(sweep(fields))
+
+
+def test_a_field_of_one_of_several_tables_has_its_number(sweep):
+    recipe = sweep("a = 1").recipe.read_text().partition("[sweep.fields]")[0]
+    tables = "".join(f'[[distill.data]]\nsource = "{name}"\n' for name in "ab")
+    plan = make_plan(sweep("distill.data.1.weight = [0.5]", recipe=recipe + tables))
+    weights = [
+        [one.weight for one in run.stages["distill"].config.data]  # type: ignore[union-attr]
+        for run in plan.runs
+    ]
+    assert weights == [[None, None], [None, 0.5]]
 
 
 def test_a_field_that_changes_no_result_is_refused(sweep):

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from flax_distil.errors import SomeFailed
-from flax_distil.evaluate.plots import plot_curve
+from flax_distil.evaluate import html
+from flax_distil.evaluate.plots import figures, plot_curve
 from flax_distil.sweep import run
 
 # Wrong words of ten in each dataset.
@@ -75,13 +76,16 @@ def test_the_curve_has_the_points_of_the_table(sweep, script):
     assert all(bar in drawn for bar in bars)
 
 
-def test_the_page_and_the_text_show_what_was_compared(swept):
-    page = (swept / "out" / "sweep.html").read_text()
-    assert "<h1>Sweep of max_wer</h1>" in page
+def test_the_page_and_the_text_show_what_was_compared(sweep, script, monkeypatch, tmp_path):
+    script.wrong = WRONG
+    monkeypatch.setattr(html, "figures", figures)
+    run(sweep("filter.max_wer = [50, 5]"))
+    page = (tmp_path / "out" / "sweep.html").read_text()
+    assert ">Sweep of max_wer</h1>" in page
     assert "Error rate and max_wer" in page
     assert page.count("<svg") >= 3  # curve, speed, kinds of errors
     assert not re.search(r"(src|href|url)\W{1,2}(http|//)", page.replace('xmlns="http', ""))
-    text = (swept / "out" / "sweep.md").read_text()
+    text = (tmp_path / "out" / "sweep.md").read_text()
     assert "| 50 | 100.0" in text
     assert "device: pen and paper" in text
     assert "differences are from the run base, paired over clips" in text

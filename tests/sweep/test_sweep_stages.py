@@ -12,13 +12,6 @@ from flax_distil.sweep import run, stages
 from flax_distil.sweep.points import make_plan
 from flax_distil.sweep.stages import remaining_seconds, task_options
 
-
-@pytest.fixture(autouse=True)
-def _without_figures(monkeypatch):
-    """Figures take seconds, and are test_report.py's."""
-    monkeypatch.setattr("flax_distil.evaluate.html.figures", lambda _: ())
-
-
 WER = "filter.max_wer = [1, 5, 10]"
 
 
