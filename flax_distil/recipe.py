@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -30,20 +31,20 @@ FIELD = re.compile(r"\s*([\w.\"' -]+?)\s*=")
 STAGES = ("fetch", "pseudo-label", "filter", "init-student", "distill", "runs", "evaluate")
 STAGES += ("sweep", "export", "transcribe", "plan", "demo")
 
-Tables = dict[str, Any]
-"""A recipe's tables and fields by their names."""
+Recipe = tuple[str, dict[str, Any]]
+"""A recipe's text, and its tables and fields by their names."""
 
 
-def load_recipe(path: str | Path, cls: type[Config], tables: Tables | None = None) -> Config:
+def load_recipe(path: str | Path, cls: type[Config], recipe: Recipe | None = None) -> Config:
     """The stage `cls` as the recipe at `path` sets it.
 
-    tables: of that recipe, with changes, instead of those in the file.
+    recipe: what was read from there, perhaps with other values; by default it is read.
 
     Raises:
         InputError: the file cannot be read, or has unknown keys, values of a wrong type, or lacks
             fields without a default; the message names all of them, with their lines.
     """
-    values = recipe_values(path, cls, tables)
+    values = recipe_values(path, cls, recipe)
     fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
     unset = [one.name for one in fields if MISSING is one.default is one.default_factory]
     if missing := [name for name in unset if name not in values]:
@@ -51,10 +52,9 @@ def load_recipe(path: str | Path, cls: type[Config], tables: Tables | None = Non
     return cls(**values)
 
 
-def recipe_values(path: str | Path, cls: type, tables: Tables | None = None) -> dict[str, Any]:
+def recipe_values(path: str | Path, cls: type, recipe: Recipe | None = None) -> dict[str, Any]:
     """The fields of `cls` that a recipe sets, converted to their types; see `load_recipe`."""
-    stage, (text, written_tables) = stage_name(cls), read_recipe(path)
-    tables = written_tables if tables is None else tables
+    stage, (text, tables) = stage_name(cls), recipe or read_recipe(path)
     if stage in tables:
         if unknown := [name for name in tables if name not in STAGES]:
             place = _place(text, [unknown[0]])
@@ -68,16 +68,13 @@ def recipe_values(path: str | Path, cls: type, tables: Tables | None = None) -> 
         raise InputError(
             f"{path}{where} = {table!r} must be a table with the fields of {cls.__name__}"
         )
-    table, hints = _plain(table), get_type_hints(cls, include_extras=True)
+    table, adapter = _plain(table), _adapter(cls)
     written = {}  # the name in the recipe of a field with another one
     for field in dataclasses.fields(cls):  # may be a list of tables, of which another takes all
         several, given = field.metadata.get("several"), table.get(field.name)
         if several and isinstance(given, list) and given:
             table |= {field.name: given[0], several: given}
             written[several] = field.name
-    optional = [(name, hint, dataclasses.field(default=None)) for name, hint in hints.items()]
-    strict = {"__pydantic_config__": {"extra": "forbid"}}
-    adapter = TypeAdapter(dataclasses.make_dataclass(cls.__name__, optional, namespace=strict))
     try:
         stage_values = adapter.validate_json(json.dumps(table, default=str), strict=True)
     except ValidationError as error:
@@ -91,6 +88,15 @@ def recipe_values(path: str | Path, cls: type, tables: Tables | None = None) -> 
             problems.add(f"{path}{place}{where} {problem}")
         raise InputError("; ".join(sorted(problems))) from None
     return {name: value for name, value in vars(stage_values).items() if name in table}
+
+
+@cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    """Validates the fields of a stage, of which any may be missing."""
+    hints = get_type_hints(cls, include_extras=True)
+    optional = [(name, hint, dataclasses.field(default=None)) for name, hint in hints.items()]
+    strict = {"__pydantic_config__": {"extra": "forbid"}}
+    return TypeAdapter(dataclasses.make_dataclass(cls.__name__, optional, namespace=strict))
 
 
 def recipe_stages(path: str | Path) -> tuple[str, ...]:
@@ -120,7 +126,7 @@ def stage_name(cls: type) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__.removesuffix("Config")).lower()
 
 
-def read_recipe(path: str | Path) -> tuple[str, Tables]:
+def read_recipe(path: str | Path) -> Recipe:
     """A recipe's text, and its tables and fields, named as on the command line.
 
     path: of a file, else the name of a published recipe, with or without `recipes/` and `.toml`.

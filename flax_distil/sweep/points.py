@@ -26,7 +26,7 @@ from flax_distil.config import (
     SweepConfig,
 )
 from flax_distil.errors import InputError
-from flax_distil.recipe import Tables, load_recipe, read_recipe
+from flax_distil.recipe import Recipe, load_recipe, read_recipe
 
 # The stages of a run in order. "teacher" is the evaluation of the models that no stage makes.
 StageConfig = (
@@ -116,10 +116,10 @@ def make_plan(config: SweepConfig) -> SweepPlan:
         InputError: a stage's table is missing or wrong, a field or value does not exist, or a field
             changes nothing that is evaluated.
     """
-    (_, tables), recipe = read_recipe(config.recipe), config.recipe
-    if missing := [name for name in ("distill", "export", "evaluate") if name not in tables]:
-        raise InputError(f"{recipe} has no table [{missing[0]}], which a sweep needs")
-    axes = read_axes(config, tables)
+    recipe = read_recipe(config.recipe)
+    if missing := [name for name in ("distill", "export", "evaluate") if name not in recipe[1]]:
+        raise InputError(f"{config.recipe} has no table [{missing[0]}], which a sweep needs")
+    axes = read_axes(config, recipe)
     base = {axis.name: axis.base for axis in axes}
     if config.design == "grid":
         labels = itertools.product(*(axis.values for axis in axes))
@@ -128,7 +128,7 @@ def make_plan(config: SweepConfig) -> SweepPlan:
     else:
         points = [base]
         points += [base | {a.name: label} for a in axes for label in a.values if label != a.base]
-    runs = [make_run(config, point, axes, tables) for point in points]
+    runs = [make_run(config, point, axes, recipe) for point in points]
     return SweepPlan(axes, tuple(runs))
 
 
@@ -138,7 +138,7 @@ def split_field(field: str) -> tuple[str, list[str]]:
     return stage.replace("_", "-"), [name.replace("-", "_") for name in path]
 
 
-def read_axes(config: SweepConfig, tables: Tables) -> tuple[Axis, ...]:
+def read_axes(config: SweepConfig, recipe: Recipe) -> tuple[Axis, ...]:
     """The axes of [sweep.fields]. Raises InputError where one is empty or names no field."""
     given: dict[str, Any] = {}
 
@@ -157,10 +157,10 @@ def read_axes(config: SweepConfig, tables: Tables) -> tuple[Axis, ...]:
     last = [name.split(".")[-1] for name in given]
     titles = [one if last.count(one) == 1 else name for name, one in zip(given, last, strict=True)]
     pairs = zip(titles, given.items(), strict=True)
-    return tuple(make_axis(config, tables, title, *pair) for title, pair in pairs)
+    return tuple(make_axis(config, recipe, title, *pair) for title, pair in pairs)
 
 
-def make_axis(config: SweepConfig, tables: Tables, title: str, field: str, given: Any) -> Axis:
+def make_axis(config: SweepConfig, recipe: Recipe, title: str, field: str, given: Any) -> Axis:
     """The axis of one field, or of named sets of fields."""
     where, sets = f"{config.recipe} [sweep.fields] {field}", list[dict[str, Any]]()
     named = isinstance(given, dict) and all(isinstance(one, dict) for one in given.values())
@@ -173,7 +173,7 @@ def make_axis(config: SweepConfig, tables: Tables, title: str, field: str, given
             f"{where} = {given!r}: give a list of values to a field such as filter.max_wer, or "
             "named sets of fields"
         )
-    own, *read = [configured(config, tables, fields) for fields in ({}, *sets)]
+    own, *read = [configured(config, recipe, fields) for fields in ({}, *sets)]
     labels = list(given) if named else [label_of(value_of(one, field)) for one in read]
     values = dict(zip(labels, sets, strict=True))
     same = (label for label, one in zip(labels, read, strict=True) if one == own)
@@ -186,10 +186,10 @@ def make_axis(config: SweepConfig, tables: Tables, title: str, field: str, given
 
 
 def configured(
-    config: SweepConfig, tables: Tables, fields: Mapping[str, Any]
+    config: SweepConfig, recipe: Recipe, fields: Mapping[str, Any]
 ) -> dict[str, StageConfig]:
     """The recipe's stages with some fields changed. Raises InputError as `load_recipe` does."""
-    tables = copy.deepcopy(tables)
+    text, tables = recipe[0], copy.deepcopy(recipe[1])
     for field, value in fields.items():
         stage, path = split_field(field)
         known = [name for name in CONFIGS if name in tables]
@@ -206,7 +206,7 @@ def configured(
             )
         place[path[-1]] = value
     return {
-        name: load_recipe(config.recipe, cls, tables)
+        name: load_recipe(config.recipe, cls, (text, tables))
         for name, cls in CONFIGS.items()
         if name in tables
     }
@@ -240,7 +240,7 @@ def folder_name(point: Mapping[str, str], axes: Sequence[Axis], names: set[str])
 
 
 def make_run(
-    config: SweepConfig, point: Mapping[str, str], axes: Sequence[Axis], tables: Tables
+    config: SweepConfig, point: Mapping[str, str], axes: Sequence[Axis], recipe: Recipe
 ) -> SweepRun:
     """The stages of one combination of values, each with its own folder.
 
@@ -252,7 +252,7 @@ def make_run(
     stages: dict[str, SweepStage] = {}
     places: dict[Path, tuple[Path, str]] = {}  # the recipe's folder → ours, and the stage's kind
     varied: dict[str, set[str]] = {}
-    for kind, stage in split_teacher(config, configured(config, tables, fields)).items():
+    for kind, stage in split_teacher(config, configured(config, recipe, fields)).items():
         used: set[str] = set()
         table = "evaluate" if kind == "teacher" else kind
         own = {a.name for a in axes if any(touches(one, table) for one in a.values.values())}
