@@ -24,8 +24,7 @@ class Spec:
     dtype: what matrix products run in ("float32", "bfloat16"; "float64" for parity tests).
     scan_layers: of these halves ("encoder", "decoder") the layers are one stacked layer under
         `lax.scan`, which compiles faster; unrolled layers decode faster on CPU, and where they are
-        trained take less memory. The parameters must have the same form (`stack_layers`,
-        `unstack_layers`).
+        trained take less memory. The parameters must have the same form (`unstack_layers`).
     remat: recompute each layer in the backward pass (gradient checkpointing, paper table 15).
     attention: the backend that computes attention. "xla" works on every device; `on` chooses the
         fastest one of a device.
@@ -71,14 +70,8 @@ class Spec:
         return nnx.merge(_structure(self, "decoder"), params)
 
 
-def stack_layers(half: Params) -> Params:
-    """Encoder or decoder parameters with layers 0 … N-1 as one layer of leading axis N."""
-    layers = [half["layers"][index] for index in range(len(half["layers"]))]
-    return half | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
-
-
 def unstack_layers(half: Params) -> Params:
-    """The inverse of `stack_layers`."""
+    """Encoder or decoder parameters with the N layers of a leading axis as layers 0 … N-1."""
     count = jax.tree.leaves(half["layers"])[0].shape[0]
     layers = {n: jax.tree.map(lambda leaf, n=n: leaf[n], half["layers"]) for n in range(count)}
     return half | {"layers": layers}

@@ -3,7 +3,7 @@ openai-whisper, and the choice of these heads for a student.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from flax_distil.decode.recognizer import Recognizer, encode_audio, pad_batch, recognize
 from flax_distil.model.dims import CHUNK_FRAMES
+from flax_distil.model.generation import upper_half
 from flax_distil.model.spec import Params, Spec
 from flax_distil.parallel.clips import by_clip
 
@@ -20,19 +21,31 @@ LENGTHS = (32, 64, 128, 256)  # texts are padded to one of these, so that few pr
 BEHIND = 0.05  # how far a head's correlation with the teacher may lie below the best head's
 
 
-def attention_inputs(
+class AlignmentInput(NamedTuple):
+    """A batch of windows and their texts.
+
+    audio_BSD: audio states. tokens_BL: prompt, text and end of text, padded on the right.
+    length_B, audio_length_B: tokens and audio positions without padding.
+    """
+
+    audio_BSD: Float[Array, "B S D"]
+    tokens_BL: Int[Array | np.ndarray, "B L"]
+    length_B: Int[Array | np.ndarray, " B"]
+    audio_length_B: Int[Array | np.ndarray, " B"]
+
+
+def alignment_input(
     recognizer: Recognizer,
+    audio_BSD: Float[Array, "B S D"],
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
-    batch: int,
     frames: Sequence[int] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Arguments of `token_attention` for `batch` rows: tokens [B L] (prompt, text and end of
-    text), their lengths, and numbers of audio positions.
+) -> AlignmentInput:
+    """The texts of the first windows, padded.
 
-    frames: those of 10 ms that are audio and not padding, a row; all by default.
+    frames: those of 10 ms that are audio and not padding, a window; all by default.
     """
-    eot, dims = recognizer.tokens.eot, recognizer.spec.dims
+    eot, dims, batch = recognizer.tokens.eot, recognizer.spec.dims, len(audio_BSD)
     rows = [[*prompt, *text, eot] for prompt, text in zip(prompts, texts, strict=True)]
     longest = max(map(len, rows), default=0)
     width = next((length for length in LENGTHS if longest <= length), dims.text_positions)
@@ -43,38 +56,33 @@ def attention_inputs(
         padded[index, : len(row)], lengths[index] = row, len(row)
     if frames is not None:
         audio_lengths[: len(rows)] = np.minimum(frames, CHUNK_FRAMES) // 2
-    return padded, lengths, audio_lengths
+    return AlignmentInput(audio_BSD, padded, lengths, audio_lengths)
 
 
 def heads_of(recognizer: Recognizer) -> tuple[tuple[int, int], ...]:
     """(layer, head) of the alignment heads; all of the later half of the layers where they are not
     known."""
-    layers, heads = recognizer.spec.dims.decoder_layers, recognizer.spec.dims.decoder_heads
-    upper = tuple((layer, head) for layer in range(layers // 2, layers) for head in range(heads))
-    return recognizer.alignment_heads or upper
+    upper = ((layer, head) for layer, head in upper_half(recognizer.spec.dims))
+    return recognizer.alignment_heads or tuple(upper)
 
 
 @by_clip(static=("spec", "heads", "words"))
 def token_attention(
     spec: Spec,
     params: Params,
-    audio_BSD: Float[Array, "B S D"],
-    tokens_BL: Int[Array, "B L"],
-    lengths_B: Int[Array, " B"],
-    audio_length_B: Int[Array, " B"],
+    batch: AlignmentInput,
     heads: tuple[tuple[int, int], ...],
     words: tuple[int, ...] = (),
 ) -> tuple[Float[Array, "B L S"], Float[Array, "B L"]]:
     """The attention of each token to each audio position, and the next token's probability.
 
-    params: the decoder's. lengths, audio_lengths: tokens and audio positions without padding; the
-    last token is the end of text. heads: (layer, head) of those that follow the speech. words: ids
-    of text after the timestamps.
+    params: the decoder's. heads: (layer, head) of those that follow the speech. words: ids of text
+    after the timestamps.
     """
     decoder = spec.decoder(params)
 
-    def row(arguments: tuple[Array, ...]) -> tuple[Array, Array]:
-        audio_SD, tokens_L, length, audio_length = arguments
+    def row(one: tuple[Array, ...]) -> tuple[Array, Array]:
+        audio_SD, tokens_L, length, audio_length = one
         hidden_1LD, scores = decoder.cross_scores(tokens_L[None], audio_SD[None])
         scores_HLS = jnp.stack([scores[layer][0, head] for layer, head in heads])
         smooth_LS = standardise(scores_HLS, length, audio_length).mean(0)
@@ -87,7 +95,7 @@ def token_attention(
         chance_LV = jax.nn.softmax(jnp.where(is_text_V, logits_LV, -jnp.inf))
         return smooth_LS, jnp.take_along_axis(chance_LV, following_L[:, None], axis=1)[:, 0]
 
-    return jax.lax.map(row, (audio_BSD, tokens_BL, lengths_B, audio_length_B))
+    return jax.lax.map(row, tuple(batch))
 
 
 def standardise(
@@ -172,14 +180,15 @@ def heads_like(
     prompts = [prompt(one.language if multilingual else None) for one in hypotheses]
     frames = [round(100 * second) for second in seconds]
     texts = [one.tokens for one in hypotheses]
-    inputs = attention_inputs(teacher, prompts, texts, len(padded_BN), frames)
-
-    def arguments(one: Recognizer) -> tuple[Any, ...]:
-        states = encode_audio(one, padded_BN, drafting=False).model_BSD
-        return one.spec, one.params["decoder"], states, *inputs
-
-    target_BLS, _ = token_attention(*arguments(teacher), heads_of(teacher))
-    likeness_BNH = correlations(*arguments(student), target_BLS)
+    ours_BSE, theirs_BSD = (
+        encode_audio(one, padded_BN, drafting=False).model_BSD for one in (student, teacher)
+    )
+    batch = alignment_input(teacher, theirs_BSD, prompts, texts, frames)
+    target_BLS, _ = token_attention(
+        teacher.spec, teacher.params["decoder"], batch, heads_of(teacher)
+    )
+    batch = batch._replace(audio_BSD=ours_BSE)
+    likeness_BNH = correlations(student.spec, student.params["decoder"], batch, target_BLS)
     mean_NH = np.asarray(likeness_BNH)[: len(hypotheses)].mean(0)
     places = np.argwhere(mean_NH >= mean_NH.max() - BEHIND)
     return tuple((int(layer), int(head)) for layer, head in places)
@@ -187,22 +196,13 @@ def heads_like(
 
 @by_clip(static=("spec",))
 def correlations(
-    spec: Spec,
-    params: Params,
-    audio_BSD: Float[Array, "B S D"],
-    tokens_BL: Int[Array, "B L"],
-    lengths_B: Int[Array, " B"],
-    audio_length_B: Int[Array, " B"],
-    target_BLS: Float[Array, "B L S"],
+    spec: Spec, params: Params, batch: AlignmentInput, target_BLS: Float[Array, "B L S"]
 ) -> Float[Array, "B N H"]:
-    """Pearson's correlation of each head's attention with the target.
-
-    The other arguments are those of `token_attention`.
-    """
+    """Pearson's correlation of each head's attention with the target. params: the decoder's."""
     decoder = spec.decoder(params)
 
-    def row(arguments: tuple[Array, ...]) -> Array:
-        audio_SD, tokens_L, length, audio_length, target_LS = arguments
+    def row(one: tuple[Array, ...]) -> Array:
+        audio_SD, tokens_L, length, audio_length, target_LS = one
         _, scores = decoder.cross_scores(tokens_L[None], audio_SD[None])
         counts_LS = (jnp.arange(tokens_L.size) < length)[:, None] & (
             jnp.arange(len(audio_SD)) < audio_length
@@ -218,4 +218,4 @@ def correlations(
         layers = [standardise(layer[0], length, audio_length) for layer in scores]
         return jnp.stack([jax.vmap(likeness)(heads_HLS) for heads_HLS in layers])
 
-    return jax.lax.map(row, (audio_BSD, tokens_BL, lengths_B, audio_length_B, target_BLS))
+    return jax.lax.map(row, (*batch, target_BLS))

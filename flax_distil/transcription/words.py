@@ -16,7 +16,7 @@ from flax_distil.decode.recognizer import Recognizer
 from flax_distil.model.dims import CHUNK_SECONDS
 from flax_distil.text.tokens import TIMESTAMP_STEP, WhisperTokens
 from flax_distil.transcription.alignment import (
-    attention_inputs,
+    alignment_input,
     heads_of,
     time_warp,
     token_attention,
@@ -65,15 +65,13 @@ def align_words(
     ]
     room = spec.dims.text_positions - 1 - max(map(len, prompts), default=0)  # 1 is the end of text
     texts = [[token for token in text if tokens.is_text(token)][:room] for text in texts]
-    inputs = attention_inputs(recognizer, prompts, texts, len(audio_BSD), frames)
+    batch = alignment_input(recognizer, audio_BSD, prompts, texts, frames)
     decoder, heads, words = recognizer.params["decoder"], heads_of(recognizer), tuple(tokens.words)
-    attention_BLS, chance_BL = jax.device_get(
-        token_attention(spec, decoder, audio_BSD, *inputs, heads, words)
-    )
+    attention_BLS, chance_BL = jax.device_get(token_attention(spec, decoder, batch, heads, words))
     aligned = []
     for index, (prompt, text, language) in enumerate(zip(prompts, texts, languages, strict=True)):
         rows = slice(len(prompt) - 1, len(prompt) + len(text))  # before and after each token
-        attention_LS = attention_BLS[index, rows, : inputs[2][index]]
+        attention_LS = attention_BLS[index, rows, : batch.audio_length_B[index]]
         aligned.append([])
         if not text or not attention_LS.size:
             continue

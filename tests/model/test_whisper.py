@@ -20,9 +20,15 @@ from flax_distil.model.attention import (
     attention_for,
 )
 from flax_distil.model.dims import PUBLISHED, WhisperDims
-from flax_distil.model.spec import HALVES, Spec, stack_layers, unstack_layers
+from flax_distil.model.spec import HALVES, Spec, unstack_layers
 from flax_distil.model.weights import names
 from flax_distil.model.whisper import gelu_by_exp
+
+
+def stack_layers(half):
+    """Parameters with layers 0 … N-1 as one layer of leading axis N."""
+    layers = [half["layers"][index] for index in range(len(half["layers"]))]
+    return half | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
 
 @pytest.fixture
