@@ -169,12 +169,11 @@ def cell(values: pa.Array) -> Any:
 
 def read_samples(path: str, stream: bool = False) -> Iterator[Row]:
     """The samples of an archive: members that are adjacent. Audio has its bytes where it is read as
-    a stream, else its position and size in the archive (`place`).
+    a stream, else its `place`: archive, position and size.
 
     Raises:
         InputError: the archive is damaged or compressed.
     """
-
     try:
         with (
             open_file(path) as file,
@@ -189,9 +188,10 @@ def read_samples(path: str, stream: bool = False) -> Iterator[Row]:
                     if suffix in BESIDE:
                         row |= cells_beside(suffix, decode_text(contents), f"{path}: {name}")
                     elif is_audio(name):
-                        row["audio"] = {"path": name, "bytes": contents or None}
-                        if not stream:
-                            row["place"] = (path, member.offset_data, member.size)
+                        place = path, member.offset_data, member.size
+                        row["audio"] = {"path": name} | (
+                            {"bytes": contents} if stream else {"place": place}
+                        )
                 yield row
     except (tarfile.TarError, OSError, UnicodeError) as error:
         raise InputError(
@@ -243,7 +243,7 @@ def read_tars(files: Sequence[str]) -> Table:
 
 
 def _names(rows: Iterable[Row]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for row in rows for name in row if name != "place"))
+    return tuple(dict.fromkeys(name for row in rows for name in row))
 
 
 class TarRows(Sequence[Row]):
@@ -256,8 +256,9 @@ class TarRows(Sequence[Row]):
         return len(self.samples)
 
     def __getitem__(self, index: Any) -> Row:
-        row = dict(self.samples[index])
-        return row | {"audio": row["audio"] | {"bytes": read_part(*row.pop("place"))}}
+        row = self.samples[index]
+        audio = row["audio"]
+        return row | {"audio": {"path": audio["path"], "bytes": read_part(*audio["place"])}}
 
     def column(self, name: str) -> Iterator[Any]:
         """One column, read without the audio."""

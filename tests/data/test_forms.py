@@ -98,7 +98,7 @@ def tar(samples: dict[str, bytes | str]) -> bytes:
 
 def tar_of(clips, cells=True) -> bytes:
     members: dict[str, bytes | str] = {}
-    for clip, row in zip(clips, rows(clips), strict=True):
+    for clip, row in zip(clips, rows(clips, place="here", bytes=0), strict=True):
         members[f"{clip.name}.flac"] = clip.flac
         members[f"{clip.name}.{'json' if cells else 'txt'}"] = (
             json.dumps(row) if cells else clip.text
