@@ -4,7 +4,14 @@
     <run>/best/<step>/          params, progress
 
 Orbax writes them beside the run, asynchronously, and renames a complete one into place: a kill or a
-full disk leaves the one before as it was. `progress` holds sums of the bits of all that is saved.
+full disk leaves the one before as it was.
+
+`progress` holds sums of the bits of all that is saved. Data parallelism keeps a copy of every
+parameter on each device of the data axis and gives all of them the same updates. A fault of
+hardware, or a program that is not deterministic, can make them differ unnoticed: the loss is an
+average over all, and a checkpoint holds the first copy alone. So before each checkpoint every
+device sums the bits of its parts, in one pass over the state. Orbax does not verify what it reads;
+the sums do.
 """
 
 import json
@@ -13,21 +20,25 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
+from zlib import crc32
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, UInt32
 
 from flax_distil.data.loader import LoaderState, gather_state
-from flax_distil.distill import integrity
 from flax_distil.distill.step import TrainState
 from flax_distil.errors import InputError, writing
+from flax_distil.parallel.mesh import make_mesh
 
 LATEST, BEST = "checkpoints", "best"
 
@@ -74,7 +85,7 @@ class Checkpoints:
         if not best:
             trees["rest"] = state._replace(params=None)
         values = asdict(replace(progress, loader=gather_state(progress.loader)))
-        sums = integrity.check_replicas(trees, step) | {"progress": integrity.json_sum(values)}
+        sums = check_replicas(trees, step) | {"progress": json_sum(values)}
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items["progress"] = ocp.args.JsonSave(values | {"sums": sums})
         with self._writing():
@@ -106,7 +117,7 @@ class Checkpoints:
             fields: dict[str, Any] = values | {"loader": LoaderState(**values["loader"])}
             progress = RunProgress(**fields)
         arrays = {name: found[name] for name in ("params", "rest")}
-        integrity.check_sums(arrays, values, sums, folder)
+        check_sums(arrays, values, sums, folder)
         return found["rest"]._replace(params=found["params"]), progress
 
     def wait(self) -> None:
@@ -191,7 +202,7 @@ def read_params(
     with readable(folder), ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(folder / "params", like)
         sums = json.loads((folder / "progress" / "metadata").read_text()).get("sums")
-    integrity.check_sums({"params": params}, None, sums, folder)
+    check_sums({"params": params}, None, sums, folder)
     return int(folder.name), jax.tree.map(np.asarray, params)
 
 
@@ -225,3 +236,90 @@ def pick_checkpoint(run: Path, which: Literal["best", "latest"] | int) -> Path:
         present = ", ".join(map(str, sorted({*best, *latest}))) or "none"
         raise InputError(f"{run} has no checkpoint {which}; it has {present}")
     return found[which]
+
+
+# --- sums of bits -------------------------------------------------------------------------------
+
+
+def check_replicas(tree: Any, step: int) -> dict[str, int]:
+    """The sums of the arrays' bits, by name. All hosts call it at once.
+
+    Raises:
+        InputError: copies on different devices differ.
+    """
+    sums, differing = bit_sums(tree)
+    if differing:
+        raise InputError(
+            f"at step {step} the copies of {', '.join(differing[:3])} on different devices are not "
+            "the same: a device is faulty. Continue from the last checkpoint (--run.resume must), "
+            "on other devices if it happens again"
+        )
+    return sums
+
+
+def check_sums(arrays: Any, progress: Any, saved: Mapping[str, int] | None, folder: Path) -> None:
+    """Raises InputError if arrays or JSON were read from `folder` that are not what was saved.
+
+    saved: their sums; None in checkpoints of versions that wrote none, which are not compared.
+    """
+    if saved is None:
+        return
+    sums, _ = bit_sums(arrays)
+    if progress is not None:
+        sums["progress"] = json_sum(progress)
+    if damaged := [name for name, value in sums.items() if value != saved.get(name)]:
+        raise InputError(
+            f"{folder} is damaged: {', '.join(damaged[:3])} cannot be what was saved. Delete this "
+            "folder to go on from the checkpoint before it"
+        )
+
+
+def first_three(names: list[str]) -> str:
+    """Three of the names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def json_sum(values: Any) -> int:
+    """A sum of what is written as JSON."""
+    return crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def bit_sums(tree: Any) -> tuple[dict[str, int], list[str]]:
+    """The sum of each array's numbers read as unsigned integers, modulo 2^32, by its name: the same
+    on any mesh. And the names of arrays whose copies on different devices differ."""
+    named, _ = jax.tree_util.tree_flatten_with_path(tree)
+    placed = [getattr(leaf, "sharding", None) for _, leaf in named]
+    meshes = (one.mesh for one in placed if isinstance(one, NamedSharding))
+    mesh = next(meshes, None) or make_mesh(devices=jax.local_devices()[:1])
+    specs = tuple(getattr(one, "spec", PartitionSpec()) for one in placed)
+    by_device = jax.device_get(device_sums([leaf for _, leaf in named], mesh, specs))
+    sums, differing = {}, []
+    for (path, _), spec, column in zip(named, specs, by_device.T, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        cut = jax.tree.leaves(tuple(spec))  # an array has copies along all other axes of the mesh
+        copied = tuple(n for n, axis in enumerate(mesh.axis_names) if axis not in cut)
+        of_devices = column.reshape(mesh.axis_sizes)
+        parts = of_devices.min(axis=copied)
+        if (parts != of_devices.max(axis=copied)).any():
+            differing.append(name)
+        sums[name] = int(parts.sum(dtype=np.uint32))
+    return sums, differing
+
+
+@partial(jax.jit, static_argnames=("mesh", "specs"))
+def device_sums(
+    leaves: list[Array], mesh: Mesh, specs: tuple[PartitionSpec, ...]
+) -> UInt32[Array, "devices n"]:
+    """What each device holds of each array, its bits summed; every host gets all sums."""
+
+    def bits(part: Array) -> UInt32[Array, ""]:
+        unsigned = jnp.dtype(f"uint{8 * part.dtype.itemsize}")
+        return jnp.sum(jax.lax.bitcast_convert_type(part, unsigned), dtype=jnp.uint32)
+
+    def of_device(parts: list[Array]) -> UInt32[Array, "devices n"]:
+        return jax.lax.all_gather(jnp.stack([bits(part) for part in parts]), mesh.axis_names)
+
+    everywhere = PartitionSpec()
+    return jax.shard_map(
+        of_device, mesh=mesh, in_specs=(list(specs),), out_specs=everywhere, check_vma=False
+    )(leaves)

@@ -44,6 +44,8 @@ from flax_distil.text.tokens import WhisperTokens
 log = logging.getLogger(__name__)
 
 GIB = 2.0**30
+# Fields of the configuration that decide the step.
+OF_CONFIG = ("loss", "optimizer", "train_encoder", "stored_teacher", "augment", "dropout", "seed")
 
 
 @runtime_checkable
@@ -132,18 +134,12 @@ def make_train_spec(
     return TrainSpec(
         teacher=Spec(teacher, compute.dtype, theirs).on(device),
         student=Spec(student, compute.dtype, ours, compute.remat).on(device),
-        loss=config.loss,
-        optimizer=config.optimizer,
         layer_map=layer_map(student.decoder_layers, teacher.decoder_layers),
-        train_encoder=config.train_encoder,
         own_encoder=own_encoder and not config.train_encoder,
         accumulation=compute.accumulation,
         vocabulary_chunk=compute.vocabulary_chunk,
         data_shards=data_shards(mesh),
-        stored_teacher=config.stored_teacher,
-        augment=config.augment,
-        dropout=config.dropout,
-        seed=config.seed,
+        **{name: getattr(config, name) for name in OF_CONFIG},
     )
 
 

@@ -95,15 +95,8 @@ def train(
         facts: are written beside the versions, such as the languages and tasks of the data.
         sets: are scored by KL and cross-entropy at each validation.
     """
-    program, state = setup.prepare(config, teacher, student)
-    checkpoints = Checkpoints(config.output_dir, config.run.keep)
-    peak, source = peak_flops(config)
-    facts = {"peak_flops": peak, "peak_is": source, **(facts or {})}
-    state, progress = runs.begin_or_resume(config, checkpoints, state, facts)
-    if is_main_host():
-        Console(stderr=True).print(setup.parameter_table(state.params, program.frozen))
+    program, checkpoints, state, progress, speed = begin(config, teacher, student, facts or {})
     total, step, patience = config.optimizer.steps, int(state.step), config.validation.patience
-    speed = tracking.Speed(peak * program.mesh.size, total - step)
 
     def finished() -> bool:
         """At the last step, or when validations have not improved for long enough."""
@@ -125,8 +118,8 @@ def train(
                         found = validate(whole(program, state))
                         losses = validation.score(sets or {}, state.params, program)
                         watch.validated(step, replace(found, losses=losses))
-                        wer, due = found.macro_average, True
-                        progress = compare(checkpoints, state, progress, wer)
+                        progress = compare(checkpoints, state, progress, found.macro_average)
+                        due = True
                     if due:
                         checkpoints.save(state, progress)
                 watch.ended(step)
@@ -144,6 +137,22 @@ def train(
         best_wer=progress.best_wer,
         best_step=progress.best_step,
     )
+
+
+def begin(
+    config: DistillConfig, teacher: Checkpoint, student: Checkpoint, facts: Mapping[str, Any]
+) -> tuple[TrainProgram, Checkpoints, TrainState, RunProgress, tracking.Speed]:
+    """What a run starts or resumes from; prints the table of parameters."""
+    program, state = setup.prepare(config, teacher, student)
+    checkpoints = Checkpoints(config.output_dir, config.run.keep)
+    peak, source = peak_flops(config)
+    known = {"peak_flops": peak, "peak_is": source, **facts}
+    state, progress = runs.begin_or_resume(config, checkpoints, state, known)
+    if is_main_host():
+        Console(stderr=True).print(setup.parameter_table(state.params, program.frozen))
+    left = config.optimizer.steps - int(state.step)
+    speed = tracking.Speed(peak * program.mesh.size, left)
+    return program, checkpoints, state, progress, speed
 
 
 def feed(

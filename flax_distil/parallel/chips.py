@@ -5,8 +5,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 
 class Peak(NamedTuple):
     """Dense FLOP/s of one JAX device, sums in float32, without sparsity.
@@ -83,6 +81,8 @@ def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
     cgroup: of the container, whose limit counts as well.
     """
+    import jax  # not above: plan sets variables that jax reads as it is imported
+
     device = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in device:
         return device["bytes_limit"] - device["bytes_in_use"]

@@ -8,23 +8,46 @@ import json
 import logging
 import re
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+from pydantic import TypeAdapter
 
 from flax_distil.cache import cache_folder, compile_aside
 from flax_distil.files import write_whole
 from flax_distil.plan.hlo import COUNTING, Collective, Held, parse
-from flax_distil.plan.programs import Program
 from flax_distil.plan.topology import Slice, libtpu_version
 
 log = logging.getLogger(__name__)
 
 KERNEL = re.compile(r"\\22body\\22: \\22[A-Za-z0-9+/=]+")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program, lowered and not yet compiled.
+
+    name: train, encode or decode. clips: of one run, over all chips. rows: clips that a chip
+    computes at a time. length: tokens of a clip. flops: useful ones of one run, over all chips.
+    arguments: bytes a chip of each group. options: the compiler's, which `lowered` holds.
+    loops: rounds of the loop whose end depends on the data, over the tokens of a text or, where
+    every label is as long as it may be, over the vocabulary's chunks.
+    """
+
+    name: str
+    clips: int
+    rows: int
+    length: int
+    flops: float | int
+    arguments: dict[str, float]
+    lowered: Any
+    loops: int = 1
+    options: Mapping[str, str | bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,9 @@ class Compiled:
         return self.arguments + self.temporaries + self.kept
 
 
+ANSWER: TypeAdapter[Compiled | Refusal] = TypeAdapter(Compiled | Refusal)  # as a file holds it
+
+
 def compiled(program: Program, target: Slice, answers: Path | None = None) -> Compiled | Refusal:
     """The compiler's answer to a program, from `answers` or the cache if it has one."""
     name = fingerprint(program, target)
@@ -74,7 +100,7 @@ def compiled(program: Program, target: Slice, answers: Path | None = None) -> Co
     for path in [*(sorted(answers.glob("*.json")) if answers else ()), kept]:
         if path.is_file() and (found := json.loads(path.read_text()))["fingerprint"] == name:
             source = "the cache" if path == kept else f"{answers}"
-            return replace(read_answer(found["answer"]), source=source)
+            return replace(ANSWER.validate_python(found["answer"]), source=source)
     log.info("compiling %s for %s", program.name, target.name)
     answer = ask(program)
     write_answer(answer, name, kept)
@@ -137,17 +163,3 @@ def write_answer(answer: Compiled | Refusal, name: str, path: Path, **more: Any)
     path.parent.mkdir(parents=True, exist_ok=True)
     contents = {**more, "fingerprint": name, "answer": asdict(answer)}
     write_whole(path, (json.dumps(contents, indent=1) + "\n").encode())
-
-
-def read_answer(kept: dict[str, Any]) -> Compiled | Refusal:
-    """The answer that `write_answer` wrote."""
-    if "needed" in kept:
-        return Refusal(**kept)
-    rows = {
-        "collectives": tuple(Collective(*row) for row in kept["collectives"]),
-        "tensors": tuple(
-            Held(size, kind, tuple(shape), where) for size, kind, shape, where in kept["tensors"]
-        ),
-        "host_transfers": tuple(kept["host_transfers"]),
-    }
-    return Compiled(**kept | rows)

@@ -121,11 +121,6 @@ class Module:
     computations: Mapping[str, Computation]
     entry: str
 
-    def instructions(self) -> Iterator[Instruction]:
-        """All instructions, also those of fusions."""
-        for computation in self.computations.values():
-            yield from computation.values()
-
     def runs(self, unknown: int = 1, fused: bool = False) -> dict[str, int]:
         """How often each computation runs. fused: also those of fusions.
 
@@ -213,7 +208,8 @@ class Module:
         """Instructions that exchange data with the host."""
         return [
             one
-            for one in self.instructions()
+            for computation in self.computations.values()
+            for one in computation.values()
             if re.sub("-(start|done)$", "", one.opcode) in HOST
             or (one.opcode == "custom-call" and "callback" in one.attributes)
         ]

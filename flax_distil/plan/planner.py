@@ -1,4 +1,5 @@
-"""Plans a recipe on a slice: compiles its programs and estimates each."""
+"""Plans a recipe on a slice: its programs as the stages compile them, over shapes alone, and their
+estimates."""
 
 import logging
 from collections.abc import Callable
@@ -8,6 +9,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
 from flax_distil.cache import model_folder
 from flax_distil.config import (
     DistillConfig,
@@ -16,18 +22,30 @@ from flax_distil.config import (
     PlanConfig,
     PseudoLabelConfig,
 )
-from flax_distil.data.batches import bucket_for
-from flax_distil.decode.recognizer import batch_bucket
+from flax_distil.data.augment import uses_spec_augment
+from flax_distil.data.batches import Batch, bucket_for
+from flax_distil.decode.greedy import greedy
+from flax_distil.decode.recognizer import batch_bucket, encode
+from flax_distil.decode.rules import RuleSet
+from flax_distil.decode.search import DecoderModel, Prompt, SearchInput
+from flax_distil.distill import flops, setup
 from flax_distil.distill.check import with_defaults
 from flax_distil.errors import InputError, read_json
-from flax_distil.model.dims import PUBLISHED, WhisperDims, dims_from_hf
+from flax_distil.model.dims import CHUNK_SAMPLES, PUBLISHED, WhisperDims, dims_from_hf
+from flax_distil.model.generation import generation_config, special_ids
+from flax_distil.model.spec import Spec
 from flax_distil.model.student import kept_layers
 from flax_distil.options import DecodeOptions
-from flax_distil.parallel.mesh import check_batch, data_shards, make_mesh
-from flax_distil.plan.compiler import Compiled, Refusal, compiled
-from flax_distil.plan.estimate import Estimate, TooLarge, largest_fitting
-from flax_distil.plan.programs import Program, decode_programs, train_program
-from flax_distil.plan.report import Plan
+from flax_distil.parallel.mesh import (
+    batch_sharding,
+    check_batch,
+    data_shards,
+    make_mesh,
+    overlap_options,
+    replicated,
+)
+from flax_distil.plan.compiler import Compiled, Program, Refusal, compiled
+from flax_distil.plan.report import Estimate, Plan, TooLarge
 from flax_distil.plan.topology import Slice, devices, tpu_slice
 from flax_distil.recipe import load_recipe, recipe_stages
 
@@ -196,3 +214,177 @@ def known_dims(name: str) -> WhisperDims:
         f"the sizes of {name} are not known: name a folder with its config.json, or one of "
         f"{', '.join(PUBLISHED)}"
     )
+
+
+def largest_fitting(
+    fits: Callable[[int], float | int], first: int, refused: int | None = None, exact: bool = True
+) -> int | None:
+    """The largest number that fits, to an eighth; None where not even 1 does.
+
+    fits: asks the compiler, which takes minutes to say yes and seconds to say no: 0 where the
+    number does not fit, else how many would by what these take. refused: a number that is known
+    not to fit. exact: else any half, quarter, … of `first`.
+    """
+    low, high, ask = 0, refused, first
+    while ask:
+        expected = fits(ask)
+        if expected:
+            low = ask
+        else:
+            high = ask
+        eighth = max(low // 8, 1)
+        if high is None:
+            ask = max(int(expected), low + eighth)
+        elif not low:
+            ask = high // 2
+        elif exact and high - low > eighth:
+            ask = (low + high) // 2
+        else:
+            break
+    return low or None
+
+
+# --- programs -----------------------------------------------------------------------------------
+
+
+def train_program(
+    config: DistillConfig,
+    teacher: WhisperDims,
+    student: WhisperDims,
+    devices: list[Any],
+    length: int,
+) -> Program:
+    """The trainer's step on batches whose labels have `length` tokens.
+
+    Raises:
+        InputError: recipe, models and number of chips do not fit.
+    """
+    compute = config.compute
+    mesh = make_mesh(compute.data, compute.fsdp, compute.tensor, devices)
+    own_encoder = teacher.encoder_layers != student.encoder_layers
+    spec = setup.make_train_spec(config, teacher, student, mesh, own_encoder)
+    models = spec.teacher.abstract(), spec.student.abstract()
+    trainable, frozen = jax.eval_shape(partial(setup.split_parameters, spec), *models)
+    state, frozen = setup.place_shapes(trainable, frozen, config, mesh)
+    batch = abstract_batch(config, teacher, length, batch_sharding(mesh))
+    options = overlap_options(mesh) if compute.overlap else {}
+    step = setup.compile_step(spec, mesh, state, options)
+    rows = config.batch_size // spec.data_shards // compute.accumulation
+    return Program(
+        name="train",
+        clips=config.batch_size,
+        rows=rows,
+        length=length,
+        flops=flops.step_flops(spec, config.batch_size, length, encode=config.audio_states is None),
+        arguments={
+            "teacher": bytes_a_chip(frozen.teacher),
+            "student": bytes_a_chip((state.params, frozen.student_encoder)),
+            "moments": bytes_a_chip(state.optimizer),
+            "batch": bytes_a_chip(batch),
+        },
+        lowered=lower(step, state, frozen, batch),
+        loops=-(-rows * length // (compute.vocabulary_chunk or rows * length)),
+        options=options,
+    )
+
+
+def decode_programs(
+    dims: WhisperDims,
+    dtype: str,
+    rows: int,
+    options: DecodeOptions,
+    devices: list[Any],
+    length: int,
+) -> list[Program]:
+    """What recognition runs: the encoder, then greedy search from the prompt to the last token.
+
+    rows: clips of a chip, of those of one process. length: tokens of a text, for the work that is
+    expected; memory is that of `options.max_tokens`.
+    """
+    mesh = make_mesh(devices=devices)
+    batch, spec, whole = rows * len(devices), Spec(dims, dtype).on(devices[0]), replicated(mesh)
+    params = jax.tree.map(
+        lambda leaf: leaf.update(dtype=jnp.dtype(dtype), sharding=whole), spec.abstract()
+    )
+    shape: Any = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+    number: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    waveforms = shape((batch, CHUNK_SAMPLES), jnp.int16)
+    audio = shape((batch, dims.audio_positions, dims.width), jnp.dtype(dtype))
+    prompt_length = 4 if dims.multilingual else 2
+    prompt = Prompt(shape((batch, prompt_length), jnp.int32), number, number)
+    room = min(options.max_tokens, dims.text_positions - prompt_length)
+    steps = min(length, room)
+    decoder = (
+        flops.decoder_flops(dims, steps)
+        + flops.cross_flops(dims)
+        + flops.vocabulary_flops(dims, steps)
+    )
+    return [
+        Program(
+            "encode", batch, rows, 0, batch * flops.encoder_flops(dims),
+            {"encoder": bytes_a_chip(params["encoder"]), "batch": bytes_a_chip(waveforms)},
+            lower(encode, spec, params["encoder"], waveforms),
+        ),
+        Program(
+            "decode", batch, rows, steps, batch * decoder,
+            {"decoder": bytes_a_chip(params["decoder"]), "audio states": bytes_a_chip(audio)},
+            lower(
+                greedy, DecoderModel(spec, params["decoder"]),
+                SearchInput(audio, prompt, shape((batch,), jnp.bool_)),
+                rules=published_rules(dims, options), max_tokens=room,
+            ),
+            loops=steps,
+        ),
+    ]  # fmt: skip
+
+
+def abstract_batch(
+    config: DistillConfig, dims: WhisperDims, length: int, sharding: NamedSharding
+) -> Batch:
+    """Shapes of the loader's batches; what is kept of encoder or teacher instead of running it."""
+
+    def array(dtype: Any, *sizes: int) -> Any:
+        return jax.ShapeDtypeStruct((config.batch_size, *sizes), dtype, sharding=sharding)
+
+    tokens, encoded = array(jnp.int32, length), config.audio_states is not None
+    states = array(jnp.dtype(config.compute.dtype), dims.audio_positions, dims.width)
+    return Batch(
+        waveforms=array(jnp.int16, 0 if encoded else CHUNK_SAMPLES),
+        tokens=tokens,
+        targets=tokens,
+        weights=array(jnp.float32, length),
+        seconds=array(jnp.float32),
+        rows=array(jnp.int32),
+        audio=states if encoded else None,
+        teacher_states=array(jnp.float16, length, dims.width) if config.stored_teacher else None,
+        keys=array(jnp.uint32, 2) if uses_spec_augment(config.augment) else None,
+    )
+
+
+def published_rules(dims: WhisperDims, options: DecodeOptions) -> RuleSet:
+    """The rules of a published checkpoint with this vocabulary."""
+    ids, config = special_ids(dims), generation_config(dims)
+    begin = ids["notimestamps"] + 1
+    return RuleSet(
+        end=ids["endoftext"],
+        no_speech=ids["nospeech"],
+        suppressed=tuple(config["suppress_tokens"]),
+        suppressed_first=tuple(config["begin_suppress_tokens"]),
+        timestamp_begin=begin if options.timestamps else None,
+        no_timestamps=ids["notimestamps"],
+    )
+
+
+def bytes_a_chip(tree: Any) -> float:
+    """Bytes of the part of these arrays that each chip holds."""
+    return float(
+        sum(
+            np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
+
+
+def lower(function: Any, *arguments: Any, **static: Any) -> Any:
+    """A jitted function for these shapes on a TPU."""
+    return function.trace(*arguments, **static).lower(lowering_platforms=("tpu",))

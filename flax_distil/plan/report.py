@@ -1,11 +1,11 @@
-"""A plan as tables for people, and as JSON for programs."""
+"""What compiled programs take: memory, traffic and a lower bound of time; as tables and as JSON."""
 
-import dataclasses
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +13,8 @@ from rich.table import Table
 
 from flax_distil.config import PlanConfig
 from flax_distil.errors import InputError
-from flax_distil.plan.estimate import Estimate, TooLarge
+from flax_distil.plan.compiler import Compiled, Program, Refusal
+from flax_distil.plan.hlo import Held
 from flax_distil.plan.topology import GIB, Slice, libtpu_version
 
 TABLE = ("<!-- plan table: begin -->", "<!-- plan table: end -->")
@@ -24,7 +25,104 @@ COLUMNS = (  # of the Markdown table
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+class Seconds(NamedTuple):
+    """The roofline: the time of one run if limited by one of the three alone."""
+
+    compute: float
+    memory: float | int
+    network: float
+
+    @property
+    def bound(self) -> float:
+        """All three perfectly overlapped."""
+        return max(self)
+
+    @property
+    def limit(self) -> str:
+        """What limits the run."""
+        return self._fields[self.index(self.bound)]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one program takes on a chip of a slice.
+
+    chips: those that it runs on. vocabulary: of its model. largest_batch: clips of a chip at a time
+    that fit, if they were searched.
+    """
+
+    program: Program
+    answer: Compiled
+    target: Slice
+    chips: int
+    vocabulary: int
+    largest_batch: int | None = None
+
+    @property
+    def seconds(self) -> Seconds:
+        """On one chip at the published peaks.
+
+        A ring over n chips moves 2 (n - 1) / n of an all-reduced array through each chip, and half
+        as much of the whole array of any other collective.
+        """
+        chip, answer = self.target.chip, self.answer
+        factors = {"all-reduce": 2, "reduce-scatter": self.chips}
+        moved = sum(one.bytes * factors.get(one.kind, 1) for one in answer.collectives)
+        moved *= (self.chips - 1) / self.chips
+        flops = self.program.flops / self.chips
+        return Seconds(flops / chip.flops, answer.traffic / chip.bandwidth, moved / chip.links)
+
+    @property
+    def mfu(self) -> float:
+        """The share of the peak that the bound allows."""
+        return self.seconds.compute / self.seconds.bound
+
+    @property
+    def intensity(self) -> float:
+        """Useful FLOPs for a byte of HBM traffic."""
+        return self.program.flops / self.chips / self.answer.traffic
+
+    @property
+    def tensors(self) -> list[tuple[str, Held]]:
+        """(option that makes it smaller, array) of the largest arrays in HBM."""
+        return [
+            (knob(held.shape, held.where, self.program, self.vocabulary), held)
+            for held in self.answer.tensors[:5]
+        ]
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A program that does not fit.
+
+    fitting: the same program with the most clips at a time that fit; None where not even one does.
+    """
+
+    program: Program
+    answer: Refusal
+    chips: int
+    fitting: Estimate | None
+
+    @property
+    def largest_batch(self) -> int | None:
+        """Clips a chip at a time with which it fits."""
+        return self.fitting and self.fitting.program.rows
+
+
+def knob(shape: tuple[int, ...], where: str, program: Program, vocabulary: int) -> str:
+    """The option that makes a tensor smaller, by its shape and its origin."""
+    if program.name != "train":
+        return "a smaller batch_size"
+    if vocabulary in shape and len(shape) > 2:
+        return "a smaller compute.vocabulary_chunk (logits of fewer tokens at a time)"
+    if where.startswith(("state", "frozen")):
+        return "compute.fsdp (parameters and moments sharded over more chips)"
+    if "jvp" in where and len(shape) > 3:
+        return "compute.remat = true (student layers computed again in the backward pass)"
+    return "compute.accumulation, twice as much (half the clips at a time)"
+
+
+@dataclass(frozen=True)
 class Plan:
     """What the programs of a recipe take on one slice. steps: updates of the training run."""
 

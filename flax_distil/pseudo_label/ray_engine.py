@@ -91,8 +91,17 @@ def label_by_actors(
     """
     from ray.exceptions import RayActorError, RayTaskError
 
+    def results() -> Iterator[Shard]:
+        for number, utterances in work:
+            if not pool.has_free():
+                yield pool.get_next_unordered()
+            rows = list(utterances) if job.count is None else None
+            pool.submit(lambda actor, task: actor.label.remote(*task), (dataset, number, rows))
+        while pool.has_next():
+            yield pool.get_next_unordered()
+
     try:
-        for shard in _results(pool, dataset, job, work):
+        for shard in results():
             progress.advance(shard.seconds, shard.utterances)
             yield shard
     except RayTaskError as error:
@@ -105,13 +114,3 @@ def label_by_actors(
             f"a labelling actor could not start, or died {RETRIES + 1} times at the same shard: "
             f"{last_line}; see Ray's logs on its machine"
         ) from None
-
-
-def _results(pool: Any, dataset: int, job: LabelJob, work: Iterable[Work]) -> Iterator[Shard]:
-    for number, utterances in work:
-        if not pool.has_free():
-            yield pool.get_next_unordered()
-        rows = list(utterances) if job.count is None else None
-        pool.submit(lambda actor, task: actor.label.remote(*task), (dataset, number, rows))
-    while pool.has_next():
-        yield pool.get_next_unordered()

@@ -284,7 +284,7 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
     if store.local:
         check_writable(folder)
     if store.files.exists(SETTINGS):
-        begun, asked = _flat(read_settings(folder)), _flat(store.settings)
+        begun, asked = flat(read_settings(folder)), flat(store.settings)
         differences = [
             f"{name} was {begun.get(name)!r} and is {asked.get(name)!r}"
             for name in sorted(begun.keys() | asked.keys())
@@ -307,13 +307,13 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
     return store
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"data": {"split": 1}}` → `{"data.split": 1}`, so that a difference is named exactly."""
-    flat = {}
+    found: dict[str, Any] = {}
     for name, value in settings.items():
         inner = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return found
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_distil.config import OptimizerConfig
 from flax_distil.data.loader import LoaderState
-from flax_distil.distill.checkpoints import Checkpoints, RunProgress
-from flax_distil.distill.integrity import bit_sums, check_replicas
+from flax_distil.distill.checkpoints import Checkpoints, RunProgress, bit_sums, check_replicas
 from flax_distil.distill.step import initial_state
 from flax_distil.errors import InputError
 from flax_distil.parallel.mesh import make_mesh

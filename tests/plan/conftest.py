@@ -47,7 +47,7 @@ def chosen() -> Chosen:
 @pytest.fixture(scope="session")
 def train_text(chosen) -> str:
     """The train step, 2 clips a chip with labels of 128 tokens."""
-    from flax_distil.plan.programs import train_program
+    from flax_distil.plan.planner import train_program
 
     program = train_program(chosen.config, chosen.teacher, chosen.student, chosen.chips, 128)
     return text_of(program)
@@ -56,7 +56,7 @@ def train_text(chosen) -> str:
 @pytest.fixture(scope="session")
 def accumulated_text(chosen) -> str:
     """The same step with four micro-batches of as many clips."""
-    from flax_distil.plan.programs import train_program
+    from flax_distil.plan.planner import train_program
 
     config = replace(chosen.config, batch_size=4 * chosen.config.batch_size)
     config = replace(config, compute=replace(config.compute, accumulation=4))
@@ -66,7 +66,7 @@ def accumulated_text(chosen) -> str:
 @pytest.fixture(scope="session")
 def student_text(chosen) -> str:
     """The student's part of the step for a v5e-8, of whisper-small's width."""
-    from flax_distil.plan.programs import train_program
+    from flax_distil.plan.planner import train_program
     from flax_distil.plan.topology import devices
 
     config = replace(chosen.config, batch_size=16, stored_teacher=True, audio_states=Path("states"))
@@ -81,7 +81,7 @@ def student_text(chosen) -> str:
 def recognition_texts(chosen) -> tuple[str, str]:
     """Encoder and greedy search of the teacher, 64 clips a chip."""
     from flax_distil.options import DecodeOptions
-    from flax_distil.plan.programs import decode_programs
+    from flax_distil.plan.planner import decode_programs
 
     options = DecodeOptions(max_tokens=64)
     # The rules know Whisper's vocabularies alone.

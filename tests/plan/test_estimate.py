@@ -9,13 +9,15 @@ import pytest
 from flax_distil.config import PlanConfig
 from flax_distil.errors import InputError
 from flax_distil.plan import run
-from flax_distil.plan.compiler import Compiled, Refusal, refusal
-from flax_distil.plan.estimate import Estimate, TooLarge, knob, largest_fitting
+from flax_distil.plan.compiler import Compiled, Program, Refusal, refusal
 from flax_distil.plan.hlo import Collective, Held
-from flax_distil.plan.programs import Program
+from flax_distil.plan.planner import largest_fitting
 from flax_distil.plan.report import (
     TABLE,
+    Estimate,
     Plan,
+    TooLarge,
+    knob,
     plan_record,
     print_plan,
     remedy,

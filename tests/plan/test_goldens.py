@@ -5,7 +5,7 @@ import json
 import pytest
 from goldens import GOLDENS, lowered, versions
 
-from flax_distil.plan.compiler import compiled, fingerprint, read_answer
+from flax_distil.plan.compiler import ANSWER, compiled, fingerprint
 
 LARGER = 1.02
 
@@ -19,7 +19,7 @@ def test_a_program_costs_what_it_did(golden):
     program, target = lowered(golden)
     if fingerprint(program, target) == kept["fingerprint"]:
         return
-    before, now = read_answer(kept["answer"]), compiled(program, target)
+    before, now = ANSWER.validate_python(kept["answer"]), compiled(program, target)
     if not hasattr(before, "needed"):
         assert not hasattr(now, "needed"), f"{golden} needs {now.needed} bytes and does not fit"
         for name in ("memory", "traffic", "cycles"):

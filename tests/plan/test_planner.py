@@ -8,10 +8,8 @@ import pytest
 from flax_distil.config import PlanConfig
 from flax_distil.errors import InputError
 from flax_distil.plan import planner, run, topology
-from flax_distil.plan.compiler import Refusal
-from flax_distil.plan.estimate import TooLarge
-from flax_distil.plan.programs import Program
-from flax_distil.plan.report import TABLE
+from flax_distil.plan.compiler import Program, Refusal
+from flax_distil.plan.report import TABLE, TooLarge
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "smoke.toml"
 CONFIG = PlanConfig((SMOKE,), ("v5e-8",))
@@ -52,3 +50,11 @@ def test_what_cannot_be_planned_is_said_before_the_compiler_is_asked(asked, tmp_
     with pytest.raises(InputError, match=r"table.md has no lines"):
         run(replace(CONFIG, batch="auto", table=table))
     assert asked == []
+
+
+def test_a_run_of_epochs_needs_the_number_of_clips(asked, tmp_path):
+    recipe, config = tmp_path / "recipe.toml", replace(CONFIG, batch="auto")
+    recipe.write_text(SMOKE.read_text().replace("\nsteps = 2\n", "\nepochs = 3.0\n"))
+    with pytest.raises(InputError, match=r"epochs is 3 and the number of clips is not known.*--clips"):
+        planner.plan(recipe, "v5e-8", config)
+    assert planner.plan(recipe, "v5e-8", replace(config, clips=100)).steps == 75

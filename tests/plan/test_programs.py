@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flax_distil.plan.hlo import parse
-from flax_distil.plan.programs import train_program
+from flax_distil.plan.planner import train_program
 
 POSITIONS = (1500, 1536)  # of the audio, and filled up to whole blocks
 
@@ -91,7 +91,7 @@ def test_a_token_moves_no_cache(recognition_texts):
     """In the loop nothing as large as a layer's cache is made anew: it is written in place."""
     module = parse(recognition_texts[1])
     own = 64 * 4 * (64 + 4) * 64  # clips, heads, tokens, head size
-    loops = [one for one in module.instructions() if one.opcode == "while"]
+    loops = [one for _, one, _ in module.executed() if one.opcode == "while"]
     bodies = {loop.called("body") for loop in loops if module.rounds(loop) is None}
     assert bodies
     for body in bodies:
