@@ -110,7 +110,9 @@ def prepare(
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     begin = jax.jit(partial(initial_state, config=config.optimizer), out_shardings=placed)
     options = overlap_options(mesh) if compute.overlap else {}
-    step = within_memory(compile_step(spec, mesh, state, options), spec)
+    step = compile_step(spec, mesh, state, options)
+    if mesh.devices.flat[0].platform != "tpu":  # whose compiler refuses what does not fit
+        step = within_memory(step, spec)
     return TrainProgram(spec, mesh, frozen, step), begin(place(trainable, placed.params))
 
 
@@ -240,19 +242,20 @@ def compile_step(
 def within_memory(step: Any, spec: TrainSpec) -> Any:
     """`step`, which raises InputError where a program needs more memory than is free.
 
-    That is checked for each length of labels, before its first run.
+    That is checked for each length of labels, before its first run. On a CPU a tenth of what is
+    free is left for audio, checkpoints and other programs; its devices share one memory.
     """
     lengths: set[int] = set()
+    on_cpu = jax.local_devices()[0].platform == "cpu"
+    share, devices = (0.9, jax.local_device_count()) if on_cpu else (1.0, 1)
 
     def checked(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
         clips, length = batch.tokens.shape
         if length not in lengths:
             sizes = step.lower(state, frozen, batch).compile().memory_analysis()
-            needed = sizes.temp_size_in_bytes + sizes.output_size_in_bytes
-            needed -= sizes.alias_size_in_bytes
-            if jax.local_devices()[0].platform == "cpu":  # whose devices share one memory
-                needed *= jax.local_device_count()
-            check_memory(needed, free_memory(), clips, length, spec)
+            own = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+            jax.block_until_ready(state)  # the update before has given its memory back
+            check_memory(own * devices, int(share * free_memory()), clips, length, spec)
             lengths.add(length)
         return step(state, frozen, batch)
 
@@ -264,13 +267,12 @@ def check_memory(needed: int, free: int, clips: int, length: int, spec: TrainSpe
     free, else logs both. The message has the accumulation with which it fits."""
     sizes = (
         f"an update of {clips} clips with {length} tokens needs {needed / GIB:.1f} GiB beside the "
-        f"models, and {free / GIB:.1f} GiB are free"
+        f"models, and {free / GIB:.1f} GiB can be used"
     )
-    room = max(0.9 * free, 1)  # the rest is for audio, checkpoints and other programs
-    if needed <= room:
+    if needed <= free:
         log.info(sizes)
         return
-    rows, least = clips // spec.data_shards, spec.accumulation * math.ceil(needed / room)
+    rows, least = clips // spec.data_shards, spec.accumulation * math.ceil(needed / max(free, 1))
     micro = next((f"{n}" for n in range(least, rows + 1) if rows % n == 0), None)
     remedy = f"--compute.accumulation {micro} (the same result)" if micro else "--compute.remat"
     raise InputError(f"{sizes}: set {remedy}, or a smaller --batch-size")

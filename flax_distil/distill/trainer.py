@@ -128,15 +128,9 @@ def train(
                 raise
         checkpoints.save(state, progress)
     log.info("%s at step %d of %d", "finished" if finished() else "stopped", step, total)
-    return TrainSummary(
-        output_dir=config.output_dir,
-        steps=step,
-        finished=finished(),
-        loss=watch.loss,
-        skipped=int(state.skipped),
-        best_wer=progress.best_wer,
-        best_step=progress.best_step,
-    )
+    best = progress.best_wer, progress.best_step
+    skipped = int(state.skipped)
+    return TrainSummary(config.output_dir, step, finished(), watch.loss, skipped, *best)
 
 
 def begin(

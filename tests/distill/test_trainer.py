@@ -173,14 +173,14 @@ def test_an_update_that_needs_more_memory_than_is_free_is_not_begun(
     batch = make_batch(8)
     monkeypatch.setattr(setup, "free_memory", lambda: 2**10)
     with pytest.raises(
-        InputError, match=r"an update of 8 clips with 8 tokens needs .* 0\.0 GiB are"
+        InputError, match=r"an update of 8 clips with 8 tokens needs .* 0\.0 GiB can"
     ):
         program.step(state, program.frozen, batch)
     monkeypatch.setattr(setup, "free_memory", lambda: 2**40)
     assert program.step(state, program.frozen, batch)[0].step == 1
     for free, remedy in ((10, "--compute.accumulation 8"), (0, "--compute.remat")):
         with pytest.raises(
-            InputError, match=rf"needs 50\.0 .* {free}\.0 GiB are free: set {remedy}"
+            InputError, match=rf"needs 50\.0 .* {free}\.0 GiB can be used: set {remedy}"
         ):
             setup.check_memory(50 * 2**30, free * 2**30, 64, 32, program.spec)
 
