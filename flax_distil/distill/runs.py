@@ -8,7 +8,7 @@ import json
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,6 @@ from flax_distil.errors import InputError, read_json, writing
 from flax_distil.files import remove_partial, write_changed
 from flax_distil.model.checkpoint import Checkpoint, load_checkpoint
 from flax_distil.parallel.multihost import barrier, is_main_host
-from flax_distil.pseudo_label.store import flat
 from flax_distil.recipe import load_recipe, save_recipe
 from flax_distil.terminal import print_table
 from flax_distil.text.tokens import WhisperTokens
@@ -79,7 +78,7 @@ def begin_or_resume(
 def check_recipe(config: DistillConfig) -> DistillConfig:
     """The recipe that a run was begun with. Raises InputError if it trains by other numbers."""
     begun = load_recipe(config.output_dir / RECIPE, DistillConfig)
-    before, now = flat(asdict(begun)), flat(asdict(config))
+    before, now = flat(begun), flat(config)
     changed = [
         f"{name} (was {before[name]}, is {value})"
         for name, value in now.items()
@@ -91,6 +90,18 @@ def check_recipe(config: DistillConfig) -> DistillConfig:
             "the same, or begin a new run"
         )
     return begun
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The fields of a configuration by their full names, such as `loss.kl`."""
+    values: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            values |= flat(value, f"{prefix}{field.name}.")
+        else:
+            values[prefix + field.name] = value
+    return values
 
 
 def validation_clips(config: DistillConfig) -> tuple[Any, ...]:
@@ -266,7 +277,7 @@ def read_run(path: Path, root: Path) -> dict[str, Any]:
         "skipped": int(max(known("skipped"), default=0)),
         "recipe": {
             name: value
-            for name, value in flat(asdict(config)).items()
+            for name, value in flat(config).items()
             if not name.startswith(("output_dir", "run."))
         },
     }

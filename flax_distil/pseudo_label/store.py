@@ -284,7 +284,7 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
     if store.local:
         check_writable(folder)
     if store.files.exists(SETTINGS):
-        begun, asked = flat(read_settings(folder)), flat(store.settings)
+        begun, asked = _flat(read_settings(folder)), _flat(store.settings)
         differences = [
             f"{name} was {begun.get(name)!r} and is {asked.get(name)!r}"
             for name in sorted(begun.keys() | asked.keys())
@@ -307,13 +307,13 @@ def open_store(folder: Path, settings: dict[str, Any]) -> LabelStore:
     return store
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"data": {"split": 1}}` → `{"data.split": 1}`, so that a difference is named exactly."""
-    found: dict[str, Any] = {}
+    flat = {}
     for name, value in settings.items():
         inner = isinstance(value, dict)
-        found |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-    return found
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return flat
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
