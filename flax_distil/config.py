@@ -408,6 +408,10 @@ class DistillConfig:
     stored_teacher: bool = False
     """Take the teacher's distributions from labels made with pseudo-label --teacher-states instead
     of running the teacher; only its embedding is in memory."""
+    audio_context: tuple[float, ...] = ()
+    """Seconds, such as 5 10 15 20: the student's encoder is given a clip filled up to one of these
+    lengths instead of 30 s, while the teacher is always given 30 s. The student then transcribes
+    short clips several times faster. With audio_states, stored_teacher is needed."""
     augment: AugmentConfig = AugmentConfig()
     """Noise and SpecAugment."""
     train_encoder: bool = False

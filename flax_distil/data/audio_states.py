@@ -1,6 +1,7 @@
 """The frozen encoder's output for every clip, kept on disk so that it is computed once.
 
-A folder holds one dataset's states, in files of any number of clips that are written atomically:
+A folder holds one dataset's states, in files of any number of clips that are written atomically.
+All clips of a file have the same number S of positions:
 
     *.safetensors    clips     uint64 [n]             names of the clips (`clip_names`); several
                                                       rows for a packed window that needs several
@@ -17,9 +18,10 @@ S · D · 2 bytes, 1.1 MiB with tiny and 3.7 MiB with large; half of that in int
 
 import hashlib
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -36,6 +38,8 @@ from flax_distil.data.windows import DecodedClip, decode_clips, pad_clips
 from flax_distil.data.workers import map_in_order
 from flax_distil.errors import InputError
 from flax_distil.files import remove_partial, write_whole
+from flax_distil.model.dims import POSITION_SAMPLES
+from flax_distil.model.generation import WHOLE_WINDOW, fitting_context
 from flax_distil.parallel.multihost import barrier
 
 log = logging.getLogger(__name__)
@@ -45,8 +49,8 @@ ENCODING_SECONDS = 30 * 24 * 3600.0  # how long hosts wait for each other
 
 StateDtype = Literal["bfloat16", "int8"]
 
-# Waveforms of one static batch to audio states.
-Encode = Callable[[Int16[np.ndarray, "B N"]], Float[Array, "B S D"]]
+# Waveforms of one static batch, and the number of positions (None: all), to audio states.
+Encode = Callable[[Int16[np.ndarray, "B N"], int | None], Float[Array, "B S D"]]
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,18 @@ class ClipStates(NamedTuple):
     states: Any
     """Of all clips of its file, read on demand."""
     row: int
+    positions: int
     seconds: float
     step: Float32[np.ndarray, "1 D"] | None
     parts: list[float] | None
     """Of a packed window: seconds of each part, NaN for one not in the clip."""
 
-    def read(self) -> BFloat16[np.ndarray, "S D"]:
-        """The clip's states."""
+    def read(self, longest: int = 0) -> BFloat16[np.ndarray, "S D"]:
+        """The clip's states, padded to `longest` positions."""
         states_SD = self.states[self.row]
-        return states_SD if self.step is None else (states_SD * self.step).astype(bfloat16)
+        if self.step is not None:
+            states_SD = (states_SD * self.step).astype(bfloat16)
+        return np.pad(states_SD, ((0, max(longest - self.positions, 0)), (0, 0)))
 
 
 @dataclass(frozen=True)
@@ -144,11 +151,13 @@ def load_or_encode(
     batch_size: int = 16,
     workers: int = 4,
     dtype: StateDtype = "bfloat16",
+    contexts: Sequence[int] = (),
 ) -> StoredAudioStates:
     """The states of all datasets; those missing are encoded, so that a killed run can be resumed.
 
     utterances: those of the folders, in order; a packed window whose audio needs several clips has
-    states of each. Several hosts encode a part each, and all read all.
+    states of each. contexts: audio positions, of which each clip gets as many as it needs; all by
+    default. Several hosts encode a part each, and all read all.
 
     Raises:
         InputError: a file is damaged, the disk is full, or the hosts do not share it.
@@ -173,20 +182,26 @@ def load_or_encode(
                 workers,
                 ahead=2 * batch_size,
             )
-            numbers, clips, states = [], [], []
-            pieces = chain.from_iterable(decoded)
-            while batch := list(islice(pieces, batch_size)):
-                some = [clip for _, clip in batch]
-                states_BSD = np.asarray(encode(pad_clips(some, batch_size).waveforms))
-                states.extend(states_BSD.astype(bfloat16)[: len(some)])
-                bar.update(len({number for number, _ in batch} - set(numbers)))
-                numbers += [number for number, _ in batch]
-                clips += some
-            names = folder.names[np.array(numbers) - start]
-            digest = hashlib.blake2b(folder.names[rows].tobytes(), digest_size=8).hexdigest()
-            path = folder.path / f"{digest}.safetensors"
-            seconds, parts = [one.duration for one in clips], [one.parts for one in clips]
-            write_states(path, names, seconds, states, dtype, parts)
+            groups: dict[int, _Encoding] = defaultdict(lambda: _Encoding([], []))
+            for pieces in decoded:
+                samples = max(len(clip.samples) for _, clip in pieces)
+                positions = fitting_context(contexts, -(-samples // POSITION_SAMPLES))
+                group = groups[positions]
+                group.pieces.extend(pieces)
+                while len(group.pieces) >= len(group.states) + batch_size:
+                    group.encode_next(encode, batch_size, positions)
+                bar.update()
+            for positions, group in groups.items():
+                while len(group.pieces) > len(group.states):
+                    group.encode_next(encode, batch_size, positions)
+                numbers = np.array([number for number, _ in group.pieces]) - start
+                whole = folder.names[np.unique(numbers)].tobytes()
+                path = (
+                    folder.path / f"{hashlib.blake2b(whole, digest_size=8).hexdigest()}.safetensors"
+                )
+                seconds = [clip.duration for _, clip in group.pieces]
+                parts = [clip.parts for _, clip in group.pieces]
+                write_states(path, folder.names[numbers], seconds, group.states, dtype, parts)
     barrier(f"{folders[0].path} written", ENCODING_SECONDS)
     if work:
         indexed = [index_files(folder) for folder in folders]
@@ -197,6 +212,24 @@ def load_or_encode(
                 "name a folder on a disk that all hosts share"
             )
     return StoredAudioStates(tuple(clip for clips in indexed for clip in clips))
+
+
+class _Encoding(NamedTuple):
+    """Clips of one file, by the numbers of their utterances, and the states of the first ones."""
+
+    pieces: list[tuple[int, DecodedClip]]
+    states: list[Any]
+
+    def encode_next(self, encode: Encode, batch_size: int, positions: int) -> None:
+        """The states of the next clips."""
+        clips = [clip for _, clip in self.pieces[len(self.states) :][:batch_size]]
+        waveforms_BN = pad_clips(clips, batch_size).waveforms
+        if positions == WHOLE_WINDOW:
+            states_BSD = encode(waveforms_BN, None)
+        else:
+            # The last frame reaches over the end, into zeros.
+            states_BSD = encode(waveforms_BN[:, : (positions + 1) * POSITION_SAMPLES], positions)
+        self.states.extend(np.asarray(states_BSD).astype(bfloat16)[: len(clips)])
 
 
 def _clips(utterance: Utterance) -> list[DecodedClip]:
@@ -230,6 +263,7 @@ def index_files(folder: StateFolder) -> list[tuple[ClipStates, ...]]:
                 for name in ("steps", "parts")
             )
             states = opened.get_slice("states")
+            positions = states.get_shape()[1]
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"{path} is damaged ({error}): delete it, and its clips are encoded again"
@@ -238,7 +272,7 @@ def index_files(folder: StateFolder) -> list[tuple[ClipStates, ...]]:
         for row, name in enumerate(names.tolist()):
             lengths = parts[row]  # NaN throughout for a clip that is not a window
             lengths = None if lengths is None or np.isnan(lengths).all() else lengths.tolist()
-            clip = ClipStates(states, row, float(seconds[row]), steps[row], lengths)
+            clip = ClipStates(states, row, positions, float(seconds[row]), steps[row], lengths)
             here[name] = (*here.get(name, ()), clip)
         known |= here
     return [known.get(name, ()) for name in folder.names.tolist()]

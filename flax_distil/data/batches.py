@@ -97,6 +97,8 @@ class Batch:
     """Key data of each example for SpecAugment, if it is on."""
     loss_weights: Float[Leaf, "*A B L 2"] | None = None
     """Factors of KL and cross-entropy at each target; None stands for 1."""
+    positions: Int[Leaf, "*A B"] | None = None
+    """Audio positions that the student is given of each clip; None stands for all."""
 
 
 @dataclass(frozen=True)
@@ -314,6 +316,7 @@ def collate(
     audio: Shaped[np.ndarray, "B S D"] | None = None,
     keys: UInt32[np.ndarray, "B 2"] | None = None,
     weighted: bool = False,
+    positions: Sequence[int] | None = None,
 ) -> Batch:
     """Rows padded to `length` tokens; a row of 0 seconds could not be decoded and has weight 0.
 
@@ -345,4 +348,5 @@ def collate(
         teacher_states=states,
         keys=keys,
         loss_weights=factors if weighted else None,
+        positions=None if positions is None else np.asarray(positions, np.int32),
     )

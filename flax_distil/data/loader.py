@@ -7,14 +7,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, islice
-from math import isnan
+from math import ceil, isnan
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int16
 
 from flax_distil.audio import CLIP_SAMPLES
-from flax_distil.data.audio_states import StoredAudioStates
+from flax_distil.data.audio_states import ClipStates, StoredAudioStates
 from flax_distil.data.augment import AddNoise
 from flax_distil.data.batches import (
     PREVIOUS_TOKENS,
@@ -41,6 +41,8 @@ from flax_distil.data.utterances import Concatenated, Skipped, Utterance
 from flax_distil.data.windows import decode_clip, pad_samples, with_durations
 from flax_distil.data.workers import open_pool, prefetch
 from flax_distil.errors import InputError
+from flax_distil.model.dims import POSITIONS_PER_SECOND
+from flax_distil.model.generation import WHOLE_WINDOW, fitting_context
 from flax_distil.parallel.multihost import from_all_hosts, host_slice
 from flax_distil.text.tokens import WhisperTokens
 
@@ -104,6 +106,8 @@ class Loader:
     add_noise: AddNoise | None = None
     masks: bool = False
     """Whether batches have keys for SpecAugment."""
+    contexts: tuple[int, ...] = ()
+    """Audio positions, ascending, that the student is given instead of all."""
 
     def __post_init__(self):
         """Raises InputError for what would only fail in the middle of training."""
@@ -141,8 +145,8 @@ class Loader:
             for rows, after in self._global_rows(state):
                 prepared = [pool.submit(prepare, state.seed, row) for row in rows[share]]
                 keys = [row.key for row in rows]
-                inputs = self._longest(keys, state.seed)
-                collated = partial(self._collate, prepared, keys[share], inputs, state.seed)
+                sizes = self._longest(keys, state.seed), self._longest_states(keys)
+                collated = partial(self._collate, prepared, keys[share], *sizes, state.seed)
                 pending.append((collated, after))
                 if len(pending) > self.ahead:
                     collated, after = pending.popleft()
@@ -240,6 +244,26 @@ class Loader:
             longest = max(longest, min(inputs, limit))
         return longest
 
+    def _longest_states(self, keys: Sequence[ExampleKey]) -> int:
+        """Positions of the longest stored audio states of a batch, on all hosts."""
+        return max(self._stored(key).positions for key in keys) if self.states else 0
+
+    def _stored(self, key: ExampleKey) -> ClipStates:
+        """Where the stored audio states of an example are."""
+        assert self.states is not None
+        return self.states.clip(self._number(key), key.passes)
+
+    def _context(self, seed: int, key: ExampleKey, seconds: float) -> int:
+        """Audio positions that the student is given of a clip.
+
+        In half of the cases the shortest context that holds it, else a longer one: what a clip gets
+        when it is decoded in a batch with longer ones.
+        """
+        fitting = fitting_context(self.contexts, ceil(seconds * POSITIONS_PER_SECOND))
+        longer = [one for one in (*self.contexts, WHOLE_WINDOW) if one > fitting]
+        random = generator(Purpose.CONTEXT, seed, *key)
+        return fitting if not longer or random.random() < 0.5 else int(random.choice(longer))
+
     def _has_prompt(self, key: ExampleKey, seed: int) -> bool:
         """Whether the text of the previous utterance is read before the example."""
         source = self.sources[key.source]
@@ -268,7 +292,7 @@ class Loader:
         reason = not_learnable(utterance, source.options, self.tokens)
         samples, seconds = np.zeros(0, np.int16), 0.0
         if not reason and self.states:
-            clip = self.states.clip(self._number(key), key.passes)
+            clip = self._stored(key)
             if clip.parts:
                 parts = [None if isnan(seconds) else seconds for seconds in clip.parts]
                 utterance = with_durations(utterance, parts)
@@ -294,14 +318,20 @@ class Loader:
         prepared: Sequence[Future[Prepared]],
         places: Sequence[ExampleKey],
         inputs: int,
+        audio: int,
         seed: int,
     ) -> Batch:
-        """The rows of a batch, padded. inputs: decoder inputs of its longest row on all hosts."""
+        """The rows of a batch, padded. inputs, audio: decoder inputs and stored audio positions of
+        its longest rows on all hosts."""
         examples, samples, seconds = zip(*(one.result() for one in prepared), strict=True)
         numbers = [self._number(key) for key in places]
-        states, masks = None, None
+        states, masks, positions = None, None, None
+        if self.contexts:
+            positions = list(map(partial(self._context, seed), places, seconds))
         if self.states:
-            states = self.states.read(numbers, [key.passes for key in places])
+            clips = list(map(self._stored, places))
+            states = np.stack([clip.read(audio) for clip in clips])
+            positions = [clip.positions for clip in clips] if self.contexts else None
         if self.masks:
             random = [generator(Purpose.MASKS, seed, *key) for key in places]
             masks = np.stack([one.integers(1 << 32, size=2, dtype=np.uint32) for one in random])
@@ -316,6 +346,7 @@ class Loader:
             audio=states,
             keys=masks,
             weighted=any(source.weighs for source in self.sources),
+            positions=positions,
         )
 
 

@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     EXAMPLE = 5  # (run, source, lane, pass, number): timestamps, prompt
     NOISE = 6  # the same: recording, excerpt, level
     MASKS = 7  # the same: SpecAugment
+    CONTEXT = 8  # the same: length of the student's audio
 
 
 def generator(purpose: Purpose, *numbers: int) -> np.random.Generator:

@@ -21,8 +21,13 @@ from flax_distil.decode.greedy import greedy
 from flax_distil.decode.speculative import speculative
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
-from flax_distil.model.dims import CHUNK_SAMPLES
-from flax_distil.model.generation import kept_heads
+from flax_distil.model.dims import CHUNK_SAMPLES, POSITION_SAMPLES
+from flax_distil.model.generation import (
+    WHOLE_WINDOW,
+    context_positions,
+    fitting_context,
+    kept_heads,
+)
 from flax_distil.model.spec import Params, Spec
 from flax_distil.options import DecodeOptions
 from flax_distil.parallel.clips import by_clip, chips_of, replicate
@@ -51,6 +56,8 @@ class Recognizer:
     timestamps: whether it learnt them; False where the generation config says that it was trained
         without (`trained_with_timestamps`).
     assistant: drafts tokens that the model verifies; the texts are the same (`make_assistant`).
+    contexts: audio positions, ascending, that the decoder was taught besides all of the window
+        (`audio_context` in the generation config): the encoder is given no more than a batch needs.
     """
 
     spec: Spec
@@ -61,6 +68,7 @@ class Recognizer:
     previous_text: bool = True
     timestamps: bool = True
     assistant: Assistant | None = None
+    contexts: tuple[int, ...] = ()
 
     @property
     def context(self) -> int:
@@ -112,6 +120,7 @@ def make_recognizer(checkpoint: Checkpoint, dtype: str = "float32") -> Recognize
         language=language,
         previous_text=generation.get("condition_on_prev_tokens") is not False,
         timestamps=generation.get("trained_with_timestamps") is not False,
+        contexts=context_positions(generation.get("audio_context") or ()),
     )
 
 
@@ -195,11 +204,14 @@ def encode_audio(
     sound: waveforms or log-mel. temperature: at which it will be decoded. drafting: False where the
     assistant is not to be used.
 
+    Zeros behind the longest clip are left out as far as the model's contexts allow.
+
     Where several rows keep a CPU busy, verifying some tokens costs as much as writing them, so the
     assistant is not used. It always is where tokens are drawn: a draw must not depend on the batch.
     """
     assistant = recognizer.assistant
-    model_BSD = encode(recognizer.spec, recognizer.params["encoder"], sound)
+    part, positions = shortened(recognizer, sound)
+    model_BSD = encode(recognizer.spec, recognizer.params["encoder"], part, positions)
     few = jax.default_backend() != "cpu" or len(sound) <= CPU_DRAFT_ROWS
     if assistant is None or not drafting or not (few or temperature > 0):
         return AudioStates(model_BSD)
@@ -208,18 +220,40 @@ def encode_audio(
     return AudioStates(model_BSD, encode(*assistant.encoder, sound))
 
 
-@by_clip(static=("spec",))
+def shortened(
+    recognizer: Recognizer, sound: Num[np.ndarray, "B N"] | Float[np.ndarray, "B T M"]
+) -> tuple[np.ndarray, int | None]:
+    """The part of `sound` that the encoder has to be given, and its positions; None for all."""
+    if not recognizer.contexts:
+        return sound, None
+    step = 2 if sound.ndim == 3 else POSITION_SAMPLES  # frames or samples of a position
+    other = tuple(axis for axis in range(sound.ndim) if axis != 1)
+    used = np.flatnonzero(sound.any(axis=other))
+    positions = -(-(int(used[-1]) + 1) // step) if len(used) else 0
+    positions = fitting_context(recognizer.contexts, positions)
+    if positions == WHOLE_WINDOW:
+        return sound, None
+    # The last frame reaches over the end: into zeros here, as in the whole window.
+    return sound[:, : (positions + 1) * step], positions
+
+
+@by_clip(static=("spec", "positions"))
 def encode(
-    spec: Spec, params: Params, sound: Num[Array, "B N"] | Float[Array, "B T M"]
+    spec: Spec,
+    params: Params,
+    sound: Num[Array, "B N"] | Float[Array, "B T M"],
+    positions: int | None = None,
 ) -> Float[Array, "B S D"]:
     """Audio states of waveforms, whose log-mel is computed on the device, or of log-mel.
 
-    params: the encoder's. CPUs take one clip after the other, which stays in their cache
-    (docs/LOG.md).
+    params: the encoder's. positions: how many states, S; all by default. CPUs take one clip after
+    the other, which stays in their cache (docs/LOG.md).
     """
 
     def together(sound: Array) -> Array:
         mel_BTM = sound if sound.ndim == 3 else log_mel(sound, spec.dims.mels)
+        if positions is not None:
+            mel_BTM = mel_BTM[:, : 2 * positions]
         return spec.encoder(params)(mel_BTM)
 
     def in_turn(sound: Array) -> Array:

@@ -24,6 +24,7 @@ from flax_distil.distill.checkpoints import has_checkpoints
 from flax_distil.errors import InputError, check_writable
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import WhisperDims
+from flax_distil.model.generation import context_positions
 from flax_distil.model.student import same_arrays
 from flax_distil.parallel.mesh import check_batch, check_heads, data_shards, make_mesh
 from flax_distil.pseudo_label.jobs import fingerprint
@@ -65,6 +66,12 @@ SMALL_BATCH = 4
 def check_config(config: DistillConfig) -> None:
     """Raises InputError for a configuration that cannot be trained by, whatever the models are."""
     check_numbers(config)
+    asks_teacher = not config.stored_teacher and (config.loss.kl or config.loss.mse)
+    if config.audio_context and config.audio_states and asks_teacher:
+        raise InputError(
+            "audio_states of an audio_context are for the student alone, and the teacher needs "
+            "those of 30 s: add stored_teacher, or leave out audio_states"
+        )
     check_folder(config)
     if config.run.wandb and not find_spec("wandb"):
         raise InputError(
@@ -152,6 +159,7 @@ def check_numbers(config: DistillConfig) -> None:
             f"loss.kl goes from {loss.kl} to kl_end {loss.kl_end}: the first must be positive and "
             "the second not negative"
         )
+    context_positions(config.audio_context)  # may raise
     if not buckets or not all(1 <= one <= 448 for one in buckets):
         raise InputError(f"label_buckets {buckets}: name lengths from 1 to 448 tokens")
     if -1 not in (config.optimizer.steps, config.optimizer.warmup_steps):

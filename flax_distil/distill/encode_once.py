@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flax_distil.data.utterances import UTTERANCE_NUMBER, Concatenated, Utteranc
 from flax_distil.data.windows import identity
 from flax_distil.decode.recognizer import encode
 from flax_distil.model.checkpoint import Checkpoint
+from flax_distil.model.generation import context_positions
 from flax_distil.model.spec import Spec
 from flax_distil.parallel.clips import replicate
 from flax_distil.pseudo_label.jobs import fingerprint, states_folder
@@ -28,27 +30,38 @@ def kept_states(
     if config.audio_states is None:
         return None
     encoder = teacher.params["encoder"]
+    contexts = context_positions(config.audio_context)
     spec = Spec(teacher.dims, config.compute.dtype).on(jax.local_devices()[0])
     params = replicate(jax.device_put(encoder, jax.local_devices()[0]))
     return load_or_encode(
-        [one for source in sources for one in folders(config.audio_states, encoder, source)],
+        [
+            one
+            for source in sources
+            for one in folders(config.audio_states, encoder, source, contexts)
+        ],
         Concatenated([source.utterances for source in sources]),  # type: ignore[misc]
-        lambda waveforms_BN: encode(spec, params, waveforms_BN),
+        lambda waveforms_BN, positions: encode(spec, params, waveforms_BN, positions),
         config.validation.batch_size,
         config.run.workers,
         config.audio_states_dtype,
+        contexts,
     )
 
 
-def folders(root: Path, encoder: dict, source: TrainingSource) -> list[StateFolder]:
-    """The folders of a source's states, one a dataset."""
+def folders(
+    root: Path, encoder: dict, source: TrainingSource, contexts: Sequence[int] = ()
+) -> list[StateFolder]:
+    """The folders of a source's states, one a dataset; those of short contexts lie below those of
+    the whole window."""
     utterances: Any = source.utterances  # not a stream: `check` refuses those
     if isinstance(utterances, Concatenated):
         parts = utterances.parts
         lengths = np.split(source.lengths, np.cumsum([len(part) for part in parts])[:-1])
     else:
         parts, lengths = (utterances,), [source.lengths]
-    return [state_folder(root, encoder, *one) for one in zip(parts, lengths, strict=True)]
+    found = [state_folder(root, encoder, *one) for one in zip(parts, lengths, strict=True)]
+    below = "-".join(["positions", *map(str, contexts)]) if contexts else ""
+    return [replace(one, path=one.path / below) for one in found]
 
 
 def state_folder(

@@ -24,7 +24,12 @@ log = logging.getLogger(__name__)
 
 
 def step_flops(
-    spec: TrainSpec, clips: int, length: int, encode: bool = True, logits: int | None = None
+    spec: TrainSpec,
+    clips: int,
+    length: int,
+    encode: bool = True,
+    logits: int | None = None,
+    short: bool = False,
 ) -> int:
     """Operations of one update on `clips` with `length` tokens each.
 
@@ -38,12 +43,13 @@ def step_flops(
         length: tokens of each row, padding included.
         encode: false if batches hold audio states.
         logits: tokens whose logits are computed (`vocabulary_tokens`); all if None.
+        short: the shared encoder runs for the student again (`audio_context`).
     """
     teacher, student = spec.teacher.dims, spec.student.dims
     logits = clips * length if logits is None else logits
     clip = 0
     if encode and (spec.asks_teacher or spec.shares_encoder):
-        clip += encoder_flops(teacher)
+        clip += encoder_flops(teacher) * (2 if short and spec.shares_encoder else 1)
     if spec.asks_teacher:
         clip += decoder_flops(teacher, length) + cross_flops(teacher)
     if not spec.shares_encoder:
@@ -62,7 +68,8 @@ def batch_flops(spec: TrainSpec, batch: Batch, hosts: int) -> int:
     # Each host knows its own rows alone, and takes them for any host's.
     shards = max(spec.data_shards // hosts, 1)
     tokens = vocabulary_tokens(batch.weights, spec.accumulation, shards, spec.vocabulary_chunk)
-    return step_flops(spec, hosts * rows, length, batch.audio is None, hosts * tokens)
+    short = batch.positions is not None
+    return step_flops(spec, hosts * rows, length, batch.audio is None, hosts * tokens, short)
 
 
 def vocabulary_tokens(weights_BL: np.ndarray, accumulation: int, shards: int, chunk: int) -> int:

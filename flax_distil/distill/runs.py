@@ -174,7 +174,10 @@ def trained_student(
     like = trainable_part(student.params, config.train_encoder, scanned)
     step, trained = read_params(run, like, which)
     student = trained_checkpoint(trained, student, scanned)
-    return step, replace(student, generation=generation_of(run, student))
+    generation = generation_of(run, student)
+    if config.audio_context:
+        generation["audio_context"] = list(config.audio_context)
+    return step, replace(student, generation=generation)
 
 
 def generation_of(run: Path, student: Checkpoint) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from flax_distil.distill.step import Frozen, TrainSpec, TrainState, initial_stat
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
 from flax_distil.model.dims import WhisperDims
+from flax_distil.model.generation import context_positions
 from flax_distil.model.spec import HALVES, Params, Spec, unstack_layers
 from flax_distil.model.student import layer_map, same_arrays
 from flax_distil.parallel.chips import free_memory
@@ -86,6 +87,7 @@ def open_loader(
         config.run.processes,
         rank=jax.process_index(),
         hosts=jax.process_count(),
+        contexts=context_positions(config.audio_context),
         **options,
     )
 

@@ -100,7 +100,8 @@ class Frozen(NamedTuple):
 class Guide(NamedTuple):
     """What the student is compared with and computed from, outside of all differentiation.
 
-    audio: audio states. teacher: its final states. every: its hidden states after each layer.
+    audio: audio states for the student, if its encoder is the teacher's. teacher: its final states.
+    every: its hidden states after each layer.
     """
 
     audio: Array
@@ -172,23 +173,29 @@ def kl_share(step: Array, spec: TrainSpec) -> Array | None:
 
 
 def teach(frozen: Frozen, batch: Batch, spec: TrainSpec) -> Guide:
-    """Runs the shared encoder and the teacher."""
-    audio_BSD = batch.audio
-    if audio_BSD is None:
-        encoder = spec.teacher.encoder(frozen.teacher["encoder"])
-        audio_BSD = encoder(features(batch, spec))
-    audio_BSD = jnp.asarray(audio_BSD, spec.teacher.dtype)
+    """Runs the shared encoder and the teacher.
+
+    Where the student is given a part of the positions, the encoder runs once for it and once for
+    the teacher, who is given the whole window.
+    """
+    if batch.audio is not None:
+        audio_BSD = given_BSD = jnp.asarray(batch.audio, spec.teacher.dtype)
+    else:
+        encoder, mel_BTM = spec.teacher.encoder(frozen.teacher["encoder"]), features(batch, spec)
+        audio_BSD = given_BSD = encoder(mel_BTM)
+        if batch.positions is not None and spec.shares_encoder:
+            given_BSD = encoder(mel_BTM, jnp.asarray(batch.positions))
     if not (spec.stored_teacher or spec.asks_teacher):
-        return Guide(audio_BSD, None, None)
+        return Guide(given_BSD, None, None)
     params = frozen.teacher["decoder"]
     embedding_VD = params["tokens"]["embedding"]
     if spec.stored_teacher:
         assert batch.teacher_states is not None
         hidden_BLD = jnp.asarray(batch.teacher_states, spec.teacher.dtype)
-        return Guide(audio_BSD, TeacherStates(hidden_BLD, embedding_VD), None)
+        return Guide(given_BSD, TeacherStates(hidden_BLD, embedding_VD), None)
     decoder = spec.teacher.decoder(params)
     hidden_BLD, every_NBLD = decoder.hidden_states(jnp.asarray(batch.tokens), audio_BSD)
-    return Guide(audio_BSD, TeacherStates(hidden_BLD, embedding_VD), every_NBLD)
+    return Guide(given_BSD, TeacherStates(hidden_BLD, embedding_VD), every_NBLD)
 
 
 def features(batch: Batch, spec: TrainSpec) -> Float[Array, "B T M"]:
@@ -216,14 +223,17 @@ def student_losses(
         frozen_positions = jax.lax.stop_gradient(params["decoder"]["positions"])
         params = params | {"decoder": params["decoder"] | {"positions": frozen_positions}}
     audio_BSD = guide.audio
+    lengths_B = None if batch.positions is None else jnp.asarray(batch.positions)
     if not spec.shares_encoder:
         encoder = frozen.student_encoder | params.get("encoder", {})
-        audio_BSD = spec.student.encoder(encoder)(features(batch, spec))
+        audio_BSD = spec.student.encoder(encoder)(features(batch, spec), lengths_B)
     student = spec.student.decoder(params["decoder"])
     tokens_BL, embedding_VD = jnp.asarray(batch.tokens), params["decoder"]["tokens"]["embedding"]
     embedding_GVD = for_each_shard(embedding_VD, spec.data_shards)
     embedded_BLD = look_up(embedding_GVD, tokens_BL).astype(spec.student.dtype)
-    hidden_BLD, every_NBLD = student.hidden_states(tokens_BL, audio_BSD, embedded_BLD, dropout)
+    hidden_BLD, every_NBLD = student.hidden_states(
+        tokens_BL, audio_BSD, embedded_BLD, dropout, lengths_B
+    )
     weights_BL = jnp.asarray(batch.weights)
     factors_BL2 = None if batch.loss_weights is None else jnp.asarray(batch.loss_weights)
     of_parts_BL2 = factors_BL2

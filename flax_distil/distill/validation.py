@@ -24,6 +24,7 @@ from flax_distil.distill.setup import Batches, TrainProgram, open_loader
 from flax_distil.distill.step import Frozen, TrainSpec, evaluation_losses
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import Checkpoint
+from flax_distil.model.generation import context_positions
 from flax_distil.model.spec import Params, Spec
 from flax_distil.options import DecodeOptions
 from flax_distil.parallel.mesh import batch_sharding, replicated, within
@@ -84,11 +85,11 @@ def make_validate(config: DistillConfig, student: Checkpoint) -> Validate | None
             called the same.
     """
     tokens = student.tokens()
-    sets = open_sets(config, tokens)
+    sets, contexts = open_sets(config, tokens), context_positions(config.audio_context)
     spec = Spec(student.dims, config.compute.dtype).on(jax.local_devices()[0])
 
     def validate(params: Params) -> Validation:
-        recognizer = Recognizer(spec, params, tokens)
+        recognizer = Recognizer(spec, params, tokens, contexts=contexts)
         found = {name: count_errors(recognizer, clips, config) for name, clips in sets.items()}
         return Validation(
             {name: 100 * counts.rate for name, (counts, _) in found.items()},

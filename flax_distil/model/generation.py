@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from flax_distil.errors import InputError, read_json
-from flax_distil.model.dims import WhisperDims
+from flax_distil.model.dims import CHUNK_SECONDS, POSITIONS_PER_SECOND, WhisperDims
 from flax_distil.text.languages import LANGUAGES
 from flax_distil.text.tokens import BLANK, ENGLISH_END, added_tokens, suppressed_ids
 
 VOCABULARIES = range(51_864, 51_867)  # sizes of vocabularies: English-only, multilingual, large-v3
 TASKS = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")
+WHOLE_WINDOW = POSITIONS_PER_SECOND * CHUNK_SECONDS  # 1,500 audio positions
 SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 TYPES = {
-    "alignment_heads": list, "lang_to_id": dict, "task_to_id": dict, "language": str, "task": str,
+    "alignment_heads": list, "audio_context": list,
+    "lang_to_id": dict, "task_to_id": dict, "language": str, "task": str,
 }  # fmt: skip
 # With _from_model_config Transformers would make it anew out of config.json, tables lost.
 OUTDATED = ("forced_decoder_ids", "_from_model_config")
@@ -131,3 +133,23 @@ def upper_half(dims: WhisperDims) -> list[list[int]]:
     """All [layer, head] of the upper half of the decoder."""
     layers = range(dims.decoder_layers // 2, dims.decoder_layers)
     return [[layer, head] for layer in layers for head in range(dims.decoder_heads)]
+
+
+def context_positions(seconds: Sequence[Any]) -> tuple[int, ...]:
+    """Audio positions of contexts shorter than 30 s, ascending.
+
+    Raises:
+        InputError: a context is not above 0 and at most 30 s.
+    """
+    for one in seconds:
+        if not (isinstance(one, int | float) and 0 < one <= CHUNK_SECONDS):
+            raise InputError(
+                f"an audio context of {one} s: it must be above 0 and at most {CHUNK_SECONDS} s"
+            )
+    positions = {round(POSITIONS_PER_SECOND * one) for one in seconds}
+    return tuple(sorted(positions - {0, WHOLE_WINDOW}))
+
+
+def fitting_context(contexts: Sequence[int], positions: int) -> int:
+    """The shortest of `contexts`, in ascending order, that holds `positions`, else the window."""
+    return next((context for context in contexts if positions <= context), WHOLE_WINDOW)

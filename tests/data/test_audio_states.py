@@ -35,11 +35,14 @@ class Encoder:
     def __init__(self, breaks_after: int = 99):
         self.calls, self.breaks_after = 0, breaks_after
 
-    def __call__(self, waveforms):
+    def __call__(self, waveforms, positions=None):
         if self.calls == self.breaks_after:
             raise KeyboardInterrupt
         self.calls += 1
-        return np.broadcast_to(waveforms[:, :1, None] / 32768, (len(waveforms), *SHAPE))
+        if positions is not None:
+            assert waveforms.shape[1] == 320 * (positions + 1)
+        shape = SHAPE if positions is None else (positions, 4)
+        return np.broadcast_to(waveforms[:, :1, None] / 32768, (len(waveforms), *shape))
 
 
 def test_every_clip_once_and_again_from_disk(folder):
@@ -95,6 +98,17 @@ def test_int8_is_half_as_large_and_near_in_every_channel(folder):
         loudest = np.abs(states_NSD).max(axis=1, keepdims=True)
         assert (away <= loudest / (84 if stored == "int8" else 256)).all()
     assert sizes["int8"] < 0.7 * sizes["bfloat16"]  # of small clips: steps and names count
+
+
+def test_a_short_clip_has_the_states_of_a_short_context(folder):
+    """0.1 s of five clips are 5 positions; a clip of 1 s needs more than the contexts have."""
+    utterances = clips(5)
+    utterances[3] = Utterance("3", np.full(16_000, VALUES[3], np.float32))
+    for encoder in (Encoder(), Encoder(breaks_after=0)):
+        kept = load_or_encode([folder], utterances, encoder, batch_size=2, contexts=(4, 6, 49))
+        assert [clip.positions for (clip,) in kept.clips] == [6, 6, 6, 3, 6]
+        padded = kept.clip(1).read(longest=8).astype(np.float32)
+        np.testing.assert_array_equal(padded[:, 0], [VALUES[1]] * 6 + [0] * 2)
 
 
 def test_a_damaged_file_is_named(folder):

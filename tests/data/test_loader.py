@@ -1,6 +1,7 @@
 """The order of training: complete, seeded, and the same after any number of restarts."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -172,7 +173,9 @@ def test_states_of_a_split_window_are_read_as_its_audio_is(tone, tmp_path):
     options = TargetOptions(buckets=(32,))
     source = TrainingSource(rows, options, np.array([1, 6]), np.zeros(2, bool))
     folder = StateFolder(tmp_path, clip_names("ab"))
-    states = load_or_encode([folder], rows, lambda waveforms_BN: waveforms_BN[:, :2, None] / 4096)
+    states = load_or_encode(
+        [folder], rows, lambda waveforms_BN, _: waveforms_BN[:, :2, None] / 4096
+    )
     pairs = zip(
         Loader((source,), MULTILINGUAL, 2).batches(START),
         Loader((source,), MULTILINGUAL, 2, states=states).batches(START),
@@ -183,6 +186,46 @@ def test_states_of_a_split_window_are_read_as_its_audio_is(tone, tmp_path):
         assert facts(stored)[:4] == facts(audio)[:4]
         taught |= set(stored.targets[stored.weights > 0].tolist())
     assert {1, 2, 3, 7} <= taught
+
+
+def test_the_student_is_given_the_shortest_context_or_a_longer_one(utterances):
+    """Clips of 0.01 to 0.11 s need 1 to 6 positions; the same on two hosts and after a restart."""
+    contexts = (2, 4, 100)
+    whole = loader(utterances, contexts=contexts)
+    batches = list(islice(whole.batches(START), 30))
+    rows = np.concatenate([batch.rows for batch, _ in batches])
+    given = np.concatenate([batch.positions for batch, _ in batches])
+    least = np.array([2, 2, 2, 2, 4, 4, 4, 4, 100, 100, 100])[rows]
+    assert set(given) == {2, 4, 100, 1500}
+    assert (given >= least).all()
+    assert 0.35 < (given == least).mean() < 0.65
+    assert len(set(given[least == 2])) == 4
+    parts = [loader(utterances, contexts=contexts, rank=rank, hosts=2) for rank in (0, 1)]
+    halves = [next(islice(part.batches(batches[4][1]), 1))[0].positions for part in parts]
+    np.testing.assert_array_equal(np.concatenate(halves), batches[5][0].positions)
+    assert next(loader(utterances).batches(START))[0].positions is None
+
+
+def test_stored_states_are_padded_to_the_longest_of_all_hosts(utterances, tmp_path):
+    folder = StateFolder(tmp_path, clip_names(range(SIZE)))
+
+    def encode(waveforms_BN, positions):
+        return np.ones((len(waveforms_BN), positions, 1)) * waveforms_BN[:, 100:101, None]
+
+    states = load_or_encode([folder], utterances, encode, contexts=(2, 4, 100))
+    make = partial(loader, utterances, states=states, contexts=(2, 4, 100))
+    hosts = [make(rank=rank, hosts=2) for rank in (0, 1)]
+    sizes = set()
+    for pair in islice(zip(*(host.batches(START) for host in hosts), strict=True), 12):
+        (one, _), (other, _) = pair
+        assert one.audio.shape[1] == other.audio.shape[1]
+        longest = max(*one.positions, *other.positions)
+        assert one.audio.shape[1] == longest
+        sizes.add(longest)
+        for audio, positions in zip(one.audio, one.positions, strict=True):
+            assert (audio[:positions] != 0).all()
+            assert (audio[positions:] == 0).all()
+    assert len(sizes) > 1
 
 
 def test_errors_before_the_first_batch(utterances):

@@ -7,7 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from flax_distil.decode.recognizer import AudioStates, decode, make_recognizer, recognize
+from flax_distil.audio.log_mel import log_mel
+from flax_distil.decode.recognizer import (
+    AudioStates,
+    decode,
+    encode_audio,
+    make_recognizer,
+    recognize,
+)
 from flax_distil.decode.search import Window
 from flax_distil.errors import InputError
 from flax_distil.model.checkpoint import load_checkpoint
@@ -41,6 +48,31 @@ def test_int16_is_heard_like_floats(random):
     options = DecodeOptions(max_tokens=8)
     from_floats = recognize(random, np.float32(whole / 32768), options)
     assert recognize(random, whole, options)[0].tokens == from_floats[0].tokens
+
+
+def test_a_batch_is_given_the_shortest_context_that_holds_it(random):
+    """5 s of noise are 250 positions, whose states are those of that part of the log-mel."""
+    taught = replace(random, contexts=(250, 500))
+    waveforms = noise(2)
+    waveforms[:, 80_000:] = 0
+    states = encode_audio(taught, waveforms).model_BSD
+    mel = log_mel(waveforms, 80)
+    alone = random.spec.encoder(random.params["encoder"])(mel[:, :500])
+    np.testing.assert_allclose(states, alone, atol=1e-5)
+    options = DecodeOptions(max_tokens=4)
+    found = recognize(taught, waveforms, options)
+    expected = decode(random, AudioStates(alone), options, [Window("en")] * 2)
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+
+    sizes = lambda sound: encode_audio(taught, sound).model_BSD.shape[1]
+    waveforms[1, 80_000] = 0.1
+    assert sizes(waveforms) == 500
+    assert sizes(np.zeros_like(waveforms)) == 250
+    assert sizes(noise(2)) == 1500
+    frames = np.zeros((2, 3000, 80), np.float32)
+    frames[0, 999] = 1
+    assert sizes(frames) == 500
+    assert encode_audio(random, waveforms).model_BSD.shape[1] == 1500
 
 
 def test_wrong_input_is_refused(random):
