@@ -4,6 +4,7 @@
         [--batches 1 16] [--tokens 32] [--train-batch 64] [--label-tokens 128] [--rounds 5]
         [--no-peer] [--parity MODEL ... --audio FILE ...] [--json FILE]
 
+These are the defaults of GPUs and TPUs; on a CPU they are tiny.en, --batches 1 4, --train-batch 4.
 Needs no network and no files: the teacher has random weights in a published size, the student the
 teacher's encoder and the first, last (and evenly spaced) of its decoder layers. Every clip is 30 s
 of noise, and the end of text is suppressed, so that each text has exactly `--tokens` tokens.
@@ -21,9 +22,8 @@ persistent cache. Where PyTorch sees the same GPU (or both run on a CPU), Transf
 work with random weights: generate() with sdpa attention in the same precision, and a train step
 under autocast with the fused AdamW.
 
---parity: real models (folders or names) instead: their texts on this device in float32 and
-bfloat16, compared with those on the CPU of the same machine. Default speech: the recorded prompts
-of `flax-distil fetch demo-speech`, which must be there.
+--parity: real models (folders or names) instead: their texts of `--audio` on this device in float32
+and bfloat16, compared with those on the CPU of the same machine.
 """
 
 import argparse
@@ -406,12 +406,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="large-v2", choices=PUBLISHED)
+    parser.add_argument("--model", choices=PUBLISHED)
     parser.add_argument("--layers", type=int, default=2, help="decoder layers of the student")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--tokens", type=int, default=32, help="tokens of each text")
-    parser.add_argument("--train-batch", type=int, default=64, help="clips; 0 for no training")
+    parser.add_argument("--train-batch", type=int, help="clips; 0 for no training")
     parser.add_argument("--label-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
@@ -427,6 +427,9 @@ def arguments() -> argparse.Namespace:
 def main():
     options, console = arguments(), Console()
     name_platform()
+    sizes = ("tiny.en", [1, 4], 4) if jax.default_backend() == "cpu" else ("large-v2", [1, 16], 64)
+    for name, size in zip(("model", "batches", "train_batch"), sizes, strict=True):
+        setattr(options, name, size if getattr(options, name) is None else getattr(options, name))
     if options.texts:
         print(json.dumps(texts(options.texts, "float32", options.audio)))
         return

@@ -201,7 +201,7 @@ def test_audio_states_keep_the_times_of_their_sound(tmp_path, flac):
     options = TargetOptions(buckets=(32,), timestamp_probability=1.0)
     (source,) = open_source(config, options, MULTILINGUAL)
     folder = StateFolder(tmp_path / "states", clip_names(range(len(source.utterances))))
-    encode = lambda waveforms: np.zeros((len(waveforms), 2, 2), np.float32)
+    encode = lambda waveforms, _: np.zeros((len(waveforms), 2, 2), np.float32)
     loaders = [Loader((source,), MULTILINGUAL, 4)]
     for _ in range(2):  # encoded now, and from disk
         states = load_or_encode([folder], source.utterances, encode, batch_size=2)

@@ -37,10 +37,11 @@ def test_in_order_keeps_the_order_and_runs_ahead():
 
 
 def test_in_order_stops_its_threads_when_left_early():
+    before = set(threading.enumerate())
     results = map_in_order(lambda number: number, range(100), workers=2, ahead=5)
     next(results)
     results.close()
-    assert not [thread for thread in threading.enumerate() if "loader" in thread.name]
+    assert not set(threading.enumerate()) - before
 
 
 def test_thirty_seconds_are_kept_and_more_is_not(tone):

@@ -52,7 +52,7 @@ def encode_together(folder: Path) -> None:
     names = audio_states.clip_names(range(7), map(str, range(7)))
     encoded = []
 
-    def encode(waveforms):
+    def encode(waveforms, _):
         encoded.append(int(waveforms[0, 0]) // 512)
         return waveforms[:, :2, None] / 32768
 
